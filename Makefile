@@ -1,0 +1,28 @@
+# make quickstart   train, evaluate and merge the built-in base (about four minutes on 2 cores, no GPU)
+# make test         the test suite
+# make lint         ruff and mypy
+PYTHON ?= python3
+BIN = .venv/bin
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+.PHONY: quickstart test slow lint clean
+quickstart: .venv/installed
+	$(BIN)/python benchmarks/quickstart.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info
