@@ -1,0 +1,361 @@
+"""The commands. Each is a few lines; torch and the libraries are imported inside, so that help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune import __version__
+from finetune.errors import FinetuneError, render
+
+if TYPE_CHECKING:
+    from finetune.recipe import R
+
+app = typer.Typer(
+    name="ft",
+    help="Fine-tune open language models from one YAML recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+models_app = typer.Typer(help="Model families: what loads, how it was tested, what is refused.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+recipes_app = typer.Typer(help="Shipped recipes, new ones, and the schema for editors.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+data_app = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Reference = Annotated[str, typer.Option("--recipe", "-r", help="Recipe file, or the name of a shipped recipe.")]
+Override = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeats.")]
+Output = Annotated[str | None, typer.Option(help="Run directory (instead of output.dir).")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results in the run directory.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the complete recipe, write nothing.")]
+Model = Annotated[str | None, typer.Option("--model", help="Built-in base, local folder or hub id.")]
+AdapterOption = Annotated[str | None, typer.Option("--adapter", help="Run directory or adapter folder.")]
+
+VERBOSE = False
+
+
+def _quiet() -> None:
+    """Before the first import of torch."""
+    from finetune import noise
+
+    if not VERBOSE:
+        noise.silence()
+        noise.silence_bars()
+
+
+def _recipe(
+    reference: str, kind: type[R], overrides: list[str], output: str | None, resume: bool, overwrite: bool
+) -> R:
+    """Read and check the recipe, its output directory and the rows of its data: a second instead of ten."""
+    from finetune.recipe_file import load
+    from finetune.run import check_output
+
+    recipe = load(reference, kind, overrides, output)
+    check_output(recipe.output.dir, overwrite, resume)
+    kind_of_rows = {"sft": "sft", "dpo": "preference", "kto": "unpaired"}.get(recipe.stage)
+    if kind_of_rows is not None:
+        from finetune.data.dataset import screen
+
+        screen(recipe.data, kind_of_rows)
+    return recipe
+
+
+@app.callback()
+def options(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what the libraries print.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Read by `main`, which takes them anywhere on the line."""
+
+
+@app.command()
+def pretrain(
+    recipe: Reference,
+    set_: Override = [],  # noqa: B006 (typer copies it)
+    output: Output = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Next-token training on raw text, of any model or of a new one."""
+    from finetune.recipe import PretrainRecipe
+
+    checked = _recipe(recipe, PretrainRecipe, set_, output, resume, overwrite)
+    _quiet()
+    from finetune.stages.pretrain import run
+
+    run(checked, resume, overwrite, dry_run)
+
+
+@app.command()
+def sft(
+    recipe: Reference,
+    set_: Override = [],  # noqa: B006 (typer copies it)
+    output: Output = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Supervised fine-tuning."""
+    from finetune.recipe import SftRecipe
+
+    checked = _recipe(recipe, SftRecipe, set_, output, resume, overwrite)
+    _quiet()
+    from finetune.stages.sft import run
+
+    run(checked, resume, overwrite, dry_run)
+
+
+@app.command()
+def dpo(
+    recipe: Reference,
+    set_: Override = [],  # noqa: B006
+    output: Output = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Learn from preference pairs: DPO and its kin, SimPO, ORPO."""
+    from finetune.recipe import DpoRecipe
+
+    checked = _recipe(recipe, DpoRecipe, set_, output, resume, overwrite)
+    _quiet()
+    from finetune.stages.dpo import run
+
+    run(checked, resume, overwrite, dry_run)
+
+
+@app.command()
+def kto(
+    recipe: Reference,
+    set_: Override = [],  # noqa: B006
+    output: Output = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Learn from answers labelled good or bad."""
+    from finetune.recipe import KtoRecipe
+
+    checked = _recipe(recipe, KtoRecipe, set_, output, resume, overwrite)
+    _quiet()
+    from finetune.stages.kto import run
+
+    run(checked, resume, overwrite, dry_run)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Option(help="Run directory or adapter folder.")],
+    output: Annotated[str, typer.Option(help="Folder of the merged model.")],
+    model: Annotated[str | None, typer.Option(help="The base, for adapters that do not name it.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the base's own by default.")] = None,
+    base: Annotated[str, typer.Option(help="For quantized runs: original or dequantized weights.")] = "original",
+    format_: Annotated[
+        str, typer.Option("--format", help="hf, or chatglm: ChatGLM's original layout, for the published code.")
+    ] = "hf",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    overwrite: Overwrite = False,
+) -> None:
+    """Merge an adapter into its base and prove that the result computes the same."""
+    _quiet()
+    from finetune.stages.merge import run
+
+    run(adapter, output, model, dtype, max_shard_size, overwrite, base, format_)
+
+
+@app.command("eval")
+def evaluate(
+    runs: Annotated[list[str] | None, typer.Argument(help="Run directories.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Evaluate this recipe's run.")] = None,
+    model: Model = None,
+    adapter: AdapterOption = None,
+    data: Annotated[str | None, typer.Option(help="Held-out data; the run's eval.data by default.")] = None,
+    compare_base: Annotated[bool, typer.Option("--compare-base", help="Base and tuned side by side.")] = False,
+    quantization: Annotated[str | None, typer.Option(help="Kinds to compare: none,int8,int4.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
+    json_: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Also as JSON; - is stdout.")] = None,
+) -> None:
+    """Exact match, per-field accuracy, loss and perplexity on held-out data."""
+    _quiet()
+    from finetune.stages.evaluate import run
+
+    run(runs or [], recipe, model, adapter, data, compare_base, limit, json_, quantization)
+
+
+@app.command()
+def compare(
+    recipe: Reference,
+    methods: Annotated[str, typer.Option(help="Adapter methods, separated by commas.")],
+    quantization: Annotated[str, typer.Option(help="none, int8, int4, separated by commas.")] = "none",
+    data_fractions: Annotated[str, typer.Option(help="Shares of the training rows, e.g. 0.125,0.25,0.5,1.")] = "1",
+    set_: Override = [],  # noqa: B006
+    output: Annotated[str, typer.Option(help="Folder of the comparison.")] = "runs/compare",
+) -> None:
+    """Train methods on the same data and budget, and measure what each costs and brings."""
+    from finetune.recipe import SftRecipe
+    from finetune.recipe_file import load
+
+    checked = load(recipe, SftRecipe, set_, output)
+    _quiet()
+    from finetune.stages.compare import parse, run
+
+    run(checked, *parse(methods, quantization, data_fractions), output)
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    adapter: AdapterOption = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 answers greedily.", min=0.0)] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
+) -> None:
+    """Talk to a model; /reset forgets the conversation, /exit leaves."""
+    _quiet()
+    from finetune.stages.chat import run
+
+    run(model, adapter, system, temperature, max_new_tokens)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, hardware, precision, and which extras are missing."""
+    _quiet()
+    from finetune.stages.doctor import run
+
+    run()
+
+
+@models_app.command("list")
+def models_list(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/models.md is made.")] = False,
+) -> None:
+    """Families, what was tested and how, and what never ran on real hardware."""
+    from finetune.stages.models import show
+
+    show(markdown)
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """Shipped recipes, with what each needs."""
+    from finetune.stages.recipes import show_all
+
+    show_all()
+
+
+@recipes_app.command("show")
+def recipes_show(name: str) -> None:
+    """Print a shipped recipe."""
+    from finetune.stages.recipes import show
+
+    show(name)
+
+
+@recipes_app.command("new")
+def recipes_new(
+    path: Annotated[str, typer.Argument(help="File to write.")],
+    stage: Annotated[str, typer.Option(help="pretrain, sft, dpo or kto.")] = "sft",
+    model: Annotated[str, typer.Option(help="The base model.")] = "tiny-llama",
+    data: Annotated[str, typer.Option(help="Training data.")] = "data/train.jsonl",
+) -> None:
+    """Write a recipe to start from."""
+    from finetune.stages.recipes import new
+
+    new(path, stage, model, data)
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> None:
+    """Print the JSON schema of recipes."""
+    from finetune.stages.recipes import show_schema
+
+    show_schema()
+
+
+RecipeOption = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe file, or a shipped recipe's name.")]
+DataOption = Annotated[str | None, typer.Option("--data", help="File, folder, glob, builtin:… or hub id.")]
+StageOption = Annotated[str | None, typer.Option("--stage", help="The stage the data is for, without a recipe.")]
+JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="As JSON; - is stdout.")]
+
+
+@data_app.command("check")
+def data_check(
+    recipe: RecipeOption = None,
+    data: DataOption = None,
+    model: Model = None,
+    stage: StageOption = None,
+    eval_data: Annotated[str | None, typer.Option("--eval", help="Held-out data, to look for leakage.")] = None,
+    set_: Override = [],  # noqa: B006 (typer copies it)
+    fix: Annotated[str | None, typer.Option(metavar="OUT", help="Write the clean rows; rejects beside them.")] = None,
+    json_: JsonOption = None,
+) -> None:
+    """Find everything that is wrong with the data, row by row."""
+    _quiet()
+    from finetune.stages.data import check
+
+    raise typer.Exit(check(recipe, set_, data, model, stage, eval_data, fix, json_))
+
+
+@data_app.command("preview")
+def data_preview(
+    recipe: RecipeOption = None,
+    data: DataOption = None,
+    model: Model = None,
+    stage: StageOption = None,
+    limit: Annotated[int, typer.Option(help="How many rows.", min=1)] = 5,
+    set_: Override = [],  # noqa: B006 (typer copies it)
+    json_: JsonOption = None,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="As a page for the browser.")] = None,
+) -> None:
+    """Show samples as the model sees them, trained tokens coloured."""
+    _quiet()
+    from finetune.stages.data import preview
+
+    preview(recipe, set_, data, model, stage, limit, json_, html)
+
+
+def main() -> None:
+    """Entry point: one renderer for errors, the exit codes of the contract."""
+    global VERBOSE
+    arguments = [a for a in sys.argv[1:] if a not in ("--debug", "--verbose")]
+    VERBOSE, debug = "--verbose" in sys.argv, "--debug" in sys.argv
+    if arguments == ["--version"]:
+        print(f"ft {__version__}")
+        return
+    try:
+        sys.exit(app(args=arguments, prog_name="ft", standalone_mode=False) or 0)
+    except FinetuneError as error:
+        if debug:
+            raise
+        _print_errors(render(error), "yellow" if error.exit_code == 130 else "red")
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _print_errors(["interrupted"], "yellow")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong arguments, in typer's own words
+            error.show()
+            sys.exit(error.exit_code)
+        if debug:
+            raise
+        _print_errors([f"{type(error).__name__}: {error}", "this is a bug; --debug shows the traceback"], "red")
+        sys.exit(1)
+
+
+def _print_errors(lines: list[str], style: str) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    for line in lines:
+        console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)

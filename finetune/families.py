@@ -1,0 +1,152 @@
+"""Facts about model families, as data; no torch.
+
+FAMILIES              model_type of config.json -> Family: what is known to load, and how that was tested
+REFUSED               model_type -> Refused: what cannot be loaded, why, and what to use instead
+family(model_type)    its row; a model without one goes through the same door: own template, no quirks
+refused(config)       the row of REFUSED that a config.json belongs to
+refused_name(name)    the same for a hub id, before anything is downloaded
+
+docs/models.md and `ft models list` are made from these tables.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    """What people call it."""
+    models: str = ""
+    """Published models of this kind."""
+    tested: str = ""
+    """What the tests do with it: a key of TESTED."""
+    note: str = ""
+    """What is special."""
+    encoder: str = "template"
+    """How conversations become ids: the tokenizer's chat `template`, or per segment for `glm`."""
+    template: str | None = None
+    """File under data_templates/chat_templates/ used when the tokenizer has no template."""
+
+
+TESTED = {
+    "base": "built-in base {base}: pre-trained, fine-tuned, evaluated, merged; and everything of “random”",
+    "golden": "logits, generations, token, chat and label ids recorded from the published code on random checkpoints",
+    "random": "random tiny model: strict loading, LoRA steps with falling loss, save and reload, batched generation "
+    "equal to one by one, merge parity; missing, unexpected and misshapen weights refused",
+    "layout": "random tiny checkpoint in the published layout computes bit for bit what its Llama does; missing, "
+    "unexpected and misshapen weights refused; the tokenizer gives sentencepiece's ids",
+    "": "not tested",
+}
+"""How a family is tested. None of them has been run with its published weights or on a GPU; docs/models.md says so."""
+
+SHARED = "all-linear adapters train attention and the shared expert; the other experts stay frozen"
+EXPERTS = "all-linear LoRA trains attention, router and every expert (3-D parameters); no quantization"
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "LLaMA", "Llama 2, 3, 3.1, 3.2, 3.3; Llama-Chinese, Linly, Chinese-Alpaca, Yi, Vicuna, DeepSeek-LLM", "base"),
+    "qwen2": Family("Qwen", "Qwen1.5, Qwen2, Qwen2.5, QwQ", "base", template="chatml.jinja"),
+    "qwen2_moe": Family("Qwen MoE", "Qwen1.5-MoE, Qwen2-57B-A14B", "random", SHARED, template="chatml.jinja"),
+    "qwen3": Family("Qwen", "Qwen3 dense", "random", template="chatml.jinja"),
+    "qwen3_moe": Family("Qwen MoE", "Qwen3-30B-A3B, Qwen3-235B-A22B", "random", EXPERTS, template="chatml.jinja"),
+    "chatglm": Family(
+        "ChatGLM", "ChatGLM3-6B (8k, 32k, 128k), ChatGLM2-6B, GLM-4-9B, CodeGeeX2 and 4, original layout", "golden",
+        "loads into transformers' own Glm network while it is read; ft merge --format chatglm writes it back",
+        encoder="glm"),
+    "glm": Family("GLM", "GLM-4-9B-chat-hf", "random", encoder="glm"),
+    "glm4": Family("GLM", "GLM-4-9B-0414, GLM-4-32B-0414, GLM-Z1", "random"),
+    "mistral": Family("Mistral", "Mistral-7B, Zephyr", "random"),
+    "mixtral": Family("Mixtral", "Mixtral-8x7B", "random", EXPERTS),
+    "gemma": Family("Gemma", "Gemma 1", "random", template="gemma.jinja"),
+    "gemma2": Family("Gemma", "Gemma 2", "random", template="gemma.jinja"),
+    "gemma3_text": Family("Gemma", "Gemma 3, text only", "random", template="gemma3.jinja"),
+    "phi": Family("Phi", "Phi-1.5, Phi-2", "random"),
+    "phi3": Family("Phi", "Phi-3, Phi-3.5, Phi-4", "random", "fused qkv_proj and gate_up_proj"),
+    "falcon": Family("Falcon", "Falcon-7B, 40B, 180B", "random"),
+    "gpt2": Family("GPT-2", "GPT-2, CPM-like Chinese GPT-2", "random", "learned positions: no rope_scaling"),
+    "bloom": Family("BLOOM", "BLOOM, BLOOMZ", "random", "ALiBi: no rope_scaling; packing switches itself off"),
+    "baichuan": Family(
+        "Baichuan", "Baichuan-7B, Baichuan2-7B", "layout",
+        "fused W_pack split into Llama's q, k and v while it is read, Baichuan2's normalised head folded in; the "
+        "tokenizer is rebuilt from tokenizer.model and refused unless its ids are the same"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Refused:
+    name: str
+    why: str
+    instead: str
+
+
+CHATGLM1 = Refused(
+    "ChatGLM-6B (the first one)", "is another network with two-dimensional positions and no native counterpart",
+    "use THUDM/chatglm3-6b")  # fmt: skip
+GLM1 = Refused(
+    "the first GLM generation (GLM-10B, GLM-130B)",
+    "fills blanks with two-dimensional positions and has no native counterpart",
+    "use THUDM/chatglm3-6b or GLM-4-9B")  # fmt: skip
+ENCODER = Refused(
+    "BERT, RoBERTa and other encoders", "fill gaps and do not continue text",
+    "use a causal model, e.g. Qwen/Qwen2.5-0.5B")  # fmt: skip
+SEQ2SEQ = Refused(
+    "T5, BART and other encoder-decoders", "read with one network and write with another, recipes describe one",
+    "use a causal model, e.g. Qwen/Qwen2.5-0.5B")  # fmt: skip
+ALIBI13 = Refused(
+    "Baichuan-13B", "has ALiBi positions, which no native network combines with its blocks",
+    "use Baichuan2-7B, or a Qwen2.5-14B")  # fmt: skip
+BLUELM = Refused(
+    "BlueLM",
+    "normalises its embeddings, scales RoPE its own way in the 32K models, and brings code of its own for this and for "
+    "the tokenizer: no exact native counterpart", "use Qwen/Qwen2.5-7B-Instruct")  # fmt: skip
+QWEN1 = Refused(
+    "Qwen (the first one)", "needs its own code for attention scaling and tokenizer",
+    "use Qwen/Qwen1.5-7B or later, the same network made native")  # fmt: skip
+INTERN = Refused("InternLM 1 and 2", "needs its own code for network and tokenizer", "use a Qwen2.5 or Llama model")
+
+REFUSED: dict[str, Refused] = {
+    **dict.fromkeys(
+        ("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "electra", "albert", "deberta", "deberta-v2", "distilbert",
+         "ernie", "modernbert", "camembert", "rembert", "roformer", "roc_bert", "megatron-bert", "big_bird", "xlm",
+         "data2vec-text", "mpnet", "nezha", "bert-generation"), ENCODER),
+    **dict.fromkeys(
+        ("t5", "mt5", "umt5", "longt5", "bart", "mbart", "pegasus", "blenderbot", "marian", "led", "prophetnet",
+         "m2m_100", "plbart", "t5gemma", "switch_transformers"), SEQ2SEQ),
+    "BlueLM": BLUELM, "bluelm": BLUELM, "qwen": QWEN1, "internlm": INTERN, "internlm2": INTERN,
+}  # fmt: skip
+
+# Beginnings of a hub id's last part. Only for ids that name a refused model without doubt.
+NAMES: dict[str, Refused] = {
+    r"chatglm-6b": CHATGLM1, r"visualglm": CHATGLM1, r"glm-130b": GLM1, r"glm-(10b|2b|large|roberta)": GLM1,
+    r"baichuan2?-13b": ALIBI13, r"bluelm-": BLUELM, r"qwen-(1_8b|7b|14b|72b)": QWEN1, r"internlm2?(_5)?-": INTERN,
+    r"(distil|chinese-)?(bert|roberta|electra|albert|deberta|macbert)-": ENCODER,
+    r"(flan-|mengzi-|byt|m|um)?t5-": SEQ2SEQ, r"(chinese-)?bart-": SEQ2SEQ,
+}  # fmt: skip
+
+
+def family(model_type: str) -> Family:
+    return FAMILIES.get(model_type, Family(model_type))
+
+
+def refused(config: Mapping[str, Any]) -> Refused | None:
+    kind = str(config.get("model_type"))
+    if kind == "chatglm" and ("position_encoding_2d" in config or "inner_hidden_size" in config):
+        return CHATGLM1
+    # transformers' own `glm` is GLM-4; the first GLM used the same word.
+    if kind == "glm" and ("block_position_encoding" in config or "GLMModel" in (config.get("architectures") or ())):
+        return GLM1
+    if kind == "baichuan" and not config.get("max_position_embeddings"):  # the 13B's say only model_max_length
+        return ALIBI13
+    if kind in REFUSED:
+        return REFUSED[kind]
+    return SEQ2SEQ if config.get("is_encoder_decoder") else None
+
+
+def refused_name(name: str) -> Refused | None:
+    last = name.rstrip("/").rpartition("/")[2].lower()
+    return next((row for pattern, row in NAMES.items() if re.match(pattern, last)), None)

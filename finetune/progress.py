@@ -1,0 +1,95 @@
+"""What a person sees while training: a bar on a terminal, plain lines elsewhere. Everything goes to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+console = Console(stderr=True)
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.bar: Bar | None = None
+        self.task: Any = None
+        self.total = self.first = self.done = 0
+        self.begun = self.last = time.perf_counter()
+
+    def start(self, total: int, done: int) -> None:
+        self.total, self.first, self.done = total, done, done
+        self.begun = self.last = time.perf_counter()
+        if console.is_terminal:
+            self.bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(compact=True),
+                console=console,
+                expand=True,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task(self.description, total=total, completed=done, status="")
+
+    def step(self, step: int) -> None:
+        self.done = step
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step)
+
+    def rate(self, tokens: float) -> float:
+        """Tokens per second since the last call."""
+        now = time.perf_counter()
+        rate = tokens / max(now - self.last, 1e-9)
+        self.last = now
+        return round(rate, 1)
+
+    def log(self, row: dict[str, Any]) -> None:
+        parts = []
+        if "loss" in row:
+            parts.append(f"loss {row['loss']:.4f}")
+        if "eval_loss" in row:
+            parts.append(f"held-out loss {row['eval_loss']:.4f}")
+        if self.bar is None and "learning_rate" in row:
+            parts.append(f"lr {row['learning_rate']:.2e}")
+        if "tokens_per_second" in row:
+            parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
+        parts.append(f"{row['peak_memory_gb']:.1f} GB")
+        if self.bar is not None:
+            if "eval_loss" in row:
+                console.print(f"step {row['step']}: " + "  ".join(parts))
+            else:
+                self.bar.update(self.task, status="  ".join(parts))
+            return
+        taken = self.done - self.first
+        left = (time.perf_counter() - self.begun) / taken * (self.total - self.done) if taken else 0.0
+        print(
+            f"step {row['step']}/{self.total}  " + "  ".join(parts) + f"  ETA {duration(left)}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def note(message: str) -> None:
+    """One line for the user."""
+    console.print(message, highlight=False, soft_wrap=True, markup=False)
+
+
+def warn(message: str) -> None:
+    console.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,294 @@
+"""Recipe files: find, read, override, check and write them.
+
+    load(reference, kind, overrides)    YAML + --set -> a checked recipe, or UserError with every problem at once
+    shipped()                           the recipes that come with the package
+    to_yaml(recipe)                     the resolved recipe as written into the run directory
+    schema()                            JSON schema of all stages
+
+Every problem names file, line, key and the fix; keys of other tools are recognised and translated.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from finetune.errors import Problem, UserError
+from finetune.recipe import RECIPES, R, Recipe, resource_path
+
+KeyPath = tuple[str | int, ...]
+
+# What other tools call it (LLaMA-Factory, ms-swift, axolotl, trl, unsloth) -> our key.
+FOREIGN_KEYS = {
+    "model_name_or_path": "model.name", "base_model": "model.name", "model_id": "model.name",
+    "model_path": "model.name",
+    "adapter_name_or_path": "model.adapter", "torch_dtype": "model.dtype", "bf16": "model.dtype", "fp16": "model.dtype",
+    "flash_attn": "model.attn_implementation", "attn_impl": "model.attn_implementation",
+    "finetuning_type": "adapter.method", "train_type": "adapter.method", "tuner_type": "adapter.method",
+    "peft_type": "adapter.method", "lora_rank": "adapter.r", "lora_r": "adapter.r", "rank": "adapter.r",
+    "alpha": "adapter.lora_alpha", "dropout": "adapter.lora_dropout", "lora_target": "adapter.target_modules",
+    "lora_target_modules": "adapter.target_modules", "lora_modules_to_save": "adapter.modules_to_save",
+    "additional_target": "adapter.modules_to_save", "rslora": "adapter.use_rslora", "peft_use_dora": "adapter.use_dora",
+    "dataset": "data.train", "datasets": "data.train", "train_file": "data.train", "data_path": "data.train",
+    "train_dataset": "data.train", "val_size": "data.eval_split", "val_set_size": "data.eval_split",
+    "split_dataset_ratio": "data.eval_split", "test_size": "data.eval_split", "eval_dataset": "eval.data",
+    "val_dataset": "eval.data", "cutoff_len": "data.max_length", "sequence_len": "data.max_length",
+    "max_seq_length": "data.max_length", "max_seq_len": "data.max_length", "model_max_length": "data.max_length",
+    "sample_packing": "data.packing", "pack": "data.packing", "train_on_inputs": "data.train_on",
+    "assistant_only_loss": "data.train_on", "truncation_strategy": "data.on_overlong",
+    "lr": "train.learning_rate", "epochs": "train.num_train_epochs", "num_epochs": "train.num_train_epochs",
+    "n_epochs": "train.num_train_epochs", "batch_size": "train.effective_batch_size",
+    "global_batch_size": "train.effective_batch_size", "train_batch_size": "train.effective_batch_size",
+    "micro_batch_size": "train.per_device_train_batch_size", "accumulation_steps": "train.gradient_accumulation_steps",
+    "warmup_ratio": "train.warmup_steps", "lr_scheduler": "train.lr_scheduler_type", "optimizer": "train.optim",
+    "gradient_clipping": "train.max_grad_norm", "max_norm": "train.max_grad_norm",
+    "neftune_alpha": "train.neftune_noise_alpha", "noisy_embedding_alpha": "train.neftune_noise_alpha",
+    "label_smoothing": "train.label_smoothing_factor",
+    "activation_checkpointing": "train.gradient_checkpointing", "group_by_len": "train.group_by_length",
+    "random_seed": "train.seed", "early_stopping_steps": "train.early_stopping_patience",
+    "output_dir": "output.dir", "save_dir": "output.dir", "out_dir": "output.dir", "max_tokens": "eval.max_new_tokens",
+}  # fmt: skip
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: PyYAML reads `2e-4` as text, which every learning rate is written as."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> path of the shipped recipes, sorted by name."""
+    return {path.name: path for path in sorted(resource_path("recipes").rglob("*.yaml"))}
+
+
+def find(reference: str) -> Path:
+    """A path, or the name of a shipped recipe with or without .yaml; an existing path wins."""
+    path = Path(reference).expanduser()
+    if path.is_file():
+        return path
+    names = shipped()
+    name = reference if reference.endswith((".yaml", ".yml")) else reference + ".yaml"
+    if name in names:
+        return names[name]
+    close = difflib.get_close_matches(name, list(names), n=1)
+    hint = f"did you mean the shipped recipe {close[0]}?" if close else "`ft recipes list` shows the shipped recipes"
+    raise UserError("no such recipe", path=reference, fix=hint)
+
+
+def parse_value(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    """The YAML mapping and the line of each of its keys, counted from 1."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        node = yaml.compose(text, Loader=_Loader)
+        values = parse_value(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text ({error.reason})", path=path, fix="save the file as UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"not readable as YAML: {what}", path=path, line=mark.line + 1 if mark else None,
+            fix="check indentation, colons and quotes on this line",
+        ) from None  # fmt: skip
+    if not isinstance(values, dict):
+        raise UserError("not a mapping of sections", path=path, fix="start with `version: 1` and `stage: sft`")
+    lines: dict[KeyPath, int] = {}
+    duplicates: list[Problem] = []
+
+    def walk(node: yaml.Node | None, at: KeyPath) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                here = (*at, key.value)
+                if here in lines:
+                    line = key.start_mark.line + 1
+                    duplicates.append(Problem("key stands twice", path, line=line, key=_dotted(here), fix="remove one"))
+                lines[here] = key.start_mark.line + 1
+                walk(value, here)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                lines[(*at, index)] = value.start_mark.line + 1
+                walk(value, (*at, index))
+
+    walk(node, ())
+    if duplicates:
+        raise UserError(duplicates)
+    return values, lines
+
+
+def _dotted(path: Sequence[str | int]) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def _override(values: dict[str, Any], overrides: Sequence[str]) -> set[KeyPath]:
+    """Apply `a.b=v` in place; returns the keys that were set (their problems name --set instead of a line)."""
+    done: set[KeyPath] = set()
+    for item in overrides:
+        key, sign, text = item.partition("=")
+        parts = key.strip().split(".")
+        if not sign or not all(parts):
+            raise UserError(f"--set {item}: not of the form key=value", fix="write e.g. --set train.max_steps=20")
+        try:
+            value = parse_value(text) if text else ""
+        except yaml.YAMLError:
+            value = text
+        node = values
+        for part in parts[:-1]:
+            child = node.get(part)
+            if child is None:
+                child = node[part] = {}
+            if not isinstance(child, dict):
+                raise UserError(f"--set {item}: {part} is not a section", fix="`ft recipes schema` lists all keys")
+            node = child
+        node[parts[-1]] = value
+        done.add(tuple(parts))
+    return done
+
+
+def _fields(stage: str) -> dict[str, set[str]]:
+    """Section -> its keys (the union over adapter methods), for suggestions."""
+    sections: dict[str, set[str]] = {"": set()}
+    for name, field in RECIPES[stage].model_fields.items():
+        sections[""].add(name)
+        classes = _models_in(field.annotation)
+        if classes:
+            sections[name] = {key for model in classes for key in model.model_fields}
+    return sections
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+
+
+def suggest(key: str, section: str, stage: str) -> str:
+    """What to write instead of an unknown key: another tool's name, another section, or the nearest spelling."""
+    sections = _fields(stage)
+    known = {f"{s}.{k}" if s else k for s, keys in sections.items() for k in keys}
+    foreign = FOREIGN_KEYS.get(key)
+    if foreign in known:
+        note = " (a number below 1 is a fraction)" if key == "warmup_ratio" else ""
+        return f"here it is called {foreign}{note}"
+    elsewhere = [s for s, keys in sections.items() if key in keys and s != section]
+    if elsewhere:
+        return f"it belongs into {elsewhere[0]}: {elsewhere[0]}.{key}" if elsewhere[0] else "move it to the top level"
+    close = difflib.get_close_matches(key, sorted(sections.get(section, sections[""])), n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]}?"
+    close = difflib.get_close_matches(key, sorted(k.rpartition(".")[2] for k in known), n=1, cutoff=0.75)
+    if close:
+        return f"did you mean {next(k for k in sorted(known) if k.endswith(close[0]))}?"
+    return "`ft recipes schema` lists all keys"
+
+
+def _explain(error: Any, stage: str) -> tuple[KeyPath, str, str | None]:
+    """(key path, message, fix) of one pydantic error; union tags such as adapter.lora are left out of the path."""
+    loc: KeyPath = error["loc"]
+    if len(loc) > 2 and loc[0] == "adapter":
+        loc = (loc[0], *loc[2:])
+    loc = tuple(part for part in loc if not (isinstance(part, str) and ("[" in part or part in _TYPE_TAGS)))
+    kind, context, given = error["type"], error.get("ctx", {}), error.get("input")
+    section = str(loc[0]) if len(loc) > 1 else ""
+    if kind == "extra_forbidden":
+        return loc, "unknown key", suggest(str(loc[-1]), section, stage)
+    if kind == "missing":
+        return loc, "missing", "add it" if loc != ("output",) else "add output: {dir: runs/name} or use --output DIR"
+    if kind == "literal_error":
+        close = difflib.get_close_matches(str(given), re.findall(r"'([^']+)'", context["expected"]), n=1)
+        hint = f"did you mean {close[0]}?" if close else f"one of {context['expected']}"
+        return loc, f"{given!r} is not possible here", hint
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        expected = context.get("expected_tags", "")
+        return (*loc, "method"), f"unknown adapter method {context.get('tag', '(none)')!r}", f"one of {expected}"
+    if kind == "value_error":
+        key, _, message = str(context["error"]).partition(": ")
+        return tuple(key.split(".")), message, None
+    message = error["msg"].removeprefix("Input should be ")
+    return loc, f"{given!r} is not possible here", f"write {message}"
+
+
+_TYPE_TAGS = {"str", "int", "float", "bool", "function-after", "constrained-int", "constrained-float", "dict", "list"}
+
+
+def check(
+    values: dict[str, Any],
+    stage: str | None,
+    path: Path | None = None,
+    lines: dict[KeyPath, int] | None = None,
+    overridden: AbstractSet[KeyPath] = frozenset(),
+) -> Recipe:
+    """Validate a mapping as the recipe of `stage`; UserError lists all problems."""
+    lines = lines or {}
+
+    def problem(key: KeyPath, message: str, fix: str | None) -> Problem:
+        where: str | Path | None = path
+        from_set = any(key[: len(k)] == k or k[: len(key)] == key for k in overridden)
+        at = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+        if from_set:
+            where, at = "--set", None
+        return Problem(message, where, line=at, key=_dotted(key), fix=fix)
+
+    named = values.get("stage")
+    if named not in RECIPES:
+        close = difflib.get_close_matches(str(named), list(RECIPES), n=1)
+        fix = f"did you mean {close[0]}?" if close else f"write stage: {stage or 'sft'} (one of {', '.join(RECIPES)})"
+        raise UserError(problem(("stage",), "missing" if named is None else f"unknown stage {named!r}", fix))
+    if stage is not None and named != stage:
+        message = f"this is a recipe for `ft {named}`, not `ft {stage}`"
+        raise UserError(problem(("stage",), message, f"run ft {named} --recipe …"))
+    if values.get("version") != 1:
+        raise UserError(problem(("version",), f"version {values.get('version')!r} is not known", "write version: 1"))
+    # A section left empty in YAML is None and means its defaults.
+    values = {k: ({} if v is None and k in ("data", "train", "eval") else v) for k, v in values.items()}
+    if isinstance(values.get("adapter"), dict):
+        values["adapter"] = {"method": "lora" if named == "sft" else "full", **values["adapter"]}
+    try:
+        return RECIPES[named].model_validate(values)
+    except ValidationError as error:
+        found: dict[KeyPath, Problem] = {}
+        for item in error.errors():
+            where, what, mend = _explain(item, named)
+            found.setdefault(where, problem(where, what, mend))
+        raise UserError(sorted(found.values(), key=lambda p: p.line or 0)) from None
+
+
+def load(reference: str, kind: type[R], overrides: Sequence[str] = (), output: str | None = None) -> R:
+    """Read a recipe by path or shipped name as a `kind` of recipe, apply --set and --output, and check it."""
+    path = find(reference)
+    values, lines = _read(path)
+    overridden = _override(values, overrides)
+    if output is not None:
+        overridden |= _override(values, [f"output.dir={json.dumps(output)}"])
+    stage = next(name for name, cls in RECIPES.items() if cls is kind)
+    recipe = check(values, stage, path, lines, overridden)
+    assert isinstance(recipe, kind)
+    return recipe
+
+
+def to_yaml(recipe: Recipe, header: str = "") -> str:
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    ordered = {"version": values.pop("version"), "stage": values.pop("stage"), **values}
+    return header + yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema for editors: any stage's recipe."""
+    built = TypeAdapter(Recipe).json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "ft recipe", **built}

@@ -1,0 +1,134 @@
+"""Small models made in memory, and the project's commands run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no bug
+hypothesis.settings.load_profile("untimed")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SHARED = Path(__file__).parent.parent.parent / "shared"
+
+
+def make_tokenizer() -> Any:
+    """A byte-level tokenizer: one token per byte, and ChatML markers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(specials + alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(specials)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 2-layer Llama with a byte-level tokenizer, on disk."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("models") / "random-llama"
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """64 short conversations."""
+    return write_rows(
+        tmp_path / "rows.jsonl",
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": f"say {i}"},
+                    {"role": "assistant", "content": f"{i} {i * 7 % 10}"},
+                ]
+            }
+            for i in range(64)
+        ],
+    )
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, base: Path, rows: Path) -> Callable[..., Path]:
+    """Write a small SFT recipe; keyword arguments replace whole sections."""
+    import yaml
+
+    def write(**sections: Any) -> Path:
+        values: dict[str, Any] = {
+            "version": 1,
+            "stage": "sft",
+            "model": {"name": str(base), "dtype": "float32"},
+            "data": {"train": str(rows), "max_length": 64},
+            "adapter": {"method": "lora", "r": 4, "lora_alpha": 8},
+            "train": {"max_steps": 4, "effective_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 1},
+            "output": {"dir": str(tmp_path / "run")},
+        }
+        for name, section in sections.items():
+            values[name] = {**values[name], **section} if isinstance(section, dict) and name in values else section
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    return write
+
+
+def ft(*arguments: Any, cwd: Path | None = None, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `ft` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "finetune", *map(str, arguments)],
+        capture_output=True, text=True, cwd=cwd, input=stdin, timeout=600, env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+
+
+def train(recipe_path: Path, *overrides: str, resume: bool = False, overwrite: bool = False) -> Any:
+    """Run an SFT recipe in this process; returns its Run."""
+    from finetune.recipe import SftRecipe
+    from finetune.recipe_file import load
+    from finetune.run import Run
+    from finetune.stages import sft
+
+    loaded = load(str(recipe_path), SftRecipe, overrides)
+    sft.run(loaded, resume=resume, overwrite=overwrite)
+    return Run(Path(loaded.output.dir))
+
+
+def tensors(folder: Path) -> dict[str, Any]:
+    """All tensors of the safetensors files of a folder."""
+    from safetensors.torch import load_file
+
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}

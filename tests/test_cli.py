@@ -1,0 +1,67 @@
+"""Exit codes and what stands on stderr, from outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ft
+
+from finetune import __version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("sft",), "Missing option '--recipe'"),
+        (("sft", "--recipe", "quickstrt"), "did you mean the shipped recipe quickstart.yaml?"),
+        (("sft", "--recipe", "quickstart", "--set", "train.learning_ratee=1"), "did you mean learning_rate?"),
+        (("pretrain", "--recipe", "quickstart"), "this is a recipe for `ft sft`, not `ft pretrain`"),
+        (("nonsense",), "No such command"),
+        (("merge", "--adapter", "nowhere", "--output", "x"), "no such run or adapter"),
+        (("recipes", "show", "nothing"), "no such recipe"),
+    ],
+)
+def test_the_user_can_fix_it(arguments: tuple[str, ...], expected: str, tmp_path: Path) -> None:
+    done = ft(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = ft("sft", "--recipe", "quickstrt", "--debug")
+    assert "Traceback" in done.stderr
+    assert done.returncode == 1
+
+
+def test_version_and_help() -> None:
+    assert ft("--version").stdout == f"ft {__version__}\n"
+    helped = ft("--help")
+    for command in ("pretrain", "sft", "merge", "eval", "chat", "doctor", "recipes"):
+        assert f"\n  {command}" in helped.stdout
+
+
+def test_recipes(tmp_path: Path) -> None:
+    assert "quickstart.yaml" in ft("recipes", "list").stdout
+    assert "model: {name: tiny-llama}" in ft("recipes", "show", "quickstart").stdout
+    schema = json.loads(ft("recipes", "schema").stdout)
+    assert "SftRecipe" in schema["$defs"]
+    made = ft("recipes", "new", "mine.yaml", "--data", "builtin:tickets/train", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "$schema: ft-recipe.schema.json" in (tmp_path / "mine.yaml").read_text()
+    checked = ft("sft", "--recipe", "mine.yaml", "--dry-run", cwd=tmp_path)
+    assert checked.returncode == 0, checked.stderr
+    again = ft("recipes", "new", "mine.yaml", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+def test_doctor() -> None:
+    done = ft("doctor")
+    assert done.returncode == 0, done.stderr
+    for word in ("torch", "device", "precision", "built-in bases"):
+        assert word in done.stdout

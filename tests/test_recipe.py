@@ -1,0 +1,212 @@
+"""Recipes: every mistake is one line with the place and the fix; resolve is complete and pure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune import recipe_file
+from finetune.errors import UserError
+from finetune.recipe import RECIPES, Hardware, SftRecipe, batch_layout, compute_dtype, resolve
+
+GOOD = """\
+version: 1
+stage: sft
+model: {name: tiny-llama}
+data: {train: builtin:tickets/train}
+output: {dir: runs/x}
+"""
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> SftRecipe:
+    path = tmp_path / "r.yaml"
+    path.write_text(text, encoding="utf-8")
+    return recipe_file.load(str(path), SftRecipe, overrides)
+
+
+def complaint(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, text, *overrides)
+    return "\n".join(caught.value.lines())
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "advice"),
+    [
+        ("adapter", "lora_rank", "adapter.r"),
+        ("adapter", "lora_target", "adapter.target_modules"),
+        ("data", "cutoff_len", "data.max_length"),
+        ("data", "sequence_len", "data.max_length"),
+        ("data", "sample_packing", "data.packing"),
+        ("data", "val_size", "data.eval_split"),
+        ("model", "model_name_or_path", "model.name"),
+        ("train", "warmup_ratio", "train.warmup_steps"),
+        ("train", "micro_batch_size", "train.per_device_train_batch_size"),
+        ("train", "learning_ratee", "did you mean learning_rate?"),
+        ("train", "max_length", "data.max_length"),
+        ("data", "learning_rate", "train.learning_rate"),
+    ],
+)
+def test_unknown_keys_are_translated(tmp_path: Path, section: str, key: str, advice: str) -> None:
+    kept = {"model": "name: tiny-llama\n  ", "data": "train: x\n  "}.get(section, "")
+    lines = [line for line in GOOD.splitlines() if not line.startswith(section)]
+    text = "\n".join([*lines, f"{section}:", f"  {kept}{key}: 1"])
+    message = complaint(tmp_path, text)
+    assert f"{section}.{key}: unknown key" in message
+    assert advice in message
+    assert f"line {len(text.splitlines())}" in message
+    assert str(tmp_path / "r.yaml") in message
+
+
+def test_top_level_key_of_another_tool(tmp_path: Path) -> None:
+    assert "here it is called adapter.r" in complaint(tmp_path, GOOD + "lora_rank: 8\n")
+    assert "here it is called output.dir" in complaint(tmp_path, GOOD + "output_dir: 8\n")
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    message = complaint(tmp_path, GOOD + "train: {learning_rate: fast, seed: x, lr_scheduler_type: cosin}\nfoo: 1\n")
+    assert len(message.splitlines()) == 4
+    assert "train.learning_rate: 'fast' is not possible here" in message
+    assert "did you mean cosine?" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("version: 1\nstage: sft\nmodel: {name: [\n", "line"),
+        ("version: 1\n\tstage: sft\n", "line 2: not readable as YAML"),
+        ("- a\n- b\n", "not a mapping of sections"),
+        ("", "not a mapping of sections"),
+        (GOOD + "model: {name: other}\n", "line 6: model: key stands twice"),
+        (GOOD.replace("stage: sft", "stage: sfft"), "stage: unknown stage 'sfft' → did you mean sft?"),
+        (GOOD.replace("stage: sft\n", ""), "stage: missing"),
+        (GOOD.replace("version: 1\n", ""), "version: version None is not known"),
+        (GOOD.replace("version: 1", "version: 2"), "version: version 2 is not known"),
+        (GOOD.replace("stage: sft", "stage: pretrain"), "this is a recipe for `ft pretrain`, not `ft sft`"),
+        (GOOD.replace("output: {dir: runs/x}\n", ""), "output: missing"),
+        (GOOD + "adapter: {method: lorra}\n", "adapter.method: unknown adapter method 'lorra'"),
+        (GOOD + "adapter: {r: 0}\n", "adapter.r: 0 is not possible here"),
+        (GOOD + "train: {max_steps: 1.5}\n", "train.max_steps: 1.5 is not possible here"),
+        (GOOD + "train: {packing: true}\n", "it belongs into data: data.packing"),
+        (
+            GOOD + "train: {per_device_train_batch_size: 3, gradient_accumulation_steps: 2}\n",
+            "train.per_device_train_batch_size: does not divide",
+        ),
+    ],
+)
+def test_broken_recipes(tmp_path: Path, text: str, expected: str) -> None:
+    message = complaint(tmp_path, text)
+    assert expected in message
+    assert str(tmp_path / "r.yaml") in message
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes("名: 1".encode("gbk"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        recipe_file.load(str(path), SftRecipe)
+
+
+def test_missing_recipe_suggests_a_shipped_one() -> None:
+    with pytest.raises(UserError, match=r"did you mean the shipped recipe quickstart.yaml"):
+        recipe_file.load("quickstrt", SftRecipe)
+
+
+def test_overrides(tmp_path: Path) -> None:
+    recipe = load(tmp_path, GOOD, "train.learning_rate=2e-4", "adapter.r=4", "adapter.target_modules=[q_proj, v_proj]")
+    assert recipe.train.learning_rate == 2e-4
+    assert recipe.adapter.method == "lora"
+    assert recipe.adapter.r == 4
+    assert recipe.adapter.target_modules == ["q_proj", "v_proj"]
+    assert "--set: train.learning_rat: unknown key" in complaint(tmp_path, GOOD, "train.learning_rat=1")
+    assert "not of the form key=value" in complaint(tmp_path, GOOD, "train.learning_rate")
+    assert "stage is not a section" in complaint(tmp_path, GOOD, "stage.x=1")
+
+
+def test_yaml_reads_plain_exponents_as_numbers(tmp_path: Path) -> None:
+    assert load(tmp_path, GOOD + "train: {learning_rate: 2e-4}\n").train.learning_rate == 2e-4
+
+
+def test_byte_order_mark(tmp_path: Path) -> None:
+    assert load(tmp_path, "\ufeff" + GOOD).model.name == "tiny-llama"
+
+
+def test_resolve_is_complete_and_stable(tmp_path: Path) -> None:
+    recipe = load(tmp_path, GOOD)
+    machine = Hardware("cpu", True, 24.0)
+    resolved = resolve(recipe, machine)
+    assert Path(resolved.output.dir).is_absolute()
+    assert resolved.model.dtype == "bfloat16"
+    assert resolve(resolved, machine) == resolved
+    again = tmp_path / "resolved.yaml"
+    again.write_text(recipe_file.to_yaml(resolved), encoding="utf-8")
+    assert recipe_file.load(str(again), SftRecipe) == resolved
+
+
+@pytest.mark.parametrize(
+    ("hardware", "dtype"),
+    [
+        (Hardware("cuda", True), "bfloat16"),
+        (Hardware("cuda", False), "float16"),  # T4, V100
+        (Hardware("cpu", True), "bfloat16"),
+        (Hardware("cpu", False), "float32"),
+        (Hardware("mps", False), "float32"),
+    ],
+)
+def test_precision_follows_the_hardware(hardware: Hardware, dtype: str) -> None:
+    assert compute_dtype("auto", hardware) == dtype
+    assert compute_dtype("float32", hardware) == "float32"
+
+
+@pytest.mark.parametrize("effective", [1, 5, 16, 24, 60])
+@pytest.mark.parametrize("max_length", [64, 2048, 32768])
+@pytest.mark.parametrize("processes", [1, 4])
+def test_batch_layout_keeps_the_effective_size(tmp_path: Path, effective: int, max_length: int, processes: int) -> None:
+    train = load(tmp_path, GOOD, f"train.effective_batch_size={effective}").train
+    micro, accumulation = batch_layout(train, max_length, Hardware("cuda", True, 24.0, processes))
+    assert micro * accumulation == max(1, effective // processes)
+
+
+def test_schema_describes_every_key() -> None:
+    definitions = recipe_file.schema()["$defs"]
+    for name, definition in definitions.items():
+        for key, value in definition.get("properties", {}).items():
+            assert value.get("description"), f"{name}.{key} has no description"
+    assert set(RECIPES) == {"pretrain", "sft", "dpo", "kto"}
+
+
+def test_recipes_are_frozen(tmp_path: Path) -> None:
+    recipe = load(tmp_path, GOOD)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.output.dir = "elsewhere"  # type: ignore[misc]
+
+
+SHIPPED = recipe_file.shipped()
+
+
+def test_schema_beside_the_recipes_is_current() -> None:
+    """Editors read it; `ft recipes schema > recipes/ft-recipe.schema.json` writes it."""
+    path = next(iter(SHIPPED.values())).parent / "ft-recipe.schema.json"
+    assert json.loads(path.read_text(encoding="utf-8")) == recipe_file.schema()
+
+
+def test_number_of_shipped_recipes() -> None:
+    assert len(SHIPPED) == 26
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipe_loads(name: str) -> None:
+    text = SHIPPED[name].read_text(encoding="utf-8")
+    values = yaml.safe_load(text)
+    first, second = text.splitlines()[:2]
+    assert second == "# $schema: ft-recipe.schema.json"
+    assert first.startswith(f"# ft {values['stage']} --recipe {name}  "), (
+        "headed by its command and the hardware it needs"
+    )
+    recipe = recipe_file.load(name, RECIPES[values["stage"]])
+    resolve(recipe, Hardware())
+    if "config" not in values["model"]:
+        assert 7 <= len(text.splitlines()) <= 25
