@@ -1,0 +1,328 @@
+"""Conversations become ids and labels.
+
+    encoder = make_encoder(tokenizer, family)
+    encoder.encode(conversation, train_on) -> Encoded(input_ids, labels, weights)
+    encoder.prompt_ids(messages, tools) -> ids that end with the header of the assistant's turn
+    encoder.stop_ids
+
+The tokenizer's own template is the reference: the ids are those of tokenizer.apply_chat_template. What is trained is
+what the model has to write: everything after the header of an assistant turn, the token that ends it included. Where
+it begins and ends comes from {% generation %} marks (of the template itself, or of a shipped copy that renders
+the same), otherwise from the difference between the conversation with and without the turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from finetune.data import chat_glm, forgery, templates
+from finetune.data.forgery import Guard
+from finetune.data.glm_encoder import GlmEncoder
+from finetune.data.tokens import ByLength, Tokens, first_from
+from finetune.data.types import IGNORED, Conversation, Encoded, Message, RowProblem, attempted
+
+
+@dataclass(slots=True)
+class Plan:
+    """A rendered conversation before it meets the tokenizer."""
+
+    text: str
+    spans: list[tuple[int, int, float]]
+    """(start, end, weight) in characters of text."""
+    mark: str | None
+    """The character that marks written-out control tokens in text."""
+    everything: bool
+    unfinished: bool
+    """The template writes no end of turn after the last reply."""
+    last_weight: float = 1.0
+    """Weight of the last reply."""
+
+
+def make_encoder(tokenizer: Any, family: Any = None) -> Encoder | GlmEncoder:
+    """The encoder for this tokenizer; `family`, a row of families.py, may name a template for bases without one."""
+    if chat_glm.glm_version(tokenizer) is not None:
+        return GlmEncoder(tokenizer)
+    return Encoder(tokenizer, family)
+
+
+def turn_weights(messages: list[Message], train_on: str) -> dict[int, float]:
+    """Index of every assistant message that carries loss -> its weight; with `all` also of those that carry none."""
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    weights = {i: float(messages[i].get("train", 1.0)) for i in (turns[-1:] if train_on == "last" else turns)}
+    return {i: weight for i, weight in weights.items() if weight > 0 or train_on == "all"}
+
+
+def from_tool(message: Message) -> bool:
+    return message["role"] == "tool" or "results" in message
+
+
+class Encoder:
+    def __init__(self, tokenizer: Any, family: Any = None) -> None:
+        self.tokenizer = tokenizer
+        self.template, self.origin = templates.choose(tokenizer, family)
+        self.notice = None if tokenizer.chat_template else f"chat format: {self.origin}"
+        self.variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self.annotated = templates.annotated(self.template, self.variables)
+        self.guard = Guard(tokenizer)
+        self.shows_tools, self.shows_calls, self.shows_results = templates.expresses(
+            self.template, tuple(sorted((k, v) for k, v in self.variables.items() if isinstance(v, str)))
+        )
+        self.end_tokens, self.stop_ids = self._ends()
+        self.markers = self._markers()
+        self._verified: set[Any] = set()
+        self._fast = getattr(tokenizer, "backend_tokenizer", None) is not None
+
+    # --- what callers use ---
+
+    def encode(self, conversation: Conversation, train_on: str = "assistant") -> Encoded:
+        """Ids and labels of one conversation. RowProblem when it cannot be encoded."""
+        result = self.encode_batch([conversation], train_on)[0]
+        if isinstance(result, RowProblem):
+            raise result
+        return result
+
+    def encode_batch(
+        self, conversations: Sequence[Conversation], train_on: str = "assistant"
+    ) -> list[Encoded | RowProblem]:
+        """Ids and labels of many; a conversation that cannot be encoded yields its RowProblem instead."""
+        plans = self.plan_batch(conversations, train_on)
+        return self.label_batch(plans, self.tokenize_batch(plans))
+
+    # encode_batch in three steps, so that the second, which runs outside of Python's lock, can run beside the others.
+
+    def plan_batch(self, conversations: Sequence[Conversation], train_on: str) -> list[Plan | RowProblem]:
+        return [attempted(self.plan, conversation, train_on) for conversation in conversations]
+
+    def tokenize_batch(self, plans: Sequence[Plan | RowProblem]) -> list[Tokens | RowProblem]:
+        stock = iter(self._tokenize([p.text for p in plans if isinstance(p, Plan) and p.mark is None]))
+        return [
+            plan if isinstance(plan, RowProblem)
+            else next(stock) if plan.mark is None
+            else attempted(self.guard.tokens, plan.text, plan.mark)
+            for plan in plans
+        ]  # fmt: skip
+
+    def label_batch(
+        self, plans: Sequence[Plan | RowProblem], tokens: Sequence[Tokens | RowProblem]
+    ) -> list[Encoded | RowProblem]:
+        return [
+            found if isinstance(found, RowProblem) else attempted(self._label, plan, found)
+            for plan, found in zip(plans, tokens, strict=True)
+        ]
+
+    def prompt_ids(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """Ids of the conversation so far and the header of the assistant's turn, for generation."""
+        messages, tools, _, mark = self._guarded(*self._expressible(messages, tools))
+        text = templates.render(self.template, messages, tools, self.variables, prompt=True)
+        return self._tokenize([text])[0].ids if mark is None else self.guard.tokens(text, mark).ids
+
+    def forged_markers(self, messages: list[Message]) -> list[tuple[int, str]]:
+        """(turn from 1, marker) for every turn marker in content that only looks like text to this tokenizer."""
+        if self.markers is None:
+            return []
+        return [(number, hit) for number, m in enumerate(messages, 1) for hit in self.markers.findall(m["content"])]
+
+    def identity(self) -> tuple[str, ...]:
+        """Everything the ids depend on, for the cache."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
+        day = str(date.today()) if "strftime_now" in self.template else ""
+        return (vocabulary, self.template, str(self.annotated), repr(self.variables), day)
+
+    def plan(self, conversation: Conversation, train_on: str = "assistant") -> Plan:
+        """The text and what is trained in it."""
+        messages, tools = self._expressible(conversation.messages, conversation.tools)
+        weights = turn_weights(messages, train_on)
+        messages, tools, content, mark = self._guarded(messages, tools)
+        text, spans = self._spans(messages, tools, content, weights)
+        last = len(messages) - 1
+        unfinished = last in spans and not text[: spans[last][1]].endswith(self.end_tokens)
+        ranges = [(*spans[i], weights[i]) for i in sorted(spans)]
+        if train_on == "all" and any(from_tool(m) for m in messages):
+            ranges += [(start, end, 0.0) for start, end in self._tool_output(text, messages, tools, content)]
+        return Plan(text, ranges, mark, train_on == "all", unfinished, weights.get(last, 1.0))
+
+    # --- steps ---
+
+    def _expressible(self, messages: list[Message], tools: Any) -> tuple[list[Message], Any]:
+        """Tools as text where the template would leave them out silently."""
+        if not tools and all(len(m) == 2 and m["role"] != "tool" for m in messages):
+            return messages, None
+        if not tools and not any("tool_calls" in m or m["role"] == "tool" for m in messages):
+            return messages, None
+        return templates.tools_as_text(messages, tools, self.shows_tools, self.shows_calls, self.shows_results)
+
+    def _guarded(self, messages: list[Message], tools: Any) -> tuple[list[Message], Any, str, str | None]:
+        """(messages and tools with written-out control tokens marked, all their text, the mark or None)."""
+        plain = not tools and all(len(m) == 2 for m in messages)
+        content = "\n".join([m["content"] for m in messages]) if plain else forgery.all_strings([messages, tools])
+        if not self.guard.suspicious(content):
+            return messages, tools, content, None
+        found = self.guard.found
+        turns = [{k: v for k, v in m.items() if k != "role"} for m in messages]
+        if not any(found(t, m["role"]) for t, m in zip(turns, messages, strict=True)) and not found(tools):
+            return messages, tools, content, None
+        mark = forgery.unused(content, 1)
+        guarded = [
+            {"role": m["role"], **self.guard.mark(t, mark, m["role"])} for t, m in zip(turns, messages, strict=True)
+        ]
+        return guarded, self.guard.mark(tools, mark), content, mark
+
+    def _spans(
+        self, messages: list[Message], tools: Any, content: str, weights: dict[int, float]
+    ) -> tuple[str, dict[int, tuple[int, int]]]:
+        """(text, message index -> character range) of the turns in `weights`."""
+        if self.annotated is not None:
+            assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+            edges = templates.EDGES
+            if edges[0] in content or edges[1] in content:
+                edges = forgery.unused(content, 4)[2:]  # the first may be the mark
+            text, blocks = templates.render_spans(self.annotated, messages, tools, self.variables, edges)
+            if len(blocks) == len(assistants) and self._same(text, messages, tools):
+                spans = dict(zip(assistants, blocks, strict=True))
+                return text, {i: self._trim(text, *spans[i]) for i in weights}
+        text = templates.render(self.template, messages, tools, self.variables)
+        return text, {i: self._difference(text, messages, tools, i) for i in weights}
+
+    def _tool_output(self, text: str, messages: list[Message], tools: Any, content: str) -> list[tuple[int, int]]:
+        """Character ranges of what tools returned, found by rendering it between two characters that occur nowhere."""
+        fence = forgery.unused(content, 6)
+        first, last = fence[4], fence[5]
+        fenced = [{**m, "content": f"{first}{m['content']}{last}"} if from_tool(m) else m for m in messages]
+        head, *parts = templates.render(self.template, fenced, tools, self.variables).split(first)
+        whole, ranges = head, []
+        for part in parts:
+            inside, _, after = part.partition(last)
+            ranges.append((len(whole), len(whole) + len(inside)))
+            whole += inside + after
+        if whole != text:
+            what = "the chat template changes tool output, which therefore cannot be kept out of the loss"
+            raise RowProblem("unstable_template", what, "set data.train_on: assistant")
+        return ranges
+
+    def _same(self, text: str, messages: list[Message], tools: Any) -> bool:
+        """Whether the marked copy rendered what the template itself renders: looked at once per shape of conversation,
+        and always where contents could take another path (blank, edged with white space, thinking, tools)."""
+        if self.annotated is self.template:
+            return True
+        plain = not tools and all(
+            len(m) == 2 and m["content"] == m["content"].strip() and m["content"] and "think>" not in m["content"]
+            for m in messages
+        )
+        shape = tuple(m["role"] for m in messages) if plain and len(messages) < 32 else None
+        if shape is not None and shape in self._verified:
+            return True
+        same = templates.render(self.template, messages, tools, self.variables) == text
+        if same and shape is not None:
+            self._verified.add(shape)
+        return same
+
+    def _difference(self, text: str, messages: list[Message], tools: Any, i: int) -> tuple[int, int]:
+        """Character range of turn i: what it adds to the conversation before it, header excluded."""
+        before = templates.render(self.template, messages[:i], tools, self.variables, prompt=True) if i else ""
+        upto = text
+        if i < len(messages) - 1:
+            upto = templates.render(self.template, messages[: i + 1], tools, self.variables)
+            if not text.startswith(upto):  # some templates close every text with the end token
+                eos = self.tokenizer.eos_token
+                upto = upto.removesuffix(eos) if eos else upto
+        if not text.startswith(upto):
+            raise RowProblem(
+                "unstable_template",
+                f"the chat template writes turn {i + 1} differently once more turns follow: no safe label mask",
+                "set data.train_on: last, or model.chat_template to a template with {% generation %} marks",
+            )
+        if not upto.startswith(before):
+            raise RowProblem(
+                "unstable_template",
+                f"turn {i + 1}: the chat template's prompt is not how its record of the reply begins",
+                "set model.chat_template to a template with {% generation %} marks",
+            )
+        return self._trim(text, len(before), len(upto))
+
+    def _trim(self, text: str, start: int, end: int) -> tuple[int, int]:
+        """The range up to the token that ends the turn. White space behind it, and an end token of the whole text, are
+        the template's; an end token just behind the range belongs to it."""
+        stripped = text[start:end].rstrip()
+        if stripped.endswith(self.end_tokens):
+            while True:
+                last = next(token for token in self.end_tokens if stripped.endswith(token))
+                shorter = stripped.removesuffix(last).rstrip()
+                if not shorter.endswith(self.end_tokens):
+                    return start, start + len(stripped)
+                stripped = shorter
+        for token in self.end_tokens:
+            if text.startswith(token, end):
+                return start, end + len(token)
+        return start, end
+
+    def _tokenize(self, texts: list[str]) -> list[Tokens]:
+        """The tokens of each text, nothing added."""
+        if not texts:
+            return []
+        if not self._fast:
+            return [ByLength(self.tokenizer, text) for text in texts]
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = False
+        return backend.encode_batch(texts, add_special_tokens=False)
+
+    def _label(self, plan: Plan, tokens: Tokens) -> Encoded:
+        """Labels from character ranges: a token belongs to the turn in which it begins."""
+        ids = tokens.ids
+        labels = list(ids) if plan.everything else [IGNORED] * len(ids)
+        weighted = False
+        for *_, weight in plan.spans:
+            weighted |= weight not in (0.0, 1.0)
+        weights = [1.0 if plan.everything else 0.0] * len(ids) if weighted else None
+        turns = []
+        for start, end, weight in plan.spans:
+            a, b = first_from(tokens, start), first_from(tokens, end)
+            labels[a:b] = ids[a:b] if weight else [IGNORED] * (b - a)
+            if weights is not None:
+                weights[a:b] = [weight] * (b - a)
+            if weight:
+                turns.append((a, b))
+        if plan.unfinished and self.tokenizer.eos_token_id is not None:
+            # Without an end the model would never learn to stop.
+            end, weight = self.tokenizer.eos_token_id, plan.last_weight
+            ids, labels = [*ids, end], [*labels, end if weight else IGNORED]
+            if weights is not None:
+                weights.append(weight)
+            if weight:
+                turns[-1] = (turns[-1][0], len(ids))
+        return Encoded(ids, labels, weights, turns)
+
+    def _markers(self) -> re.Pattern[str] | None:
+        """The turn markers that the template writes as plain text."""
+        texts = (templates.attempt(self.template, m, t, self.variables) or "" for m, t in templates.PROBES)
+        found = {hit for text in texts for hit in MARKER.findall(self.guard.all_added.sub(" ", text))}
+        return forgery.pattern(found) if found else None
+
+    def _ends(self) -> tuple[tuple[str, ...], list[int]]:
+        """(the strings that end an assistant turn, the ids that stop generation)."""
+        tokenizer = self.tokenizer
+        text = (
+            templates.attempt(
+                self.template,
+                [templates.turn("user", "u"), templates.turn("assistant", "probe-reply")],
+                None,
+                self.variables,
+            )
+            or ""
+        )
+        tail = text.partition("probe-reply")[2]
+        hit = self.guard.control.search(tail)
+        ends = [hit[0]] if hit else []
+        if tokenizer.eos_token and tokenizer.eos_token not in ends:
+            ends.append(tokenizer.eos_token)
+        ids = [tokenizer.convert_tokens_to_ids(token) for token in ends]
+        return tuple(ends), [i for i in ids if i is not None]
+
+
+MARKER = re.compile(r"\[/?[A-Z_]{3,}\]|<</?SYS>>|\[\|\w+\|\]:?|<\|\w+\|>|</?(?:start|end)_of_turn>|<reserved_\d+>")

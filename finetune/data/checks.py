@@ -1,0 +1,153 @@
+"""What can be wrong with one sample, without a tokenizer: a list of Finding per sample.
+
+`error` findings make the row unusable for training; `warning` findings are reported and counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from finetune.data.forgery import all_strings
+from finetune.data.types import Conversation, Message, Preference, Sample, Text, Unpaired
+
+
+class Finding(NamedTuple):
+    level: str  # error | warning
+    kind: str
+    message: str
+    fix: str | None = None
+
+
+def check(sample: Sample, text: str) -> list[Finding]:
+    """All findings of one sample; `text` is all its text, as samples.all_text gives it."""
+    if isinstance(sample, Conversation):
+        found = turn_order(sample.messages)
+        messages = sample.messages
+        if sample.tools or any(len(m) > 2 for m in messages):
+            half = HALF.search(all_strings([messages, sample.tools or []]))
+            if half is not None and half[0] not in text:
+                what = f"half a surrogate pair (\\u{ord(half[0]):04x}) in a tool call or description"
+                found.append(Finding("error", "broken_encoding", what, "mend the \\u escapes"))
+    elif isinstance(sample, Text):
+        found = [] if sample.text.strip() else [Finding("error", "empty_text", "the text is empty", "remove the row")]
+        messages = [{"role": "text", "content": sample.text}]
+    elif isinstance(sample, Unpaired):
+        found = [*prompt(sample.prompt), *answer(sample.completion, "the completion")]
+        messages = sample.prompt + sample.completion
+    else:
+        found = preference(sample)
+        messages = [*sample.prompt, *sample.chosen, *sample.rejected]
+    if (not text.isascii() and SUSPECT.search(text)) or "\x00" in text:
+        found += [f for number, m in enumerate(messages, 1) for f in encoding(m["content"], f"turn {number}")]
+    return found
+
+
+def preference(sample: Preference) -> list[Finding]:
+    found = [*prompt(sample.prompt), *answer(sample.chosen, "chosen"), *answer(sample.rejected, "rejected")]
+    if sample.chosen == sample.rejected:
+        found.append(Finding("error", "same_answers", "chosen and rejected are the same", "remove the row"))
+    return found
+
+
+def prompt(messages: list[Message]) -> list[Finding]:
+    if not messages:
+        return [Finding("error", "empty_conversation", "there is no prompt", "add one, or remove the row")]
+    return turn_order(messages, answered=False)
+
+
+def answer(messages: list[Message], name: str) -> Iterable[Finding]:
+    if not messages or messages[0]["role"] != "assistant":
+        yield Finding("error", "wrong_order", f"{name} does not begin with the assistant's turn", "mend the row")
+    elif all(blank(m) for m in messages):
+        yield Finding("error", "empty_answer", f"{name} is empty", "fill it in, or remove the row")
+
+
+def blank(message: Message) -> bool:
+    return not message["content"].strip() and not message.get("tool_calls") and not message.get("reasoning_content")
+
+
+FOLLOWS = {
+    # role: what may stand before it ("" is the beginning)
+    "system": {""},
+    "user": {"", "system", "assistant", "tool"},
+    "assistant": {"user", "tool"},
+    "tool": {"assistant", "tool"},
+}
+
+
+def turn_order(messages: list[Message], answered: bool = True) -> list[Finding]:
+    """Roles in order, no blank turns, with `answered` at least one answer of the assistant."""
+    if not messages:
+        return [Finding("error", "empty_conversation", "the conversation has no turns", "remove the row")]
+    found: list[Finding] = []
+    before = ""
+    seen = False
+    for number, message in enumerate(messages, 1):
+        role = message["role"]
+        if before not in FOLLOWS[role]:
+            what = order_message(number, role, before)
+            found.append(Finding("error", "wrong_order", what, "mend the order of the turns"))
+            if role == "system":
+                continue  # one complaint is enough: judge the next turn by the one before
+        if role == "assistant":
+            seen = True
+        if not message["content"].strip() and blank(message):
+            found += blank_turn(number, message)
+        if role == "tool" and before == "assistant" and not messages[number - 2].get("tool_calls"):
+            found.append(
+                Finding("warning", "stray_tool_result", f"turn {number}: a tool result, but no call before it")
+            )
+        before = role
+    if answered and not seen:
+        found.append(Finding("error", "no_answer", "no turn of the assistant, nothing to learn", "add the answer"))
+    elif answered and before != "assistant":
+        found.append(Finding("warning", "unanswered", f"ends with a turn of the {before}, which is not trained"))
+    return found
+
+
+def order_message(number: int, role: str, before: str) -> str:
+    if role == "system":
+        return f"turn {number}: a system turn that is not the first"
+    if not before or before == "system":
+        return f"turn {number}: the conversation begins with the {role}"
+    return f"turn {number}: {role} after {before}"
+
+
+def blank_turn(number: int, message: Message) -> Iterable[Finding]:
+    role = message["role"]
+    if role == "assistant" and message.get("train", True):
+        yield Finding(
+            "error", "empty_answer", f"turn {number}: the assistant's answer is empty", "fill it in, or remove the row"
+        )
+    elif role == "user":
+        yield Finding(
+            "error", "empty_turn", f"turn {number}: the user's turn is empty", "fill it in, or remove the row"
+        )
+    elif role != "tool":  # a tool may well return nothing
+        yield Finding("warning", "empty_turn", f"turn {number}: the {role}'s turn is empty")
+
+
+HALF = re.compile("[\ud800-\udfff]")
+SUSPECT = re.compile("[\x00\ufffd\ud800-\udfff]|锟斤拷|烫烫烫|Ã[\x80-\xbf]|â€")
+
+
+def encoding(text: str, where: str) -> Iterable[Finding]:
+    """Half characters, replacement characters and text that was decoded wrongly once."""
+    hit = SUSPECT.search(text)
+    if hit is None:
+        return
+    char = hit[0]
+    if "\ud800" <= char <= "\udfff":
+        yield Finding(
+            "error", "broken_encoding", f"{where}: half a surrogate pair (\\u{ord(char):04x})", "mend the \\u escapes"
+        )
+    elif char == "\x00":
+        yield Finding("warning", "broken_encoding", f"{where}: a NUL character")
+    elif char == "\ufffd":
+        yield Finding("warning", "broken_encoding", f"{where}: U+FFFD, a character that was lost in a conversion")
+    else:
+        yield Finding(
+            "warning", "broken_encoding", f"{where}: {char!r} looks like text decoded with the wrong encoding"
+        )

@@ -1,0 +1,172 @@
+"""Row formats: one line of FORMATS each. `detect` looks at the rows' fields, never at file names.
+
+    detect(rows) -> name             convert(row, name) -> sample         convert_all(row, name) -> samples
+
+To add a format: a converter (row -> samples) in converters.py and a line in FORMATS, whose order is
+the order of recognition: the more specific stands first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from finetune.data.converters import (
+    LABELS,
+    PAIRS,
+    RANKED,
+    Fields,
+    alpaca,
+    inputs_targets,
+    is_turns,
+    preference_pair,
+    prompt_completion,
+    question_answer,
+    ranked,
+    raw_text,
+    self_instruct,
+    turns,
+    unpaired,
+)
+from finetune.data.types import Conversation, Preference, Sample, Text, Unpaired
+from finetune.errors import UserError
+
+
+class Format(NamedTuple):
+    kind: str  # sft | preference | unpaired | text
+    recognise: Callable[[Fields], bool]
+    convert: Callable[[Fields], list[Any]]
+    columns: str
+    """The columns as the documentation shows them; [brackets] mark optional ones."""
+    about: str
+    sample: str
+    """A shipped file of this format."""
+
+
+def is_label(value: Any) -> bool:
+    return (
+        value in (0, 1) if isinstance(value, bool | int) else isinstance(value, str) and value.strip().lower() in LABELS
+    )
+
+
+def is_ranked(row: Fields) -> bool:
+    listed = any(isinstance(row.get(n), list) and len(row[n]) > 1 and not is_turns(row[n]) for n in RANKED)
+    return listed and any(n in row for n in ("prompt", "question", "query", "instruction")) and "instances" not in row
+
+
+TURNS = ("conversations", "messages")
+UNPAIRED = (*TURNS, "completion", "response", "output", "answer")
+
+
+def is_unpaired(row: Fields) -> bool:
+    return is_label(row.get("label", row.get("kto_tag"))) and any(column in row for column in UNPAIRED)
+
+
+def has(*names: str) -> Callable[[Fields], bool]:
+    return lambda row: all(name in row for name in names)
+
+
+FORMATS: dict[str, Format] = {
+    "preference": Format(
+        "preference", has("chosen", "rejected"), preference_pair,
+        "[prompt|conversations|instruction], chosen, rejected, [system], [tools]",
+        "a better and a worse answer: text, turns, sharegpt turns, or two full transcripts without a prompt",
+        "preference.jsonl",
+    ),
+    "unpaired": Format(
+        "unpaired", is_unpaired, unpaired,
+        "messages (or prompt, completion), label", "one answer, good (true) or bad (false), for KTO",
+        "unpaired.jsonl",
+    ),
+    "ranked": Format(
+        "preference",
+        is_ranked, ranked, "prompt (or instruction), responses, [scores|ranks]",
+        "several answers, best first or with scores; every pair of different rank becomes a preference",
+        "ranked.jsonl",
+    ),
+    "self_instruct": Format(
+        "sft", lambda row: "instruction" in row and isinstance(row.get("instances"), list), self_instruct,
+        "instruction, instances: [{input, output}]", "self-instruct seed tasks; one sample per instance",
+        "self_instruct.jsonl",
+    ),
+    "sharegpt": Format(
+        "sft", lambda row: any(is_turns(row.get(c)) and "from" in row[c][0] for c in TURNS), turns,
+        "conversations: [{from, value}], [system], [tools]",
+        "turns from human, gpt, system, function_call, observation, tool",
+        "sharegpt.json",
+    ),
+    "chatglm3": Format(
+        "sft", lambda row: is_turns(row.get("conversations")), turns,
+        "conversations: [{role, content, [loss]}], [tools]",
+        "ChatGLM3's fine-tuning demo, tool turns and per-turn loss included",
+        "chatglm3.json",
+    ),
+    "messages": Format(
+        "sft", lambda row: any(isinstance(row.get(c), list) for c in TURNS), turns,
+        "messages: [{role, content, [tool_calls], [train]}], [tools]",
+        "OpenAI's chat form, with tool calls and content parts",
+        "messages.jsonl",
+    ),
+    "alpaca": Format(
+        "sft", has("instruction"), alpaca, "instruction, [input], output, [history], [system]",
+        "Stanford Alpaca and its many children",
+        "alpaca.json",
+    ),
+    "prompt_completion": Format(
+        "sft", lambda row: "prompt" in row or "query" in row, prompt_completion,
+        "prompt, completion (or response), [system], [tools]", "text or turns in both columns",
+        "prompt_completion.jsonl",
+    ),
+    "question_answer": Format(
+        "sft", lambda row: "question" in row or has("problem", "solution")(row), question_answer,
+        "question (or problem), answer (or solution), [context]", "GSM8K and other question sets",
+        "question_answer.csv",
+    ),
+    "inputs_targets": Format(
+        "sft", lambda row: any(has(*pair)(row) for pair in PAIRS), inputs_targets,
+        "inputs, targets (or input, output; source, target)", "FLAN and T5 style",
+        "inputs_targets.tsv",
+    ),
+    "text": Format(
+        "text", has("text"), raw_text, "text", "raw text, for pre-training; in a text file every line is a document",
+        "text.txt",
+    ),
+}  # fmt: skip
+KINDS = {"sft": Conversation, "preference": Preference, "unpaired": Unpaired, "text": Text}
+
+
+def rename(row: Fields, columns: Mapping[str, str] | None) -> Fields:
+    """Apply data.columns ({the format's name: the file's name}); a column under its own name stays where it is."""
+    if not columns:
+        return row
+    taken = set(columns.values())
+    out = {name: value for name, value in row.items() if name not in taken}
+    out.update({name: row[theirs] for name, theirs in columns.items() if theirs in row})
+    return out
+
+
+def detect(rows: Iterable[Fields], columns: Mapping[str, str] | None = None) -> str:
+    """The first format that recognises most of these rows (a sample is enough). UserError when none does."""
+    renamed = [rename(row, columns) for row in rows]
+    counts = {name: sum(map(form.recognise, renamed)) for name, form in FORMATS.items()}
+    best = max(counts, key=lambda name: counts[name])
+    if not counts[best]:
+        have = sorted({str(key) for row in renamed for key in row})
+        raise UserError(
+            f"no known format has the columns {', '.join(have) or '(none)'}",
+            fix=f"set data.columns, or data.format to one of {', '.join(FORMATS)}",
+        )
+    # Not simply the best: every preference row also looks like a bare prompt, and one broken row must not decide.
+    return (
+        next(name for name in FORMATS if 2 * counts[name] >= len(renamed)) if 2 * counts[best] >= len(renamed) else best
+    )
+
+
+def convert_all(row: Fields, name: str, columns: Mapping[str, str] | None = None) -> list[Any]:
+    """All samples of one row (seed tasks and ranked lists hold several). Raises RowProblem."""
+    return FORMATS[name].convert(rename(row, columns) if columns else row)
+
+
+def convert(row: Fields, name: str, columns: Mapping[str, str] | None = None) -> Sample:
+    """The first sample of one row. Raises RowProblem."""
+    return convert_all(row, name, columns)[0]

@@ -1,0 +1,50 @@
+"""ChatGLM's encoder: the interface of chat.Encoder over chat_glm.py, which builds ids segment by segment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from finetune.data import chat_glm
+from finetune.data.types import IGNORED, Conversation, Encoded, Message, RowProblem, attempted
+
+
+class GlmEncoder:
+    """ChatGLM3: every segment on its own ids; see chat_glm.py."""
+
+    template = None
+    origin = "ChatGLM3, encoded per segment"
+    notice = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.stop_ids: list[int] = chat_glm.stop_ids(tokenizer)
+
+    def encode(self, conversation: Conversation, train_on: str = "assistant") -> Encoded:
+        messages, tools = conversation.messages, conversation.tools
+        ids, weights = chat_glm.encode_weighted(self.tokenizer, messages, tools, train_on)
+        labels = [token if weight else IGNORED for token, weight in zip(ids, weights, strict=True)]
+        return Encoded(ids, labels, weights if set(weights) - {0, 1} else None)
+
+    def encode_batch(
+        self, conversations: Sequence[Conversation], train_on: str = "assistant"
+    ) -> list[Encoded | RowProblem]:
+        return [attempted(self.encode, conversation, train_on) for conversation in conversations]
+
+    def plan_batch(self, conversations: Sequence[Conversation], train_on: str) -> list[Encoded | RowProblem]:
+        return self.encode_batch(conversations, train_on)
+
+    def tokenize_batch(self, plans: Sequence[Any]) -> None:
+        return None
+
+    def label_batch(self, plans: list[Encoded | RowProblem], tokens: None) -> list[Encoded | RowProblem]:
+        return plans
+
+    def forged_markers(self, messages: list[Message]) -> list[tuple[int, str]]:
+        return []  # all its markers are control tokens, and content is encoded without them
+
+    def identity(self) -> tuple[str, ...]:
+        return (self.tokenizer.backend_tokenizer.to_str(), repr(chat_glm.glm_version(self.tokenizer)))
+
+    def prompt_ids(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        return list(chat_glm.prompt_ids(self.tokenizer, messages, tools))

@@ -1,0 +1,94 @@
+"""Test prompts that were seen in training: exactly, up to case and spacing, or nearly.
+
+    index = Index(prompts of the held-out rows)
+    index.search(prompts of a batch of training rows) -> [(training row, held-out row, similarity)]
+
+Nearly means that most of a held-out prompt's passages stand in one training prompt. A passage is a window of 24 bytes
+(8 Chinese characters, about 5 English words) after case, spacing and ASCII punctuation are taken away; one in two is
+kept, chosen by its hash, so that both sides keep the same. Windows are computed for whole batches with numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+WINDOW = 24
+KEPT = 2  # one window in this many
+NEAR = 0.8  # share of a held-out prompt's windows that must stand in one training prompt
+SIEVE = 1 << 20
+FEWEST = 4  # windows a prompt needs to be compared by them; shorter ones only exactly
+
+_FOLD = np.zeros(256, np.uint8)  # byte -> itself in lower case, 0 for what is left out
+_FOLD[128:] = np.arange(128, 256)
+for _char in b"0123456789abcdefghijklmnopqrstuvwxyz":
+    _FOLD[_char] = _char
+    _FOLD[ord(chr(_char).upper())] = _char
+_RANDOM = np.random.default_rng(0).integers(1, 2**63, 256, dtype=np.uint64) | np.uint64(1)
+_PRIME = np.uint64(0x9E3779B97F4A7C15)
+
+
+def folded(text: str) -> int:
+    """Equal for texts that differ only in case and spacing. For one run (Python's own hash)."""
+    return hash("".join(text.lower().split()))
+
+
+def windows(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(hashes, number of the text each belongs to) of the kept windows of all texts."""
+    raw = np.frombuffer("\n".join(texts).encode("utf-8", "surrogatepass"), np.uint8)
+    sizes = np.array([len(t) if t.isascii() else len(t.encode("utf-8", "surrogatepass")) for t in texts], np.int64)
+    owner = np.repeat(np.arange(len(texts)), sizes + 1)[: len(raw)]
+    letters = _FOLD[raw]
+    used = letters > 0
+    letters, owner = letters[used], owner[used]
+    if len(letters) < WINDOW:
+        return np.empty(0, np.uint64), np.empty(0, np.int64)
+    with np.errstate(over="ignore"):
+        one = _RANDOM[letters]
+        two = one[:-1] * _PRIME + one[1:]
+        four = two[:-2] * _PRIME + two[2:]
+        eight = four[:-4] * _PRIME + four[4:]
+        sixteen = eight[:-8] * _PRIME + eight[8:]
+        hashes = sixteen[:-8] * _PRIME + eight[16:]
+    inside = owner[: len(hashes)] == owner[WINDOW - 1 :]
+    kept = inside & ((hashes >> np.uint64(40)) % np.uint64(KEPT) == 0)
+    return hashes[kept], owner[: len(hashes)][kept]
+
+
+class Index:
+    def __init__(self, prompts: Sequence[str]) -> None:
+        self.exact: dict[int, int] = {}
+        for row, prompt in enumerate(prompts):
+            self.exact.setdefault(folded(prompt), row)
+        hashes, owners = windows(prompts)
+        self.sizes = np.bincount(owners, minlength=len(prompts))
+        order = np.argsort(hashes, kind="stable")
+        self.hashes, self.owners = hashes[order], owners[order]
+        self.sieve = np.zeros(SIEVE, bool)  # most windows of most rows are in no held-out row: seen without a search
+        self.sieve[hashes & np.uint64(SIEVE - 1)] = True
+
+    def search(self, prompts: Sequence[str]) -> list[tuple[int, int, float]]:
+        """(row of `prompts`, held-out row, similarity) of the best match of each row that leaks; 1.0 is exact."""
+        found = {
+            row: (match, 1.0)
+            for row, prompt in enumerate(prompts)
+            if (match := self.exact.get(folded(prompt))) is not None
+        }
+        hashes, rows = windows(prompts)
+        likely = self.sieve[hashes & np.uint64(SIEVE - 1)]
+        hashes, rows = hashes[likely], rows[likely]
+        first = np.searchsorted(self.hashes, hashes, "left")
+        count = np.searchsorted(self.hashes, hashes, "right") - first
+        hit = count > 0
+        if hit.any():
+            rows, first, count = rows[hit], first[hit], count[hit]
+            at = np.repeat(first - np.concatenate([[0], np.cumsum(count)[:-1]]), count) + np.arange(count.sum())
+            pairs = np.unique(np.stack([np.repeat(rows, count), self.owners[at], at]), axis=1)
+            (train, held), matches = np.unique(pairs[:2], axis=1, return_counts=True)
+            share = matches / self.sizes[held]
+            for row, match, similarity in zip(train, held, share, strict=True):
+                near = similarity >= NEAR and self.sizes[match] >= FEWEST
+                if near and found.get(int(row), (0, 0.0))[1] < similarity:
+                    found[int(row)] = (int(match), min(float(similarity), 0.99))
+        return [(row, match, similarity) for row, (match, similarity) in sorted(found.items())]

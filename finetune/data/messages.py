@@ -1,0 +1,220 @@
+"""One turn, however it was written, becomes one message dict (see types.py for its keys).
+
+Everything here raises RowProblem with a message that names the turn, counted from 1.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from finetune.data.types import Message, RowProblem
+
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
+    "bing": "assistant", "bard": "assistant",
+    "function_call": "function_call", "tool_call": "function_call",
+    "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool",
+    "ipython": "tool",
+}  # fmt: skip
+PLAIN = {name: role for name, role in ROLES.items() if role != "function_call"}
+FLAGS = ("train", "loss", "weight", "loss_weight", "training")
+KEPT = ("name", "tool_call_id", "metadata", "reasoning_content")
+
+
+def text_of(value: Any, where: str) -> str:
+    """A content field as one string: strings as they are, OpenAI content parts joined, None as empty."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        parts = []
+        for part in value:
+            if isinstance(part, str):
+                raise RowProblem("wrong_type", f"{where} is a list of texts", "make it one string")
+            if isinstance(part, dict) and part.get("type", "text") in ("text", "input_text", "output_text"):
+                parts.append(text_of(part.get("text", part.get("content")), where))
+            else:
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise RowProblem(
+                    "unsupported_content", f"{where}: a content part of type {kind!r}", "keep text parts only"
+                )
+        return "".join(parts)
+    raise RowProblem("wrong_type", f"{where} is {kind_of(value)}, not text", "make it a string")
+
+
+def kind_of(value: Any) -> str:
+    """JSON's word for a value's type."""
+    if value is None:
+        return "null"
+    names: dict[type, str] = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), "text")
+
+
+def answer_text(value: Any, where: str) -> str:
+    """Fields of flat formats: text, or a number as people write answers ("answer": 42)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return text_of(value, where)
+    return str(value)
+
+
+def to_messages(turns: Any, column: str) -> list[Message]:
+    """A list of turns in any of the known spellings -> messages.
+
+    Turns are {from, value}, {role, content} or {role, text}; function_call turns become assistant messages with
+    tool_calls; ChatGLM3's {role: tool, name, parameters, observation} becomes a call and its result.
+    """
+    if not isinstance(turns, list):
+        raise RowProblem(
+            "wrong_type", f"{column} is {kind_of(turns)}, not a list of turns", "make it a list of {role, content}"
+        )
+    if turns and all(type(turn) is str for turn in turns):  # LIMA's form: question and answer in turn
+        turns = [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, 1):
+        if type(turn) is dict and len(turn) == 2:  # the common case, three times faster than the whole way
+            role, content = PLAIN.get(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value"))  # type: ignore[arg-type]
+            if role is not None and type(content) is str:
+                messages.append({"role": role, "content": content})
+                continue
+        if not isinstance(turn, dict):
+            raise RowProblem(
+                "wrong_type", f"{column}, turn {number} is {kind_of(turn)}, not an object", "write {role, content}"
+            )
+        convert_turn(turn, f"{column}, turn {number}", messages)
+    return messages
+
+
+def convert_turn(turn: dict[str, Any], where: str, messages: list[Message]) -> None:
+    """Append the message (ChatGLM3 tool turns: two messages) that `turn` stands for."""
+    name = turn.get("role", turn.get("from"))
+    if not isinstance(name, str):
+        raise RowProblem("missing_role", f"{where} has no role", "add role (or from): system, user, assistant or tool")
+    role = ROLES.get(name) or ROLES.get(name.strip().lower())
+    if role is None:
+        raise RowProblem("unknown_role", f"{where}: unknown role {name!r}", "use system, user, assistant or tool")
+    if role == "tool" and "observation" in turn and "parameters" in turn:
+        chatglm3_tool_turn(turn, where, messages)
+        return
+    raw = turn["content"] if "content" in turn else turn.get("value", turn.get("text", MISSING))
+    if raw is MISSING and not turn.get("tool_calls") and not turn.get("function_call"):
+        raise RowProblem("missing_content", f"{where} has no content", "add content (or value)")
+    if role == "function_call":
+        message: Message = {"role": "assistant", "content": "", "tool_calls": parse_calls(raw, where)}
+    else:
+        if role == "tool" and isinstance(raw, dict | list) and not is_parts(raw):
+            raw = json.dumps(raw, ensure_ascii=False)
+        message = {
+            "role": role,
+            "content": raw if isinstance(raw, str) else text_of(None if raw is MISSING else raw, where),
+        }
+        if role == "assistant":
+            calls = turn.get("tool_calls") or turn.get("function_call")
+            if calls:
+                message["tool_calls"] = parse_calls(calls, where)
+    if len(turn) > 2:
+        extras(turn, message, where)
+    messages.append(message)
+
+
+MISSING = object()
+
+
+def is_parts(raw: Any) -> bool:
+    return isinstance(raw, list) and bool(raw) and all(isinstance(part, dict) and "type" in part for part in raw)
+
+
+def extras(turn: dict[str, Any], message: Message, where: str) -> None:
+    """Copy the optional keys; loss flags become `train`."""
+    for key in KEPT:
+        value = turn.get(key)
+        if value is not None and value != "":
+            message[key] = text_of(value, f"{where}, {key}")
+    for key in FLAGS:
+        if turn.get(key) is not None:
+            message["train"] = loss_flag(turn[key], f"{where}, {key}")
+    if isinstance(turn.get("tools"), list) and turn["tools"]:
+        message["tools"] = turn["tools"]  # ChatGLM3 writes them into the system turn
+
+
+def loss_flag(value: Any, where: str) -> bool | float:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and value >= 0:
+        return bool(value) if value in (0, 1) else float(value)
+    raise RowProblem("bad_loss_flag", f"{where} is {value!r}", "use true, false or a weight of at least 0")
+
+
+def chatglm3_tool_turn(turn: dict[str, Any], where: str, messages: list[Message]) -> None:
+    """{role: tool, name, parameters, observation}: the call joins the assistant's thought before it."""
+    arguments = turn["parameters"] if isinstance(turn["parameters"], dict) else {}
+    call = make_call(str(turn.get("name", "")), arguments, where)
+    if messages and messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
+        messages[-1] = {**messages[-1], "tool_calls": [call]}
+    else:
+        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+    seen = turn["observation"]
+    messages.append(
+        {"role": "tool", "content": seen if isinstance(seen, str) else json.dumps(seen, ensure_ascii=False)}
+    )
+
+
+def make_call(name: Any, arguments: Any, where: str, call_id: Any = None) -> dict[str, Any]:
+    if not isinstance(name, str) or not name:
+        raise RowProblem("bad_tool_call", f"{where}: the tool call has no name", "write {name, arguments}")
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments or "{}", f"{where}, arguments of {name}", "bad_tool_call")
+    if not isinstance(arguments, dict):
+        raise RowProblem(
+            "bad_tool_call",
+            f"{where}: the arguments of {name} are {kind_of(arguments)}, not an object",
+            "make them an object",
+        )
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"id": call_id, **call} if isinstance(call_id, str) else call
+
+
+def parse_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """A tool call in any form (object, list, JSON text; bare or with `function`) -> OpenAI tool_calls."""
+    if isinstance(value, str):
+        value = parse_json(value, f"{where}, tool call", "bad_tool_call")
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        if not isinstance(call, dict):
+            what = f"{where}: the tool call is {kind_of(call)}, not an object"
+            raise RowProblem("bad_tool_call", what, "write {name, arguments}")
+        inner = call.get("function")
+        function: dict[str, Any] = inner if isinstance(inner, dict) else call
+        arguments = function.get("arguments", function.get("parameters", {}))
+        calls.append(make_call(function.get("name"), arguments, where, call.get("id")))
+    return calls
+
+
+def parse_tools(value: Any) -> list[dict[str, Any]] | None:
+    """The `tools` column (list, object or JSON text; bare functions or OpenAI's wrapping) -> OpenAI tools, or None."""
+    if isinstance(value, str):
+        if not value.strip():
+            return None
+        value = parse_json(value, "tools", "bad_tools")
+    if not value:
+        return None
+    tools: list[dict[str, Any]] = []
+    for tool in value if isinstance(value, list) else [value]:
+        if not isinstance(tool, dict):
+            raise RowProblem(
+                "bad_tools", f"tools: {kind_of(tool)} where a function description belongs", "list {name, parameters}"
+            )
+        tools.append(tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": tool})
+        if not isinstance(tools[-1]["function"].get("name"), str):
+            raise RowProblem("bad_tools", "tools: a function without a name", "give each function a name")
+    return tools
+
+
+def parse_json(text: str, what: str, kind: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RowProblem(kind, f"{what}: not JSON ({error})", "write valid JSON") from None

@@ -1,0 +1,70 @@
+"""Preference pairs and labelled answers as token ids.
+
+    load_pairs(config, encoder)      rows: chosen_ids, chosen_mask, rejected_ids, rejected_mask
+    load_unpaired(config, encoder)   rows: prompt_ids, completion_ids, label
+
+Masks are 1 on the tokens of the answer that a model writes, its end of turn included, 0 on the prompt, headers and
+tool output. The pass over the data is the audit's: identical answers, also after truncation, are its business.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from finetune.data.audit import Audit
+from finetune.data.chat import IGNORED, Encoded
+from finetune.data.dataset import SftData, held_out
+from finetune.data.samples import content_hash
+from finetune.data.types import Unpaired
+from finetune.errors import UserError
+
+
+def load_pairs(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = None) -> SftData:
+    """Pairs of `data.train`, split by `data.eval_split`. UserError with every problem of every row."""
+    rows, hashes, audit = [], [], Audit(config, encoder, "preference", eval_data)
+    for item, encoded in audit.rows(seed):
+        assert isinstance(encoded, dict)
+        row: dict[str, list[int]] = {}
+        for name in ("chosen", "rejected"):
+            row[f"{name}_ids"] = encoded[name].input_ids
+            row[f"{name}_mask"] = mask(encoded[name])
+        rows.append(row)
+        hashes.append(content_hash(item.sample))  # type: ignore[arg-type]
+    audit.settle()
+    return _split(rows, hashes, config, audit)
+
+
+def load_unpaired(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = None) -> SftData:
+    """Labelled answers; pairs are read as one good and one bad answer. UserError with every problem of every row."""
+    rows, hashes, audit = [], [], Audit(config, encoder, "unpaired", eval_data)
+    for item, encoded in audit.rows(seed):
+        assert isinstance(encoded, Encoded)
+        assert isinstance(item.sample, Unpaired)
+        start = mask(encoded).index(1)
+        ids = encoded.input_ids
+        rows.append({"prompt_ids": ids[:start], "completion_ids": ids[start:], "label": item.sample.label})
+        hashes.append(content_hash(item.sample))
+    audit.settle()
+    data = _split(rows, hashes, config, audit)
+    if len(set(data.train["label"])) < 2:
+        good = "good" if data.train[0]["label"] else "bad"
+        raise UserError(f"every answer is labelled {good}", key="data.train", fix="KTO needs good and bad answers")
+    return data
+
+
+def mask(encoded: Encoded) -> list[int]:
+    """1 where a token is trained."""
+    return [int(label != IGNORED) for label in encoded.labels]
+
+
+def _split(rows: list[dict[str, Any]], hashes: list[int], config: Any, audit: Audit) -> SftData:
+    import datasets
+
+    held = held_out(np.asarray(hashes, np.uint64), config.eval_split)
+    if not rows or held.all():
+        raise UserError("no row is left to train on", key="data.train", fix="give more rows, or hold out fewer")
+    parts = [[row for row, out in zip(rows, held, strict=True) if bool(out) is wanted] for wanted in (False, True)]
+    train, test = (datasets.Dataset.from_list(part) if part else None for part in parts)
+    return SftData(train, test, {**dict(audit.counts), "eval_rows": int(held.sum())}, audit.warnings())

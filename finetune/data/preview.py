@@ -1,0 +1,126 @@
+"""Samples as the model sees them.
+
+samples(config, encoder, limit) -> [{file, row, input_ids, labels, tokens, text}, …] in file order
+packs(samples, max_length) -> which samples share a row when data.packing is on
+as_text(…), as_html(…)       trained tokens coloured, packing boundaries shown
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from finetune.data.audit import Audit
+from finetune.data.chat import IGNORED
+from finetune.data.packing import plan
+
+
+def samples(config: Any, encoder: Any, limit: int = 10, kind: str | None = "sft") -> list[dict[str, Any]]:
+    """The first `limit` usable rows. A pair gives two samples, told apart by `answer`."""
+    audit = Audit(config, encoder, kind)
+    out: list[dict[str, Any]] = []
+    for item, encoded in itertools.islice(audit.rows(), limit):
+        parts = encoded if isinstance(encoded, dict) else {"": encoded}
+        for name, row in parts.items():
+            if row is None:
+                continue
+            sample = {
+                "file": item.file,
+                "row": item.row,
+                "input_ids": row.input_ids,
+                "labels": row.labels,
+                "tokens": tokens(encoder.tokenizer, row.input_ids),
+                "text": encoder.tokenizer.decode(row.input_ids),
+            }
+            out.append(sample if not name else {"answer": name, **sample})
+    if not out:
+        audit.settle()
+    return out
+
+
+def tokens(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Each token as text. A character that is spread over several tokens stands at the last of them, so that the texts
+    add up to the whole."""
+    out: list[str] = []
+    waiting: list[int] = []
+    for token in ids:
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        whole = not text.endswith("\ufffd") or len(waiting) > 8
+        out.append(text if whole else "")
+        if whole:
+            waiting = []
+    if waiting:
+        out[-1] = tokenizer.decode(waiting)
+    return out
+
+
+def packs(shown: list[dict[str, Any]], max_length: int) -> list[list[int]]:
+    """Numbers of the samples that share a row; of these samples only, the whole data packs tighter."""
+    return plan([len(sample["input_ids"]) for sample in shown], max_length)
+
+
+def runs(sample: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    """(trained, text) stretches."""
+    marked = zip((label != IGNORED for label in sample["labels"]), sample["tokens"], strict=True)
+    for trained, group in itertools.groupby(marked, key=lambda pair: pair[0]):
+        yield trained, "".join(text for _, text in group)
+
+
+def heading(sample: dict[str, Any]) -> str:
+    trained = sum(label != IGNORED for label in sample["labels"])
+    answer = f" · {sample['answer']}" if "answer" in sample else ""
+    return f"{sample['file']}, row {sample['row']}{answer} · {len(sample['input_ids'])} tokens, {trained} trained"
+
+
+def as_text(shown: list[dict[str, Any]], rows: list[list[int]] | None = None) -> Any:
+    """For a terminal: trained text green, the rest dim. `rows` are the packed rows."""
+    from rich.text import Text
+
+    text = Text()
+    for number, group in enumerate(rows or [list(range(len(shown)))], 1):
+        if rows:
+            length = sum(len(shown[i]["input_ids"]) for i in group)
+            text.append(f"══ packed row {number}: {len(group)} samples, {length} tokens\n", "bold")
+        for i in group:
+            text.append(f"── {heading(shown[i])}\n", "cyan")
+            for trained, part in runs(shown[i]):
+                text.append(part, "bold green" if trained else "dim")
+            text.append("\n")
+    return text
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>ft data preview</title>
+<style>
+body {{ font: 15px/1.6 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222; }}
+h2 {{ font-size: 0.9rem; color: #57606a; border-top: 1px solid #d0d7de; padding-top: 1rem; font-weight: 600; }}
+h1 {{ font-size: 1rem; }}
+pre {{ white-space: pre-wrap; font: 13px/1.6 ui-monospace, monospace; margin: 0; color: #6e7781; }}
+mark {{ background: #dafbe1; color: #1a7f37; border-radius: 3px; }}
+@media (prefers-color-scheme: dark) {{
+  body {{ background: #0d1117; color: #e6edf3; }}
+  mark {{ background: #12361f; color: #7ee787; }}
+}}
+</style>
+<p>Marked text is trained; the rest is only read.</p>
+{body}
+</html>
+"""
+
+
+def as_html(shown: list[dict[str, Any]], rows: list[list[int]] | None = None) -> str:
+    """One page without outside resources; content cannot break out of it."""
+    parts = []
+    for number, group in enumerate(rows or [list(range(len(shown)))], 1):
+        if rows:
+            parts.append(f"<h1>Packed row {number}: {len(group)} samples</h1>")
+        for i in group:
+            body = "".join(
+                f"<mark>{html.escape(part)}</mark>" if trained else html.escape(part)
+                for trained, part in runs(shown[i])
+            )
+            parts.append(f"<h2>{html.escape(heading(shown[i]))}</h2>\n<pre>{body}</pre>")
+    return PAGE.format(body="\n".join(parts))

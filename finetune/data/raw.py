@@ -1,0 +1,92 @@
+"""Raw text for pre-training: documents from any source, packed into blocks of equal length.
+
+documents(data, blocks)    -> the texts of `data.train`; `builtin:world` is endless
+pack(documents, …)         -> blocks of exactly max_length tokens
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
+
+from finetune.data import formats, sources
+from finetune.data.types import RowProblem
+from finetune.errors import UserError
+from finetune.recipe import DataConfig, SourceConfig
+
+WORLD = "builtin:world"
+Encode = Callable[[str], list[int]]
+
+
+def is_endless(data: DataConfig) -> bool:
+    return WORLD in (data.train if isinstance(data.train, list) else [data.train])
+
+
+def documents(data: DataConfig, seed: int, total: int) -> Iterator[str]:
+    """The texts of all sources, in order. `builtin:world` draws from `seed`, its curriculum over `total` documents."""
+    for source in data.train if isinstance(data.train, list) else [data.train]:
+        if source == WORLD:
+            from finetune.data import world
+
+            yield from world.documents(seed, total)
+        else:
+            yield from _texts(source, data)
+
+
+def _texts(source: str | SourceConfig, data: DataConfig) -> Iterator[str]:
+    """Rows of raw text (a `text` column, or a text file). UserError for rows of another kind."""
+    rows = sources.read_rows(source)
+    first = list(islice(rows, 100))
+    name = data.format or formats.detect((row.data for row in first if row.problem is None), data.columns)
+    if formats.FORMATS[name].kind != "text":
+        fix = "give rows with a `text` column, or fine-tune with `ft sft`"
+        raise UserError(
+            f"rows of format {name} are not raw text",
+            path=str(getattr(source, "path", source)),
+            key="data.train",
+            fix=fix,
+        )
+    for row in islice(chain(first, rows), data.max_samples):
+        try:
+            if row.problem is not None:
+                raise row.problem
+            samples = formats.convert_all(row.data, name, data.columns)
+        except RowProblem as problem:
+            if data.on_error == "stop" or problem.ends_file:
+                raise UserError(problem.message, path=row.file, row=row.row, fix=problem.fix) from None
+            continue
+        for sample in samples:
+            yield sample.text
+
+
+def pack(texts: Iterable[str], encode: Encode, length: int, separator: Sequence[int]) -> Iterator[list[int]]:
+    """Blocks of exactly `length` ids; every document is preceded by `separator`.
+
+    A document that is cut by the end of a block stands whole at the start of the next one if it fits there, so that no
+    block begins with a rest whose beginning is missing; only longer ones are continued. The last block may be dropped.
+    """
+    block: list[int] = []
+    for text in texts:
+        ids = [*separator, *encode(text)]
+        room = length - len(block)
+        block += ids[:room]
+        if len(block) < length:
+            continue
+        yield block
+        rest = ids if room < len(ids) <= length else ids[room:]
+        while len(rest) >= length:
+            yield rest[:length]
+            rest = rest[length:]
+        block = list(rest)
+
+
+def held_out(texts: Iterable[str], share: float | int) -> tuple[list[str], Iterator[str]]:
+    """(held-out texts, the others) of a text stream. A share is drawn by content hash among the first 10,000 texts,
+    a number is taken from them likewise; the same text always falls on the same side."""
+    stream = iter(texts)
+    first = list(islice(stream, 10_000))
+    count = share if isinstance(share, int) else max(1, round(share * len(first)))
+    chosen = sorted(range(len(first)), key=lambda i: zlib.crc32(first[i].encode()))[: min(count, len(first) // 2)]
+    held = {first[i] for i in chosen}
+    return [text for text in first if text in held], (text for text in chain(first, stream) if text not in held)

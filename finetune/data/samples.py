@@ -1,0 +1,145 @@
+"""One source of the recipe -> its samples, each with its place; nothing is lost silently.
+
+    read_samples(spec, config, kind) -> Iterator[Item]       in file order, problems included
+    specs(config) -> the sources of data.train, as dicts
+
+Formats are recognised per source from its first rows. Training data, audit, preview and evaluation all read through
+here.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import xxhash
+
+from finetune.data import formats, sources
+from finetune.data.types import Conversation, Preference, Row, RowProblem, Sample, Text, Unpaired
+from finetune.errors import UserError
+
+SNIFFED = 100
+STAGES = {"sft": "ft sft", "preference": "ft dpo or ft reward", "unpaired": "ft kto", "text": "ft pretrain"}
+
+
+class Item(NamedTuple):
+    """A sample, or why there is none, with its place."""
+
+    file: str
+    row: int
+    sample: Sample | None
+    problem: RowProblem | None = None
+    weight: float = 1.0
+    data: dict[str, Any] = {}  # noqa: RUF012 (the row as read, never written to)
+
+
+def specs(config: Any) -> list[dict[str, Any]]:
+    """The sources of a data section (or of one spec)."""
+    train = getattr(config, "train", config)
+    return [sources.as_dict(spec) for spec in (train if isinstance(train, list | tuple) else [train])]
+
+
+def read_samples(spec: Any, config: Any, kind: str | None = "sft", *, seed: int = 42) -> Iterator[Item]:
+    """All samples of one source in order; unreadable and unconvertible rows as items with a problem.
+
+    kind: what the stage needs (sft, preference, unpaired, text), None for anything. UserError when the source does not
+    exist, when no format recognises its rows, or when they are of another kind.
+    """
+    spec = sources.as_dict(spec)
+    columns = spec.get("columns") or getattr(config, "columns", None)
+    weight = float(spec.get("weight", 1.0))
+    rows = sources.read_rows(spec, streaming=getattr(config, "streaming", False))
+    head = list(itertools.islice(rows, SNIFFED))
+    name = spec.get("format") or getattr(config, "format", None)
+    name = checked_format(name, head, columns, kind, str(spec["path"]))
+    limit = spec.get("max_samples") or getattr(config, "max_samples", None)
+    everything: Iterator[Row] = itertools.chain(head, rows)
+    if limit is not None:
+        shuffled = getattr(config, "shuffle", False)
+        everything = drawn(everything, limit, seed) if shuffled else itertools.islice(everything, limit)
+    convert = formats.FORMATS[name].convert
+    for row in everything:
+        data, file, number, problem = row
+        if problem is None:
+            try:
+                for sample in convert(formats.rename(data, columns) if columns else data):
+                    yield Item(file, number, sample, None, weight, data)
+                continue
+            except RowProblem as found:
+                problem = found
+            except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+                # A shape no converter foresaw is still the row's fault, not a reason for a traceback.
+                what = f"not a row of format {name} ({type(error).__name__}: {error})"
+                problem = RowProblem("wrong_shape", what, "mend the row, or set data.format")
+        yield Item(file, number, None, problem, weight, data)
+
+
+def checked_format(name: str | None, head: list[Row], columns: Any, kind: str | None, path: str) -> str:
+    """The format to read with: the one asked for, or the one recognised."""
+    if name is None:
+        good = [row.data for row in head if row.problem is None]
+        if not good:
+            return "text" if kind == "text" else "messages"  # nothing readable: every row carries its own problem
+        try:
+            name = formats.detect(good, columns)
+        except UserError as error:
+            raise UserError(error.problems[0].message, path=path, fix=error.problems[0].fix) from None
+    if name not in formats.FORMATS:
+        raise UserError(f"unknown format {name!r}", key="data.format", fix=f"use one of {', '.join(formats.FORMATS)}")
+    found = formats.FORMATS[name].kind
+    if kind is not None and found != kind:
+        raise UserError(
+            f"the rows are {found} data ({name}), but this stage needs {kind} data",
+            path=path, fix=f"use {STAGES[found]}, or set data.format",
+        )  # fmt: skip
+    return name
+
+
+def drawn(rows: Iterator[Row], count: int, seed: int) -> Iterator[Row]:
+    """`count` rows chosen at random, in their order, holding only those in memory."""
+    chosen: list[tuple[int, int, Row]] = []
+    for index, row in enumerate(rows):
+        key = -xxhash.xxh3_64_intdigest(f"{seed}:{index}".encode())
+        if len(chosen) < count:
+            heapq.heappush(chosen, (key, index, row))
+        elif key > chosen[0][0]:
+            heapq.heapreplace(chosen, (key, index, row))
+    yield from (row for _, _, row in sorted(chosen, key=lambda entry: entry[1]))
+
+
+def all_text(sample: Sample) -> str:
+    if isinstance(sample, Conversation):
+        return "\n".join([m["content"] for m in sample.messages])
+    if isinstance(sample, Text):
+        return sample.text
+    answers = sample.chosen + sample.rejected if isinstance(sample, Preference) else sample.completion
+    return "\n".join([m["content"] for m in [*sample.prompt, *answers]])
+
+
+def prompt_text(sample: Sample) -> str:
+    """What the model is asked: the texts of all turns that are not its own."""
+    if isinstance(sample, Text):
+        return sample.text
+    messages = sample.messages if isinstance(sample, Conversation) else sample.prompt
+    return "\x1e".join([m["content"] for m in messages if m["role"] != "assistant"])
+
+
+def content_hash(sample: Sample) -> int:
+    """64 bits over the prompt, the same on every machine; equal prompts fall on the same side of a split."""
+    return xxhash.xxh3_64_intdigest(prompt_text(sample).encode("utf-8", "surrogatepass"))
+
+
+def identity(sample: Sample) -> int:
+    """64 bits over everything that is trained on; equal for duplicates. Only for one run (Python's own hash)."""
+    if isinstance(sample, Conversation):
+        if all(len(m) == 2 for m in sample.messages) and not sample.tools:
+            return hash(tuple([m["content"] for m in sample.messages]))
+        return hash(repr((sample.messages, sample.tools)))
+    if isinstance(sample, Text):
+        return hash(sample.text)
+    if isinstance(sample, Preference):
+        return hash(repr((sample.prompt, sample.chosen, sample.rejected)))
+    assert isinstance(sample, Unpaired)
+    return hash(repr((sample.prompt, sample.completion, sample.label)))

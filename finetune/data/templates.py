@@ -1,0 +1,239 @@
+"""Chat templates: which one a tokenizer gets, how it is rendered, and what it can express.
+
+choose(tokenizer, family) -> (template, where it came from)
+render(template, messages, …) -> text             the stock rendering, as tokenizer.apply_chat_template does it
+render_spans(template, messages, …) -> (text, spans of the {% generation %} blocks)
+annotated(template, variables) -> the copy in data_templates/chat_templates with {% generation %} marks, or None
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from typing import Any
+
+from finetune.data.types import Message, RowProblem
+from finetune.recipe import resource_path
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Variables = dict[str, Any]
+
+
+def shipped() -> dict[str, str]:
+    """Name -> text of the templates in data_templates/chat_templates, all with {% generation %} marks."""
+    folder = resource_path("data_templates", "chat_templates")
+    return {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja"))}
+
+
+def compiled(template: str) -> Any:
+    # transformers' own environment (sandbox, filters): a private name, but the only way to be sure of rendering what
+    # apply_chat_template renders. Cached there by template.
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(template)
+
+
+EDGES = "\U0010fff0\U0010fff1"  # private use: what {% generation %} and {% endgeneration %} write
+
+
+@functools.lru_cache(maxsize=32)
+def compiled_with_marks(template: str, edges: str) -> Any:
+    """Like `compiled`, but {% generation %} blocks come out between the two characters of `edges`. Twice as fast as
+    transformers' own tracker, and right inside loops and macros, where that one counts from the wrong place."""
+    import jinja2
+    from jinja2.ext import Extension
+
+    class Marks(Extension):
+        tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+        priority = 1000  # after transformers' extension for the same tag, so that this one is used
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            first, last = (jinja2.nodes.Output([jinja2.nodes.TemplateData(c)]).set_lineno(line) for c in edges)
+            return [first, *body, last]
+
+    return compiled(template).environment.overlay(extensions=[Marks]).from_string(template)
+
+
+def prepare(messages: list[Message]) -> list[Message]:
+    """What apply_chat_template hands to the template: reasoning under all its names, our own keys left out."""
+    if all(len(message) == 2 for message in messages):
+        return messages
+    out = []
+    for message in messages:
+        if len(message) > 2:
+            message = {k: v for k, v in message.items() if k not in ("train", "metadata", "tools", "results")}
+            if "reasoning_content" in message:
+                message = {"thinking": message["reasoning_content"], **message}
+        out.append(message)
+    return out
+
+
+def render(template: str, messages: list[Message], tools: Any, variables: Variables, prompt: bool = False) -> str:
+    """The text of a conversation, with `prompt` followed by the header of the assistant's turn."""
+    return rendered(compiled(template), messages, tools, variables, prompt)
+
+
+@functools.lru_cache(maxsize=64)
+def globals_of(template: Any) -> dict[str, Any]:
+    return dict(template.globals)
+
+
+def rendered(template: Any, messages: list[Message], tools: Any, variables: Variables, prompt: bool) -> str:
+    import jinja2
+
+    given = {"messages": prepare(messages), "tools": tools, "documents": None, "add_generation_prompt": prompt}
+    try:
+        # What template.render does, without copying the environment's globals one by one for every row (a third of it).
+        context = template.new_context({**globals_of(template), **variables, **given}, shared=True)
+        return "".join(template.root_render_func(context))
+    except (jinja2.exceptions.TemplateError, TypeError, AttributeError, KeyError) as error:
+        fix = "change the row's turns, or set model.chat_template"
+        what = f"the chat template refuses this conversation: {error}"
+        raise RowProblem("template_refused", what, fix) from None
+
+
+def render_spans(
+    template: str, messages: list[Message], tools: Any, variables: Variables, edges: str = EDGES
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and the character ranges that stand inside {% generation %}. No content may hold one of `edges`."""
+    head, *blocks = rendered(compiled_with_marks(template, edges), messages, tools, variables, False).split(edges[0])
+    pieces, spans, at = [head], [], len(head)
+    for block in blocks:
+        inside, _, after = block.partition(edges[1])
+        spans.append((at, at + len(inside)))
+        pieces += (inside, after)
+        at += len(inside) + len(after)
+    return "".join(pieces), spans
+
+
+def turn(role: str, content: str, **more: Any) -> Message:
+    return {"role": role, "content": content, **more}
+
+
+CALL = {"type": "function", "function": {"name": "probe_call", "arguments": {"probe_key": "v"}}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe_tool",
+        "description": "d",
+        "parameters": {"type": "object", "properties": {"probe_key": {"type": "string"}}},
+    },
+}
+U, A = turn("user", "u1"), turn("assistant", "a1")
+U2, A2 = turn("user", "u2"), turn("assistant", "a2")
+PROBES: list[tuple[list[Message], Any]] = [
+    ([U, A], None),
+    ([turn("system", "s1"), U, A], None),
+    ([turn("user", " u1\n"), turn("assistant", "\na1 "), U2, A2], None),
+    ([turn("system", " s1 "), U, A, U2, A2], None),
+    ([U], None),
+    ([turn("system", ""), U, A], None),
+    ([U, turn("assistant", "<think>\nt\n</think>\n\na1"), U2, A2], None),
+    ([U, turn("assistant", "a1", reasoning_content="t"), U2, A2], None),
+    ([U, A], [TOOL]),
+    ([turn("system", "s1"), U, turn("assistant", "", tool_calls=[CALL]), turn("tool", "r1"), A], [TOOL]),
+    ([U, turn("assistant", "a1", tool_calls=[CALL, CALL]), turn("tool", "r1"), turn("tool", "r2"), A2], None),
+]
+
+
+def attempt(
+    template: str, messages: list[Message], tools: Any, variables: Variables, prompt: bool = False
+) -> str | None:
+    """The rendering, or None where the template refuses."""
+    try:
+        return render(template, messages, tools, variables, prompt)
+    except RowProblem:
+        return None
+
+
+def annotated(template: str, variables: Variables) -> str | None:
+    """The shipped template that renders every probe exactly as `template` does; `template` itself when it has marks."""
+    if GENERATION.search(template):
+        return template
+    wanted = [attempt(template, m, t, variables, p) for m, t in PROBES for p in (False, True)]
+    for candidate in shipped().values():
+        cases = ((m, t, p) for m, t in PROBES for p in (False, True))
+        if all(attempt(candidate, m, t, variables, p) == text for (m, t, p), text in zip(cases, wanted, strict=True)):
+            return candidate
+    return None
+
+
+@functools.lru_cache(maxsize=32)
+def expresses(template: str, variables: tuple[tuple[str, str], ...]) -> tuple[bool, bool, bool]:
+    """Whether the template shows (tool descriptions, tool calls, tool results)."""
+    known = dict(variables)
+    tools = attempt(template, [turn("user", "u")], [TOOL], known) or ""
+    calls = attempt(
+        template,
+        [turn("user", "u"), turn("assistant", "", tool_calls=[CALL]), turn("tool", "probe_result")],
+        None,
+        known,
+    )
+    return "probe_tool" in tools, "probe_call" in (calls or ""), "probe_result" in (calls or "")
+
+
+TOLD_BY = {
+    "chatml.jinja": {"<|im_start|>", "<|im_end|>"},
+    "llama3.jinja": {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"},
+    "gemma.jinja": {"<start_of_turn>", "<end_of_turn>"},
+    "phi3.jinja": {"<|user|>", "<|assistant|>", "<|end|>"},
+    "baichuan2.jinja": {"<reserved_106>", "<reserved_107>"},
+}
+"""Template -> the control tokens that a tokenizer without a template must have for it."""
+
+
+def choose(tokenizer: Any, family: Any = None) -> tuple[str, str]:
+    """(template, where it comes from): the tokenizer's own, the family's, the one its control tokens tell, or plain."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default") or next(iter(own.values()))
+    if own:
+        return own, "the tokenizer's own chat template"
+    name = getattr(family, "template", None)
+    if name is None:
+        added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        name = next((file for file, tokens in TOLD_BY.items() if tokens <= added), "plain.jinja")
+    text = resource_path("data_templates", "chat_templates", name).read_text(encoding="utf-8")
+    return text, f"the shipped template {name} (the tokenizer has none)"
+
+
+TOOLS_HEAD = "You may call these functions to answer. Their descriptions, one JSON object per line:\n<tools>\n"
+TOOLS_TAIL = (
+    "\n</tools>\nTo call one, write a JSON object with its name and arguments:\n"
+    '<tool_call>\n{"name": <name>, "arguments": <arguments>}\n</tool_call>'
+)
+
+
+def tools_as_text(
+    messages: list[Message], tools: Any, shows_tools: bool, shows_calls: bool, shows_results: bool
+) -> tuple[list[Message], Any]:
+    """Tool descriptions, calls and results written into content (Hermes' form, which Qwen uses), each only where the
+    template has no place for it and would leave it out without a word."""
+    out: list[Message] = []
+    for message in messages:
+        if not shows_calls and "tool_calls" in message:
+            calls = "\n".join(
+                f"<tool_call>\n{json.dumps(c['function'], ensure_ascii=False)}\n</tool_call>"
+                for c in message["tool_calls"]
+            )
+            message = {k: v for k, v in message.items() if k != "tool_calls"}
+            message["content"] = f"{message['content']}\n{calls}" if message["content"] else calls
+        if not shows_results and message["role"] == "tool":
+            content = f"<tool_response>\n{message['content']}\n</tool_response>"
+            if out and out[-1]["role"] == "user" and out[-1].get("results"):
+                out[-1]["content"] += f"\n{content}"
+                continue
+            message = {"role": "user", "content": content, "results": True}
+        out.append(message)
+    if tools and not shows_tools:
+        listing = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+        text = f"{TOOLS_HEAD}{listing}{TOOLS_TAIL}"
+        if out and out[0]["role"] == "system":
+            out[0] = {**out[0], "content": f"{out[0]['content']}\n\n{text}"}
+        else:
+            out.insert(0, {"role": "system", "content": text})
+        tools = None
+    return out, tools or None  # `results` stays on user turns that hold tool output: it is never trained

@@ -1,0 +1,15 @@
+"""A small synthetic world of customer tickets in English and Chinese, the same for everyone and without copyright.
+
+    documents(seed)                    raw text for pre-training
+    tickets(seed, n, split, phrasing)  rows of the extraction task
+    HAN                                the characters of its values
+    leaks(text)                        reserved (test-only) values in a text
+
+`python -m finetune.data.world --write data_templates` writes the shipped files.
+"""
+
+from finetune.data.world.corpus import HAN, documents
+from finetune.data.world.tickets import KEYS, record, tickets, write
+from finetune.data.world.vocabulary import leaks
+
+__all__ = ["HAN", "KEYS", "documents", "leaks", "record", "tickets", "write"]

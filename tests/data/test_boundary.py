@@ -1,0 +1,26 @@
+"""A tokenizer that merges the header of a turn with the answer trains on tokens that generation never sees: said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import make_tokenizer, write_rows
+
+from finetune.data import dataset
+from finetune.data.chat import make_encoder
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_merged_boundary_is_named(tmp_path: Path, merges: bool) -> None:
+    tokenizer = make_tokenizer()
+    if merges:  # "\n" of the header and "{" of the answer become one token
+        tokenizer.add_tokens(["\n{"])
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f'{{"n": {i}}}'}]}
+        for i in range(8)
+    ]
+    config = SimpleNamespace(train=str(write_rows(tmp_path / "r.jsonl", rows)), max_length=512, eval_split=None)
+    data = dataset.load_sft(config, make_encoder(tokenizer))
+    assert any("8 of 8 sampled rows the tokenizer merges" in line for line in data.warnings) is merges
