@@ -1,0 +1,52 @@
+"""What this machine can do."""
+
+from __future__ import annotations
+
+import torch
+
+from finetune.recipe import Hardware
+
+GB = 1e9
+
+
+def detect(processes: int = 1) -> Hardware:
+    """The accelerator in use, whether it multiplies bfloat16 natively, and its memory."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        # is_bf16_supported() also says yes where it is emulated (T4, V100), which is slower than fp32.
+        native = torch.version.hip is not None or properties.major >= 8
+        return Hardware("cuda", native, properties.total_memory / GB, processes)
+    if torch.backends.mps.is_available():
+        return Hardware("mps", False, torch.mps.recommended_max_memory() / GB, processes)
+    return Hardware("cpu", cpu_has_bf16(), _host_memory_gb(), processes)
+
+
+def cpu_has_bf16() -> bool:
+    """AVX512-BF16 or AMX on x86, BF16 on Arm; elsewhere bfloat16 is emulated and slow."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _host_memory_gb() -> float:
+    import psutil
+
+    return psutil.virtual_memory().total / GB
+
+
+def peak_memory_gb() -> float:
+    """Peak of this process so far: allocated on the GPU, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GB
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GB
+
+
+def input_device(model: torch.nn.Module) -> torch.device:
+    """Where token ids go. `model.device` is meta when the first layer's weights lie on disk."""
+    device: torch.device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    places = (getattr(model, "hf_device_map", None) or {}).values()
+    return torch.device(next((place for place in places if isinstance(place, int)), "cpu"))

@@ -1,0 +1,160 @@
+"""INT8 and INT4 bases with bitsandbytes, on GPUs and CPUs.
+
+    config_for(model, dtype)     what from_pretrained needs, or None
+    after_loading(model, name)   the fix for 4-bit gradients on CPUs, and the check that it really was quantized
+    parameter_counts(model)      real numbers: a 4-bit weight's numel() is half of what it holds
+    weight_bytes(model)          bytes of the weights as they lie in memory
+
+INT8 is LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339), INT4 is NF4 or FP4 with double quantization (Dettmers et al.
+2023, arXiv:2305.14314). Embeddings, norms, the LM head and score heads keep their precision.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from finetune.errors import UserError
+from finetune.recipe import ModelConfig
+
+MOST_UNQUANTIZED = 0.2  # share of the block weights that may stay unquantized
+HEADS = ["lm_head", "score", "embed_out", "output_layer"]
+# quant_method of a checkpoint -> the package that reads it
+LIBRARIES = {
+    "bitsandbytes": "bitsandbytes", "gptq": "gptqmodel", "awq": "gptqmodel", "hqq": "hqq", "aqlm": "aqlm",
+    "compressed-tensors": "compressed_tensors", "torchao": "torchao", "quanto": "optimum.quanto",
+}  # fmt: skip
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def config_for(model: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes' settings for `model.quantization`; None without."""
+    if model.quantization is None:
+        return None
+    if model.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=model.quantization_type,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=HEADS,  # its name notwithstanding, 4-bit loading reads it, too
+    )
+
+
+def check_config(model: ModelConfig, config: dict[str, Any]) -> None:
+    """UserError for what cannot be quantized, before anything is loaded."""
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method is not None and model.quantization is not None:
+        raise UserError(
+            f"is already quantized ({method})", path=model.name, key="model.quantization",
+            fix="leave model.quantization out",
+        )  # fmt: skip
+    package = LIBRARIES.get(method or "", "")
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"is quantized with {method} and needs a library for it", path=model.name, key="model.name",
+            fix=f"pip install {package}",
+        )  # fmt: skip
+    if model.quantization is None:
+        return
+    if any((config.get(key) or 0) > 1 for key in EXPERTS):
+        raise UserError(
+            "mixture-of-experts models keep their experts as 3-D parameters in transformers 5, which bitsandbytes does "
+            "not quantize while loading: most of the model would stay as large as it is",
+            path=model.name, key="model.quantization", fix="use a dense model, or no quantization",
+        )  # fmt: skip
+
+
+def is_bitsandbytes(config: dict[str, Any]) -> bool:
+    """Whether config.json says that the checkpoint is stored in bitsandbytes' own format."""
+    return (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes"
+
+
+def is_quantized(module: torch.nn.Module) -> bool:
+    import bitsandbytes as bnb
+
+    return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+
+
+def after_loading(model: Any, name: str) -> None:
+    """Make a quantized model trainable on CPUs; UserError if much of it was not quantized."""
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # On CPUs with AVX512-BF16 an evaluation forward repacks the weights for a kernel without autograd, for
+            # good: from then on most gradients are exactly zero, without an error.
+            module.support_avx512bf16_for_cpu = False
+    size = measure(model)
+    if size.unquantized_share > MOST_UNQUANTIZED:
+        raise UserError(
+            f"{size.unquantized_share:.0%} of the block weights were left unquantized", path=name,
+            key="model.quantization", fix="this architecture is not supported by bitsandbytes: leave it out",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Size:
+    quantized_parameters: int
+    block_parameters: int
+    """Matrices outside of embeddings and output head."""
+    quantized_bytes: int
+    """With their scales."""
+    total_bytes: int
+
+    @property
+    def unquantized_share(self) -> float:
+        return 1 - self.quantized_parameters / max(1, self.block_parameters)
+
+
+def measure(model: Any) -> Size:
+    """What was really quantized."""
+    outside = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    outside |= {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    quantized = quantized_bytes = 0
+    inside: set[int] = set()
+    for module in model.modules():
+        if is_quantized(module):
+            inside.add(id(module.weight))
+            quantized += real_numel(module.weight)
+            quantized_bytes += storage_bytes(module.weight)
+    block = quantized + sum(
+        p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in outside and id(p) not in inside
+    )
+    return Size(quantized, block, quantized_bytes, weight_bytes(model))
+
+
+def real_numel(parameter: torch.nn.Parameter) -> int:
+    """Number of weights that a parameter stands for."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else parameter.numel()
+
+
+def storage_bytes(parameter: torch.nn.Parameter) -> int:
+    """Bytes of a parameter with its scales."""
+    size = parameter.numel() * parameter.element_size()
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        tensors = [state.absmax, state.code]
+        if state.nested:
+            tensors += [state.offset, state.state2.absmax, state.state2.code]
+        size += sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    scales = getattr(parameter, "SCB", None)
+    return size + (scales.numel() * scales.element_size() if scales is not None else 0)
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of all weights; a tied matrix counts once."""
+    return sum(storage_bytes(p) for p in model.parameters())
+
+
+def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters; a tied matrix counts once."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, sum(real_numel(p) for p in model.parameters())

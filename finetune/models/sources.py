@@ -1,0 +1,124 @@
+"""Where a model's files lie: a built-in base, a local folder, the Hugging Face hub or ModelScope.
+
+    locate(model)          folder or hub id, checked for existence before anything heavy happens
+    file(model, filename)  local path of one small file, or None
+    folder(model)          local folder of the files that are there (for a hub id the snapshot in the cache)
+    commit(model)          the commit of a hub snapshot
+
+Hub settings are the hub client's own: HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 uses only what is in the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+
+from transformers.utils import cached_file
+
+from finetune.errors import UserError
+from finetune.families import refused_name
+from finetune.recipe import BUILTIN_MODELS, ModelConfig
+
+HUB_HELP = "check the name, or download it first and give the folder (offline: HF_HUB_OFFLINE=1 uses the cache)"
+WEIGHTS = ("*.safetensors", "*.bin")
+NOT_NEEDED = ("*.py", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "consolidated*")
+
+
+def builtin_names() -> list[str]:
+    return sorted(path.parent.name for path in BUILTIN_MODELS.glob("*/config.json"))
+
+
+def locate(model: ModelConfig) -> str:
+    """The folder of a built-in base or local model, or the hub id itself. UserError if a path does not exist."""
+    name, source = model.name, model.source
+    if source == "modelscope":
+        _refuse_by_name(name)
+        return str(modelscope_folder(name, model.revision, weights=False))
+    if source is None and name in builtin_names():
+        return str(BUILTIN_MODELS / name)
+    path = Path(name).expanduser()
+    if source != "hub" and path.is_dir():
+        return str(_local(path, name))
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.parent.is_dir()
+    if source == "local" or (source is None and looks_local):
+        _refuse_by_name(name)
+        raise UserError(
+            "no such model", path=name, key="model.name",
+            fix=f"give a folder, a hub id (owner/name) or a built-in base ({', '.join(builtin_names())})",
+        )  # fmt: skip
+    _refuse_by_name(name)
+    return name
+
+
+def _local(path: Path, name: str) -> Path:
+    if (path / "config.json").is_file():
+        return path.resolve()
+    if (path / "adapter" / "adapter_config.json").is_file() or (path / "adapter_config.json").is_file():
+        raise UserError("is an adapter, not a model", path=name, key="model.name", fix="give its base; use --adapter")
+    if (path / "model" / "config.json").is_file():  # the run directory of a full fine-tuning
+        return (path / "model").resolve()
+    raise UserError("has no config.json", path=name, key="model.name", fix="give the folder of a complete model")
+
+
+def _refuse_by_name(name: str) -> None:
+    """Before anything is downloaded."""
+    refused = refused_name(name)
+    if refused is not None:
+        raise UserError(f"{refused.name} {refused.why}", path=name, key="model.name", fix=refused.instead)
+
+
+def file(model: ModelConfig, filename: str) -> str | None:
+    try:
+        found: str | None = cached_file(
+            locate(model), filename, revision=hub_revision(model), _raise_exceptions_for_missing_entries=False
+        )
+        return found
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot be read ({reason})", path=model.name, key="model.name", fix=HUB_HELP) from None
+
+
+def folder(model: ModelConfig) -> Path:
+    path = file(model, "config.json")
+    if path is None:
+        raise UserError("has no config.json", path=model.name, key="model.name", fix=HUB_HELP)
+    return Path(path).parent
+
+
+def weights(model: ModelConfig) -> str:
+    """What `from_pretrained` is given: like `locate`, with the weights there for ModelScope."""
+    if model.source == "modelscope":
+        return str(modelscope_folder(model.name, model.revision, weights=True))
+    return locate(model)
+
+
+def hub_revision(model: ModelConfig) -> str | None:
+    """The revision for the hub's client; ModelScope's own client has already used its."""
+    return None if model.source == "modelscope" else model.revision
+
+
+def commit(model: ModelConfig) -> str | None:
+    """The commit of a hub snapshot, else the revision that was asked for."""
+    path = folder(model)
+    return path.name if path.parent.name == "snapshots" else model.revision
+
+
+@functools.lru_cache(maxsize=16)
+def modelscope_folder(name: str, revision: str | None, weights: bool) -> Path:
+    """Local folder of a ModelScope model, downloaded by its own client; its code and other formats are left out."""
+    try:
+        client = importlib.import_module("modelscope")
+    except ImportError:
+        raise UserError(
+            "ModelScope's client is not installed", path=name, key="model.source", fix="pip install modelscope"
+        ) from None
+    ignored = [*NOT_NEEDED, *(() if weights else WEIGHTS)]
+    try:
+        return Path(client.snapshot_download(name, revision=revision, ignore_patterns=ignored))
+    except Exception as error:  # the client raises many kinds
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"cannot be fetched from ModelScope ({reason})", path=name, key="model.name",
+            fix="check the name and the network, or download it first and give the folder",
+        ) from None  # fmt: skip
