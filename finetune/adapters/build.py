@@ -1,0 +1,183 @@
+"""From the recipe's `adapter` section to a model whose adapter trains.
+
+METHODS                     method -> function(model, section) -> PeftConfig; a new PEFT method is one row
+check(model, section)       everything the targets can be wrong in, on a model without weights
+apply(model, section, …)    the model with a fresh adapter; trainables in float32
+save(model, folder)         the adapter as any tool loads it onto the original base
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    TaskType,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from transformers import PreTrainedModel
+
+from finetune.adapters import inits, ranks, soft_prompts
+from finetune.adapters.bitfit import BitFitConfig, targets_of
+from finetune.adapters.bottleneck import BottleneckConfig
+from finetune.adapters.last_layers import LastLayersConfig, modules_of
+from finetune.adapters.targets import find, head_name, keys_values_and_mlp, linear_names, norms, sublayers
+from finetune.errors import UserError
+from finetune.recipe import Adapter, FullAdapter
+
+CAUSAL = TaskType.CAUSAL_LM
+
+
+def lora(model: Any, section: Any) -> PeftConfig:
+    values = section.model_dump(exclude={"method", "loraplus_lr_ratio", "init_lora_weights"})
+    init = section.init_lora_weights
+    return LoraConfig(
+        task_type=CAUSAL, bias="none", init_lora_weights=inits.PEFT_NAMES.get(init, init), **targets(model, values)
+    )
+
+
+def adalora(model: Any, section: Any) -> PeftConfig:
+    values = targets(model, section.model_dump(exclude={"method", "tinit", "tfinal"}))
+    return AdaLoraConfig(task_type=CAUSAL, bias="none", total_step=ranks.UNKNOWN, **values)
+
+
+def plain(config: Callable[..., PeftConfig]) -> Callable[[Any, Any], PeftConfig]:
+    """Methods whose recipe keys are peft's."""
+    return lambda model, section: config(task_type=CAUSAL, **targets(model, section.model_dump(exclude={"method"})))
+
+
+def targets(model: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The same values; UserError for names that match nothing. peft knows what all-linear is, on every family."""
+    find(model, values["target_modules"])
+    if values.get("modules_to_save"):
+        find(model, values["modules_to_save"], "adapter.modules_to_save")
+    return values
+
+
+def bottleneck(model: Any, section: Any) -> PeftConfig:
+    sublayers(model)
+    return BottleneckConfig(task_type=CAUSAL, **section.model_dump(exclude={"method"}))
+
+
+def ia3(model: Any, section: Any) -> PeftConfig:
+    if section.target_modules is None:
+        attention, mlp = keys_values_and_mlp(model)
+    else:
+        mlp = section.feedforward_modules or []
+        find(model, section.target_modules)
+        find(model, mlp, "adapter.feedforward_modules")
+        attention = [name for name in section.target_modules if name not in mlp]
+    return IA3Config(task_type=CAUSAL, target_modules=attention + mlp, feedforward_modules=mlp)
+
+
+def bitfit(model: Any, section: Any) -> PeftConfig:
+    return BitFitConfig(task_type=CAUSAL, target_modules=targets_of(model, section))
+
+
+def last_layers(model: Any, section: Any) -> PeftConfig:
+    modules_of(model, section.num_layers, section.norm)
+    return LastLayersConfig(
+        task_type=CAUSAL,
+        num_layers=section.num_layers,
+        norm=section.norm,
+        modules_to_save=[head_name(model)] if section.head else None,
+    )
+
+
+def ln_tuning(model: Any, section: Any) -> PeftConfig:
+    names = norms(model) if section.target_modules is None else find(model, section.target_modules)
+    return LNTuningConfig(task_type=CAUSAL, target_modules=names)
+
+
+METHODS: dict[str, Callable[[Any, Any], PeftConfig]] = {
+    "lora": lora,
+    "adalora": adalora,
+    "vera": plain(VeraConfig),
+    "oft": plain(OFTConfig),
+    "loha": plain(LoHaConfig),
+    "lokr": plain(LoKrConfig),
+    "bottleneck": bottleneck,
+    "ia3": ia3,
+    "prompt_tuning": soft_prompts.prompt_tuning,
+    "p_tuning": soft_prompts.p_tuning,
+    "prefix_tuning": soft_prompts.prefix_tuning,
+    "bitfit": bitfit,
+    "last_layers": last_layers,
+    "ln_tuning": ln_tuning,
+}
+
+
+def check(model: torch.nn.Module, section: Adapter) -> None:
+    """UserError for targets that are not there; `model` may be without weights (on torch's meta device)."""
+    if not isinstance(section, FullAdapter):
+        METHODS[section.method](model, section)
+
+
+def apply(model: PreTrainedModel, section: Adapter, tokenizer: Any = None, folder: Path | None = None) -> Any:
+    """`model` with a fresh adapter.
+
+    UserError when the targets match nothing, listing what there is.
+
+    Args:
+        tokenizer: for soft prompts that start from text; folder: the base's own weights, for loftq.
+    """
+    if isinstance(section, FullAdapter):
+        model.requires_grad_(True)
+        return model
+    try:
+        adapted = get_peft_model(model, METHODS[section.method](model, section))
+    except ValueError as error:
+        raise UserError(str(error).splitlines()[0], key="adapter", fix=f"modules: {linear_names(model)}") from None
+    if section.method == "lora":
+        if section.init_lora_weights == "loftq":
+            assert folder is not None
+            inits.loftq(adapted, folder)
+        if inits.rewrites_base(section):
+            inits.remember(adapted)
+    elif section.method in ("prompt_tuning", "p_tuning", "prefix_tuning"):
+        soft_prompts.initialise(adapted, section, tokenizer)
+    prepare(adapted)
+    return adapted
+
+
+def loads_trainable(folder: Path) -> bool:
+    """Whether `PeftModel.from_pretrained(…, is_trainable=True)` continues from the adapter in `folder`.
+
+    Not from a soft prompt: peft would put the finished embeddings into a fresh network. `prepare` makes them trainable.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return config["peft_type"] not in soft_prompts.TYPES
+
+
+def prepare(adapted: Any) -> None:
+    """What a fresh or a loaded adapter needs before training."""
+    soft_prompts.prepare(adapted)
+    for module in adapted.modules():
+        if isinstance(module, LNTuningLayer):  # its float32 weights make float32 of what comes in as bfloat16
+            module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+    # By default peft asks the hub whether the vocabulary has grown, and for ChatGLM's layout (`padded_vocab_size`)
+    # wrongly saves the embeddings into every adapter. Nothing here ever resizes them.
+    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # fp16 gradients cannot be unscaled; bf16 updates round away
+            parameter.data = parameter.data.float()
+
+
+def save(model: Any, folder: Path) -> None:
+    """The adapter in PEFT's format; starts that rewrote the base become plain LoRA for the base as it was."""
+    model.save_pretrained(folder, selected_adapters=[model.active_adapter])  # not the frozen reference of DPO
+    inits.plain_lora(model, folder)

@@ -1,0 +1,135 @@
+"""Which layers a method works on, found in the model itself, so that every family has sensible defaults.
+
+blocks(model)           the decoder blocks, in order
+linear_names(model)     short names of the linear layers, for messages
+norms(model)            full names of all norms
+sublayers(model)        per block, the output projection of attention, and the MLP
+find(model, wanted)     full names matching a recipe's target_modules; UserError when one of them matches nothing
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from finetune.errors import UserError
+
+ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj")
+MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+MLP_OUT = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "w2", "fc_out")
+KEY_VALUE = (("k_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",), ("key", "value"))
+
+
+def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(full name, module) of every decoder block: the one list with num_hidden_layers members."""
+    count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        raise UserError(f"no list of {count} blocks in {type(model).__name__}", key="adapter.method", fix="use lora")
+    name, found = lists[0]
+    return [(f"{name}.{i}", block) for i, block in enumerate(found)]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Quantized ones, too: bitsandbytes' layers are subclasses."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm") and any(True for _ in module.parameters(recurse=False))
+
+
+def linear_names(model: nn.Module) -> str:
+    names = {n.rpartition(".")[2] for n, m in model.named_modules() if is_linear(m)}
+    return ", ".join(sorted(names)) or "none"
+
+
+def linears(model: nn.Module) -> list[str]:
+    """Full names of the linear layers inside the blocks."""
+    return [f"{name}.{n}" for name, block in blocks(model) for n, m in block.named_modules() if is_linear(m)]
+
+
+def norms(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if is_norm(module)]
+
+
+def _child(parent: nn.Module, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in dict(parent.named_children())), None)
+
+
+def sublayers(model: nn.Module) -> list[tuple[str, str]]:
+    """(attention's output projection, MLP) of every block, full names. UserError where a block has other parts."""
+    found = []
+    for name, block in blocks(model):
+        attention = next((n for n, _ in block.named_children() if "attn" in n or "attention" in n), None)
+        out = _child(getattr(block, attention), ATTENTION_OUT) if attention else None
+        mlp = _child(block, MLP)
+        if out is None or mlp is None:
+            parts = ", ".join(n for n, _ in block.named_children())
+            raise UserError(
+                f"no place for bottleneck adapters in {type(block).__name__} ({parts})",
+                key="adapter.method", fix="use lora or ia3",
+            )  # fmt: skip
+        found.append((f"{name}.{attention}.{out}", f"{name}.{mlp}"))
+    return found
+
+
+def keys_values_and_mlp(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Short names of (keys and values, the MLP's last layer), IA3's places. UserError where they have other names."""
+    _, block = blocks(model)[0]
+    names = {n.rpartition(".")[2] for n, m in block.named_modules() if is_linear(m)}
+    attention = next((list(group) for group in KEY_VALUE if names.issuperset(group)), None)
+    mlp = next((name for name in MLP_OUT if name in names), None)
+    if attention is None or mlp is None:
+        raise UserError(
+            "no keys, values and MLP with known names",
+            key="adapter.target_modules",
+            fix=f"name them, of {linear_names(model)}",
+        )
+    return attention, [mlp]
+
+
+def find(model: nn.Module, wanted: str | list[str], key: str = "adapter.target_modules") -> list[str]:
+    """Full names of the modules that `wanted` (names, or one regular expression) means.
+
+    UserError for a name that matches no module; peft is content if any one of a list matches.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    if wanted == "all-linear":
+        return linears(model)
+    if isinstance(wanted, str):
+        try:
+            found = [name for name in names if re.fullmatch(wanted, name)]
+        except re.error as error:
+            raise UserError(f"{wanted!r} is no regular expression ({error})", key=key, fix="or give a list") from None
+        missing = [] if found else [wanted]
+    else:
+        hits = {w: [n for n in names if n == w or n.endswith("." + w)] for w in wanted}
+        missing = [w for w in wanted if not hits[w]]
+        found = [name for name in names if any(name in hit for hit in hits.values())]
+    if missing:
+        raise UserError(f"matches no module: {', '.join(missing)}", key=key, fix=f"there are {linear_names(model)}")
+    return found
+
+
+def final_norm(model: nn.Module) -> str:
+    """Full name of the norm after the last block."""
+    inside = tuple(f"{name}." for name, _ in blocks(model))
+    return [name for name in norms(model) if not name.startswith(inside)][-1]
+
+
+def head_name(model: nn.Module) -> str:
+    """Full name of the output head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def leaves_with_weights(module: nn.Module, name: str) -> list[str]:
+    """Full names of the modules below (or at) `name` that hold parameters themselves."""
+    return [
+        f"{name}.{n}" if n else name
+        for n, m in module.named_modules()
+        if any(True for _ in m.parameters(recurse=False))
+    ]

@@ -1,0 +1,158 @@
+"""What the methods need of training and evaluation: optimizer groups, batches, starts, and plain peft beside it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import tensors, train
+from test_methods import make
+from transformers import AutoModelForCausalLM
+
+from finetune import recipe_file
+from finetune.adapters import build, inits, soft_prompts
+from finetune.evaluation import batches
+from finetune.optim import faster_b
+from finetune.recipe import BottleneckAdapter, LoraAdapter, PromptTuningAdapter
+
+Recipe = Callable[..., Path]
+
+
+def with_adapter(path: Path, **section: Any) -> Path:
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "adapter": section}))
+    return path
+
+
+@pytest.mark.parametrize("first", ["finetune", "peft"])
+def test_plain_peft_knows_the_adapters(base: Path, tmp_path: Path, first: str) -> None:
+    """A bottleneck adapter, loaded with peft alone by somebody who has only imported finetune."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    build.save(build.apply(model, BottleneckAdapter(bottleneck_size=4)), tmp_path)
+    code = f"""
+import sys, {first}
+if "{first}" == "finetune":
+    assert "torch" not in sys.modules
+import finetune
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(base)!r}), {str(tmp_path)!r})
+assert sum("bottleneck_up" in name for name, _ in model.named_parameters()) == 8
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_loraplus_groups() -> None:
+    model = build.apply(make("llama"), LoraAdapter())
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    decayed = [p for n, p in named.items() if "layers.0" in n]
+    rest = [p for n, p in named.items() if "layers.0" not in n]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": rest}], lr=0.01)
+    faster_b(optimizer, model, 16)
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert len(rates) == len(named)
+    for name, parameter in named.items():
+        rate, decay = rates[id(parameter)]
+        assert rate == (0.16 if "lora_B" in name else 0.01)
+        assert decay == (0.1 if "layers.0" in name else 0.01)
+
+
+def test_loraplus_learns_faster_by_its_ratio(recipe: Recipe, tmp_path: Path) -> None:
+    """After one step of plain SGD, B has moved 8 times as far, A not at all (its gradient is zero)."""
+    moved = {}
+    settings = {"max_steps": 1, "optim": "sgd", "warmup_steps": 0, "max_grad_norm": 0.0, "learning_rate": 1e-2}
+    for ratio in (None, 8):
+        path = recipe(train=settings, output={"dir": str(tmp_path / str(ratio))})
+        run = train(with_adapter(path, method="lora", r=4, loraplus_lr_ratio=ratio))
+        moved[ratio] = sum(t.norm().item() for name, t in tensors(run.adapter).items() if "lora_B" in name)
+    assert moved[8] == pytest.approx(8 * moved[None], rel=1e-4)
+
+
+def test_batches_of_equal_length() -> None:
+    prompts = [[1] * n for n in (3, 5, 3, 4, 3, 5)]
+    assert list(batches(prompts, 2, equal_length=True)) == [[0, 2], [4], [3], [1, 5]]
+    assert list(batches(prompts, 4, equal_length=False)) == [[0, 2, 4, 3], [1, 5]]
+
+
+def test_soft_prompts_are_not_packed(recipe: Recipe) -> None:
+    path = recipe(data={"packing": True})
+    run = train(with_adapter(path, method="prefix_tuning", num_virtual_tokens=2))
+    [reason] = [d for d in json.loads(run.result.read_text())["decisions"] if "packing" in d]
+    assert reason == "packing is off: documents in one row would share the virtual tokens and see each other"
+
+
+def test_prompt_starts() -> None:
+    """From text: its embeddings, repeated; at random: as wide as the base's embeddings."""
+    base = make("llama")
+
+    class Tokenizer:
+        all_special_ids = (0, 1, 2)
+
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            return {"input_ids": [7, 8, 9]}
+
+    section = PromptTuningAdapter(num_virtual_tokens=4, prompt_tuning_init="text", prompt_tuning_init_text="x y z")
+    model = build.apply(base, section, Tokenizer())
+    expected = base.get_input_embeddings().weight[[7, 8, 9, 7]]
+    assert torch.equal(model.prompt_encoder["default"].embedding.weight, expected)
+    section = PromptTuningAdapter(num_virtual_tokens=200, prompt_tuning_init="random")
+    wide = build.apply(make("llama"), section).prompt_encoder["default"].embedding.weight.std().item()
+    assert wide == pytest.approx(base.get_input_embeddings().weight.std().item(), rel=0.1)
+    assert soft_prompts.is_before_text(model)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_rewrites_the_base(init: str, tmp_path: Path) -> None:
+    """The saved adapter is plain LoRA of twice the rank; untrained, it changes nothing on the base as it was."""
+    from peft import PeftModel
+
+    section = LoraAdapter(r=4, init_lora_weights=init)  # type: ignore[arg-type]
+    assert inits.rewrites_base(section)
+    build.save(build.apply(make("llama"), section), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 64.0, True)
+    base, ids = make("llama"), torch.arange(3, 20)[None]
+    before = base(ids).logits
+    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path)(ids).logits, before, atol=1e-5, rtol=0)
+
+
+def test_modules_to_save_are_merged(recipe: Recipe, tmp_path: Path) -> None:
+    from finetune.stages import merge
+
+    run = train(with_adapter(recipe(), method="lora", r=4, modules_to_save=["lm_head"]))
+    merge.run(str(run.path), str(tmp_path / "merged"))
+    assert json.loads((tmp_path / "merged" / "merge.json").read_text())["relative_diff"] < 1e-5
+
+
+METHOD_RECIPES = [
+    name
+    for name, path in recipe_file.shipped().items()
+    if name.endswith("_llama.yaml") and "name: tiny-llama" in path.read_text() and "pretrain" not in name
+]
+
+
+def test_every_method_has_a_recipe() -> None:
+    named = {
+        yaml.safe_load(path.read_text()).get("adapter", {}).get("method") for path in recipe_file.shipped().values()
+    }
+    assert {*build.METHODS, "full"} <= named
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHOD_RECIPES)
+def test_shipped_recipe_trains(name: str, recipe: Recipe, base: Path, rows: Path, tmp_path: Path) -> None:
+    """With its own adapter and learning rate, on a random base: the loss falls."""
+    path = recipe_file.find(name)
+    run = train(
+        path, f"model.name={base}", f"data.train={rows}", "train.max_steps=40", f"output.dir={tmp_path / 'run'}",
+        "model.sanity_check=false", "train.logging_steps=1", "train.warmup_steps=2",
+    )  # fmt: skip
+    losses = [row["loss"] for row in run.read_metrics() if "loss" in row]
+    assert sum(losses[-5:]) / 5 < losses[0]
