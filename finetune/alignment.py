@@ -1,0 +1,158 @@
+"""Learning from preferences: what `ft dpo` and `ft kto` share before and around the training loop.
+
+    check(recipe)            tokenizer and encoder, after everything that can be checked without weights
+    policy(recipe, …)        the model to train, and whether its reference is a frozen copy of where it starts
+    dpo_trainer, kto_trainer
+
+Where the reference comes from: a fresh adapter starts as the base, so the base with the adapter off is the reference;
+an adapter that is trained on (model.adapter) has a frozen copy of itself beside it, and so has a fresh one whose start
+rewrites the base (pissa, olora). Its log-probabilities are computed once and kept on disk.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl import DPOConfig, KTOConfig
+
+from finetune import trainers, training
+from finetune.adapters import limits
+from finetune.adapters.build import apply, loads_trainable, prepare
+from finetune.adapters.build import check as check_targets
+from finetune.adapters.inits import rewrites_base
+from finetune.data.chat import make_encoder
+from finetune.data.dataset import SftData
+from finetune.data.store import cache_folder
+from finetune.errors import RunError, UserError
+from finetune.families import family
+from finetune.models import loading
+from finetune.models.identity import fingerprint
+from finetune.preference import PairCollator
+from finetune.recipe import DpoRecipe, Hardware, KtoRecipe, ModelConfig
+from finetune.run import Run
+
+
+@dataclass(frozen=True)
+class Parts:
+    tokenizer: Any
+    encoder: Any
+
+
+def check(recipe: DpoRecipe | KtoRecipe) -> Parts:
+    """UserError for what recipe, config.json and tokenizer can be wrong in."""
+    limits.check(recipe)
+    config = loading.read_config(recipe.model)
+    start = recipe.dpo.start if isinstance(recipe, DpoRecipe) else recipe.kto.start
+    if recipe.model.adapter is None:
+        if start == "merge":
+            key = f"{recipe.stage}.start"
+            raise UserError("there is no adapter to merge", key=key, fix="set model.adapter, or leave it out")
+        check_targets(loading.skeleton(recipe.model), recipe.adapter)
+    else:
+        loading.adapter_folder(recipe.model.adapter)
+    tokenizer = loading.load_tokenizer(recipe.model)
+    return Parts(tokenizer, make_encoder(tokenizer, family(config["model_type"])))
+
+
+def merged_start(recipe: DpoRecipe | KtoRecipe, run: Run) -> ModelConfig:
+    """The base with model.adapter merged into it in its original precision, in the run directory."""
+    target = run.path / "start"
+    if not (target / "merge.json").exists():
+        assert recipe.model.adapter is not None
+        command = ["merge", "--adapter", recipe.model.adapter, "--output", str(target), "--overwrite"]
+        done = subprocess.run([sys.executable, "-m", "finetune", *command], capture_output=True, text=True)
+        if done.returncode:
+            raise RunError(f"ft {' '.join(command)} failed: {done.stderr.strip()[-400:]}")
+    return recipe.model.model_copy(update={"name": str(target), "adapter": None, "revision": None})
+
+
+def policy(recipe: DpoRecipe | KtoRecipe, base: ModelConfig, parts: Parts, machine: Hardware) -> tuple[Any, bool]:
+    """(the model to train, whether its reference is a frozen copy of it)."""
+    network = loading.load_model(base, training.weights_dtype(recipe), machine)
+    loading.refuse_training(network, base.name)
+    if base.adapter is None:
+        model = apply(network, recipe.adapter, parts.tokenizer, loading.folder(base))
+        return model, rewrites_base(recipe.adapter)
+    start = loading.adapter_folder(base.adapter)
+    model = loading.attach_adapter(network, start, base, trainable=loads_trainable(start))
+    prepare(model)
+    return model, True
+
+
+def reference_key(recipe: DpoRecipe | KtoRecipe, base: ModelConfig) -> str:
+    """What identifies the reference: base, quantization, and the adapter it starts from."""
+    parts = [fingerprint(loading.folder(base)), str(base.quantization), base.quantization_type]
+    if base.adapter is not None:
+        parts.append(fingerprint_of_adapter(loading.adapter_folder(base.adapter)))
+    elif rewrites_base(recipe.adapter):
+        parts.append(f"{recipe.adapter!r} {recipe.train.seed}")
+    return " ".join(parts)
+
+
+def fingerprint_of_adapter(folder: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def dpo_trainer(
+    recipe: DpoRecipe, run: Run, model: Any, copy: bool, base: ModelConfig, parts: Parts, data: SftData,
+    plan: training.Layout, machine: Hardware,
+) -> Any:  # fmt: skip
+    """trl's DPOTrainer with the recipe's objective."""
+    dpo = recipe.dpo
+    loss = "sigmoid" if dpo.loss_type in trainers.REFERENCE_FREE else dpo.loss_type
+    weighted = dpo.sft_weight > 0 and dpo.loss_type not in trainers.REFERENCE_FREE
+    config = DPOConfig(
+        **training.arguments(recipe, run, plan, machine, data.eval is not None),
+        loss_type=[loss, "sft"] if weighted else [loss],
+        loss_weights=[1.0, dpo.sft_weight] if weighted else None,
+        beta=dpo.beta,
+        label_smoothing=dpo.label_smoothing,
+        precompute_ref_log_probs=True,
+        max_length=None,
+    )
+    trainer = trainers.Dpo(
+        dpo=dpo,
+        copy=copy,
+        reference=reference_key(recipe, base),
+        cache=cache_folder() / "reference",
+        model=model,
+        args=config,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=parts.tokenizer,
+        data_collator=PairCollator(parts.tokenizer.pad_token_id),
+        callbacks=training.callbacks(recipe, run, data.eval is not None),
+    )
+    return training.finish_setup(trainer, recipe)
+
+
+def kto_trainer(
+    recipe: KtoRecipe, run: Run, model: Any, copy: bool, parts: Parts, data: SftData, plan: training.Layout,
+    machine: Hardware,
+) -> Any:  # fmt: skip
+    """trl's KTOTrainer with the recipe's objective."""
+    kto = recipe.kto
+    config = KTOConfig(
+        **training.arguments(recipe, run, plan, machine, data.eval is not None),
+        beta=kto.beta,
+        desirable_weight=kto.desirable_weight,
+        undesirable_weight=kto.undesirable_weight,
+        max_length=None,
+    )
+    trainer = trainers.Kto(
+        model=model,
+        args=config,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=parts.tokenizer,
+        callbacks=training.callbacks(recipe, run, data.eval is not None),
+    )
+    if not copy and "ref" in getattr(model, "peft_config", {}):
+        model.delete_adapter("ref")
+    return training.finish_setup(trainer, recipe)

@@ -1,0 +1,184 @@
+"""Generation and scoring, shared by `ft eval`, `ft merge`, `ft chat` and mid-training evaluation.
+
+generate(...)   greedy answers for encoded prompts, batched by length (soft prompts: by equal length)
+score(...)      negative log-likelihood per row
+evaluate(...)   both, and the metrics
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from finetune import metrics
+from finetune.adapters.soft_prompts import is_before_text
+from finetune.data.chat import Encoder, GlmEncoder
+from finetune.data.types import Conversation
+from finetune.models.hardware import input_device
+
+
+@dataclass
+class Evaluation:
+    name: str
+    n: int
+    metrics: dict[str, Any]
+    predictions: list[str] = field(repr=False)
+    correct: list[float] = field(repr=False)
+    """Exact match per row (0 or 1), in the order of the data, for paired comparisons."""
+    losses: list[float] = field(default_factory=list, repr=False)
+    """Mean negative log-likelihood per token of each row's reference."""
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both [rows, longest], real tokens at the right end."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def batches(prompts: Sequence[Sequence[int]], batch_size: int, equal_length: bool) -> Iterator[list[int]]:
+    """Numbers of the prompts that are answered together, short ones first.
+
+    With `equal_length` nothing is padded: left padding would come between virtual tokens and text.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for _, alike in groupby(order, key=lambda i: len(prompts[i]) if equal_length else 0):
+        rows = list(alike)
+        for start in range(0, len(rows), batch_size):
+            yield rows[start : start + batch_size]
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    encoder: Encoder | GlmEncoder,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> list[str]:
+    """Greedy answers in the order of `prompts` (token ids that end where the answer begins)."""
+    model.eval()
+    tokenizer, stops = encoder.tokenizer, stop_ids(model, encoder)
+    answers = [""] * len(prompts)
+    for rows in batches(prompts, batch_size, equal_length=is_before_text(model)):
+        ids, mask = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id, input_device(model))
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=stops,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for row, sequence in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
+            answers[row] = decode(encoder, sequence, stops)
+        on_batch(len(rows))
+    return answers
+
+
+def stop_ids(model: PreTrainedModel, encoder: Encoder | GlmEncoder) -> list[int]:
+    """What ends an answer: the chat template's end of turn, and the base's own (generation_config.json: Llama 3 has
+    three, GLM-4-0414 the next turn's role)."""
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = own if isinstance(own, list) else [] if own is None else [own]
+    return list(dict.fromkeys([*encoder.stop_ids, *listed]))
+
+
+def decode(encoder: Encoder | GlmEncoder, ids: list[int], stops: list[int]) -> str:
+    """Text of an answer: up to the first stop token, special tokens left out."""
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    text: str = encoder.tokenizer.decode(ids[:end], skip_special_tokens=True)
+    return text.strip()
+
+
+@torch.inference_mode()
+def score(
+    model: PreTrainedModel,
+    rows: Sequence[tuple[list[int], list[int]]],
+    pad: int,
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> list[tuple[float, int]]:
+    """(summed negative log-likelihood in nats, number of tokens) over the labels of each row (ids, labels)."""
+    model.eval()
+    device = input_device(model)
+    result: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        longest = max(len(rows[i][0]) for i in batch)
+        # Padded right: causal attention never looks there, and positions start at 0 as in training.
+        ids = torch.tensor([rows[i][0] + [pad] * (longest - len(rows[i][0])) for i in batch], device=device)
+        labels = torch.tensor([rows[i][1] + [-100] * (longest - len(rows[i][1])) for i in batch], device=device)
+        mask = torch.tensor([[1] * len(rows[i][0]) + [0] * (longest - len(rows[i][0])) for i in batch], device=device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -longest:]
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
+        )
+        counts = (labels[:, 1:] != -100).sum(1).tolist()
+        for row, total, count in zip(batch, losses.double().sum(1).tolist(), counts, strict=True):
+            result[row] = (total, count)
+        on_batch(len(batch))
+    return result
+
+
+def split_reference(conversation: Conversation) -> tuple[Conversation, str | None]:
+    """(what the model is asked, the reference answer): the last assistant turn, if it comes last."""
+    messages = list(conversation.messages)
+    if messages and messages[-1]["role"] == "assistant":
+        reference = messages.pop()
+        return Conversation(messages, conversation.tools), str(reference.get("content") or "")
+    return conversation, None
+
+
+def evaluate(
+    name: str,
+    model: PreTrainedModel,
+    encoder: Encoder | GlmEncoder,
+    conversations: Sequence[Conversation],
+    max_new_tokens: int,
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> Evaluation:
+    """Exact match with a 95% interval, per-field accuracy of JSON answers, loss and perplexity of the references."""
+    asked = [split_reference(c) for c in conversations]
+    prompts = [encoder.prompt_ids(c.messages, c.tools) for c, _ in asked]
+    begun = time.perf_counter()
+    predictions = generate(model, encoder, prompts, max_new_tokens, batch_size, on_batch)
+    seconds = time.perf_counter() - begun
+    references = [reference for _, reference in asked]
+    correct = [float(r is not None and metrics.exact_match(p, r)) for p, r in zip(predictions, references, strict=True)]
+    known = [c for c, r in zip(correct, references, strict=True) if r is not None]
+    values: dict[str, Any] = {}
+    losses: list[float] = []
+    if known:
+        values["exact_match"] = metrics.mean(known)
+        values["exact_match_ci"] = list(metrics.wilson(int(sum(known)), len(known)))
+        fields: dict[str, list[float]] = {}
+        for prediction, reference in zip(predictions, references, strict=True):
+            for key, right in (metrics.json_fields(prediction, reference or "") or {}).items():
+                fields.setdefault(key, []).append(float(right))
+        if fields:
+            values["field_accuracy"] = metrics.mean([v for column in fields.values() for v in column])
+            values["fields"] = {key: metrics.mean(column) for key, column in fields.items()}
+        encoded = [encoder.encode(c, "last") for c, r in zip(conversations, references, strict=True) if r is not None]
+        scored = score(model, [(e.input_ids, e.labels) for e in encoded], encoder.tokenizer.pad_token_id, batch_size)
+        loss = sum(total for total, _ in scored) / max(1, sum(count for _, count in scored))
+        losses = [total / max(1, count) for total, count in scored]
+        values["loss"] = loss
+        values["perplexity"] = metrics.perplexity(loss)
+    written = sum(len(encoder.tokenizer.encode(p, add_special_tokens=False)) + 1 for p in predictions)
+    values["tokens_per_second"] = written / max(seconds, 1e-9)
+    return Evaluation(name, len(conversations), values, predictions, correct, losses)

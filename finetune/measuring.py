@@ -1,0 +1,120 @@
+"""What a finished run costs and brings; `ft compare` runs it in a process of its own.
+
+python -m finetune.measuring RUN OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from finetune import evaluation
+from finetune.adapters import limits
+from finetune.data import dataset
+from finetune.data.chat import make_encoder
+from finetune.errors import UserError
+from finetune.families import family
+from finetune.models import hardware, loading
+from finetune.recipe import ModelConfig, SftRecipe
+from finetune.recipe_file import check
+from finetune.run import write_json
+
+TOKENS, PROMPTS, ROUNDS = 32, 32, 3
+
+
+def measure(where: Path) -> dict[str, Any]:
+    """Held-out metrics, size, memory and speed of the run in `where`, against its bare base."""
+    machine = hardware.detect()
+    recipe = check(yaml.safe_load((where / "recipe.yaml").read_text(encoding="utf-8")), "sft")
+    assert isinstance(recipe, SftRecipe)
+    assert recipe.eval.data is not None
+    result = json.loads((where / "result.json").read_text(encoding="utf-8"))
+    architecture = loading.read_config(recipe.model)["model_type"]
+    encoder = make_encoder(loading.load_tokenizer(recipe.model), family(architecture))
+    rows = dataset.load_eval_rows(recipe.eval.data, recipe.data)[: recipe.eval.limit]
+    prompts = [encoder.prompt_ids(evaluation.split_reference(row)[0].messages) for row in rows[:PROMPTS]]
+
+    kind = getattr(torch, recipe.model.dtype if recipe.model.dtype != "auto" else "float32")
+    base = loading.load_model(recipe.model, kind, machine)
+    bare = seconds_per_token(base, encoder, prompts)
+    if recipe.adapter.method == "full":
+        model = loading.load_model(ModelConfig(name=str(where / "model")), kind, machine)
+        weights, mergeable = (where / "model").glob("*.safetensors"), "is the model"
+    else:
+        adapter = where / "adapter"
+        model = loading.attach_adapter(base, adapter, recipe.model, trainable=True)
+        weights, mergeable = adapter.glob("adapter_model*"), "yes"
+        try:
+            limits.check_merge(json.loads((adapter / "adapter_config.json").read_text("utf-8")), architecture)
+        except UserError:
+            mergeable = "no"
+    scored = evaluation.evaluate(where.name, model, encoder, rows, recipe.eval.max_new_tokens, recipe.eval.batch_size)
+    return {
+        "metrics": scored.metrics,
+        "row_losses": scored.losses,
+        "rows": result["data"]["used"],
+        "trainable_parameters": result["trainable_parameters"],
+        "total_parameters": result["total_parameters"],
+        "adapter_bytes": sum(path.stat().st_size for path in weights),
+        "peak_memory_gb": result["peak_memory_gb"],
+        "train_seconds": result["seconds"],
+        "train_tokens_per_second": result["seen_tokens"] / result["seconds"],
+        "backward_share": backward_share(model, [encoder.encode(row, "last").input_ids for row in rows[:16]]),
+        "inference_overhead": seconds_per_token(model, encoder, prompts) / bare - 1,
+        "mergeable": mergeable,
+    }
+
+
+def now(model: Any) -> float:
+    """Seconds, when the device has done its work."""
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def seconds_per_token(model: Any, encoder: Any, prompts: list[list[int]]) -> float:
+    """Seconds per generated token, the best of some rounds after one to warm up; every row writes as many."""
+    ids, mask = evaluation.left_pad(prompts, encoder.tokenizer.pad_token_id, model.device)
+    model.eval()
+    best = math.inf
+    with torch.inference_mode():
+        for _ in range(ROUNDS + 1):
+            begun = now(model)
+            model.generate(
+                input_ids=ids, attention_mask=mask, do_sample=False, min_new_tokens=TOKENS, max_new_tokens=TOKENS,
+                pad_token_id=encoder.tokenizer.pad_token_id,
+            )  # fmt: skip
+            best = min(best, now(model) - begun)
+    return best / TOKENS
+
+
+def backward_share(model: Any, rows: list[list[int]]) -> float:
+    """Share of forward + backward that the backward pass takes, on a batch of rows cut to the same length."""
+    length = min(map(len, rows))
+    ids = torch.tensor([row[:length] for row in rows], device=model.device)
+    model.train()
+    forward = whole = math.inf
+    for _ in range(ROUNDS + 1):
+        begun = now(model)
+        loss = model(input_ids=ids, labels=ids).loss
+        middle = now(model)
+        loss.backward()
+        ended = now(model)
+        model.zero_grad(set_to_none=True)
+        forward, whole = min(forward, middle - begun), min(whole, ended - begun)
+    model.eval()
+    return 1 - forward / whole
+
+
+if __name__ == "__main__":
+    from finetune import noise
+
+    noise.silence()
+    write_json(Path(sys.argv[2]), measure(Path(sys.argv[1])))

@@ -1,0 +1,127 @@
+"""The order of samples, the optimizers and the learning-rate schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from finetune.recipe import TrainConfig
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+    "lion_8bit": "lion_8bit",
+    "muon": "adamw_torch",  # replaced by MuonWithAdamW
+}
+
+
+class OrderedSampler(Sampler[int]):
+    """A shuffled order that depends on (seed, epoch) only; with `group` > 1, samples of like length stand together.
+
+    transformers' LengthGroupedSampler draws from the global generator, so a resumed second epoch sees other batches.
+    """
+
+    def __init__(self, lengths: Sequence[int], seed: int, group: int = 1, shuffle: bool = True) -> None:
+        self.lengths, self.seed, self.group, self.shuffle, self.epoch = lengths, seed, group, shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:  # called by accelerate at the start of each epoch
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        if not self.shuffle:
+            return iter(range(len(self.lengths)))
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        if self.group > 1:
+            window = self.group * 50  # sorted within windows: batches stay random, padding small
+            batches: list[list[int]] = []
+            for start in range(0, len(order), window):
+                part = sorted(order[start : start + window], key=lambda i: -self.lengths[i])
+                batches += [part[i : i + self.group] for i in range(0, len(part), self.group)]
+            last = batches.pop() if len(batches[-1]) < self.group else []  # the short batch stays last
+            shuffled = torch.randperm(len(batches), generator=generator).tolist()
+            order = [i for b in shuffled for i in batches[b]] + last
+        return iter(order)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) on the matrices of the blocks, AdamW on embeddings, norms, biases and heads.
+
+    torch's Muon takes matrices only. The parameter groups are shared with the two parts, so schedulers and loss
+    scaling see one optimizer.
+    """
+
+    def __init__(
+        self, matrices: list[torch.nn.Parameter], others: list[torch.nn.Parameter], train: TrainConfig
+    ) -> None:
+        adamw_lr = train.muon_adamw_learning_rate or train.learning_rate
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(
+                torch.optim.Muon(
+                    matrices, lr=train.learning_rate, momentum=train.muon_momentum, weight_decay=train.weight_decay
+                )
+            )
+        if others:
+            betas = (train.adam_beta1, train.adam_beta2)
+            self.parts.append(torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=0.0))
+        super().__init__(matrices + others, defaults={})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def faster_b(optimizer: torch.optim.Optimizer, model: torch.nn.Module, ratio: float) -> None:
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): LoRA's B learns `ratio` times faster than everything else.
+
+    Splits the groups of an optimizer that has not stepped yet; schedules scale every group from its own start.
+    """
+    fast = {id(p) for name, p in model.named_parameters() if ".lora_B." in name or ".lora_embedding_B." in name}
+    groups = list(optimizer.param_groups)
+    optimizer.param_groups.clear()
+    for group in groups:
+        for is_fast, rate in ((False, group["lr"]), (True, group["lr"] * ratio)):
+            members = [p for p in group["params"] if (id(p) in fast) == is_fast]
+            if members:
+                optimizer.param_groups.append({**group, "params": members, "lr": rate})
+
+
+def muon_split(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """(matrices for muon, everything else) among the trainable parameters."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim == 2 and id(parameter) not in embeddings and "lm_head" not in name
+            (matrices if is_matrix else others).append(parameter)
+    return matrices, others
+
+
+def scheduler_kwargs(train: TrainConfig, total_steps: int) -> dict[str, Any]:
+    if train.lr_scheduler_type == "cosine_with_min_lr":
+        return {"min_lr_rate": train.lr_min_ratio}
+    if train.lr_scheduler_type == "warmup_stable_decay":
+        decay = max(1, round(total_steps * train.lr_decay_ratio))
+        return {"num_decay_steps": decay, "min_lr_ratio": train.lr_min_ratio, "decay_type": "linear"}
+    return {}

@@ -1,0 +1,86 @@
+"""Learning from preferences: what DPO, KTO and reward models share, and the two losses without a reference.
+
+    simpo_loss, orpo_loss       pure functions of log-probabilities, tested against float64 values
+    PairCollator                pairs of token ids -> one batch, chosen rows first
+    prepare_reference(…)        which weights the reference is
+    stuck(rows)                 a loss that stands where it began, with the likely cause
+
+Everything else is trl's: DPOTrainer, KTOTrainer and RewardTrainer underneath.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+LN2 = math.log(2)  # DPO's loss when policy and reference agree
+
+
+def simpo_loss(
+    chosen: torch.Tensor, rejected: torch.Tensor, chosen_length: torch.Tensor, rejected_length: torch.Tensor,
+    beta: float, gamma: float,
+) -> torch.Tensor:  # fmt: skip
+    """-log sigmoid(beta (chosen / |chosen| - rejected / |rejected| - gamma)), per pair.
+
+    Meng et al. 2024 (arXiv:2405.14734), eq. 6, with their margin written as a share of beta.
+
+    Args:
+        chosen, rejected: [pairs] summed log-probabilities of the answers; lengths: [pairs] their tokens.
+    """
+    return -F.logsigmoid(beta * (chosen / chosen_length - rejected / rejected_length - gamma))
+
+
+def orpo_loss(
+    chosen: torch.Tensor, rejected: torch.Tensor, chosen_length: torch.Tensor, rejected_length: torch.Tensor,
+    beta: float,
+) -> torch.Tensor:  # fmt: skip
+    """Mean negative log-likelihood of the chosen answer, minus beta log sigmoid(log odds ratio), per pair.
+
+    Hong et al. 2024 (arXiv:2403.07691), eq. 6 and 7: odds(y) = p / (1 - p) of the length-normalised likelihood p.
+
+    Args:
+        as simpo_loss.
+    """
+    a, b = chosen / chosen_length, rejected / rejected_length
+    log_odds = (a - b) - (torch.log1p(-torch.exp(a)) - torch.log1p(-torch.exp(b)))
+    return -a - beta * F.logsigmoid(log_odds)
+
+
+@dataclass
+class PairCollator:
+    """Rows of `data.pairs.load_pairs` -> input_ids, attention_mask, completion_mask of [2 x pairs, longest]."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids = [row[f"{name}_ids"] for name in ("chosen", "rejected") for row in rows]
+        masks = [row[f"{name}_mask"] for name in ("chosen", "rejected") for row in rows]
+        longest = max(map(len, ids))
+
+        def padded(lists: list[list[int]], value: int) -> torch.Tensor:
+            return torch.tensor([row + [value] * (longest - len(row)) for row in lists])
+
+        batch = {
+            "input_ids": padded(ids, self.pad_token_id),
+            "attention_mask": padded([[1] * len(row) for row in ids], 0),
+            "completion_mask": padded(masks, 0),
+        }
+        for key in ("ref_chosen_logps", "ref_rejected_logps"):
+            if key in rows[0]:
+                batch[key] = torch.tensor([row[key] for row in rows])
+        return batch
+
+
+def stuck(rows: list[dict[str, Any]]) -> str | None:
+    """A warning when a DPO loss has stood at ln 2 while the learning rate was not zero."""
+    losses = [row["loss"] for row in rows if "loss" in row and row.get("learning_rate", 0) > 0]
+    if len(losses) < 5 or any(abs(loss - LN2) > 1e-3 for loss in losses[1:]):
+        return None
+    return (
+        "the loss stands at 0.693: policy and reference stay equal; raise train.learning_rate or dpo.beta, and look "
+        "whether chosen and rejected answers differ (ft data check)"
+    )

@@ -1,0 +1,166 @@
+"""`ft data check` and `ft data preview`: look at data before any model is loaded.
+
+Without a model only the structure is checked; with one (from the recipe or --model) also what the model would see.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.errors import UserError
+from finetune.progress import console, note
+from finetune.recipe import RECIPES, DataConfig, absolute
+from finetune.recipe_file import find, load, parse_value
+from finetune.run import write_json
+
+KINDS = {
+    "pretrain": "text", "sft": "sft", "reward": "preference", "dpo": "preference", "kto": "unpaired", "ppo": "prompts",
+}  # fmt: skip
+WORST = 20  # problems of each level shown in the terminal; --json has them all
+
+
+def check(
+    recipe: str | None,
+    overrides: Sequence[str],
+    data: str | None,
+    model: str | None,
+    stage: str | None,
+    eval_data: str | None,
+    fix: str | None,
+    json_file: str | None,
+) -> int:
+    """Exit code: 2 when a row cannot be used, else 0."""
+    from finetune.data import audit, mend
+
+    config, base, kind, held_out = settings(recipe, overrides, data, model, stage, eval_data)
+    encoder = make_encoder(base) if base is not None and kind != "text" else None
+    if fix is not None:
+        kept, taken, rejects = mend.mend(config, Path(fix), encoder, kind, held_out)
+        note(f"{kept:,} rows written to {fix}, {taken:,} rejects with their reasons to {rejects}")
+    report = audit.check(config, encoder, kind=kind, eval_data=held_out)
+    if encoder is not None and encoder.notice is not None:
+        note(encoder.notice)
+    if json_file == "-":
+        print(json.dumps(report.as_json(), ensure_ascii=False, indent=2))
+    else:
+        show(report)
+    if json_file and json_file != "-":
+        write_json(Path(json_file), report.as_json())
+    return 2 if report.errors and fix is None else 0
+
+
+def preview(
+    recipe: str | None,
+    overrides: Sequence[str],
+    data: str | None,
+    model: str | None,
+    stage: str | None,
+    limit: int,
+    json_file: str | None,
+    html_file: str | None,
+) -> None:
+    from finetune.data import preview as views
+
+    config, base, kind, _ = settings(recipe, overrides, data, model, stage, None)
+    if base is None:
+        raise UserError("a preview needs a tokenizer", key="--model", fix="give --model or --recipe")
+    encoder = make_encoder(base)
+    shown = views.samples(config, encoder, limit, kind)
+    rows = views.packs(shown, config.max_length) if config.packing else None
+    if json_file is not None:
+        output: dict[str, Any] = {"template": encoder.origin, "samples": shown}
+        if rows is not None:
+            output["packs"] = rows
+        if json_file == "-":
+            print(json.dumps(output, ensure_ascii=False))
+        else:
+            write_json(Path(json_file), output)
+    if html_file is not None:
+        Path(html_file).write_text(views.as_html(shown, rows), encoding="utf-8")
+        note(f"written to {html_file}")
+    if json_file is None and html_file is None:
+        from rich.console import Console
+
+        Console().print(views.as_text(shown, rows), soft_wrap=True)
+        note(f"green is trained · {encoder.origin}")
+
+
+def settings(
+    recipe: str | None,
+    overrides: Sequence[str],
+    data: str | None,
+    model: str | None,
+    stage: str | None,
+    eval_data: str | None,
+) -> tuple[DataConfig, Any, str | None, str | None]:
+    """(data section, model section or None, kind of data, held-out data). Arguments win over the recipe."""
+    from finetune.recipe import ModelConfig
+
+    if stage is not None and stage not in KINDS:
+        raise UserError(f"unknown stage {stage!r}", key="--stage", fix=f"one of {', '.join(KINDS)}")
+    base: Any = ModelConfig(name=model) if model is not None else None
+    if recipe is None:
+        if data is None:
+            raise UserError("nothing to look at", fix="give --recipe R, or --data D")
+        values = {"train": absolute(data)}
+        for item in overrides:
+            key, _, value = item.partition("=")
+            values[key.removeprefix("data.")] = parse_value(value)
+        try:
+            config = DataConfig.model_validate(values)
+        except ValueError as error:
+            first = str(error).splitlines()
+            raise UserError(
+                f"not a data setting: {' '.join(first[1:3])}", key="--set", fix="see docs/recipe.md"
+            ) from None
+        return config, base, KINDS[stage] if stage else None, eval_data
+    kind: Any = RECIPES[stage_of(recipe)]
+    loaded: Any = load(recipe, kind, overrides)
+    config = loaded.data if data is None else loaded.data.model_copy(update={"train": absolute(data)})
+    return config, base or loaded.model, KINDS[stage or loaded.stage], eval_data or loaded.eval.data
+
+
+def stage_of(recipe: str) -> str:
+    """The stage a recipe file names; what is wrong with the file is said by `load`."""
+    try:
+        values = yaml.safe_load(find(recipe).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        return "sft"
+    stage = values.get("stage") if isinstance(values, dict) else None
+    return stage if stage in RECIPES else "sft"
+
+
+def make_encoder(model: Any) -> Any:
+    from finetune.data import chat
+    from finetune.families import family
+    from finetune.models import loading
+
+    config = loading.read_config(model)
+    return chat.make_encoder(loading.load_tokenizer(model), family(config["model_type"]))
+
+
+def show(report: Any) -> None:
+    """The report for people: problems first, then what the data is like."""
+    for level, style in (("error", "red"), ("warning", "yellow")):
+        listed = [p for p in report.problems if p["level"] == level]
+        for problem in listed[:WORST]:
+            line = f"{problem['file']}, row {problem['row']}: {problem['message']}"
+            console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+        if len(listed) > WORST:
+            note(f"… and {len(listed) - WORST:,} more ({level}s; --json lists them)")
+    trained = f", {report.trained_tokens:,} trained tokens" if report.trained_tokens is not None else ""
+    note(f"{report.rows:,} rows, {report.counts['used']:,} usable{trained}")
+    kinds = sorted((count, kind) for kind, count in report.kinds.items() if count)
+    if kinds:
+        note(" · ".join(f"{kind} {count:,}" for count, kind in reversed(kinds)))
+    note("languages: " + ", ".join(f"{name} {count:,}" for name, count in report.languages.items()))
+    lengths = report.tokens or report.characters
+    most = max(lengths.values(), default=1)
+    for name, count in lengths.items():
+        unit = "tokens" if report.tokens else "characters"
+        note(f"{name:>13} {unit} {'█' * max(1, round(30 * count / most))} {count:,}")

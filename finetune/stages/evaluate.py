@@ -1,0 +1,184 @@
+"""`ft eval`: held-out metrics of runs, recipes or models, with the base beside them on request."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from finetune.data import dataset
+from finetune.data.chat import make_encoder
+from finetune.errors import UserError
+from finetune.evaluation import Evaluation, evaluate
+from finetune.families import family
+from finetune.metrics import paired
+from finetune.models import hardware, loading
+from finetune.models.quantization import weight_bytes
+from finetune.progress import note
+from finetune.recipe import DataConfig, EvalConfig, ModelConfig, SftRecipe, absolute, compute_dtype
+from finetune.recipe_file import check, load
+from finetune.run import read_recipe, write_json
+
+
+@dataclass(frozen=True)
+class Target:
+    """One model to evaluate, with the settings its run would use."""
+
+    name: str
+    model: ModelConfig
+    adapter: Path | None
+    data: DataConfig
+    eval: EvalConfig
+
+
+def run(
+    runs: Sequence[str],
+    recipe: str | None,
+    model: str | None,
+    adapter: str | None,
+    data: str | None,
+    compare_base: bool,
+    limit: int | None,
+    json_file: str | None,
+    quantization: str | None = None,
+) -> None:
+    kinds = quantizations(quantization)
+    targets = find_targets(runs, recipe, model, adapter)
+    held_out = data or targets[0].eval.data
+    if held_out is None:
+        raise UserError("no held-out data", key="eval.data", fix="set it in the recipe, or give --data FILE")
+    if compare_base:
+        bases = {t.model.name: t for t in targets if t.adapter is not None or t.name != t.model.name}
+        targets = [Target("base", t.model, None, t.data, t.eval) for t in bases.values()] + targets
+    rows = dataset.load_eval_rows(absolute(held_out), targets[0].data)[: limit or targets[0].eval.limit]
+    groups = [[quantized(target, kind) for kind in kinds] for target in targets] if kinds else [targets]
+    evaluated = [[evaluate_target(target, rows) for target in group] for group in groups]
+    results = [result for group in evaluated for result in group]
+    # With quantizations each model is compared with its first kind, otherwise every model with the first one.
+    metrics = ("exact_match", "loss") if kinds else ("exact_match",)
+    comparisons = [compare(group[0], other, m) for group in evaluated for other in group[1:] for m in metrics]
+    output = {
+        "data": held_out,
+        "runs": [{"name": r.name, "n": r.n, "metrics": r.metrics} for r in results],
+        "comparisons": comparisons,
+    }
+    if json_file == "-":
+        print(json.dumps(output, ensure_ascii=False, indent=2))
+    else:
+        show(results, comparisons)
+    if json_file and json_file != "-":
+        write_json(Path(json_file), output)
+        note(f"written to {json_file}")
+
+
+def quantizations(text: str | None) -> list[str]:
+    """`none,int8,int4` as a list."""
+    kinds = [kind.strip() for kind in text.split(",")] if text else []
+    for kind in kinds:
+        if kind not in ("none", "int8", "int4"):
+            raise UserError(f"unknown kind {kind!r}", key="--quantization", fix="a list of none, int8, int4")
+    return kinds
+
+
+def quantized(target: Target, kind: str) -> Target:
+    model = target.model.model_copy(update={"quantization": None if kind == "none" else kind})
+    return replace(target, name=f"{target.name} {kind}", model=model)
+
+
+def find_targets(runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None) -> list[Target]:
+    """What the arguments name. UserError when they name nothing."""
+    if recipe is not None:
+        loaded = load(recipe, SftRecipe)
+        done = (Path(loaded.output.dir) / "result.json").exists()
+        if done:
+            return [run_target(loaded.output.dir)]
+        return [Target("base", loaded.model, None, loaded.data, loaded.eval)]
+    if runs:
+        return [run_target(path) for path in runs]
+    if adapter is not None:
+        return [run_target(adapter, model)]
+    if model is not None:
+        return [Target(Path(model).name, ModelConfig(name=model), None, DataConfig(train="-"), EvalConfig())]
+    raise UserError("nothing to evaluate", fix="give a run directory, --recipe, or --model")
+
+
+def run_target(reference: str, model: str | None = None) -> Target:
+    """A run directory, or an adapter folder made by any PEFT tool."""
+    path = Path(reference)
+    name = path.name or path.resolve().name
+    values = read_recipe(path)
+    if values is None:
+        folder = loading.adapter_folder(reference)
+        config = loading.configs_of(folder, model)[1]
+        return Target(name, config, folder, DataConfig(train="-"), EvalConfig())
+    recipe = check(values, None, path / "recipe.yaml")
+    if recipe.adapter.method == "full":
+        return Target(name, ModelConfig(name=str(path / "model")), None, recipe.data, recipe.eval)
+    elsewhere = {"name": model, "revision": None, "source": None}
+    config = recipe.model if model is None else recipe.model.model_copy(update=elsewhere)
+    return Target(name, config, loading.adapter_folder(reference), recipe.data, recipe.eval)
+
+
+def evaluate_target(target: Target, rows: Sequence[Any]) -> Evaluation:
+    machine = hardware.detect()
+    dtype = getattr(torch, compute_dtype(target.model.dtype, machine))
+    tokenizer = loading.load_tokenizer(target.model, target.adapter)
+    encoder = make_encoder(tokenizer, family(loading.read_config(target.model)["model_type"]))
+    model = loading.load_model(target.model, dtype, machine)
+    if target.adapter is not None:
+        model = loading.attach_adapter(model, target.adapter, target.model)
+    with Console(stderr=True).status(f"{target.name}: {len(rows)} rows"):
+        result = evaluate(target.name, model, encoder, rows, target.eval.max_new_tokens, target.eval.batch_size)
+    result.metrics["weights_gb"] = weight_bytes(model) / 1e9
+    return result
+
+
+def compare(a: Evaluation, b: Evaluation, metric: str = "exact_match") -> dict[str, Any]:
+    """b against a on the same rows; of losses the lower one wins."""
+    if metric == "exact_match":
+        return {"a": a.name, "b": b.name, "metric": metric, **paired(a.correct, b.correct)}
+    result = paired(a.losses, b.losses)
+    return {"a": a.name, "b": b.name, "metric": metric, **result, "wins": result["losses"], "losses": result["wins"]}
+
+
+def cell(result: Evaluation, name: str) -> str:
+    value, interval = result.metrics.get(name), result.metrics.get(f"{name}_ci")
+    if value is None:
+        return "–"
+    text = f"{value:.4g}" if name in ("weights_gb", "tokens_per_second") else f"{value:.3f}"
+    return text + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
+WIDE = 3  # more models than this stand below each other, without the single fields
+
+
+def show(results: Sequence[Evaluation], comparisons: Sequence[dict[str, Any]]) -> None:
+    """The table and the comparisons, to stdout."""
+    names = list(dict.fromkeys(k for r in results for k, v in r.metrics.items() if isinstance(v, float)))
+    fields = list(dict.fromkeys(f for r in results for f in r.metrics.get("fields", {})))
+    table = Table(title=f"held-out, n={results[0].n}", title_justify="left")
+    if len(results) > WIDE:
+        for heading in ("", *(n.replace("_", " ") for n in names)):
+            table.add_column(heading, justify="right" if heading else "left")
+        for result in results:
+            table.add_row(result.name, *(cell(result, name) for name in names))
+    else:
+        for heading in ("", *(r.name for r in results)):
+            table.add_column(heading, justify="right" if heading else "left")
+        for name in names:
+            table.add_row(name.replace("_", " "), *(cell(r, name) for r in results))
+        for field in fields:
+            table.add_row(f"  {field}", *(f"{r.metrics.get('fields', {}).get(field, 0.0):.3f}" for r in results))
+    Console(file=sys.stdout).print(table)
+    for item in comparisons:
+        low, high = item["ci"]
+        counts = f"{item['wins']} better, {item['losses']} worse, {item['ties']} same"
+        name = item["metric"].replace("_", " ")
+        print(f"{item['b']} - {item['a']}, {name}: {item['difference']:+.3f} [{low:+.3f}, {high:+.3f}], {counts}")

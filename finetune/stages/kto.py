@@ -1,0 +1,36 @@
+"""`ft kto`: learning from answers labelled good or bad (Ethayarajh et al. 2024, arXiv:2402.01306).
+
+check recipe, output and rows -> load the base -> policy and reference -> train -> save and report.
+"""
+
+from __future__ import annotations
+
+from finetune import alignment, training
+from finetune.data import pairs
+from finetune.models import hardware
+from finetune.recipe import KtoRecipe, resolve
+from finetune.run import check_resumable, open_run
+
+
+def run(raw: KtoRecipe, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
+    machine = hardware.detect()
+    recipe = resolve(raw, machine)
+    if resume:
+        check_resumable(recipe)
+    parts = alignment.check(recipe)
+    data = pairs.load_unpaired(recipe.data, parts.encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
+    plan = training.layout(recipe, len(data.train), len(data.train), machine)
+    if dry_run:
+        training.show_plan(recipe, data.counts, plan)
+        return
+
+    notes = training.announce(data.warnings, plan)
+    with open_run(recipe, overwrite, resume) as folder:
+        training.start(recipe)
+        base = alignment.merged_start(recipe, folder) if recipe.kto.start == "merge" else recipe.model
+        model, copy = alignment.policy(recipe, base, parts, machine)
+        trainer = alignment.kto_trainer(recipe, folder, model, copy, parts, data, plan, machine)
+        outcome = training.fit(trainer, folder, resume)
+        weights = training.save(recipe, folder, model, parts.tokenizer, parts.encoder.template, base)
+        training.finish(recipe, folder, trainer, outcome, data.counts, notes)
+        training.summary(recipe, folder, weights)

@@ -1,0 +1,221 @@
+"""`ft pretrain`: next-token training on raw text, of any model or of a new one (`model.config`).
+
+check recipe, output and text -> pack the text into blocks -> load or build the model -> train -> save and report.
+Blocks are taken in the order of the text (a curriculum stays one), each exactly data.max_length tokens.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import (
+    GlmConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+
+from finetune import training
+from finetune.adapters.build import apply
+from finetune.data import raw, world
+from finetune.errors import UserError
+from finetune.models import chatglm_export, chatglm_tokenizer, hardware, initial, loading, tiny
+from finetune.recipe import ModelConfig, PretrainRecipe, resolve
+from finetune.run import Run, check_resumable, open_run
+from finetune.trainers import Extras
+
+WORLD_CHATGLM3 = "builtin:world/chatglm3"  # model.tokenizer: the world's tokenizer as a ChatGLM3 tokenizer.model
+EVAL_SEED = 1_000_003  # added to the seed: the held-out text of the endless built-in world
+
+
+class Blocks(Dataset[dict[str, torch.Tensor]]):
+    """Rows of one tensor (blocks, max_length) of token ids; every token is a label."""
+
+    def __init__(self, blocks: list[list[int]]) -> None:
+        self.ids = torch.tensor(blocks, dtype=torch.int32)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = self.ids[index].long()
+        return {"input_ids": ids, "labels": ids}
+
+
+class _Trainer(Extras, Trainer):
+    """Keeps the order of the blocks."""
+
+    block_length: int
+    _total_train_tokens = 0  # trl's name, which `training.fit` reads
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        blocks = self.state.global_step * self.args.gradient_accumulation_steps * self.args.train_batch_size
+        logs["num_tokens"] = self._total_train_tokens = blocks * self.args.world_size * self.block_length
+        super().log(logs, *args, **kwargs)
+
+
+def run(raw_recipe: PretrainRecipe, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
+    machine = hardware.detect()
+    recipe = resolve(raw_recipe, machine)
+    if resume:
+        check_resumable(recipe)
+    tokenizer = _tokenizer(recipe)
+    train, held_out = _blocks(recipe, tokenizer)
+    counts = {"rows": len(train), "trained_tokens": len(train) * (recipe.data.max_length - 1), "dropped": 0}
+    plan = training.layout(recipe, len(train), len(train), machine)
+    if dry_run:
+        training.show_plan(recipe, counts, plan)
+        return
+
+    training.start(recipe)
+    model = apply(_model(recipe, tokenizer, machine), recipe.adapter)
+    notes = training.announce([], plan)
+
+    with open_run(recipe, overwrite, resume) as folder:
+        trainer = _make_trainer(recipe, folder, model, train, held_out, plan, machine)
+        outcome = training.fit(trainer, folder, resume)
+        if recipe.model.config is not None:
+            initial.separate_unseen(model, train.ids)
+        weights = _save(recipe, folder, model, tokenizer)
+        training.finish(recipe, folder, trainer, outcome, counts, notes)
+        training.summary(recipe, folder, weights)
+
+
+def _tokenizer(recipe: PretrainRecipe) -> PreTrainedTokenizerBase:
+    """The model's own, or that of `model.tokenizer` for a new model."""
+    if recipe.model.config is None:
+        return loading.load_tokenizer(recipe.model)
+    name = recipe.model.tokenizer
+    if name is None:
+        raise UserError(
+            "is needed with model.config", key="model.tokenizer", fix=f"give a folder, a hub id or {raw.WORLD}"
+        )
+    if name == raw.WORLD:
+        return cast(PreTrainedTokenizerBase, tiny.build_tokenizer(_world_texts(), world.HAN))
+    if name == WORLD_CHATGLM3:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "tokenizer.model").write_bytes(tiny.build_sentencepiece(_world_texts(), world.HAN))
+            return chatglm_tokenizer.build_tokenizer(folder, version=3)
+    return loading.load_tokenizer(ModelConfig(name=name, chat_template=recipe.model.chat_template))
+
+
+def _world_texts() -> Iterator[str]:
+    return islice(world.documents(0, 8_000), 8_000)
+
+
+def _blocks(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Blocks, Blocks | None]:
+    """(training blocks, held-out blocks) of the recipe's text."""
+    data, train = recipe.data, recipe.train
+    separator = _separator(tokenizer)
+
+    def encode(text: str) -> list[int]:
+        return cast(list[int], tokenizer.encode(text, add_special_tokens=False))
+
+    def packed(texts: Iterator[str]) -> Iterator[list[int]]:
+        return raw.pack(texts, encode, data.max_length, separator)
+
+    if raw.is_endless(data):
+        if train.max_steps is None:
+            raise UserError(f"{raw.WORLD} is endless", key="train.max_steps", fix="set a number of steps")
+        if isinstance(data.eval_split, float):
+            raise UserError(
+                f"{raw.WORLD} is endless", key="data.eval_split", fix="give a number of blocks, not a share"
+            )
+        wanted = train.max_steps * train.effective_batch_size
+        total = _documents_for(wanted, packed, recipe)
+        blocks = list(islice(packed(raw.documents(data, train.seed, total)), wanted))
+        other = raw.documents(data, train.seed + EVAL_SEED, 1)
+        held = list(islice(packed(other), data.eval_split)) if data.eval_split else []
+    else:
+        texts = raw.documents(data, train.seed, 1)
+        kept: list[str] = []
+        if data.eval_split is not None:
+            kept, texts = raw.held_out(texts, data.eval_split)
+        wanted_blocks = train.max_steps * train.effective_batch_size if train.max_steps else None
+        blocks = list(islice(packed(texts), wanted_blocks))
+        held = list(packed(iter(kept)))
+    if not blocks:
+        raise UserError(
+            f"the text does not fill one block of {data.max_length} tokens", path=str(data.train),
+            key="data.max_length", fix="give more text or a smaller data.max_length",
+        )  # fmt: skip
+    return Blocks(blocks), Blocks(held) if held else None
+
+
+def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands before every document: what the tokenizer puts before any text, else its bos, else its end token."""
+    before = cast(list[int], tokenizer.encode(""))
+    one = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [i for i in before if i in tokenizer.all_special_ids] or [one]
+
+
+def _documents_for(blocks: int, packed: Any, recipe: PretrainRecipe) -> int:
+    """How many documents of the endless world fill `blocks` blocks, measured on a thousandth of them."""
+    sample, used = max(50, blocks // 1000), 0
+
+    def counted() -> Iterator[str]:
+        nonlocal used
+        for text in raw.documents(recipe.data, recipe.train.seed, 1):
+            used += 1
+            yield text
+
+    found = len(list(islice(packed(counted()), sample)))
+    return blocks * used // found
+
+
+def _model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase, machine: Any) -> PreTrainedModel:
+    if recipe.model.config is None:
+        loaded = loading.load_model(recipe.model, training.weights_dtype(recipe), machine)
+        loading.refuse_training(loaded, recipe.model.name)
+        return loaded
+    if recipe.adapter.method != "full":
+        raise UserError("a new model has nothing to adapt", key="adapter.method", fix="use method: full")
+    ids = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model = loading.new_model({**ids, **recipe.model.config}, torch.float32)
+    initial.calm_residuals(model)
+    return model
+
+
+def _save(recipe: PretrainRecipe, run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """As `training.save`; a new model with ChatGLM3's tokenizer is stored in ChatGLM3's original layout."""
+    if recipe.model.tokenizer != WORLD_CHATGLM3:
+        return training.save(recipe, run, model, tokenizer, None)
+    model.to(getattr(torch, recipe.model.dtype))
+    chatglm_export.export_original(model, chatglm_export.original_config(cast(GlmConfig, model.config)), run.model)
+    (run.model / "tokenizer.model").write_bytes(tiny.build_sentencepiece(_world_texts(), world.HAN))
+    return run.model
+
+
+def _make_trainer(
+    recipe: PretrainRecipe,
+    run: Run,
+    model: PreTrainedModel,
+    train: Blocks,
+    held_out: Blocks | None,
+    plan: Any,
+    machine: Any,
+) -> _Trainer:
+    trainer = _Trainer(
+        model=model,
+        args=TrainingArguments(**training.arguments(recipe, run, plan, machine, held_out is not None)),
+        train_dataset=train,
+        eval_dataset=held_out,
+        callbacks=training.callbacks(recipe, run, held_out is not None),
+    )
+    trainer.block_length = recipe.data.max_length
+    return cast(_Trainer, training.finish_setup(trainer, recipe))

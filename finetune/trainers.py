@@ -1,0 +1,207 @@
+"""trl's trainers with what they lack: rows that are token ids already, an order that can be resumed, muon, LoRA+, …
+
+`Extras` is mixed into each trainer: the order of samples depends on (seed, epoch) alone, so that a resumed run sees
+exactly the batches of an uninterrupted one; the optimizers of `optim`; loss scaling on CPUs; state that checkpoints of
+peft leave out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from trl import DPOTrainer, KTOTrainer, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from finetune.adapters import ranks
+from finetune.adapters.state import load_state
+from finetune.optim import MuonWithAdamW, OrderedSampler, faster_b, muon_split
+from finetune.preference import orpo_loss, simpo_loss
+from finetune.recipe import DpoConfig, TrainConfig
+from finetune.run import write_json
+
+REFERENCE_FREE = ("simpo", "orpo")
+
+
+class Extras:
+    """Mixed in before a transformers Trainer."""
+
+    recipe_train: TrainConfig
+    loraplus_lr_ratio: float | None = None
+    length_columns: tuple[str, ...] = ("input_ids",)
+    optimizer: Any
+    model: Any
+    args: Any
+    accelerator: Any
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
+        columns = zip(*(dataset[name] for name in self.length_columns), strict=True)
+        lengths = [max(len(ids) for ids in row) for row in columns]
+        grouped = self.recipe_train.group_by_length and "seq_lengths" not in dataset.column_names
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps if grouped else 1
+        return OrderedSampler(lengths, self.args.seed, group)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if self.args.fp16 and self.args.device.type == "cpu":
+            # accelerate drops autocast and loss scaling for fp16 on CPUs without a word; with them the path that
+            # T4 and V100 take runs here, too.
+            self.accelerator.native_amp = True
+            self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.recipe_train.optim == "muon" and self.optimizer is None:
+            self.optimizer = MuonWithAdamW(*muon_split(self.model if model is None else model), self.recipe_train)
+        fresh = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        if fresh and self.loraplus_lr_ratio is not None:
+            faster_b(optimizer, self.model, self.loraplus_lr_ratio)
+        return optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The trainer's loss, with AdaLoRA's penalty once per step."""
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        if not self.model.training or isinstance(loss, tuple):
+            return loss
+        return loss + ranks.penalty(self.model) / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not load_state(self.model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        if not load_state(self.model, Path(self.state.best_model_checkpoint)):  # type: ignore[attr-defined]
+            super()._load_best_model()  # type: ignore[misc]
+
+
+class Collator(DataCollatorForLanguageModeling):
+    """trl's, with the loss weights of turns where the data has them."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().torch_call(examples)
+        if "weights" in examples[0]:
+            rows = [example["weights"] for example in examples]
+            rows = [[w for row in rows for w in row]] if self.padding_free else rows
+            longest = batch["labels"].shape[1]
+            batch["weights"] = torch.tensor([row + [0.0] * (longest - len(row)) for row in rows])
+        return batch
+
+
+class _WeightedSft(SFTTrainer):
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """trl's loss; with weights the sum of weight x negative log-likelihood over the number of trained tokens."""
+        weights = inputs.pop("weights", None)
+        if weights is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        weights = weights[:, 1:].to(outputs.log_probs)
+        losses = -outputs.log_probs[:, -weights.shape[1] :] * weights
+        if self.model.training:
+            self._total_train_tokens += int(inputs["labels"].numel())
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        loss = losses.sum() / (outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+class Sft(Extras, _WeightedSft):
+    """Rows of input_ids, labels and, where there are any, weights and seq_lengths."""
+
+
+class _PairDpo(DPOTrainer):
+    """trl's DPO on pairs of token ids, and the two losses without a reference."""
+
+    def __init__(self, *, dpo: DpoConfig, copy: bool, reference: str, cache: Path, **kwargs: Any) -> None:
+        """
+        Args:
+            copy: the reference is a frozen copy of the adapter as it is now, not the base with the adapter off.
+            reference: what identifies the reference, for the cache of its log-probabilities in the folder `cache`.
+        """
+        self.recipe_dpo, self.copy, self.reference, self.cache = dpo, copy, reference, cache
+        super().__init__(**kwargs)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """Once per content: pairs, reference and precision make the name of the file they are kept in."""
+        if self.recipe_dpo.loss_type in REFERENCE_FREE:
+            return dataset
+        if not self.copy and "ref" in getattr(self.model, "peft_config", {}):
+            self.model.delete_adapter("ref")  # trl makes one for every PeftModel; without it the adapter is off
+        digest = hashlib.sha256(f"{self.reference} {self.model.dtype}".encode())
+        for row in dataset:
+            digest.update(repr(sorted(row.items())).encode())
+        file = self.cache / f"{digest.hexdigest()}.json"
+        if file.is_file():
+            columns = json.loads(file.read_text(encoding="utf-8"))
+        else:
+            done = super()._precompute_ref_logps(dataset, name, batch_size)
+            columns = {key: list(done[key]) for key in ("ref_chosen_logps", "ref_rejected_logps")}
+            self.cache.mkdir(parents=True, exist_ok=True)
+            write_json(file, columns)
+        for key, values in columns.items():
+            dataset = dataset.add_column(key, values)
+        return dataset
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if self.recipe_dpo.loss_type not in REFERENCE_FREE:
+            return super()._compute_loss(model, inputs, return_outputs)
+        completion = inputs["completion_mask"]
+        labels = inputs["input_ids"].masked_fill(completion == 0, -100)
+        kept = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+        outputs = model(**kept, labels=labels, use_cache=False, fused_lm_head=True)
+        shifted = completion[:, 1:]
+        logps = outputs.log_probs[:, -shifted.shape[1] :].sum(1)
+        (chosen, rejected), (long, short) = logps.chunk(2), shifted.sum(1).chunk(2)
+        beta = self.recipe_dpo.beta
+        if self.recipe_dpo.loss_type == "simpo":
+            losses = simpo_loss(chosen, rejected, long, short, beta, self.recipe_dpo.simpo_gamma)
+        else:
+            losses = orpo_loss(chosen, rejected, long, short, beta)
+        if self.recipe_dpo.sft_weight:
+            losses = losses - self.recipe_dpo.sft_weight * chosen / long
+        rewards = (beta * (chosen / long).detach(), beta * (rejected / short).detach())
+        self._record(rewards, chosen, rejected, inputs["attention_mask"])
+        return losses.mean()
+
+    def _record(self, rewards: tuple[Any, Any], chosen: Any, rejected: Any, attention: Any) -> None:
+        """The same names that trl logs."""
+        mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            self._total_train_tokens += int(attention.sum())
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        good, bad = rewards
+        for name, value in {
+            "rewards/chosen": good, "rewards/rejected": bad, "rewards/margins": good - bad,
+            "rewards/accuracies": (good > bad).float(), "logps/chosen": chosen.detach(),
+            "logps/rejected": rejected.detach(),
+        }.items():  # fmt: skip
+            self._metrics[mode][name].append(value.mean().item())
+
+
+class Dpo(Extras, _PairDpo):
+    """Rows of chosen_ids, chosen_mask, rejected_ids, rejected_mask."""
+
+    length_columns = ("chosen_ids", "rejected_ids")
+
+
+class _TokenKto(KTOTrainer):
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """trl pairs each prompt with another answer of its batch for the KL term; so do these rows, already encoded."""
+        answers = dataset["completion_ids"]
+        return dataset.add_column("KL_completion_ids", [answers[-1], *answers[:-1]])
+
+
+class Kto(Extras, _TokenKto):
+    """Rows of prompt_ids, completion_ids, label."""
+
+    length_columns = ("prompt_ids", "completion_ids")

@@ -1,0 +1,78 @@
+"""Metrics against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from finetune import metrics
+
+
+def test_exact_match_ignores_outer_white_space_only() -> None:
+    assert metrics.exact_match(" a b\n", "a b")
+    assert not metrics.exact_match("a  b", "a b")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ('{"a": "1", "b": "2"}', {"a": True, "b": True}),
+        ('{"a": "1", "b": "3"}', {"a": True, "b": False}),
+        ('{"b": "2"}', {"a": False, "b": True}),
+        ("nonsense", {"a": False, "b": False}),
+        ("[1]", {"a": False, "b": False}),
+    ],
+)
+def test_json_fields(prediction: str, expected: dict[str, bool]) -> None:
+    assert metrics.json_fields(prediction, '{"a": "1", "b": "2"}') == expected
+
+
+def test_json_fields_needs_an_object() -> None:
+    assert metrics.json_fields("{}", "plain text") is None
+    assert metrics.json_fields('{"a": 1}', '{"a": null}') == {"a": False}
+
+
+def test_wilson() -> None:
+    # Newcombe 1998, table I, case r=81, n=263: 0.2553 to 0.3662
+    low, high = metrics.wilson(81, 263)
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert metrics.wilson(0, 0) == (0.0, 1.0)
+    assert metrics.wilson(10, 10)[1] == pytest.approx(1.0)
+    assert metrics.wilson(10, 10)[0] == pytest.approx(0.7225, abs=1e-4)
+
+
+def test_paired() -> None:
+    a, b = [0.0] * 40 + [1.0] * 10, [1.0] * 30 + [0.0] * 10 + [1.0] * 10
+    result = metrics.paired(a, b)
+    assert result["difference"] == pytest.approx(0.6)
+    assert (result["wins"], result["losses"], result["ties"]) == (30, 0, 20)
+    # standard error sqrt(0.6 * 0.4 / 50) = 0.069
+    assert result["ci"][0] == pytest.approx(0.6 - 1.96 * 0.0693, abs=0.03)
+    assert result["ci"][1] == pytest.approx(0.6 + 1.96 * 0.0693, abs=0.03)
+    with pytest.raises(ValueError, match="cannot be paired"):
+        metrics.paired([1.0], [1.0, 0.0])
+
+
+def test_perplexity() -> None:
+    assert metrics.perplexity(math.log(7)) == pytest.approx(7)
+    assert metrics.perplexity(1e6) == math.inf
+
+
+def test_power_law_is_recovered() -> None:
+    sizes = [250.0, 500.0, 1000.0, 2000.0]
+    e, b, beta = metrics.fit_power_law(sizes, [0.3 + 5 / size**0.5 for size in sizes])
+    assert (e, b, beta) == pytest.approx((0.3, 5.0, 0.5), rel=1e-3)
+    with pytest.raises(ValueError, match="three sizes"):
+        metrics.fit_power_law([1.0, 2.0, 2.0], [1.0, 0.9, 0.8])
+
+
+def test_doubling_has_an_interval_around_the_truth() -> None:
+    import random
+
+    sizes, noise = [250.0, 500.0, 1000.0, 2000.0], random.Random(0)
+    rows = [[0.3 + 5 / size**0.5 + noise.gauss(0, 0.05) for _ in range(300)] for size in sizes]
+    result = metrics.doubling(sizes, rows)
+    truth = 5 / 2000**0.5 - 5 / 4000**0.5
+    assert result["ci"][0] < truth < result["ci"][1]
+    assert result["ci"][0] < result["gain"] < result["ci"][1]
