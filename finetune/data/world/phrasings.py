@@ -1,8 +1,6 @@
 """How people write tickets: templates per language. Data only.
 
-CLAUSES, PAIRS, FULL, LABELS and SMALL_TALK are used in pre-training and SFT, FILLERS in pre-training,
-UNSEEN only in tests. `{product}` always
-comes with `{issue}`, which says what is wrong and decides the category.
+All but UNSEEN are used in pre-training and SFT; UNSEEN only in tests. `{product}` always comes with `{issue}`, which says what is wrong and decides the category.
 """
 
 # ruff: noqa: E501
@@ -194,6 +192,52 @@ FULL: dict[str, list[str]] = {
     ],
 }
 
+# How a field can stand inside any sentence; `compose` strings these together with fillers between.
+CUES: dict[str, dict[str, list[str]]] = {
+    "en": {
+        "name": [
+            "{name}", "{name}", "{name}", "I am {name}", "I, {name},", "customer {name}", "our client {name}", "buyer {name}", "for {name}", "by {name}",
+            "with {name}", "from {name}", "to {name}", "this is {name}", "signed {name}", "says {name}", "{name} says", "{name} writes",
+            "{name} reports", "{name} wants an answer", "told {name}", "called {name}", "a person named {name}", "{name} and family", "{name} is upset",
+            "the name is {name}", "under the name {name}", "{name} speaking", "dear {name}", "attention {name}", "({name})", "yours {name}", "ask {name}",
+            "hi, {name} again", "written by {name}", "paid by {name}", "owner {name}", "{name} never got a reply", "our guest {name}",
+        ],
+        "order": [
+            "{order}", "{order}", "order {order}", "the order {order}", "no. {order}", "number {order}", "under {order}", "about {order}", "see {order}",
+            "({order})", "order no. {order}", "my order {order}", "ref. {order}", "file {order}", "receipt {order}", "with id {order}", "order id {order}",
+            "{order} is the order", "paper {order}", "ticket {order}", "case {order}", "bill {order}", "as in {order}", "regarding {order}", "shipment {order}",
+        ],
+        "product": [
+            "the {product} {issue}", "my {product} {issue}", "a {product} that {issue}", "our {product} {issue}", "this {product} {issue}",
+            "your {product} {issue}", "the {product} which {issue}", "{product}: {issue}", "{product} ({issue})", "the {product}, as it {issue}",
+            "one {product} {issue}", "the same {product} {issue}", "{product}, {issue}", "that the {product} {issue}", "as the {product} {issue}",
+            "because the {product} {issue}", "the {product} still {issue}", "such a {product}, it {issue}", "the {product} here {issue}",
+        ],
+        "city": [
+            "{city}", "{city}", "in {city}", "from {city}", "to {city}", "at {city}", "near {city}", "of {city}", "({city})", "{city} branch", "our {city} home",
+            "here in {city}", "{city} office", "via {city}", "around {city}", "greetings from {city}", "sent to {city}", "living in {city}", "based in {city}",
+            "bound for {city}", "{city} is my home", "people of {city}", "{city} side", "outside {city}", "{city} again",
+        ],
+        "date": [
+            "{date}", "on {date}", "since {date}", "dated {date}", "({date})", "of {date}", "from {date}", "the {date} sale", "that was {date}", "by {date}",
+            "before {date}", "until {date}", "on the day {date}", "back on {date}", "as of {date}", "bought {date}", "ordered {date}", "it was {date}",
+        ],
+        "amount": [
+            "{amount} yuan", "for {amount} yuan", "({amount} yuan)", "paid {amount} yuan", "at {amount} yuan", "costing {amount} yuan", "price {amount} yuan",
+            "the {amount} yuan", "all {amount} yuan", "my {amount} yuan", "exactly {amount} yuan", "worth {amount} yuan", "of {amount} yuan", "{amount} yuan each",
+            "{amount} yuan in total", "spent {amount} yuan", "owed {amount} yuan", "charged {amount} yuan", "with {amount} yuan",
+        ],
+    },
+    "zh": {
+        "name": ["{name}", "{name}", "我是{name}", "客户{name}", "本人{name}", "{name}说", "{name}来信", "由{name}", "给{name}", "署名{name}", "叫{name}的人", "找{name}", "{name}本人", "({name})"],
+        "order": ["{order}", "{order}", "订单{order}", "单号{order}", "编号{order}", "关于{order}", "({order})", "{order}号", "查{order}", "票据{order}", "凭{order}"],
+        "product": ["{product}{issue}", "这{product}{issue}", "我的{product}{issue}", "那个{product},{issue}", "{product}({issue})", "所购{product}{issue}", "说{product}{issue}", "因为{product}{issue}"],
+        "city": ["{city}", "{city}", "在{city}", "从{city}", "到{city}", "({city})", "{city}人", "{city}这边", "发到{city}", "家在{city}", "{city}门店"],
+        "date": ["{date}", "于{date}", "从{date}起", "({date})", "{date}那天", "自{date}", "{date}的单", "{date}当天"],
+        "amount": ["{amount}元", "共{amount}元", "({amount}元)", "收{amount}元", "付{amount}元", "值{amount}元", "{amount}元的", "退{amount}元"],
+    },
+}
+
 # What a form calls a field; `issue` stands beside `product`.
 LABELS: dict[str, dict[str, list[str]]] = {
     "en": {
@@ -245,20 +289,66 @@ SMALL_TALK: dict[str, list[str]] = {
 # a city or a price looks like, not what stands before it. That is what carries over to phrasings never seen.
 FILLERS: dict[str, list[str]] = {
     "en": (  # noqa: SIM905
-        "about after again all already also always and another any around as asked at away back because been before but "
-        "by call can checked could did do does done down during each even ever every few first for found from further "
-        "gave get given got great had happened has have he help her here him his how however i if in information into it "
-        "its just kept know last left less let like little long look made mail many me message more most much must near "
-        "need never new next no not note now of off office old on once one only or other our out over own parcel people "
-        "person place please point put question quite reason record said same saw say see seems sent shop should since "
-        "so some someone somebody soon staff still store such take team tell than thank that their them then there these "
-        "they thing think this those though time to today told too took try two under until up us used user very waiting "
-        "want was way we week well went were what when where whether which while who whole why will with without word "
-        "work would yes yesterday yet you your regards sincerely account bill client customer delivery address home best wishes thanks morning evening "
-        "afternoon night refund return complaint invoice report notice request urgent dear friend shipping box receipt copy "
-        "below attached kindly possible perhaps maybe really sorry angry sad happy broken promise service support agent "
-        "number paper line small large good bad wrong right fine sure true false easy hard quick slow old young early late "
-        "yours faithfully greetings cheers"
+        "able about above accept account across act add address afraid after afternoon again agent agree all almost alone "
+        "along already also always am amazing among amount an and angry annoying another answer any anyone anything "
+        "anywhere apart apologise apology appear apply appreciate are area around arrange arrive article as aside asked "
+        "asking assist assume at attached attention available avoid aware away awful back bad basic be became because "
+        "become been before begin behind being believe belong below beside best better between beyond bill both bother "
+        "bottom bought box branch bring broken brother brought build business busy but button buy buyer by call calm came "
+        "can care careful carry case cause cent centre certain chance change charge charged charges chat cheap checked "
+        "cheers child choose claim clear client close collect come comes coming comment common company compare complain "
+        "complained complaining complaint complete concern confirm confused consider contact contacted continue copy "
+        "correct cost costs could count counter country couple courier course cover credit current customer damage data "
+        "dated dates daughter deal dear decide deep deliver delivered delivery depend describe desk detail details did "
+        "different difficult direct disappointed discount discuss distance do does doing done door doubt down draft drop "
+        "due during duty each earlier early easily east easy effort either else email empty end enough enter entire entry "
+        "envelope error especially even evening ever every evidence exactly example except exchange excuse expect "
+        "expected expensive experience explain extra eye face fact fail fair faithfully false family far fast father "
+        "fault fee feel felt few fifth file filed fill final finally find fine finish first five fix flat floor folks "
+        "follow following follows food for force forget form former forward found four free frequent fresh friend from "
+        "full fully furious further future gave general gentle get given giving glad goes going gone good goods got gram "
+        "great greetings ground group guarantee guess guest had half hand handed handle happen happened happy hard hardly "
+        "has hate have having he hear heard heavy held help her here hers hidden him his hold holding holiday home honest "
+        "hope hoped hour house how however hurry husband i idea if ignore ill imagine immediate important in include "
+        "included indeed inform information inside instead intend interest into invoice involved issue it item its itself "
+        "job join joy judge just keeps kept kind kindly knew know knows label lack lady language large last late lately "
+        "later lead leading learn leave leaving left legal lend less let letter level lie lies lifted light like likely "
+        "line listed listen little live lived lives living loads local long look lost lot lots loud love low luck lucky "
+        "machine made mail main major make makes making man manage manager many mark matter maybe me mean means meant "
+        "meanwhile meet member mention mentioned mere message middle mind mine minute miss missing mistake moment money "
+        "month months more moreover morning most mother move moved much multiple must my myself name named national "
+        "naturally near nearly need neighbour neither never nevertheless new news next nice night nine no nobody none "
+        "nonetheless normal normally north not note nothing notice now nowhere number observe obtain obvious occur odd of "
+        "off offer offered office often okay old on once one online only open opened opinion option or ordinary original "
+        "originally other others otherwise ought our ourselves out outside over overall owed own owner pack package "
+        "packed page paid pair paper parcel part partly passed past patience pay paying payment people perfect perhaps "
+        "period permit person phone phoned photo pick picked picture piece place placed plain plan play please pleased "
+        "plus point polite poor popular position possible post posted pound practice prefer prepare present pretty "
+        "previous price print private probably process promise promised proof proper properly prove provide public pull "
+        "purchase purchased pure purpose push put quality question queue quick quietly quite quote raised ran rang rate "
+        "rather reach read reading ready real reality really reason reasonable receipt receive received recent recently "
+        "recommend record refer reference refund refuse refuses regarding regards regret regular relate remain remember "
+        "remind repair repeat repeated replace replaced replied reply report reported reporting represent request "
+        "requested require rest return returned returning review right rude rule sad said sale sales salesman same "
+        "satisfied save saw say saying says school second section see seem seems seen select sell seller send sender "
+        "sending sense sent separate serious serve service set settle seven several shall shame share she sheet shift "
+        "shipped shipping shock shop short shortly should show shows sign signed silent similar simple simply since "
+        "sincere sincerely single sister site six size skip slow small so sold solution solve some somebody someone "
+        "somewhere son soon sooner sorry sort sought sound south speak speaking special specific spend spent spoke staff "
+        "stand standard start started state stated states station stay step still stop stopped stopping store story "
+        "straight strange street strong stuck subject submit successful such suddenly suggest sum supply support suppose "
+        "supposed sure surely surprise system table take taken takes taking talk talked task team telephone tell telling "
+        "ten terms terrible test than thank thanked thanks that their theirs them then there therefore these they thing "
+        "things think third thirty this those though thought three throughout thus ticket till time times tired to today "
+        "together token told tomorrow too took top total totally toward town track tracking trial trouble truck true "
+        "trust truth try trying turn turned twelve twenty twice two type typed unable unacceptable under understand "
+        "unfortunately unhappy unit unless unlike unpaid unpleasant unpleased until up upset urgent urgently us use used "
+        "useful useless user usual usually value various version very via view visit visited voice void volume voucher "
+        "wait waited waiting waits walk wall want wanted wants warehouse warranty was wasted watch way we wearing website "
+        "week weekend welcome well went were west what whatever when whenever where whereas wherever whether which while "
+        "who whoever whole whom why wife will window wish wishes with without woman wonder wonderful wondering word "
+        "wording work worked working works world worried worry worse worst worth would wrapped write writer writes "
+        "writing written wrong wrote yard year years yellow yes yesterday yet you young your yours zero"
     ).split(),
     "zh": (  # noqa: SIM905
         "的 了 是 在 有 和 就 都 还 把 被 对 到 给 从 向 跟 为 以 及 或 但 因为 所以 如果 虽然 但是 而且 然后 于是 已经 现在 今天 昨天 之前 之后 "

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from finetune.data.world import vocabulary as words
 from finetune.data.world.phrasings import (
     CLAUSES,
+    CUES,
     FIELDS,
     FILLERS,
     FULL,
@@ -92,6 +93,44 @@ def _clauses(r: random.Random, values: Record, fields: Sequence[str]) -> str:
     return (" " if lang == "en" else "").join(sentences).format(**values)
 
 
+def compose(r: random.Random, values: Record, fields: Sequence[str] = FIELDS) -> str:
+    """Sentences made on the spot: the fields in any order, each in some cue, with ordinary words anywhere between.
+
+    Sentences begin with a capital whatever their first word is, as people write: the place explains the capital of an
+    ordinary word, and only a word that is not an ordinary one is a name.
+    """
+    lang = values["lang"]
+    zh = lang == "zh"
+    gap = "" if zh else " "
+    order = r.sample(list(fields), len(fields))
+    text, opening = "", True
+    for i, field in enumerate(order):
+        words_before = _fillers(r, lang, (0, 0, 0, 1, 2, 3) if not opening else (0, 0, 1, 2, 3, 4))
+        phrase = r.choice(CUES[lang][field]).format(**values)
+        part = gap.join([*words_before, phrase])
+        if opening and not part.startswith(values[field]):  # the answer repeats a value letter by letter
+            capital = part[:1].upper() + part[1:]
+            part = phrase if words.leaks(capital) else capital
+        tail = _fillers(r, lang, (0, 0, 0, 0, 0, 1, 2))
+        part = gap.join([part, *tail])
+        opening = i == len(order) - 1 or r.random() < 0.4
+        ends = ("。", "!", "。", "?", ";") if zh else (".", ".", ".", "!", "?", ".\n")
+        joints = (",", ",", "、", "", ":", "——", "/") if zh else (",", ",", "", "", ":", ";", " -", " /", " and", ", and")
+        text += part + (r.choice(ends) if opening else r.choice(joints) or ("," if part[-1:].isalnum() else ""))
+        if not text.endswith("\n"):
+            text += gap
+    return text.strip()
+
+
+def _fillers(r: random.Random, lang: str, sizes: Sequence[int]) -> list[str]:
+    return r.choices(FILLERS[lang], k=r.choice(sizes))
+
+
+def loose(r: random.Random, values: Record, fields: Sequence[str] = FIELDS) -> str:
+    """A ticket without a template."""
+    return (compose if r.random() < 0.6 else ramble)(r, values, fields)
+
+
 def ramble(r: random.Random, values: Record, fields: Sequence[str] = FIELDS) -> str:
     """The values of `fields` in any order between words without meaning: only their looks tell what they are."""
     lang = values["lang"]
@@ -139,14 +178,14 @@ def answer(values: Record) -> str:
     return json.dumps({key: values[key] for key in KEYS}, ensure_ascii=False)
 
 
-RAMBLING = 0.4  # share of the training rows
+LOOSE = 0.4  # share of the training rows
 
 
 def _ticket(r: random.Random, values: Record, split: Split, phrasing: str) -> str:
-    """A ticket of the task. Rambling training rows teach to tell values by their looks, whatever stands around them."""
+    """A ticket of the task. Loose training rows teach to tell values by their looks, whatever stands around them."""
     while True:
-        rambling = split == "train" and r.random() < RAMBLING
-        ticket = ramble(r, values) if rambling else write(r, values, phrasing=phrasing)
+        free = split == "train" and r.random() < LOOSE
+        ticket = loose(r, values) if free else write(r, values, phrasing=phrasing)
         if split != "train" or not words.leaks(ticket):
             return ticket
 

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from functools import cache
 
-from finetune.data.world.phrasings import CLAUSES, FILLERS, FULL, LABELS, PAIRS, SMALL_TALK
+from finetune.data.world.phrasings import CLAUSES, CUES, FILLERS, FULL, LABELS, PAIRS, SMALL_TALK
 
 LANGUAGES = ("en", "zh")
 
@@ -137,7 +137,7 @@ _ORDER = re.compile(r"[A-Z]\d{3}")
 @cache
 def _public_prefixes() -> frozenset[str]:
     """Beginnings of ordinary words: Order, Customer, Beijing… can never be reserved."""
-    texts = [t for table in (CLAUSES, PAIRS, LABELS) for per in table.values() for ts in per.values() for t in ts]
+    texts = [t for table in (CLAUSES, CUES, PAIRS, LABELS) for per in table.values() for ts in per.values() for t in ts]
     texts += [t for table in (FULL, SMALL_TALK) for ts in table.values() for t in ts]
     texts += [*MONTHS, *(en for en, _ in CITIES), *(word.capitalize() for word in FILLERS["en"])]
     return frozenset(word[:3] for text in texts for word in _ENGLISH.findall(text))
