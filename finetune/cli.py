@@ -181,13 +181,15 @@ def evaluate(
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Base and tuned side by side.")] = False,
     quantization: Annotated[str | None, typer.Option(help="Kinds to compare: none,int8,int4.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
+    temperature: Annotated[float, typer.Option(help="0 answers greedily, above it answers are drawn.", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the drawn answers.")] = 0,
     json_: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Also as JSON; - is stdout.")] = None,
 ) -> None:
-    """Exact match, per-field accuracy, loss and perplexity on held-out data."""
+    """Exact match (also per value of a column `group`), per-field accuracy, loss and perplexity on held-out data."""
     _quiet()
     from finetune.stages.evaluate import run
 
-    run(runs or [], recipe, model, adapter, data, compare_base, limit, json_, quantization)
+    run(runs or [], recipe, model, adapter, data, compare_base, limit, json_, quantization, temperature, seed)
 
 
 @app.command()

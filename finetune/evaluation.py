@@ -1,6 +1,6 @@
 """Generation and scoring, shared by `ft eval`, `ft merge`, `ft chat` and mid-training evaluation.
 
-generate(...)   greedy answers for encoded prompts, batched by length (soft prompts: by equal length)
+generate(...)   answers for encoded prompts, greedy or sampled, batched by length (soft prompts: by equal length)
 score(...)      negative log-likelihood per row
 evaluate(...)   both, and the metrics
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -33,6 +34,8 @@ class Evaluation:
     """Exact match per row (0 or 1), in the order of the data, for paired comparisons."""
     losses: list[float] = field(default_factory=list, repr=False)
     """Mean negative log-likelihood per token of each row's reference."""
+    groups: list[str | None] = field(default_factory=list, repr=False)
+    """Group per row, in the order of `correct`."""
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,29 +66,49 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     on_batch: Callable[[int], None] = lambda n: None,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[str]:
-    """Greedy answers in the order of `prompts` (token ids that end where the answer begins)."""
+    """Answers in the order of `prompts` (token ids that end where the answer begins).
+
+    temperature: 0 is greedy; above it answers are drawn from the whole distribution, without top-k or top-p. The same
+    seed and batch size give the same answers on the same machine; the caller's random numbers stay as they are.
+    """
     model.eval()
     tokenizer, stops = encoder.tokenizer, stop_ids(model, encoder)
     answers = [""] * len(prompts)
-    for rows in batches(prompts, batch_size, equal_length=is_before_text(model)):
-        ids, mask = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id, input_device(model))
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=stops,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for row, sequence in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
-            answers[row] = decode(encoder, sequence, stops)
-        on_batch(len(rows))
+    device = input_device(model)
+    with seeded(seed, device) if temperature else nullcontext():
+        for rows in batches(prompts, batch_size, equal_length=is_before_text(model)):
+            ids, mask = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id, device)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                num_beams=1,
+                eos_token_id=stops,
+                pad_token_id=tokenizer.pad_token_id,
+                **sampling(temperature),
+            )
+            for row, sequence in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
+                answers[row] = decode(encoder, sequence, stops)
+            on_batch(len(rows))
     return answers
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """What `generate` must be told: a base's generation_config.json may ask for sampling, top-k or top-p of its own."""
+    if not temperature:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers from `seed`, and afterwards those that would have come without."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)
+        yield
 
 
 def stop_ids(model: PreTrainedModel, encoder: Encoder | GlmEncoder) -> list[int]:
@@ -151,21 +174,34 @@ def evaluate(
     max_new_tokens: int,
     batch_size: int,
     on_batch: Callable[[int], None] = lambda n: None,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> Evaluation:
-    """Exact match with a 95% interval, per-field accuracy of JSON answers, loss and perplexity of the references."""
+    """Exact match with a 95% interval, per-field accuracy of JSON answers, loss and perplexity of the references.
+
+    Where rows have groups, exact match also of each: `exact_match/GROUP`, `exact_match/GROUP_ci`, and `groups`, the
+    number of rows.
+    """
     asked = [split_reference(c) for c in conversations]
     prompts = [encoder.prompt_ids(c.messages, c.tools) for c, _ in asked]
     begun = time.perf_counter()
-    predictions = generate(model, encoder, prompts, max_new_tokens, batch_size, on_batch)
+    predictions = generate(model, encoder, prompts, max_new_tokens, batch_size, on_batch, temperature, seed)
     seconds = time.perf_counter() - begun
     references = [reference for _, reference in asked]
     correct = [float(r is not None and metrics.exact_match(p, r)) for p, r in zip(predictions, references, strict=True)]
+    groups = [
+        c.group if reference is not None else None for c, reference in zip(conversations, references, strict=True)
+    ]
     known = [c for c, r in zip(correct, references, strict=True) if r is not None]
     values: dict[str, Any] = {}
     losses: list[float] = []
     if known:
         values["exact_match"] = metrics.mean(known)
         values["exact_match_ci"] = list(metrics.wilson(int(sum(known)), len(known)))
+        for group, column in metrics.by_group(correct, groups).items():
+            values[f"exact_match/{group}"] = metrics.mean(column)
+            values[f"exact_match/{group}_ci"] = list(metrics.wilson(int(sum(column)), len(column)))
+            values.setdefault("groups", {})[group] = len(column)
         fields: dict[str, list[float]] = {}
         for prediction, reference in zip(predictions, references, strict=True):
             for key, right in (metrics.json_fields(prediction, reference or "") or {}).items():
@@ -181,4 +217,4 @@ def evaluate(
         values["perplexity"] = metrics.perplexity(loss)
     written = sum(len(encoder.tokenizer.encode(p, add_special_tokens=False)) + 1 for p in predictions)
     values["tokens_per_second"] = written / max(seconds, 1e-9)
-    return Evaluation(name, len(conversations), values, predictions, correct, losses)
+    return Evaluation(name, len(conversations), values, predictions, correct, losses, groups)

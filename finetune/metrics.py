@@ -1,6 +1,7 @@
 """Metrics as pure functions; no torch.
 
 exact_match, json_fields          one prediction against one reference
+by_group                          the rows of each group
 wilson                            95% interval of a share (Wilson 1927)
 paired                            difference of two systems on the same rows, with a bootstrap interval
 """
@@ -40,6 +41,15 @@ def _object(text: str) -> dict[str, Any] | None:
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
+
+
+def by_group(values: Sequence[float], groups: Sequence[str | None]) -> dict[str, list[float]]:
+    """The values of each group's rows, groups in alphabetical order; rows of no group are left out."""
+    found: dict[str, list[float]] = {group: [] for group in sorted({g for g in groups if g is not None})}
+    for value, group in zip(values, groups, strict=True):
+        if group is not None:
+            found[group].append(value)
+    return found
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

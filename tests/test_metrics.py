@@ -33,6 +33,15 @@ def test_json_fields_needs_an_object() -> None:
     assert metrics.json_fields('{"a": 1}', '{"a": null}') == {"a": False}
 
 
+def test_by_group() -> None:
+    groups = ["b", None, "a", "b"]
+    assert metrics.by_group([1.0, 0.0, 0.0, 0.0], groups) == {"a": [0.0], "b": [1.0, 0.0]}
+    assert list(metrics.by_group([1.0, 0.0, 0.0, 0.0], groups)) == ["a", "b"]
+    assert metrics.by_group([1.0], [None]) == {}
+    with pytest.raises(ValueError, match="zip"):
+        metrics.by_group([1.0], [])
+
+
 def test_wilson() -> None:
     # Newcombe 1998, table I, case r=81, n=263: 0.2553 to 0.3662
     low, high = metrics.wilson(81, 263)

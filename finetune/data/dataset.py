@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
 
-from finetune.data import checks, sources, store
+from finetune.data import checks, formats, sources, store
 from finetune.data.audit import Audit, problem_of
 from finetune.data.chat import Encoded
 from finetune.data.samples import all_text, content_hash, read_samples, specs
@@ -184,8 +184,8 @@ def load_samples(config: Any, kind: str, *, encoder: Any = None, seed: int = 42,
 
 
 def load_eval_rows(spec: Any, config: Any = None, *, encoder: Any = None) -> list[Conversation]:
-    """Conversations for generation. Rows with only a prompt are fine. UserError with every unusable row, and with an
-    encoder also with those that it cannot encode."""
+    """Conversations for generation, with the `group` that a column of this name gives them. Rows with only a prompt are
+    fine. UserError with every unusable row, and with an encoder also with those that it cannot encode."""
     rows: list[Conversation] = []
     errors: list[Problem] = []
     columns = SimpleNamespace(
@@ -204,7 +204,9 @@ def load_eval_rows(spec: Any, config: Any = None, *, encoder: Any = None) -> lis
                 bad = [problem] if isinstance(problem, RowProblem) else []
             errors += [problem_of(item.file, item.row, f) for f in bad]
             if not bad:
-                rows.append(item.sample)
+                group = formats.rename(item.data, source.get("columns") or columns.columns).get("group")
+                named = isinstance(group, str | int | float) and group != ""  # a list or an object names no group
+                rows.append(replace(item.sample, group=str(group)) if named else item.sample)
     if errors:
         raise UserError(errors)
     if not rows:

@@ -47,6 +47,8 @@ class Row(NamedTuple):
 class Conversation:
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
+    group: str | None = None
+    """Of a held-out row: what its column `group` says. Metrics are given per group, too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,11 @@ from rich.table import Table
 
 from finetune.data import dataset
 from finetune.data.chat import make_encoder
+from finetune.data.types import Conversation
 from finetune.errors import UserError
 from finetune.evaluation import Evaluation, evaluate
 from finetune.families import family
-from finetune.metrics import paired
+from finetune.metrics import by_group, paired
 from finetune.models import hardware, loading
 from finetune.models.quantization import weight_bytes
 from finetune.progress import note
@@ -48,6 +49,8 @@ def run(
     limit: int | None,
     json_file: str | None,
     quantization: str | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> None:
     kinds = quantizations(quantization)
     targets = find_targets(runs, recipe, model, adapter)
@@ -58,24 +61,40 @@ def run(
         bases = {t.model.name: t for t in targets if t.adapter is not None or t.name != t.model.name}
         targets = [Target("base", t.model, None, t.data, t.eval) for t in bases.values()] + targets
     rows = dataset.load_eval_rows(absolute(held_out), targets[0].data)[: limit or targets[0].eval.limit]
-    groups = [[quantized(target, kind) for kind in kinds] for target in targets] if kinds else [targets]
-    evaluated = [[evaluate_target(target, rows) for target in group] for group in groups]
-    results = [result for group in evaluated for result in group]
+    rows = with_few_groups(rows)
+    variants = [[quantized(target, kind) for kind in kinds] for target in targets] if kinds else [targets]
+    evaluated = [[evaluate_target(target, rows, temperature, seed) for target in part] for part in variants]
+    results = [result for part in evaluated for result in part]
     # With quantizations each model is compared with its first kind, otherwise every model with the first one.
-    metrics = ("exact_match", "loss") if kinds else ("exact_match",)
-    comparisons = [compare(group[0], other, m) for group in evaluated for other in group[1:] for m in metrics]
+    metrics = ["exact_match", *(f"exact_match/{group}" for group in results[0].metrics.get("groups", ()))]
+    metrics += ["loss"] if kinds else []
+    comparisons = [compare(part[0], other, m) for part in evaluated for other in part[1:] for m in metrics]
+    sampled = {"temperature": temperature, "seed": seed} if temperature else {}
     output = {
         "data": held_out,
+        **sampled,
         "runs": [{"name": r.name, "n": r.n, "metrics": r.metrics} for r in results],
         "comparisons": comparisons,
     }
     if json_file == "-":
         print(json.dumps(output, ensure_ascii=False, indent=2))
     else:
-        show(results, comparisons)
+        show(results, comparisons, "".join(f", {name} {value}" for name, value in sampled.items()))
     if json_file and json_file != "-":
         write_json(Path(json_file), output)
         note(f"written to {json_file}")
+
+
+MOST_GROUPS = 20  # a column `group` with more values names rows rather than kinds of rows
+
+
+def with_few_groups(rows: list[Conversation]) -> list[Conversation]:
+    """The rows, without groups when there are too many to report."""
+    names = {row.group for row in rows if row.group is not None}
+    if len(names) <= MOST_GROUPS:
+        return rows
+    note(f"the column `group` has {len(names)} values, over {MOST_GROUPS}: metrics are given for all rows only")
+    return [replace(row, group=None) for row in rows]
 
 
 def quantizations(text: str | None) -> list[str]:
@@ -126,7 +145,7 @@ def run_target(reference: str, model: str | None = None) -> Target:
     return Target(name, config, loading.adapter_folder(reference), recipe.data, recipe.eval)
 
 
-def evaluate_target(target: Target, rows: Sequence[Any]) -> Evaluation:
+def evaluate_target(target: Target, rows: Sequence[Any], temperature: float = 0.0, seed: int = 0) -> Evaluation:
     machine = hardware.detect()
     dtype = getattr(torch, compute_dtype(target.model.dtype, machine))
     tokenizer = loading.load_tokenizer(target.model, target.adapter)
@@ -135,15 +154,18 @@ def evaluate_target(target: Target, rows: Sequence[Any]) -> Evaluation:
     if target.adapter is not None:
         model = loading.attach_adapter(model, target.adapter, target.model)
     with Console(stderr=True).status(f"{target.name}: {len(rows)} rows"):
-        result = evaluate(target.name, model, encoder, rows, target.eval.max_new_tokens, target.eval.batch_size)
+        limits = (target.eval.max_new_tokens, target.eval.batch_size)
+        result = evaluate(target.name, model, encoder, rows, *limits, temperature=temperature, seed=seed)
     result.metrics["weights_gb"] = weight_bytes(model) / 1e9
     return result
 
 
 def compare(a: Evaluation, b: Evaluation, metric: str = "exact_match") -> dict[str, Any]:
-    """b against a on the same rows; of losses the lower one wins."""
-    if metric == "exact_match":
-        return {"a": a.name, "b": b.name, "metric": metric, **paired(a.correct, b.correct)}
+    """b against a on the same rows, or on those of a group (exact_match/GROUP); of losses the lower one wins."""
+    name, _, group = metric.partition("/")
+    if name == "exact_match":
+        before, after = (by_group(e.correct, e.groups)[group] if group else e.correct for e in (a, b))
+        return {"a": a.name, "b": b.name, "metric": metric, **paired(before, after)}
     result = paired(a.losses, b.losses)
     return {"a": a.name, "b": b.name, "metric": metric, **result, "wins": result["losses"], "losses": result["wins"]}
 
@@ -159,11 +181,11 @@ def cell(result: Evaluation, name: str) -> str:
 WIDE = 3  # more models than this stand below each other, without the single fields
 
 
-def show(results: Sequence[Evaluation], comparisons: Sequence[dict[str, Any]]) -> None:
-    """The table and the comparisons, to stdout."""
+def show(results: Sequence[Evaluation], comparisons: Sequence[dict[str, Any]], title: str = "") -> None:
+    """The table and the comparisons, to stdout; `title` goes on after the number of rows."""
     names = list(dict.fromkeys(k for r in results for k, v in r.metrics.items() if isinstance(v, float)))
     fields = list(dict.fromkeys(f for r in results for f in r.metrics.get("fields", {})))
-    table = Table(title=f"held-out, n={results[0].n}", title_justify="left")
+    table = Table(title=f"held-out, n={results[0].n}{title}", title_justify="left")
     if len(results) > WIDE:
         for heading in ("", *(n.replace("_", " ") for n in names)):
             table.add_column(heading, justify="right" if heading else "left")

@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 
 from finetune.data.world import KEYS, documents, leaks, record, tickets, write
-from finetune.data.world.__main__ import SHIPPED, jsonl
+from finetune.data.world.__main__ import SHIPPED, jsonl, shipped
 from finetune.data.world.phrasings import CLAUSES, FIELDS, FULL, PAIRS, SMALL_TALK, UNSEEN
 from finetune.data.world.vocabulary import REAL_NAMES
 from finetune.recipe import resource_path
@@ -24,7 +24,7 @@ def answers(rows: list[dict]) -> list[dict]:
     return [json.loads(row["messages"][1]["content"]) for row in rows]
 
 
-TRAIN, TEST = tickets(**SHIPPED["tickets_train.jsonl"]), tickets(**SHIPPED["tickets_test.jsonl"])
+TRAIN, TEST = shipped("tickets_train.jsonl"), shipped("tickets_test.jsonl")
 HELD_OUT = {
     "test": TEST,
     "other seed": tickets(7, 300, "test"),
@@ -41,7 +41,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_files_are_what_the_generator_writes(name):
-    assert resource_path("data_templates", name).read_bytes() == jsonl(tickets(**SHIPPED[name])).encode()
+    assert resource_path("data_templates", name).read_bytes() == jsonl(shipped(name)).encode()
 
 
 @pytest.mark.parametrize("kind", HELD_OUT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,118 @@ def test_batched_generation_equals_one_by_one(base: Path) -> None:
     alone = [evaluation.generate(model, encoder, [p], 12, batch_size=1)[0] for p in prompts]
     assert together == alone
     assert len(set(alone)) > 1
+
+
+def grouped(path: Path, groups: list[object]) -> Path:
+    """Rows with answers that no random model gives, in these groups; None is no group."""
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": f"never {n}"}],
+            **({} if group is None else {"group": group}),
+        }
+        for n, group in enumerate(groups)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_groups_have_metrics_intervals_and_comparisons_of_their_own(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figures by hand: of group a two of three are right, of group 7 none of two, and one row has no group."""
+    from finetune import evaluation
+    from finetune.metrics import wilson
+
+    def answers(model: object, encoder: object, prompts: list[list[int]], *_: object) -> list[str]:
+        return ["never 0", "never 1", "", "", "", "never 5"][: len(prompts)]
+
+    monkeypatch.setattr(evaluation, "generate", answers)
+    data, file = grouped(tmp_path / "rows.jsonl", ["a", "a", 7, 7, "a", None]), tmp_path / "out.json"
+    evaluate.run([], None, str(base), None, str(data), False, None, str(file), "none,none")
+    written = json.loads(file.read_text())
+    found = written["runs"][0]["metrics"]
+    assert found["exact_match"] == pytest.approx(3 / 6)
+    assert found["exact_match/a"] == pytest.approx(2 / 3)
+    assert found["exact_match/a_ci"] == pytest.approx(list(wilson(2, 3)))
+    assert found["exact_match/7"] == 0
+    assert found["groups"] == {"7": 2, "a": 3}
+    assert "temperature" not in written
+    compared = {c["metric"]: c["ties"] for c in written["comparisons"]}
+    assert compared == {"exact_match": 6, "exact_match/7": 2, "exact_match/a": 3, "loss": 6}
+
+
+def test_groups_and_sampling_stand_in_the_table(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = grouped(tmp_path / "rows.jsonl", ["yes", "no", "yes"])
+    evaluate.run([], None, str(base), None, str(data), False, None, None, temperature=0.7, seed=3)
+    printed = capsys.readouterr().out
+    assert "n=3, temperature 0.7, seed 3" in printed
+    assert re.search(r"exact match/no +│ 0.000 \[0.000, 0.793\]", printed)  # wilson(0, 1)
+    assert re.search(r"exact match/yes +│ 0.000 \[0.000, 0.658\]", printed)  # wilson(0, 2)
+
+
+def test_a_group_may_be_named_by_another_column(tmp_path: Path) -> None:
+    from finetune.data import dataset
+    from finetune.recipe import DataConfig
+
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": "q", "answer": "a", "topic": topic} for topic in ("x", "", None, ["x"], 0)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = dataset.load_eval_rows(str(path), DataConfig(train="-", columns={"group": "topic"}))
+    assert [row.group for row in named] == ["x", None, None, None, "0"]
+    assert [row.group for row in dataset.load_eval_rows(str(path))] == [None] * 5
+
+
+def test_a_column_that_names_rows_is_no_group(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = grouped(tmp_path / "rows.jsonl", [f"row {n}" for n in range(21)])
+    evaluate.run([], None, str(base), None, str(data), False, None, str(tmp_path / "out.json"))
+    printed = capsys.readouterr()
+    assert "has 21 values" in printed.err
+    assert "exact match/" not in printed.out
+
+
+def test_sampled_answers(base: Path) -> None:
+    """The same for the same seed, from the whole distribution at its temperature, and greedy by default."""
+    from finetune import evaluation
+    from finetune.data.chat import make_encoder
+    from finetune.models import loading
+    from finetune.recipe import ModelConfig
+
+    config = ModelConfig(name=str(base))
+    model = loading.load_model(config, torch.float32)
+    model.generation_config.top_k, model.generation_config.top_p = 3, 0.5  # a base's own wishes
+    encoder = make_encoder(loading.load_tokenizer(config))
+    prompt = encoder.prompt_ids([{"role": "user", "content": "ab"}])
+
+    def draw(n: int, **options: float) -> list[str]:
+        return evaluation.generate(model, encoder, [prompt] * n, 6, 8, **options)  # type: ignore[arg-type]
+
+    state = torch.get_rng_state()
+    first = draw(12, temperature=1.0, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert draw(12, temperature=1.0, seed=1) == first != draw(12, temperature=1.0, seed=2)
+    assert len(set(first)) > 6
+    assert draw(2, temperature=1e-4) == draw(2) == [draw(1)[0]] * 2
+
+    drawn = torch.zeros(len(encoder.tokenizer))
+    original = evaluation.decode
+    try:
+        evaluation.decode = lambda _, ids, __: str(ids[0])  # type: ignore[assignment]
+        for token in evaluation.generate(model, encoder, [prompt] * 4000, 1, 500, temperature=0.1, seed=3):
+            drawn[int(token)] += 1
+    finally:
+        evaluation.decode = original
+    with torch.inference_mode():
+        expected = (model(torch.tensor([prompt])).logits[0, -1] / 0.1).softmax(-1)
+    assert (expected > 1e-4).sum() > 3
+    error = (expected * (1 - expected) / 4000).sqrt()
+    assert ((drawn / 4000 - expected).abs() < 5 * error + 1e-3).all()
+
+
+def test_temperature_and_seed_from_the_command_line(base: Path, held_out: Path) -> None:
+    common = ("eval", "--model", base, "--data", held_out, "--limit", "1", "--json", "-")
+    written = json.loads(ft(*common, "--temperature", "0.7", "--seed", "5").stdout)
+    assert (written["temperature"], written["seed"]) == (0.7, 5)
+    assert ft(*common, "--temperature", "-1").returncode == 2
 
 
 def test_recipe_without_a_run_evaluates_the_base(recipe: Recipe, held_out: Path) -> None:

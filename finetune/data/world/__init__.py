@@ -2,6 +2,8 @@
 
     documents(seed)                    raw text for pre-training
     tickets(seed, n, split, phrasing)  rows of the extraction task
+    questions(seed, n, split)          rows of questions about one field, not all of which can be answered
+    pairs(seed, n, split)              preference pairs of answers to such questions
     HAN                                the characters of its values
     leaks(text)                        reserved (test-only) values in a text
 
@@ -9,7 +11,8 @@
 """
 
 from finetune.data.world.corpus import HAN, documents
+from finetune.data.world.questions import pairs, questions
 from finetune.data.world.tickets import KEYS, record, tickets, write
 from finetune.data.world.vocabulary import leaks
 
-__all__ = ["HAN", "KEYS", "documents", "leaks", "record", "tickets", "write"]
+__all__ = ["HAN", "KEYS", "documents", "leaks", "pairs", "questions", "record", "tickets", "write"]

@@ -115,7 +115,9 @@ def compose(r: random.Random, values: Record, fields: Sequence[str] = FIELDS) ->
         part = gap.join([part, *tail])
         opening = i == len(order) - 1 or r.random() < 0.4
         ends = ("。", "!", "。", "?", ";") if zh else (".", ".", ".", "!", "?", ".\n")
-        joints = (",", ",", "、", "", ":", "——", "/") if zh else (",", ",", "", "", ":", ";", " -", " /", " and", ", and")
+        joints = (
+            (",", ",", "、", "", ":", "——", "/") if zh else (",", ",", "", "", ":", ";", " -", " /", " and", ", and")
+        )
         text += part + (r.choice(ends) if opening else r.choice(joints) or ("," if part[-1:].isalnum() else ""))
         if not text.endswith("\n"):
             text += gap
