@@ -1,8 +1,9 @@
-"""Learning from preferences: what `ft dpo` and `ft kto` share before and around the training loop.
+"""Learning from preferences: what `ft dpo`, `ft kto` and `ft reward` share before and around the training loop.
 
     check(recipe)            tokenizer and encoder, after everything that can be checked without weights
     policy(recipe, …)        the model to train, and whether its reference is a frozen copy of where it starts
-    dpo_trainer, kto_trainer
+    reward_model(recipe, …)  the model to train, with a score head
+    dpo_trainer, kto_trainer, reward_trainer
 
 Where the reference comes from: a fresh adapter starts as the base, so the base with the adapter off is the reference;
 an adapter that is trained on (model.adapter) has a frozen copy of itself beside it, and so has a fresh one whose start
@@ -17,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl import DPOConfig, KTOConfig
+from trl import DPOConfig, KTOConfig, RewardConfig
 
 from finetune import trainers, training
 from finetune.adapters import limits
-from finetune.adapters.build import apply, loads_trainable, prepare
+from finetune.adapters.build import apply, as_score_task, loads_trainable, prepare
 from finetune.adapters.build import check as check_targets
 from finetune.adapters.inits import rewrites_base
 from finetune.data.chat import make_encoder
@@ -30,9 +31,10 @@ from finetune.data.store import cache_folder
 from finetune.errors import RunError, UserError
 from finetune.families import family
 from finetune.models import loading
+from finetune.models.heads import with_score_head
 from finetune.models.identity import fingerprint
-from finetune.preference import PairCollator
-from finetune.recipe import DpoRecipe, Hardware, KtoRecipe, ModelConfig
+from finetune.preference import PairCollator, ScoreCollator
+from finetune.recipe import DpoRecipe, Hardware, KtoRecipe, ModelConfig, PpoRecipe, RewardRecipe
 from finetune.run import Run
 
 
@@ -42,13 +44,12 @@ class Parts:
     encoder: Any
 
 
-def check(recipe: DpoRecipe | KtoRecipe) -> Parts:
+def check(recipe: DpoRecipe | KtoRecipe | RewardRecipe | PpoRecipe) -> Parts:
     """UserError for what recipe, config.json and tokenizer can be wrong in."""
     limits.check(recipe)
     config = loading.read_config(recipe.model)
-    start = recipe.dpo.start if isinstance(recipe, DpoRecipe) else recipe.kto.start
     if recipe.model.adapter is None:
-        if start == "merge":
+        if getattr(getattr(recipe, recipe.stage), "start", "continue") == "merge":
             key = f"{recipe.stage}.start"
             raise UserError("there is no adapter to merge", key=key, fix="set model.adapter, or leave it out")
         check_targets(loading.skeleton(recipe.model), recipe.adapter)
@@ -70,7 +71,9 @@ def merged_start(recipe: DpoRecipe | KtoRecipe, run: Run) -> ModelConfig:
     return recipe.model.model_copy(update={"name": str(target), "adapter": None, "revision": None})
 
 
-def policy(recipe: DpoRecipe | KtoRecipe, base: ModelConfig, parts: Parts, machine: Hardware) -> tuple[Any, bool]:
+def policy(
+    recipe: DpoRecipe | KtoRecipe | PpoRecipe, base: ModelConfig, parts: Parts, machine: Hardware
+) -> tuple[Any, bool]:
     """(the model to train, whether its reference is a frozen copy of it)."""
     network = loading.load_model(base, training.weights_dtype(recipe), machine)
     loading.refuse_training(network, base.name)
@@ -81,6 +84,20 @@ def policy(recipe: DpoRecipe | KtoRecipe, base: ModelConfig, parts: Parts, machi
     model = loading.attach_adapter(network, start, base, trainable=loads_trainable(start))
     prepare(model)
     return model, True
+
+
+def reward_model(recipe: RewardRecipe, parts: Parts, machine: Hardware) -> Any:
+    """The base with a score head and an adapter: fresh, or started from that of model.adapter."""
+    network = loading.load_model(recipe.model, training.weights_dtype(recipe), machine)
+    loading.refuse_training(network, recipe.model.name)
+    scored = with_score_head(network, recipe.model.name)
+    if recipe.model.adapter is None:
+        where = loading.folder(recipe.model)
+        return apply(scored, recipe.adapter, parts.tokenizer, where, as_score_task)
+    start = loading.adapter_folder(recipe.model.adapter)
+    model = loading.attach_adapter(scored, start, recipe.model, loads_trainable(start), as_score_task)
+    prepare(model)
+    return model
 
 
 def reference_key(recipe: DpoRecipe | KtoRecipe, base: ModelConfig) -> str:
@@ -155,4 +172,26 @@ def kto_trainer(
     )
     if not copy and "ref" in getattr(model, "peft_config", {}):
         model.delete_adapter("ref")
+    return training.finish_setup(trainer, recipe)
+
+
+def reward_trainer(
+    recipe: RewardRecipe, run: Run, model: Any, parts: Parts, data: SftData, plan: training.Layout, machine: Hardware
+) -> Any:
+    """trl's RewardTrainer with the recipe's objective."""
+    config = RewardConfig(
+        **training.arguments(recipe, run, plan, machine, data.eval is not None),
+        center_rewards_coefficient=recipe.reward.center_rewards_coefficient,
+        disable_dropout=False,
+        max_length=None,
+    )
+    trainer = trainers.Reward(
+        model=model,
+        args=config,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=parts.tokenizer,
+        data_collator=ScoreCollator(parts.tokenizer.pad_token_id, recipe.reward.margin),
+        callbacks=training.callbacks(recipe, run, data.eval is not None),
+    )
     return training.finish_setup(trainer, recipe)

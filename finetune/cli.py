@@ -58,7 +58,7 @@ def _recipe(
 
     recipe = load(reference, kind, overrides, output)
     check_output(recipe.output.dir, overwrite, resume)
-    kind_of_rows = {"sft": "sft", "dpo": "preference", "kto": "unpaired"}.get(recipe.stage)
+    kind_of_rows = {"sft": "sft", "reward": "preference", "dpo": "preference", "kto": "unpaired"}.get(recipe.stage)
     if kind_of_rows is not None:
         from finetune.data.dataset import screen
 
@@ -114,6 +114,25 @@ def sft(
 
 
 @app.command()
+def reward(
+    recipe: Reference,
+    set_: Override = [],  # noqa: B006
+    output: Output = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a reward model on preference pairs."""
+    from finetune.recipe import RewardRecipe
+
+    checked = _recipe(recipe, RewardRecipe, set_, output, resume, overwrite)
+    _quiet()
+    from finetune.stages.reward import run
+
+    run(checked, resume, overwrite, dry_run)
+
+
+@app.command()
 def dpo(
     recipe: Reference,
     set_: Override = [],  # noqa: B006
@@ -147,6 +166,25 @@ def kto(
     checked = _recipe(recipe, KtoRecipe, set_, output, resume, overwrite)
     _quiet()
     from finetune.stages.kto import run
+
+    run(checked, resume, overwrite, dry_run)
+
+
+@app.command()
+def ppo(
+    recipe: Reference,
+    set_: Override = [],  # noqa: B006
+    output: Output = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Reinforcement learning from a reward model or from rules: PPO on one base in memory."""
+    from finetune.recipe import PpoRecipe
+
+    checked = _recipe(recipe, PpoRecipe, set_, output, resume, overwrite)
+    _quiet()
+    from finetune.stages.ppo import run
 
     run(checked, resume, overwrite, dry_run)
 
@@ -265,7 +303,7 @@ def recipes_show(name: str) -> None:
 @recipes_app.command("new")
 def recipes_new(
     path: Annotated[str, typer.Argument(help="File to write.")],
-    stage: Annotated[str, typer.Option(help="pretrain, sft, dpo or kto.")] = "sft",
+    stage: Annotated[str, typer.Option(help="pretrain, sft, reward, dpo, kto or ppo.")] = "sft",
     model: Annotated[str, typer.Option(help="The base model.")] = "tiny-llama",
     data: Annotated[str, typer.Option(help="Training data.")] = "data/train.jsonl",
 ) -> None:

@@ -1,8 +1,7 @@
 """Learning from preferences: what DPO, KTO and reward models share, and the two losses without a reference.
 
     simpo_loss, orpo_loss       pure functions of log-probabilities, tested against float64 values
-    PairCollator                pairs of token ids -> one batch, chosen rows first
-    prepare_reference(…)        which weights the reference is
+    PairCollator                pairs of token ids -> one batch, chosen rows first; ScoreCollator for reward models
     stuck(rows)                 a loss that stands where it began, with the likely cause
 
 Everything else is trl's: DPOTrainer, KTOTrainer and RewardTrainer underneath.
@@ -73,6 +72,19 @@ class PairCollator:
             if key in rows[0]:
                 batch[key] = torch.tensor([row[key] for row in rows])
         return batch
+
+
+@dataclass
+class ScoreCollator:
+    """Rows of `data.pairs.load_pairs` -> input_ids, attention_mask of [2 x pairs, longest] and the margin wanted."""
+
+    pad_token_id: int
+    margin: float = 0.0
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = PairCollator(self.pad_token_id)(rows)
+        del batch["completion_mask"]
+        return {**batch, "margin": torch.full((len(rows),), self.margin)}
 
 
 def stuck(rows: list[dict[str, Any]]) -> str | None:

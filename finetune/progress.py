@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
 
 console = Console(stderr=True)
 
@@ -61,6 +63,8 @@ class Progress:
             parts.append(f"loss {row['loss']:.4f}")
         if "eval_loss" in row:
             parts.append(f"held-out loss {row['eval_loss']:.4f}")
+        if "reward_mean" in row:
+            parts = [f"reward {row['reward_mean']:+.3f}", f"KL {row['kl']:.3f}", f"{row['response_length']:.0f} tokens"]
         if self.bar is None and "learning_rate" in row:
             parts.append(f"lr {row['learning_rate']:.2e}")
         if "tokens_per_second" in row:
@@ -84,6 +88,16 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def samples(title: str, rows: list[tuple[str, str, float]]) -> None:
+    """A small table of prompts, replies and their scores."""
+    table = Table(title=title, title_justify="left", show_lines=False)
+    for heading in ("prompt", "reply", "score"):
+        table.add_column(heading, overflow="ellipsis", no_wrap=True, justify="right" if heading == "score" else "left")
+    for prompt, reply, score in rows:
+        table.add_row(Text(" ".join(prompt.split())[-80:]), Text(" ".join(reply.split())), f"{score:+.2f}")
+    console.print(table)
 
 
 def note(message: str) -> None:

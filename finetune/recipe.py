@@ -1,6 +1,6 @@
 """The recipe: one strict, frozen pydantic class per stage, and `resolve`, which fills in what depends on the machine.
 
-    PretrainRecipe | SftRecipe | DpoRecipe | KtoRecipe      model, data, adapter, train, eval, output, the stage's own
+    PretrainRecipe | SftRecipe | RewardRecipe | …           model, data, adapter, train, eval, output, the stage's own
     RECIPES                     stage name -> class; `recipe_file.load` reads YAML into one of these
 
 Field names are those of transformers, peft and trl. The docstring under a field is its only description: the JSON
@@ -571,13 +571,141 @@ class KtoRecipe(BaseRecipe):
     """The objective."""
 
 
-Recipe = PretrainRecipe | SftRecipe | DpoRecipe | KtoRecipe
-R = TypeVar("R", PretrainRecipe, SftRecipe, DpoRecipe, KtoRecipe)
+class RewardModelConfig(Section):
+    margin: float = 0.0
+    """The chosen answer's score should be higher by at least this much."""
+    center_rewards_coefficient: Annotated[float, Field(ge=0)] | None = 0.01
+    """Weight of the mean squared sum of a pair's scores, which keeps them around zero (Eisenstein et al. 2023,
+    arXiv:2312.09244, eq. 2)."""
+
+
+class RewardRecipe(BaseRecipe):
+    stage: Literal["reward"]
+    """The command that runs this recipe."""
+    model: ModelConfig
+    """The base model; with model.adapter that adapter is where the reward model starts."""
+    data: DataConfig
+    """Preference pairs."""
+    adapter: Adapter = LoraAdapter()
+    """What is trained, besides the score head."""
+    reward: RewardModelConfig = RewardModelConfig()
+    """The objective."""
+
+
+class RewardSources(Section):
+    """What scores the replies; several are added up."""
+
+    train: str | SourceConfig | list[str | SourceConfig] | None = None
+    """Preference pairs to train a reward model on first, on the same base, into output.dir/reward."""
+    model: str | None = None
+    """Run of `ft reward`, or a folder or hub id of a sequence-classification model with one output."""
+    functions: list[str] = []
+    """Python rules, file.py:function(prompts, completions, **columns) -> list of numbers."""
+    weights: list[float] | None = None
+    """One weight per source, the model first; all 1 when unset."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """With train: peak learning rate of the reward model; train.learning_rate when unset."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 2.0
+    """With train: passes over the pairs."""
+    center_rewards_coefficient: Annotated[float, Field(ge=0)] | None = 0.01
+    """With train: as in `ft reward`."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> RewardSources:
+        if self.train is not None and self.model is not None:
+            raise ValueError("reward.train: excludes reward.model; give one of them")
+        count = len(self.functions) + (self.train is not None or self.model is not None)
+        if not count:
+            raise ValueError("reward: nothing scores the replies; give train, model or functions")
+        if self.weights is not None and len(self.weights) != count:
+            raise ValueError(f"reward.weights: {len(self.weights)} for {count} sources")
+        return self
+
+
+class PpoConfig(Section):
+    num_ppo_epochs: Count = 2
+    """Passes over the replies of one rollout."""
+    num_mini_batches: Count = 4
+    """Optimizer steps per pass."""
+    cliprange: Annotated[float, Field(gt=0)] = 0.2
+    """The importance ratio's gain ends at 1 ± this."""
+    cliprange_value: Annotated[float, Field(gt=0)] = 0.2
+    """Values move at most this far per rollout."""
+    vf_coef: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the value loss."""
+    value_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the value model; train.learning_rate when unset."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount per token."""
+    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Lambda of generalised advantage estimation."""
+    kl_coef: Annotated[float, Field(ge=0)] = 0.05
+    """Weight of the KL divergence from the reference, per token, in the reward."""
+    kl_target: Annotated[float, Field(gt=0)] | None = None
+    """Adapt kl_coef so that the KL per reply stays near this; unset: kl_coef is fixed."""
+    kl_horizon: Count = 1000
+    """Replies over which kl_coef adapts."""
+    max_kl: Annotated[float, Field(gt=0)] = 20.0
+    """A rollout whose KL per reply is larger stops the run: the policy has left the reference for good."""
+    max_update_kl: Annotated[float, Field(gt=0)] = 0.1
+    """When the updates of one rollout have moved the policy this far (mean squared log ratio / 2), the rest of them is
+    left out."""
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the entropy bonus."""
+    whiten_advantages: bool = True
+    """Advantages of a rollout have mean 0 and variance 1."""
+    normalize_rewards: bool = True
+    """Divide scores by their running standard deviation, after taking off their running mean."""
+    clip_rewards: Annotated[float, Field(gt=0)] | None = 5.0
+    """Normalised scores are cut at ± this."""
+    missing_eos_penalty: Annotated[float, Field(ge=0)] = 1.0
+    """Taken off the score of a reply that does not end by itself."""
+    max_new_tokens: Count = 64
+    """Longest reply."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of sampling, and of every log-probability."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from the k likeliest tokens only; 0: from all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens that hold this much probability."""
+    models: Literal["shared", "separate"] = "shared"
+    """shared: policy, reference, reward and value are adapters on one base in memory. separate: a model of its own for
+    each, for full fine-tuning or a reward model on another base."""
+    log_samples_steps: Count = 10
+    """Rollouts between tables of sample replies."""
+
+
+class PpoRecipe(BaseRecipe):
+    stage: Literal["ppo"]
+    """The command that runs this recipe."""
+    model: ModelConfig
+    """The base model; model.adapter is where the policy starts, and its reference."""
+    data: DataConfig
+    """Prompts: rows of any format, whose answers are not used. In `train`, effective_batch_size is the number of
+    prompts per rollout and max_steps the number of rollouts."""
+    adapter: Adapter = LoraAdapter()
+    """What is trained."""
+    reward: RewardSources
+    """What scores the replies."""
+    ppo: PpoConfig = PpoConfig()
+    """The algorithm (Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593)."""
+
+    @model_validator(mode="after")
+    def _batches(self) -> PpoRecipe:
+        if self.train.effective_batch_size % self.ppo.num_mini_batches:
+            raise ValueError("ppo.num_mini_batches: does not divide train.effective_batch_size")
+        return self
+
+
+Recipe = PretrainRecipe | SftRecipe | RewardRecipe | DpoRecipe | KtoRecipe | PpoRecipe
+R = TypeVar("R", PretrainRecipe, SftRecipe, RewardRecipe, DpoRecipe, KtoRecipe, PpoRecipe)
 RECIPES: dict[str, type[Recipe]] = {
     "pretrain": PretrainRecipe,
     "sft": SftRecipe,
+    "reward": RewardRecipe,
     "dpo": DpoRecipe,
     "kto": KtoRecipe,
+    "ppo": PpoRecipe,
 }
 
 
@@ -607,6 +735,19 @@ def absolute_source(source: str | SourceConfig) -> str | SourceConfig:
         return source.model_copy(update={"path": absolute_source(source.path)})
     is_pattern = any(char in source for char in "*?") and not source.startswith("builtin:")
     return absolute(source, exists_only=not is_pattern)
+
+
+def absolute_rewards(reward: RewardSources) -> RewardSources:
+    """The same, found from any folder."""
+    sources = reward.train if isinstance(reward.train, list) else [] if reward.train is None else [reward.train]
+    rules = [f"{absolute(file)}:{name}" for file, _, name in (rule.rpartition(":") for rule in reward.functions)]
+    return reward.model_copy(
+        update={
+            "train": [absolute_source(s) for s in sources] or None,
+            "model": reward.model and absolute(reward.model),
+            "functions": rules,
+        }
+    )
 
 
 def compute_dtype(wanted: str, hardware: Hardware) -> str:
@@ -669,4 +810,6 @@ def resolve(recipe: R, hardware: Hardware) -> R:
         "eval": recipe.eval.model_copy(update={"data": recipe.eval.data and absolute(recipe.eval.data)}),
         "output": OutputConfig(dir=absolute(recipe.output.dir, exists_only=False)),
     }
+    if isinstance(recipe, PpoRecipe):
+        sections["reward"] = absolute_rewards(recipe.reward)
     return recipe.model_copy(update=sections)

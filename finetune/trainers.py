@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from trl import DPOTrainer, KTOTrainer, SFTTrainer
+from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetune.adapters import ranks
@@ -205,3 +205,9 @@ class Kto(Extras, _TokenKto):
     """Rows of prompt_ids, completion_ids, label."""
 
     length_columns = ("prompt_ids", "completion_ids")
+
+
+class Reward(Extras, RewardTrainer):
+    """Rows of chosen_ids and rejected_ids; the model has one output."""
+
+    length_columns = ("chosen_ids", "rejected_ids")

@@ -297,9 +297,8 @@ def finish(
         "stage": recipe.stage,
         "status": "done",
         **outcome,
-        "eval": {k.removeprefix("eval_"): v for k, v in held_out[-1].items() if k.startswith("eval_")}
-        if held_out
-        else {},
+        "eval": outcome.get("eval")
+        or ({k.removeprefix("eval_"): v for k, v in held_out[-1].items() if k.startswith("eval_")} if held_out else {}),
         "trainable_parameters": trainable,
         "total_parameters": total,
         "trained_tokens": counts["trained_tokens"],
@@ -319,18 +318,32 @@ def shown_path(path: str | Path) -> str:
     return relative if not relative.startswith("..") else str(path)
 
 
+def gist(result: dict[str, Any]) -> str:
+    """The figure of a run that says most."""
+    held_out = result["eval"]
+    if "reward_difference" in held_out:
+        low, high = held_out["reward_difference_ci"]
+        change = f"{held_out['reward_difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        return f"held-out reward {held_out['reward_before']:.3f} -> {held_out['reward_mean']:.3f} ({change})"
+    if "accuracy" in held_out:
+        return f"held-out pair accuracy {held_out['accuracy']:.3f}"
+    loss = f", held-out loss {held_out['loss']:.4f}" if "loss" in held_out else ""
+    return f"training loss {result['train_loss']:.4f}{loss}"
+
+
 def summary(recipe: Recipe, run: Run, weights: Path) -> None:
     """What was done, where it is, and what to type next."""
     result = json.loads(run.result.read_text(encoding="utf-8"))
     share = result["trainable_parameters"] / result["total_parameters"]
-    held_out = f", held-out loss {result['eval']['loss']:.4f}" if "loss" in result["eval"] else ""
-    losses = f"training loss {result['train_loss']:.4f}{held_out}"
-    note(f"done in {duration(result['seconds'])}: {result['steps']} steps, {losses}")
+    note(f"done in {duration(result['seconds'])}: {result['steps']} steps, {gist(result)}")
     note(f"trained {result['trainable_parameters']:,} of {result['total_parameters']:,} parameters ({share:.2%})")
     note(f"weights {shown_path(weights)}   report {shown_path(run.path / 'report.html')}")
     name = shown_path(run.path)
-    target = f"{name} --compare-base" if recipe.eval.data else f"{name} --compare-base --data FILE"
-    note(f"next    ft eval {target}")
+    compare = "" if recipe.stage == "reward" else " --compare-base"
+    note(f"next    ft eval {name}{compare}{'' if recipe.eval.data else ' --data FILE'}")
+    if recipe.stage == "reward":
+        note(f"        ft ppo --recipe R --set reward.model={name}")
+        return
     option = "--model" if recipe.adapter.method == "full" else "--adapter"
     note(f"        ft chat {option} {name}")
 

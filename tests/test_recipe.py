@@ -175,7 +175,7 @@ def test_schema_describes_every_key() -> None:
     for name, definition in definitions.items():
         for key, value in definition.get("properties", {}).items():
             assert value.get("description"), f"{name}.{key} has no description"
-    assert set(RECIPES) == {"pretrain", "sft", "dpo", "kto"}
+    assert set(RECIPES) == {"pretrain", "sft", "reward", "dpo", "kto", "ppo"}
 
 
 def test_recipes_are_frozen(tmp_path: Path) -> None:

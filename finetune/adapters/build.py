@@ -127,19 +127,29 @@ def check(model: torch.nn.Module, section: Adapter) -> None:
         METHODS[section.method](model, section)
 
 
-def apply(model: PreTrainedModel, section: Adapter, tokenizer: Any = None, folder: Path | None = None) -> Any:
+def as_score_task(config: PeftConfig) -> PeftConfig:
+    """The same adapter on a model with a score head, which is trained and saved with it."""
+    config.task_type = TaskType.SEQ_CLS
+    return config
+
+
+def apply(
+    model: PreTrainedModel, section: Adapter, tokenizer: Any = None, folder: Path | None = None,
+    adjust: Callable[[PeftConfig], PeftConfig] = lambda config: config,
+) -> Any:  # fmt: skip
     """`model` with a fresh adapter.
 
     UserError when the targets match nothing, listing what there is.
 
     Args:
         tokenizer: for soft prompts that start from text; folder: the base's own weights, for loftq.
+        adjust: last word on peft's config.
     """
     if isinstance(section, FullAdapter):
         model.requires_grad_(True)
         return model
     try:
-        adapted = get_peft_model(model, METHODS[section.method](model, section))
+        adapted = get_peft_model(model, adjust(METHODS[section.method](model, section)))
     except ValueError as error:
         raise UserError(str(error).splitlines()[0], key="adapter", fix=f"modules: {linear_names(model)}") from None
     if section.method == "lora":

@@ -44,7 +44,8 @@ def is_expert(name: str) -> bool:
 class Proof:
     """Follows one run of one model."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, within: int = STEPS) -> None:
+        self.within = within
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
         if not self.trainable:
@@ -58,7 +59,7 @@ class Proof:
 
     @property
     def watching(self) -> bool:
-        return self.steps < STEPS
+        return self.steps < self.within
 
     def look(self) -> None:
         """At the gradients, just before a step of the optimizer."""
@@ -78,9 +79,9 @@ class Proof:
             return
         self.steps += 1
         stuck = [n for n in self.waiting if not is_expert(n)]
-        if self.steps == STEPS and stuck:
+        if self.steps == self.within and stuck:
             raise RunError(
-                f"after {STEPS} steps the gradient of {names(stuck)} is still exactly zero: they do not learn"
+                f"after {self.within} steps the gradient of {names(stuck)} is still exactly zero: they do not learn"
             )
 
     def finish(self) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class Proof:
         cut = {n for n in self.trainable if ".lora_E." in n and n not in changed and not bool(self.trainable[n].any())}
         changed |= cut
         stuck = [n for n in self.trainable if n not in changed and n not in self.waiting and not is_expert(n)]
-        if stuck and self.steps >= STEPS:
+        if stuck and self.steps >= self.within:
             raise RunError(f"trained weights are what they were: {names(stuck)}; is the learning rate too small?")
         return {
             "tensors": summary(self.trainable),

@@ -22,6 +22,7 @@ from typing import Any
 from finetune.data import chat_glm, forgery, templates
 from finetune.data.forgery import Guard
 from finetune.data.glm_encoder import GlmEncoder
+from finetune.data.messages import is_plain
 from finetune.data.tokens import ByLength, Tokens, first_from
 from finetune.data.types import IGNORED, Conversation, Encoded, Message, RowProblem, attempted
 
@@ -52,8 +53,12 @@ def make_encoder(tokenizer: Any, family: Any = None) -> Encoder | GlmEncoder:
 def turn_weights(messages: list[Message], train_on: str) -> dict[int, float]:
     """Index of every assistant message that carries loss -> its weight; with `all` also of those that carry none."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    weights = {i: float(messages[i].get("train", 1.0)) for i in (turns[-1:] if train_on == "last" else turns)}
-    return {i: weight for i, weight in weights.items() if weight > 0 or train_on == "all"}
+    weights = {}
+    for i in turns[-1:] if train_on == "last" else turns:
+        weight = float(messages[i].get("train", 1.0))
+        if weight > 0 or train_on == "all":
+            weights[i] = weight
+    return weights
 
 
 def from_tool(message: Message) -> bool:
@@ -150,15 +155,13 @@ class Encoder:
 
     def _expressible(self, messages: list[Message], tools: Any) -> tuple[list[Message], Any]:
         """Tools as text where the template would leave them out silently."""
-        if not tools and all(len(m) == 2 and m["role"] != "tool" for m in messages):
-            return messages, None
         if not tools and not any("tool_calls" in m or m["role"] == "tool" for m in messages):
             return messages, None
         return templates.tools_as_text(messages, tools, self.shows_tools, self.shows_calls, self.shows_results)
 
     def _guarded(self, messages: list[Message], tools: Any) -> tuple[list[Message], Any, str, str | None]:
         """(messages and tools with written-out control tokens marked, all their text, the mark or None)."""
-        plain = not tools and all(len(m) == 2 for m in messages)
+        plain = not tools and is_plain(messages)
         content = "\n".join([m["content"] for m in messages]) if plain else forgery.all_strings([messages, tools])
         if not self.guard.suspicious(content):
             return messages, tools, content, None

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from finetune.data.forgery import all_strings
+from finetune.data.messages import is_plain
 from finetune.data.types import Conversation, Message, Preference, Sample, Text, Unpaired
 
 
@@ -25,7 +26,7 @@ def check(sample: Sample, text: str) -> list[Finding]:
     if isinstance(sample, Conversation):
         found = turn_order(sample.messages)
         messages = sample.messages
-        if sample.tools or any(len(m) > 2 for m in messages):
+        if sample.tools or not is_plain(messages):
             half = HALF.search(all_strings([messages, sample.tools or []]))
             if half is not None and half[0] not in text:
                 what = f"half a surrogate pair (\\u{ord(half[0]):04x}) in a tool call or description"
@@ -83,7 +84,6 @@ def turn_order(messages: list[Message], answered: bool = True) -> list[Finding]:
         return [Finding("error", "empty_conversation", "the conversation has no turns", "remove the row")]
     found: list[Finding] = []
     before = ""
-    seen = False
     for number, message in enumerate(messages, 1):
         role = message["role"]
         if before not in FOLLOWS[role]:
@@ -91,8 +91,6 @@ def turn_order(messages: list[Message], answered: bool = True) -> list[Finding]:
             found.append(Finding("error", "wrong_order", what, "mend the order of the turns"))
             if role == "system":
                 continue  # one complaint is enough: judge the next turn by the one before
-        if role == "assistant":
-            seen = True
         if not message["content"].strip() and blank(message):
             found += blank_turn(number, message)
         if role == "tool" and before == "assistant" and not messages[number - 2].get("tool_calls"):
@@ -100,10 +98,11 @@ def turn_order(messages: list[Message], answered: bool = True) -> list[Finding]:
                 Finding("warning", "stray_tool_result", f"turn {number}: a tool result, but no call before it")
             )
         before = role
-    if answered and not seen:
-        found.append(Finding("error", "no_answer", "no turn of the assistant, nothing to learn", "add the answer"))
-    elif answered and before != "assistant":
-        found.append(Finding("warning", "unanswered", f"ends with a turn of the {before}, which is not trained"))
+    if answered and before != "assistant":
+        if any(message["role"] == "assistant" for message in messages):
+            found.append(Finding("warning", "unanswered", f"ends with a turn of the {before}, which is not trained"))
+        else:
+            found.append(Finding("error", "no_answer", "no turn of the assistant, nothing to learn", "add the answer"))
     return found
 
 

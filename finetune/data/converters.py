@@ -24,8 +24,9 @@ def is_turns(value: Any) -> bool:
 def field(row: Fields, *names: str) -> Any:
     """The first of these columns the row has; RowProblem when it has none."""
     for name in names:
-        if row.get(name) is not None:
-            return row[name]
+        value = row.get(name)
+        if value is not None:
+            return value
     null = next((name for name in names if name in row), None)
     if null is not None:
         raise RowProblem("missing_column", f"{null} is null", "fill it in, or remove the row")

@@ -21,15 +21,22 @@ from finetune.data.types import Unpaired
 from finetune.errors import UserError
 
 
-def load_pairs(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = None) -> SftData:
-    """Pairs of `data.train`, split by `data.eval_split`. UserError with every problem of every row."""
+def load_pairs(
+    config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = None, to_end_of_turn: bool = False
+) -> SftData:
+    """Pairs of `data.train`, split by `data.eval_split`. UserError with every problem of every row.
+
+    to_end_of_turn: leave out what a template writes after the answer's last trained token, where a sampled reply ends.
+    """
     rows, hashes, audit = [], [], Audit(config, encoder, "preference", eval_data)
     for item, encoded in audit.rows(seed):
         assert isinstance(encoded, dict)
         row: dict[str, list[int]] = {}
         for name in ("chosen", "rejected"):
-            row[f"{name}_ids"] = encoded[name].input_ids
-            row[f"{name}_mask"] = mask(encoded[name])
+            trained = mask(encoded[name])
+            end = len(trained) - trained[::-1].index(1) if to_end_of_turn else len(trained)
+            row[f"{name}_ids"] = encoded[name].input_ids[:end]
+            row[f"{name}_mask"] = trained[:end]
         rows.append(row)
         hashes.append(content_hash(item.sample))  # type: ignore[arg-type]
     audit.settle()

@@ -39,6 +39,7 @@ CONTROL = re.compile(
 SCRIPTS = [("ja", "\u3040-\u30ff"), ("ko", "\uac00-\ud7af"), ("zh", "\u4e00-\u9fff"), ("ru", "\u0400-\u04ff")]
 SCRIPTS += [("ar", "\u0600-\u06ff"), ("th", "\u0e00-\u0e7f"), ("hi", "\u0900-\u097f")]
 _SCRIPT = re.compile("|".join(f"([{chars}])" for _, chars in SCRIPTS))
+_KANA = re.compile("[\u3040-\u30ff]")
 
 
 def language(text: str) -> str:
@@ -50,7 +51,7 @@ def language(text: str) -> str:
         return "en"
     name = SCRIPTS[(hit.lastindex or 1) - 1][0]
     # Japanese is written with Chinese characters, too, and may begin with one.
-    return "ja" if name == "zh" and re.search("[\u3040-\u30ff]", text) else name
+    return "ja" if name == "zh" and _KANA.search(text) else name
 
 
 def histogram(counts: Counter[int]) -> dict[str, int]:

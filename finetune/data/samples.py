@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from finetune.data import formats, sources
+from finetune.data.messages import is_plain
 from finetune.data.types import Conversation, Preference, Row, RowProblem, Sample, Text, Unpaired
 from finetune.errors import UserError
 
@@ -134,7 +135,7 @@ def content_hash(sample: Sample) -> int:
 def identity(sample: Sample) -> int:
     """64 bits over everything that is trained on; equal for duplicates. Only for one run (Python's own hash)."""
     if isinstance(sample, Conversation):
-        if all(len(m) == 2 for m in sample.messages) and not sample.tools:
+        if not sample.tools and is_plain(sample.messages):
             return hash(tuple([m["content"] for m in sample.messages]))
         return hash(repr((sample.messages, sample.tools)))
     if isinstance(sample, Text):

@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -347,15 +347,20 @@ def configs_of(adapter: Path, model: str | None = None) -> tuple[ModelConfig, Mo
 
 
 def attach_adapter(
-    base: PreTrainedModel, adapter: Path, model: ModelConfig, trainable: bool = False
-) -> PreTrainedModel:
-    """`base` with the adapter of a folder on it, after checking that it was trained on this base."""
-    from peft import PeftModel
+    base: PreTrainedModel, adapter: Path, model: ModelConfig, trainable: bool = False,
+    adjust: Callable[[Any], Any] | None = None,
+) -> PreTrainedModel:  # fmt: skip
+    """`base` with the adapter of a folder on it, after checking that it was trained on this base.
+
+    adjust: last word on peft's config, e.g. for an adapter that goes on under a score head.
+    """
+    from peft import PeftConfig, PeftModel
 
     check_identity(adapter, fingerprint(folder(model)), model.name)
     config = read_config(model)
-    if is_chatglm_layout(config) and is_original_adapter(adapter):  # LoRA on the fused query_key_value
-        with tempfile.TemporaryDirectory() as converted:
+    with tempfile.TemporaryDirectory() as converted:
+        if is_chatglm_layout(config) and is_original_adapter(adapter):  # LoRA on the fused query_key_value
             save_adapter(*convert_adapter_from_original(adapter, config), converted)
-            return PeftModel.from_pretrained(base, converted, is_trainable=trainable)
-    return PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable)
+            adapter = Path(converted)
+        options = {} if adjust is None else {"config": adjust(PeftConfig.from_pretrained(str(adapter)))}
+        return PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable, **options)

@@ -1,0 +1,138 @@
+"""Several adapters of one type on one base: policy, reference, reward and value of PPO.
+
+Seat(model, adapter)        who computes: an adapter, or the base with all adapters off
+seated(seat)                a context in which that one is active; requires_grad stays as it was
+copy_adapter(…)             another adapter with the same weights
+add_adapter(…)              one from a folder, with the score head that a reward model brings
+train_only(…)               which adapters learn
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, TaskType, load_peft_weights, set_peft_model_state_dict
+
+from finetune.errors import UserError
+
+POLICY = "default"  # the name under which peft saves into the folder itself
+REFERENCE, REWARD, VALUE = "ppo_reference", "ppo_reward", "ppo_value"
+SCORE_HEADS = ("score", "classifier")
+HEAD_WEIGHT = "base_model.model.score.weight"
+
+
+@dataclass(frozen=True)
+class Seat:
+    model: Any
+    adapter: str | None = None
+    """None: with a PEFT model all adapters are off; otherwise the model as it is."""
+
+
+@contextmanager
+def seated(seat: Seat) -> Iterator[Any]:
+    """The model of a seat with its adapter active.
+
+    peft's `set_adapter` and `disable_adapter` make the active adapter trainable and all others frozen; here every
+    requires_grad stays what it was.
+    """
+    model = seat.model
+    if not isinstance(model, PeftModel):
+        yield model
+        return
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    before = model.active_adapter
+    try:
+        with ExitStack() as stack:
+            if seat.adapter is None:
+                stack.enter_context(model.disable_adapter())
+            elif seat.adapter != before:
+                model.set_adapter(seat.adapter)
+                stack.callback(model.set_adapter, before)
+            _restore(flags)
+            yield model
+    finally:
+        _restore(flags)
+
+
+def _restore(flags: list[tuple[torch.nn.Parameter, bool]]) -> None:
+    for parameter, flag in flags:
+        if parameter.requires_grad != flag:
+            parameter.requires_grad = flag
+
+
+def named(model: Any, adapter: str) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of one adapter, by name with `*` for the adapter's."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {_starred(n, adapter): t for n, t in tensors if adapter in n.split(".")}
+
+
+def _starred(name: str, adapter: str) -> str:
+    return ".".join("*" if part == adapter else part for part in name.split("."))
+
+
+@torch.no_grad()
+def copy_adapter(model: Any, source: str, name: str) -> None:
+    """A second adapter `name` that computes what `source` does."""
+    _add(model, name, copy.deepcopy(model.peft_config[source]))
+    theirs, ours = named(model, source), named(model, name)
+    if theirs.keys() != ours.keys():
+        missing = sorted(theirs.keys() ^ ours.keys())[:3]
+        raise UserError(
+            f"an adapter of this kind cannot stand twice on one base ({', '.join(missing)})", key="adapter.method",
+            fix="set ppo.models: separate",
+        )  # fmt: skip
+    for key, tensor in theirs.items():
+        ours[key].copy_(tensor)
+
+
+def add_adapter(model: Any, folder: Path, name: str) -> torch.Tensor | None:
+    """The adapter in `folder` as `name`; returns the weight [1, hidden] of its score head, if it has one."""
+    config = PeftConfig.from_pretrained(str(folder))
+    weights = load_peft_weights(str(folder), device="cpu")
+    head = weights.pop(HEAD_WEIGHT, None)
+    _add(model, name, as_causal(config))
+    result = set_peft_model_state_dict(model, weights, adapter_name=name)
+    lost = list(getattr(result, "unexpected_keys", None) or [])
+    if lost:
+        raise UserError(
+            f"{len(lost)} weights of the adapter fit nothing ({lost[0]})", path=folder, fix="train it again"
+        )
+    return head
+
+
+def as_causal(config: Any) -> Any:
+    """The adapter of a reward model, without its head."""
+    config.task_type = TaskType.CAUSAL_LM
+    if getattr(config, "modules_to_save", None):
+        config.modules_to_save = [m for m in config.modules_to_save if m not in SCORE_HEADS] or None
+    return config
+
+
+def _add(model: Any, name: str, config: Any) -> None:
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # starts that look at the base would rewrite it again; weights are copied next
+    config.inference_mode = False  # soft prompts keep their network
+    try:
+        model.add_adapter(name, config)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error).splitlines()[0], key="adapter.method", fix="set ppo.models: separate") from None
+
+
+def train_only(model: Any, adapters: list[str]) -> None:
+    """requires_grad, and float32, for what peft trains of these adapters and for nothing else."""
+    trained: set[int] = set()
+    for adapter in adapters:
+        model.set_adapter(adapter)  # peft knows which of an adapter's tensors learn
+        trained |= {id(p) for n, p in model.named_parameters() if p.requires_grad and adapter in n.split(".")}
+        trained |= {id(p) for n, p in model.named_parameters() if n.startswith(f"prompt_encoder.{adapter}.")}
+    model.set_adapter(POLICY)
+    for parameter in model.parameters():
+        parameter.requires_grad = id(parameter) in trained
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

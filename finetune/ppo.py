@@ -1,0 +1,525 @@
+"""PPO (Schulman et al. 2017, arXiv:1707.06347) on language models (Ziegler et al. 2019, arXiv:1909.08593).
+
+A step is one rollout and its updates:
+
+    collect     the policy answers a batch of prompts; scores, log-probabilities, KL to the reference, values
+    update      num_ppo_epochs passes of clipped policy and value losses over these replies
+    watch       stop when KL explodes or replies degenerate; log, sample table, checkpoint
+
+The arithmetic is in `rl`, sampling and forward passes are in `rollout`, who computes is in `actors`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler
+
+from finetune import rl
+from finetune.actors import Actors
+from finetune.adapters.proof import Proof
+from finetune.adapters.seats import seated
+from finetune.callbacks import Guard
+from finetune.data.prompts import Prompt
+from finetune.errors import RunError
+from finetune.evaluation import decode, stop_ids
+from finetune.metrics import mean, paired
+from finetune.models.hardware import peak_memory_gb
+from finetune.optim import OrderedSampler
+from finetune.progress import Progress, samples, warn
+from finetune.recipe import PpoRecipe
+from finetune.rollout import (
+    Replies,
+    Sampling,
+    end_scores,
+    log_probs,
+    response_logits,
+    sample,
+    support,
+    token_values,
+)
+from finetune.run import CHECKPOINT_COMPLETE, Run, write_json
+from finetune.scoring import Scorer
+
+DEGENERATE = 3  # rollouts in a row that must look bad before a run is stopped
+EVALUATION_SEED = 20_000
+PATIENCE = 50  # updates within which every gradient must have been non-zero: rewards may be equal at first
+
+
+@dataclass
+class Rollout:
+    """What one batch of replies gives to learn from; tensors as in `rollout.Replies`."""
+
+    replies: Replies
+    texts: list[str]
+    scores: list[float]
+    """As the reward sources gave them."""
+    parts: dict[str, list[float]]
+    """The same by source."""
+    logp: torch.Tensor
+    ref_logp: torch.Tensor
+    values: torch.Tensor
+    allowed: torch.Tensor | None
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    kl: float
+    """Per reply, in nats: the sum over its tokens of the non-negative estimator."""
+
+
+@dataclass
+class RunningMoments:
+    """Mean and variance of all scores so far (Chan, Golub and LeVeque 1979)."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, values: Sequence[float]) -> None:
+        n, average = len(values), mean(values)
+        delta, total = average - self.mean, self.count + n
+        self.squares += sum((v - average) ** 2 for v in values) + delta**2 * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+
+    @property
+    def deviation(self) -> float:
+        return math.sqrt(self.squares / self.count) if self.count else 1.0
+
+
+@dataclass
+class State:
+    """What a checkpoint keeps besides tensors."""
+
+    step: int = 0
+    kl_coef: float = 0.0
+    moments: RunningMoments = field(default_factory=RunningMoments)
+    first: dict[str, float] = field(default_factory=dict)
+    """eos_rate, repetition and length of the first rollout: what is normal for this model."""
+    bad: int = 0
+    before: list[float] = field(default_factory=list)
+    """Scores of the held-out prompts before training."""
+
+
+class Ppo:
+    def __init__(
+        self, recipe: PpoRecipe, run: Run, actors: Actors, encoder: Any, prompts: Sequence[Prompt],
+        held_out: Sequence[Prompt], scorers: dict[str, Scorer], arguments: dict[str, Any], rows: int,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            scorers: rules by name, beside the reward model of `actors`.
+            arguments: transformers' TrainingArguments; rows: per forward pass.
+        """
+        self.recipe, self.config, self.run, self.actors, self.encoder = recipe, recipe.ppo, run, actors, encoder
+        self.prompts, self.held_out, self.scorers = prompts, held_out, scorers
+        self.rows = rows
+        self.pad = encoder.tokenizer.pad_token_id
+        self.stops = stop_ids(actors.policy.model, encoder)
+        c = recipe.ppo
+        self.sampling = Sampling(c.max_new_tokens, c.temperature, c.top_k, c.top_p)
+        self.state = State(kl_coef=c.kl_coef)
+        self.device = actors.value_head.weight.device
+        self.dtype = getattr(torch, recipe.model.dtype)
+        self.batch = min(recipe.train.effective_batch_size, len(prompts) // c.num_mini_batches * c.num_mini_batches)
+        if not self.batch:
+            raise RunError(f"{len(prompts)} prompts are too few for {c.num_mini_batches} minibatches")
+        per_epoch = len(prompts) // self.batch
+        self.total = recipe.train.max_steps or max(1, round(per_epoch * recipe.train.num_train_epochs))
+        self.module = nn.ModuleList([*actors.trained_models(), actors.value_head])
+        self._optimizer(TrainingArguments(**arguments))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    # --- set-up ---
+
+    def _optimizer(self, arguments: TrainingArguments) -> None:
+        policy, train = self.actors.policy, self.recipe.train
+        values = [*self._value_adapter(), *self.actors.value_head.parameters()]
+        theirs = {id(p) for p in values}
+        own = [p for p in policy.model.parameters() if p.requires_grad and id(p) not in theirs]
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, policy.model)
+        rate = self.config.value_learning_rate or train.learning_rate
+        groups = [
+            {"params": own, "weight_decay": train.weight_decay},
+            {"params": values, "weight_decay": train.weight_decay, "lr": rate},
+        ]
+        self.optimizer = kind(groups, **options)
+        warmup = train.warmup_steps if train.warmup_steps >= 1 else math.ceil(train.warmup_steps * self.total)
+        self.scheduler = get_scheduler(
+            train.lr_scheduler_type, self.optimizer, int(warmup), self.total,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs or {},
+        )  # fmt: skip
+
+    def _value_adapter(self) -> Iterator[nn.Parameter]:
+        model, adapter = self.actors.value.model, self.actors.value.adapter
+        shared = model is self.actors.policy.model
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and (not shared or adapter in name.split(".")):
+                yield parameter
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def chunks(self, index: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Rows of one forward pass: minibatches, split where they are too large for one."""
+        for minibatch in index.split(self.batch // self.config.num_mini_batches):
+            yield from minibatch.split(self.rows)
+
+    # --- collecting ---
+
+    def prompts_of(self, step: int) -> list[Prompt]:
+        """The prompts of a step: every one once per epoch, in an order that depends on (seed, epoch) only."""
+        per_epoch = len(self.prompts) // self.batch
+        epoch, place = divmod(step, per_epoch)
+        order = OrderedSampler([1] * len(self.prompts), self.recipe.train.seed)
+        order.set_epoch(epoch)
+        return [self.prompts[i] for i in list(order)[place * self.batch : (place + 1) * self.batch]]
+
+    def answer(self, prompts: Sequence[Prompt], greedy: bool = False) -> tuple[Replies, list[str]]:
+        with seated(self.actors.policy) as model, self.autocast():
+            size = max(self.rows, self.recipe.eval.batch_size)
+            ids = [p.ids for p in prompts]
+            replies = sample(model, ids, self.sampling, self.stops, self.pad, size, greedy)
+        listed = [replies.text_ids(i, self.stops) for i in range(len(replies))]
+        return replies, [decode(self.encoder, ids, self.stops) for ids in listed]
+
+    def score(
+        self, prompts: Sequence[Prompt], replies: Replies, texts: Sequence[str]
+    ) -> tuple[list[float], dict[str, list[float]]]:
+        """(weighted sums, the same by source). RunError for scores that are no finite numbers."""
+        source = iter(self.recipe.reward.weights or repeat(1.0))
+        actors, parts = self.actors, {}
+        if actors.reward is not None:
+            assert actors.reward_head is not None
+            found: list[float] = []
+            with torch.no_grad(), self.autocast(), seated(actors.reward) as model:
+                model.train()
+                for index in self.chunks(torch.arange(len(replies), device=self.device)):
+                    found += end_scores(model, actors.reward_head, replies.rows(index)).tolist()
+            parts["model"] = (next(source), found)
+        elif actors.judge is not None:
+            parts["model"] = (next(source), self._judged(prompts, replies, texts))
+        for name, scorer in self.scorers.items():
+            parts[name] = (next(source), scorer(prompts, texts))
+        sums = [sum(w * values[i] for w, values in parts.values()) for i in range(len(texts))]
+        bad = next((i for i, v in enumerate(sums) if not math.isfinite(v)), None)
+        if bad is not None:
+            raise RunError(f"the reward of reply {texts[bad][:60]!r} is {sums[bad]}: look at the reward model's run")
+        return sums, {name: values for name, (_, values) in parts.items()}
+
+    def _judged(self, prompts: Sequence[Prompt], replies: Replies, texts: Sequence[str]) -> list[float]:
+        from finetune.scoring import checked, score_rows
+
+        judge = self.actors.judge
+        assert judge is not None
+        if judge.encoder.identity() != self.encoder.identity():
+            return judge.score(prompts, texts)
+        rows = [ids[m.bool()].tolist() for ids, m in zip(replies.ids, replies.attention, strict=True)]
+        return checked(score_rows(judge.model, rows, self.pad), len(rows), judge.name)
+
+    @torch.no_grad()
+    def collect(self, prompts: Sequence[Prompt]) -> Rollout:
+        """Replies to these prompts and everything the updates need."""
+        replies, texts = self.answer(prompts)
+        scores, parts = self.score(prompts, replies, texts)
+        c, actors = self.config, self.actors
+        logp, ref, values, allowed = [], [], [], []
+        for index in self.chunks(torch.arange(len(replies), device=self.device)):
+            part = replies.rows(index)
+            with self.autocast():
+                with seated(actors.policy) as model:
+                    model.train()
+                    logits = response_logits(model, part)
+                    allowed.append(support(logits, part.tokens, self.sampling))
+                    logp.append(log_probs(logits, part.tokens, self.sampling, allowed[-1]))
+                with seated(actors.reference) as model:
+                    model.train()
+                    ref.append(log_probs(response_logits(model, part), part.tokens, self.sampling))
+                with seated(actors.value) as model:
+                    model.train()
+                    values.append(token_values(model, actors.value_head, part))
+        mask = replies.mask
+        old, reference = torch.cat(logp) * mask, torch.cat(ref) * mask
+        value = torch.cat(values) * mask
+        rewards = rl.token_rewards(
+            self.shaped(scores, replies), rl.per_token_kl(old, reference, mask), mask, self.state.kl_coef
+        )
+        advantages, returns = rl.advantages(rewards, value, mask, c.gamma, c.lam)
+        if c.whiten_advantages:
+            advantages = rl.whiten(advantages, mask)
+        kl = float(rl.kl_estimate(old, reference, mask).sum(1).mean())
+        kept = stacked(allowed)
+        return Rollout(replies, texts, scores, parts, old, reference, value, kept, advantages, returns, kl)
+
+    def shaped(self, scores: Sequence[float], replies: Replies) -> torch.Tensor:
+        """[B] what the last token is paid: normalised and clipped scores, less the penalty for no end."""
+        c, result = self.config, torch.tensor(scores, dtype=torch.float32, device=self.device)
+        if c.normalize_rewards:
+            self.state.moments.add(scores)
+            result = (result - self.state.moments.mean) / (self.state.moments.deviation + 1e-8)
+        if c.clip_rewards is not None:
+            result = result.clamp(-c.clip_rewards, c.clip_rewards)
+        return result - c.missing_eos_penalty * (~replies.ended).float()
+
+    # --- updating ---
+
+    def update(self, rollout: Rollout, proof: Proof | None) -> dict[str, float]:
+        """All passes over one rollout; means of what was seen."""
+        c, size = self.config, self.batch // self.config.num_mini_batches
+        seen: dict[str, list[float]] = {}
+        for epoch in range(c.num_ppo_epochs):
+            # The first pass takes the rows in the order in which their old log-probabilities were computed: the same
+            # products in the same shapes, so that its ratios are exactly those of the policy to itself.
+            order = torch.randperm(self.batch) if epoch else torch.arange(self.batch)
+            for index in order.to(self.device).split(size):
+                found = self.minibatch(rollout, index)
+                self.scaler.unscale_(self.optimizer)
+                if proof is not None:
+                    proof.look()
+                found["grad_norm"] = self._step()
+                if proof is not None:
+                    proof.count(max(g["lr"] for g in self.optimizer.param_groups))
+                for key, value in found.items():
+                    seen.setdefault(key, []).append(value)
+                if found["approx_kl"] > c.max_update_kl:
+                    return {**_means(seen), "backed_off": 1.0}
+        return _means(seen)
+
+    def _step(self) -> float:
+        limit = self.recipe.train.max_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], limit))
+        if not math.isfinite(norm) and not self.scaler.is_enabled():
+            raise RunError(f"the gradient became {norm} at step {self.state.step + 1}: lower train.learning_rate")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return norm
+
+    def minibatch(self, rollout: Rollout, index: torch.Tensor) -> dict[str, float]:
+        """Gradients of one optimizer step; every token of the minibatch weighs the same."""
+        c, actors = self.config, self.actors
+        tokens = rollout.replies.mask[index].sum()
+        seen: dict[str, float] = {}
+        for rows in self.chunks(index):
+            part = rollout.replies.rows(rows)
+            share = part.mask.sum() / tokens
+            allowed = None if rollout.allowed is None else rollout.allowed[rows]
+            with self.autocast(), seated(actors.policy) as model:
+                model.train()
+                logits = response_logits(model, part)
+                new = log_probs(logits, part.tokens, self.sampling, allowed)
+                policy = rl.policy_loss(new, rollout.logp[rows], rollout.advantages[rows], part.mask, c.cliprange)
+                entropy = rl.masked_mean(rl.entropy(logits / c.temperature), part.mask)
+                # Inside: gradient checkpointing computes the forward pass again, with the adapter that is active.
+                self.scaler.scale((policy.loss - c.entropy_coef * entropy) * share).backward()
+            with self.autocast(), seated(actors.value) as model:
+                model.train()
+                values = token_values(model, actors.value_head, part)
+                loss = rl.value_loss(
+                    values, rollout.values[rows], rollout.returns[rows], part.mask, c.cliprange_value
+                )  # fmt: skip
+                self.scaler.scale(c.vf_coef * loss * share).backward()
+            ratio = ((new.detach() - rollout.logp[rows]) * part.mask).abs().max()
+            for key, value in {
+                "loss": policy.loss, "value_loss": loss, "entropy": entropy, "clip_fraction": policy.clip_fraction,
+                "approx_kl": policy.approx_kl,
+            }.items():  # fmt: skip
+                seen[key] = seen.get(key, 0.0) + float(value.detach() * share)
+            seen["log_ratio_max"] = max(seen.get("log_ratio_max", 0.0), float(ratio))
+        return seen
+
+    # --- the run ---
+
+    def train(self, resume: Path | None) -> dict[str, Any]:
+        """All steps; returns what result.json says. RunError when the policy runs away, Guard's flag when stopped."""
+        run, every = self.run, self.recipe.train.save_steps or max(1, self.total // 4)
+        if resume is not None:
+            self.load(resume)
+            run.forget_metrics_after(self.state.step)
+        elif self.held_out:
+            self.state.before = self.held_out_scores()
+        self.guard, progress, proof = Guard(), Progress("ppo"), Proof(self.module, PATIENCE)
+        self.guard.on_train_begin(None, None, None)
+        progress.start(self.total, self.state.step)
+        begun, losses = time.perf_counter(), []
+        try:
+            while self.state.step < self.total and not self.guard.stopped:
+                row = self.step(proof)
+                losses.append(row["loss"])
+                row["tokens_per_second"] = progress.rate(row.pop("tokens"))
+                progress.step(self.state.step)
+                if self.state.step % self.recipe.train.logging_steps == 0 or self.state.step in (1, self.total):
+                    run.append_metrics(row)
+                    progress.log(row)
+                self.watch(row)
+                if self.state.step % every == 0 or self.guard.stopped or self.state.step == self.total:
+                    self.save()
+        finally:
+            progress.stop()
+            self.guard.on_train_end(None, None, None)
+        result = {
+            "trained": None if self.guard.stopped else proof.finish(), "train_loss": mean(losses),
+            "steps": self.state.step, "seconds": round(time.perf_counter() - begun, 2),
+            "epochs": round(self.state.step * self.batch / len(self.prompts), 4),
+        }  # fmt: skip
+        if self.held_out and not self.guard.stopped:
+            result["eval"] = self.compared()
+        return result
+
+    def step(self, proof: Proof | None = None) -> dict[str, Any]:
+        """One rollout and its updates; the row for metrics.jsonl."""
+        prompts = self.prompts_of(self.state.step)
+        rollout = self.collect(prompts)
+        found = self.update(rollout, proof)
+        rate = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        self.state.step += 1
+        lengths = rollout.replies.mask.sum(1)
+        row = {
+            "step": self.state.step, "epoch": round(self.state.step * self.batch / len(self.prompts), 4),
+            "reward_mean": mean(rollout.scores), "kl": rollout.kl, "kl_coef": self.state.kl_coef, **found,
+            "explained_variance": float(rl.explained_variance(rollout.values, rollout.returns, rollout.replies.mask)),
+            "response_length": float(lengths.mean()), "eos_rate": float(rollout.replies.ended.float().mean()),
+            "repetition": mean([repetition(ids[m.bool()].tolist()) for ids, m in
+                                zip(rollout.replies.tokens, rollout.replies.mask, strict=True)]),
+            "learning_rate": rate, "peak_memory_gb": round(peak_memory_gb(), 3),
+            "tokens": float(rollout.replies.attention.sum()),
+        }  # fmt: skip
+        if len(rollout.parts) > 1:
+            row |= {f"rewards/{name}": mean(values) for name, values in rollout.parts.items()}
+        if self.config.kl_target is not None:
+            self.state.kl_coef = rl.adapted_beta(
+                self.state.kl_coef, rollout.kl, self.config.kl_target, len(prompts), self.config.kl_horizon
+            )
+        if self.state.step % self.config.log_samples_steps == 0 or self.state.step in (1, self.total):
+            self.show(prompts, rollout)
+        return row
+
+    def show(self, prompts: Sequence[Prompt], rollout: Rollout) -> None:
+        """A few replies, on the terminal and in samples.jsonl."""
+        chosen = list(range(min(4, len(prompts))))
+        rows = [(prompts[i].text, rollout.texts[i], rollout.scores[i]) for i in chosen]
+        samples(f"step {self.state.step}", rows)
+        with (self.run.path / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for prompt, reply, score in rows:
+                line = {"step": self.state.step, "prompt": prompt, "reply": reply, "score": score}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def watch(self, row: dict[str, Any]) -> None:
+        """RunError when the policy has left the reference or its replies degenerate; a checkpoint is kept."""
+        for key in ("loss", "value_loss", "kl"):
+            if not math.isfinite(row[key]):
+                raise RunError(f"{key} became {row[key]} at step {row['step']}: lower train.learning_rate")
+        if row["kl"] > self.config.max_kl:
+            raise RunError(
+                f"KL to the reference is {row['kl']:.1f} nats per reply at step {row['step']}, over ppo.max_kl "
+                f"({self.config.max_kl:g}): lower train.learning_rate or ppo.num_ppo_epochs, or raise ppo.kl_coef"
+            )
+        state, first = self.state, self.state.first
+        if not first:
+            state.first = {key: row[key] for key in ("eos_rate", "repetition", "response_length")}
+            return
+        signs = []
+        if first["eos_rate"] > 0.2 and row["eos_rate"] < 0.5 * first["eos_rate"]:
+            signs.append(f"only {row['eos_rate']:.0%} of the replies end (at first {first['eos_rate']:.0%})")
+        if row["repetition"] > first["repetition"] + 0.5:
+            signs.append(f"{row['repetition']:.0%} of their trigrams repeat others")
+        if first["response_length"] > 4 and row["response_length"] < 0.1 * first["response_length"]:
+            signs.append(f"they are {row['response_length']:.1f} tokens long (at first {first['response_length']:.1f})")
+        state.bad = state.bad + 1 if signs else 0
+        if state.bad >= DEGENERATE:
+            self.save()
+            raise RunError(
+                f"replies have degenerated for {DEGENERATE} rollouts: {'; '.join(signs)}. The reward pays for this: "
+                "raise ppo.kl_coef, lower train.learning_rate, or mend the reward"
+            )
+        if signs:
+            warn(f"step {row['step']}: {'; '.join(signs)}")
+
+    # --- held-out prompts ---
+
+    def held_out_scores(self) -> list[float]:
+        """Scores of replies to the held-out prompts, sampled with a seed of their own."""
+        devices = [self.device.index or 0] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.recipe.train.seed + EVALUATION_SEED)
+            replies, texts = self.answer(self.held_out)
+            return self.score(self.held_out, replies, texts)[0]
+
+    def compared(self) -> dict[str, Any]:
+        after = self.held_out_scores()
+        difference = paired(self.state.before, after)
+        return {
+            "reward_before": mean(self.state.before), "reward_mean": mean(after),
+            "reward_difference": difference["difference"], "reward_difference_ci": difference["ci"],
+            "n": len(after),
+        }  # fmt: skip
+
+    # --- checkpoints ---
+
+    def save(self) -> None:
+        """A checkpoint between rollouts, complete or not there."""
+        folder = self.run.checkpoints / f"checkpoint-{self.state.step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {
+            n: p.detach().cpu().contiguous().clone() for n, p in self.module.named_parameters() if p.requires_grad
+        }
+        save_file(weights, folder / "trainable.safetensors")
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        kept = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+        torch.save({**{k: v.state_dict() for k, v in kept.items()}, "random": random}, folder / "optimizer.pt")
+        write_json(folder / "state.json", asdict(self.state))
+        (folder / CHECKPOINT_COMPLETE).touch()
+        done = sorted(self.run.checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+        for old in done[: -self.recipe.train.save_total_limit]:
+            shutil.rmtree(old)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        weights = load_file(folder / "trainable.safetensors")
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(weights[name])
+        kept = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.scheduler.load_state_dict(kept["scheduler"])
+        self.scaler.load_state_dict(kept["scaler"])
+        torch.set_rng_state(kept["random"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in kept["random"]:
+            torch.cuda.set_rng_state(kept["random"]["cuda"], self.device)
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        self.state = State(**{**state, "moments": RunningMoments(**state["moments"])})
+
+
+def _means(seen: dict[str, list[float]]) -> dict[str, float]:
+    found = {key: mean(values) for key, values in seen.items() if key != "log_ratio_max"}
+    # The largest |log ratio| of the first minibatch, before any update: 0 but for rounding.
+    return {**found, "first_log_ratio": seen["log_ratio_max"][0]}
+
+
+def stacked(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """[b, T, k] of several widths as one [B, T, K], padded with -1."""
+    found = [part for part in parts if part is not None]
+    if not found:
+        return None
+    widest = max(part.shape[-1] for part in found)
+    return torch.cat([nn.functional.pad(part, (0, widest - part.shape[-1]), value=-1) for part in found])
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """Share of the trigrams that stand elsewhere in the same reply; 0 for replies under 6 tokens."""
+    grams = [tuple(ids[i : i + 3]) for i in range(len(ids) - 2)]
+    return 1 - len(set(grams)) / len(grams) if len(ids) >= 6 else 0.0

@@ -1,0 +1,175 @@
+"""What scores replies: reward models and Python rules. Shared by `ft ppo` and `ft eval --reward`.
+
+Scorer                      (prompts, replies) -> one number per reply
+load_rule(spec)             file.py:function as a scorer
+RewardModel.load(path)      a run of `ft reward`, or any sequence-classification model with one output
+score_rows(model, rows, …)  scores of encoded texts
+is_reward_run(path)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.data.chat import IGNORED, make_encoder
+from finetune.data.prompts import Prompt
+from finetune.data.types import Conversation
+from finetune.errors import RunError, UserError
+from finetune.families import family
+from finetune.models import loading
+from finetune.models.hardware import input_device
+from finetune.models.heads import with_score_head
+from finetune.recipe import Hardware, ModelConfig
+from finetune.run import read_recipe
+
+Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
+
+
+def load_rule(spec: str) -> Scorer:
+    """A function of a Python file: function(prompts, completions, **columns) -> list of numbers.
+
+    It is called with lists: prompts (what was asked last), completions (the replies' texts) and, by keyword, messages
+    (the whole conversation before the reply), reference (the row's own answer or None) and every column that all rows
+    have. UserError when there is no such function.
+    """
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    if not file or not name.isidentifier():
+        raise UserError(f"not a rule: {spec!r}", key="reward.functions", fix="write file.py:function")
+    if not path.is_file():
+        raise UserError("no such file", path=path, key="reward.functions", fix="give a Python file")
+    module_spec = importlib.util.spec_from_file_location(f"ft_rule_{path.stem}", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        what = f"cannot be imported ({type(error).__name__}: {error})"
+        raise UserError(what, path=path, key="reward.functions", fix="mend the file") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = ", ".join(n for n, f in vars(module).items() if inspect.isfunction(f)) or "none"
+        raise UserError(f"has no function {name}", path=path, key="reward.functions", fix=f"functions: {names}")
+
+    def score(prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float]:
+        shared = set.intersection(*(set(p.columns) for p in prompts)) - {"prompts", "completions", "messages"}
+        columns = {key: [p.columns[key] for p in prompts] for key in sorted(shared) if key.isidentifier()}
+        columns["messages"] = [p.messages for p in prompts]
+        try:
+            values = function(prompts=[p.text for p in prompts], completions=list(replies), **columns)
+        except Exception as error:
+            raise RunError(f"{spec} failed: {type(error).__name__}: {error}") from error
+        return checked(values, len(replies), spec)
+
+    return score
+
+
+def checked(values: Any, n: int, source: str) -> list[float]:
+    """Scores as floats; RunError when there are too few, or one is no finite number."""
+    try:
+        numbers = [float(v) for v in values]
+    except (TypeError, ValueError):
+        raise RunError(f"{source} returned {type(values).__name__}: a list of numbers is wanted") from None
+    if len(numbers) != n:
+        raise RunError(f"{source} returned {len(numbers)} scores for {n} replies")
+    bad = next((i for i, v in enumerate(numbers) if not math.isfinite(v)), None)
+    if bad is not None:
+        raise RunError(f"{source} gave reply {bad + 1} of {n} the score {numbers[bad]}")
+    return numbers
+
+
+def is_reward_run(path: str) -> bool:
+    recipe = read_recipe(Path(path)) if Path(path).is_dir() else None
+    return recipe is not None and recipe.get("stage") == "reward"
+
+
+@torch.inference_mode()
+def score_rows(model: Any, rows: Sequence[list[int]], pad: int, batch_size: int = 32) -> list[float]:
+    """Scores of token ids, each read at its last token."""
+    model.eval()
+    device = input_device(model)
+    scores = [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        longest = max(len(rows[i]) for i in batch)
+        ids = torch.tensor([rows[i] + [pad] * (longest - len(rows[i])) for i in batch], device=device)
+        mask = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch], device=device)
+        for row, value in zip(batch, model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist(), strict=True):
+            scores[row] = value
+    return scores
+
+
+@dataclass
+class RewardModel:
+    """A reward model of its own, with its own tokenizer and template."""
+
+    name: str
+    model: Any
+    encoder: Any
+
+    @classmethod
+    def load(cls, path: str, dtype: torch.dtype, machine: Hardware) -> RewardModel:
+        """From a run directory, an adapter folder, or a sequence-classification checkpoint."""
+        folder = Path(path)
+        if (folder / "adapter_config.json").exists() or (folder / "adapter" / "adapter_config.json").exists():
+            adapter = loading.adapter_folder(path)
+            base = loading.configs_of(adapter)[1]
+            tokenizer = loading.load_tokenizer(base, adapter)
+            scored = with_score_head(loading.load_model(base, dtype, machine), base.name)
+            model = loading.attach_adapter(scored, adapter, base)
+            kind = loading.read_config(base)["model_type"]
+        else:
+            source = str(folder / "model") if (folder / "model").is_dir() else path
+            config = ModelConfig(name=source, sanity_check=False)
+            tokenizer, kind = loading.load_tokenizer(config), loading.read_config(config)["model_type"]
+            model = classifier(config, dtype, machine)
+        return cls(path, model, make_encoder(tokenizer, family(kind)))
+
+    def ids(self, messages: list[dict[str, Any]], tools: Any, reply: str) -> list[int]:
+        """The conversation with this reply, up to its end of turn."""
+        answered = Conversation([*messages, {"role": "assistant", "content": reply}], tools)
+        encoded = self.encoder.encode(answered, "last")
+        end = max(i for i, label in enumerate(encoded.labels) if label != IGNORED) + 1
+        return list(encoded.input_ids[:end])
+
+    def score(self, prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float]:
+        # An empty reply is no turn to encode; a blank one is scored in its place.
+        rows = [self.ids(p.messages, p.tools, reply or " ") for p, reply in zip(prompts, replies, strict=True)]
+        return checked(score_rows(self.model, rows, self.encoder.tokenizer.pad_token_id), len(rows), self.name)
+
+
+def classifier(config: ModelConfig, dtype: torch.dtype, machine: Hardware) -> Any:
+    """A stored sequence-classification model with one output. UserError otherwise."""
+    from transformers import AutoModelForSequenceClassification
+
+    outputs = loading.read_config(config).get("num_labels", len(loading.read_config(config).get("id2label", "12")))
+    if outputs != 1:
+        raise UserError(
+            f"has {outputs} outputs", path=config.name, key="reward.model", fix="use a model with num_labels 1"
+        )
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            loading.locate(config), dtype=dtype, trust_remote_code=False, output_loading_info=True,
+            **({} if machine.device == "cpu" else {"device_map": {"": torch.accelerator.current_device_index()}}),
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise UserError(
+            str(error).splitlines()[0], path=config.name, key="reward.model", fix="check the name"
+        ) from None
+    loading.check_loading(info, config.name)
+    return model
+
+
+def peft_type_of(folder: Path) -> str:
+    return str(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"])

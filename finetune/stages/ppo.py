@@ -1,0 +1,98 @@
+"""`ft ppo`: reinforcement learning from a reward model or from rules, on one base in memory.
+
+check recipe, output, prompts and rules -> train the reward model first where pairs are given, in a process of its own
+-> load the base and its adapters -> rollouts and updates -> save and report.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from finetune import actors, alignment, training
+from finetune.data import prompts
+from finetune.errors import Interrupted, RunError, UserError
+from finetune.models import hardware
+from finetune.ppo import Ppo
+from finetune.progress import note
+from finetune.recipe import DataConfig, OutputConfig, PpoRecipe, RewardModelConfig, RewardRecipe, resolve
+from finetune.recipe_file import to_yaml
+from finetune.run import Run, check_resumable, open_run, write_atomically
+from finetune.scoring import load_rule
+
+
+def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
+    machine = hardware.detect()
+    recipe = resolve(raw, machine)
+    if resume:
+        check_resumable(recipe)
+    if machine.processes > 1:
+        raise UserError("ft ppo runs in one process", key="--launch", fix="leave --launch out")
+    if recipe.train.optim == "muon":
+        raise UserError("muon is not made for adapters", key="train.optim", fix="use adamw")
+    parts = alignment.check(recipe)
+    actors.check(recipe)
+    scorers = {spec.rpartition("/")[2]: load_rule(spec) for spec in recipe.reward.functions}
+    data = prompts.load_prompts(recipe.data, parts.encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
+    held_out = []
+    if recipe.eval.data is not None:
+        section = DataConfig(train=recipe.eval.data, max_length=recipe.data.max_length)
+        held_out = prompts.load_prompts(section, parts.encoder).rows[: recipe.eval.limit]
+    plan = training.layout(recipe, len(data.rows), len(data.rows), machine)
+    if dry_run:
+        training.show_plan(recipe, data.counts, plan)
+        return
+
+    notes = training.announce(data.warnings, plan)
+    with open_run(recipe, overwrite, resume) as folder:
+        reward = recipe.reward.model or (train_reward(recipe, folder) if recipe.reward.train else None)
+        training.start(recipe)
+        cast = actors.build(recipe, parts, machine, reward)
+        arguments = training.arguments(recipe, folder, plan, machine, has_eval=False)
+        rows = recipe.train.per_device_train_batch_size or plan.rows_per_pass
+        trainer = Ppo(recipe, folder, cast, parts.encoder, data.rows, held_out, scorers, arguments, rows)
+        outcome = trainer.train(folder.last_checkpoint() if resume else None)
+        if trainer.guard.stopped:
+            where = f"checkpoint saved in {folder.checkpoints}; go on with --resume"
+            raise Interrupted(f"stopped at step {trainer.state.step}; {where}")
+        model = cast.policy.model
+        weights = training.save(recipe, folder, model, parts.tokenizer, parts.encoder.template)
+        training.finish(recipe, folder, SimpleNamespace(model=model), outcome, data.counts, notes)
+        training.summary(recipe, folder, weights)
+
+
+def train_reward(recipe: PpoRecipe, run: Run) -> str:
+    """`ft reward` on `reward.train`, in its own process; kept when it is already there."""
+    target = run.path / "reward"
+    if (target / "result.json").exists():
+        return str(target)
+    given, section = recipe.reward, recipe.data
+    assert given.train is not None
+    values: dict[str, Any] = {"version": 1, "stage": "reward", "model": recipe.model, "adapter": recipe.adapter}
+    train = recipe.train.model_copy(
+        update={
+            "learning_rate": given.learning_rate or recipe.train.learning_rate,
+            "num_train_epochs": given.num_train_epochs, "max_steps": None, "effective_batch_size": 16,
+            "per_device_train_batch_size": None, "gradient_accumulation_steps": None, "save_steps": None,
+            "eval_steps": None,
+        }
+    )  # fmt: skip
+    pairs = section.model_copy(update={"train": given.train, "format": None, "columns": None})
+    objective = RewardModelConfig(center_rewards_coefficient=given.center_rewards_coefficient)
+    made = RewardRecipe(
+        **values, data=pairs, train=train, reward=objective, output=OutputConfig(dir=str(target))
+    )  # fmt: skip
+    path = run.path / "reward.yaml"
+    write_atomically(path, to_yaml(made, "# ft reward --recipe reward.yaml\n"))
+    note("first the reward model:")
+    command = [sys.executable, "-m", "finetune", "reward", "--recipe", str(path), "--overwrite"]
+    code = subprocess.run(command).returncode
+    if code == 130:
+        raise Interrupted("stopped while training the reward model; start again with --overwrite")
+    if code:
+        error = UserError if code == 2 else RunError
+        raise error(f"the reward model could not be trained (ft reward --recipe {path})")
+    return str(Path(target))
