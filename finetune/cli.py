@@ -221,13 +221,14 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
     temperature: Annotated[float, typer.Option(help="0 answers greedily, above it answers are drawn.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the drawn answers.")] = 0,
+    reward: Annotated[str | None, typer.Option(help="Run of ft reward that scores the answers.")] = None,
     json_: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Also as JSON; - is stdout.")] = None,
 ) -> None:
     """Exact match (also per value of a column `group`), per-field accuracy, loss and perplexity on held-out data."""
     _quiet()
     from finetune.stages.evaluate import run
 
-    run(runs or [], recipe, model, adapter, data, compare_base, limit, json_, quantization, temperature, seed)
+    run(runs or [], recipe, model, adapter, data, compare_base, limit, json_, quantization, temperature, seed, reward)
 
 
 @app.command()

@@ -34,6 +34,8 @@ class Evaluation:
     """Exact match per row (0 or 1), in the order of the data, for paired comparisons."""
     losses: list[float] = field(default_factory=list, repr=False)
     """Mean negative log-likelihood per token of each row's reference."""
+    rewards: list[float] = field(default_factory=list, repr=False)
+    """Score of each answer by a reward model, where one was asked."""
     groups: list[str | None] = field(default_factory=list, repr=False)
     """Group per row, in the order of `correct`."""
 
@@ -217,4 +219,4 @@ def evaluate(
         values["perplexity"] = metrics.perplexity(loss)
     written = sum(len(encoder.tokenizer.encode(p, add_special_tokens=False)) + 1 for p in predictions)
     values["tokens_per_second"] = written / max(seconds, 1e-9)
-    return Evaluation(name, len(conversations), values, predictions, correct, losses, groups)
+    return Evaluation(name, len(conversations), values, predictions, correct, losses, groups=groups)

@@ -34,7 +34,7 @@ from finetune.adapters.seats import seated
 from finetune.callbacks import Guard
 from finetune.data.prompts import Prompt
 from finetune.errors import RunError
-from finetune.evaluation import decode, stop_ids
+from finetune.evaluation import decode, seeded, stop_ids
 from finetune.metrics import mean, paired
 from finetune.models.hardware import peak_memory_gb
 from finetune.optim import OrderedSampler
@@ -451,9 +451,7 @@ class Ppo:
 
     def held_out_scores(self) -> list[float]:
         """Scores of replies to the held-out prompts, sampled with a seed of their own."""
-        devices = [self.device.index or 0] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self.recipe.train.seed + EVALUATION_SEED)
+        with seeded(self.recipe.train.seed + EVALUATION_SEED, self.device):
             replies, texts = self.answer(self.held_out)
             return self.score(self.held_out, replies, texts)[0]
 

@@ -136,16 +136,22 @@ class RewardModel:
             model = classifier(config, dtype, machine)
         return cls(path, model, make_encoder(tokenizer, family(kind)))
 
-    def ids(self, messages: list[dict[str, Any]], tools: Any, reply: str) -> list[int]:
-        """The conversation with this reply, up to its end of turn."""
-        answered = Conversation([*messages, {"role": "assistant", "content": reply}], tools)
-        encoded = self.encoder.encode(answered, "last")
+    def ids(self, conversation: Conversation) -> list[int]:
+        """A conversation that ends with a reply, up to its end of turn."""
+        encoded = self.encoder.encode(conversation, "last")
         end = max(i for i, label in enumerate(encoded.labels) if label != IGNORED) + 1
         return list(encoded.input_ids[:end])
 
     def score(self, prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float]:
         # An empty reply is no turn to encode; a blank one is scored in its place.
-        rows = [self.ids(p.messages, p.tools, reply or " ") for p, reply in zip(prompts, replies, strict=True)]
+        turns = [
+            [*p.messages, {"role": "assistant", "content": reply or " "}]
+            for p, reply in zip(prompts, replies, strict=True)
+        ]
+        return self.scores([Conversation(t, p.tools) for t, p in zip(turns, prompts, strict=True)])
+
+    def scores(self, conversations: Sequence[Conversation]) -> list[float]:
+        rows = [self.ids(c) for c in conversations]
         return checked(score_rows(self.model, rows, self.encoder.tokenizer.pad_token_id), len(rows), self.name)
 
 

@@ -43,7 +43,7 @@ class Row(NamedTuple):
     problem: RowProblem | None = None  # the row could not be read; data is then empty
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would double the time to make one; there is one per row
 class Conversation:
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None

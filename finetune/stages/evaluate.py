@@ -14,18 +14,20 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune.data import dataset
+from finetune.data.audit import Audit, conversations
 from finetune.data.chat import make_encoder
 from finetune.data.types import Conversation
 from finetune.errors import UserError
-from finetune.evaluation import Evaluation, evaluate
+from finetune.evaluation import Evaluation, evaluate, split_reference
 from finetune.families import family
-from finetune.metrics import by_group, paired
+from finetune.metrics import by_group, mean, paired, wilson
 from finetune.models import hardware, loading
 from finetune.models.quantization import weight_bytes
 from finetune.progress import note
 from finetune.recipe import DataConfig, EvalConfig, ModelConfig, SftRecipe, absolute, compute_dtype
 from finetune.recipe_file import check, load
 from finetune.run import read_recipe, write_json
+from finetune.scoring import RewardModel, is_reward_run
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,13 @@ def run(
     quantization: str | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    reward: str | None = None,
 ) -> None:
+    if runs and all(is_reward_run(path) for path in runs):
+        results = [evaluate_reward(path, data, limit) for path in runs]
+        comparisons = [compare(results[0], other, "preference_accuracy") for other in results[1:]]
+        report(data or "eval.data", results, comparisons, json_file)
+        return
     kinds = quantizations(quantization)
     targets = find_targets(runs, recipe, model, adapter)
     held_out = data or targets[0].eval.data
@@ -65,11 +73,23 @@ def run(
     variants = [[quantized(target, kind) for kind in kinds] for target in targets] if kinds else [targets]
     evaluated = [[evaluate_target(target, rows, temperature, seed) for target in part] for part in variants]
     results = [result for part in evaluated for result in part]
+    if reward is not None:
+        judge(reward, results, rows)
     # With quantizations each model is compared with its first kind, otherwise every model with the first one.
     metrics = ["exact_match", *(f"exact_match/{group}" for group in results[0].metrics.get("groups", ()))]
     metrics += ["loss"] if kinds else []
     comparisons = [compare(part[0], other, m) for part in evaluated for other in part[1:] for m in metrics]
-    sampled = {"temperature": temperature, "seed": seed} if temperature else {}
+    if reward is not None:
+        comparisons += [compare(part[0], other, "reward") for part in evaluated for other in part[1:]]
+    report(held_out, results, comparisons, json_file, {"temperature": temperature, "seed": seed} if temperature else {})
+
+
+def report(
+    held_out: str, results: list[Evaluation], comparisons: list[dict[str, Any]], json_file: str | None,
+    sampled: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """As a table on stdout, as JSON there, or both."""
+    sampled = sampled or {}
     output = {
         "data": held_out,
         **sampled,
@@ -83,6 +103,42 @@ def run(
     if json_file and json_file != "-":
         write_json(Path(json_file), output)
         note(f"written to {json_file}")
+
+
+def evaluate_reward(path: str, data: str | None, limit: int | None) -> Evaluation:
+    """How often a reward model scores the chosen answer higher, for all pairs and each group of them."""
+    recipe = check(read_recipe(Path(path)) or {}, "reward", Path(path) / "recipe.yaml")
+    held_out = data or recipe.eval.data
+    if held_out is None:
+        raise UserError("no held-out pairs", key="eval.data", fix="set it in the recipe, or give --data FILE")
+    audit = Audit(DataConfig(train=absolute(held_out)), None, "preference")
+    items = [item for item, _ in audit.rows(0)][: limit or recipe.eval.limit]
+    audit.settle()
+    machine = hardware.detect()
+    model = RewardModel.load(path, getattr(torch, compute_dtype(recipe.model.dtype, machine)), machine)
+    scores = [model.scores([conversations(item.sample)[name] for item in items]) for name in ("chosen", "rejected")]
+    right = [float(a > b) for a, b in zip(*scores, strict=True)]
+    groups = [None if item.data.get("group") is None else str(item.data["group"]) for item in items]
+    values: dict[str, Any] = {"preference_accuracy": mean(right)}
+    values["preference_accuracy_ci"] = list(wilson(int(sum(right)), len(right)))
+    for group, column in by_group(right, groups).items():
+        values[f"preference_accuracy/{group}"] = mean(column)
+        values[f"preference_accuracy/{group}_ci"] = list(wilson(int(sum(column)), len(column)))
+    values["margin"] = mean([a - b for a, b in zip(*scores, strict=True)])
+    return Evaluation(Path(path).name or path, len(items), values, [], right, groups=groups)
+
+
+def judge(path: str, results: Sequence[Evaluation], rows: Sequence[Conversation]) -> None:
+    """Add the mean reward of each model's answers, with a 95% interval."""
+    machine = hardware.detect()
+    model = RewardModel.load(path, getattr(torch, compute_dtype("auto", machine)), machine)
+    asked = [split_reference(row)[0] for row in rows]
+    for result in results:
+        replies = [{"role": "assistant", "content": text or " "} for text in result.predictions]
+        found = model.scores([Conversation([*c.messages, r], c.tools) for c, r in zip(asked, replies, strict=True)])
+        result.rewards.extend(found)
+        interval = paired([0.0] * len(found), found)
+        result.metrics["reward"], result.metrics["reward_ci"] = interval["difference"], interval["ci"]
 
 
 MOST_GROUPS = 20  # a column `group` with more values names rows rather than kinds of rows
@@ -163,7 +219,9 @@ def evaluate_target(target: Target, rows: Sequence[Any], temperature: float = 0.
 def compare(a: Evaluation, b: Evaluation, metric: str = "exact_match") -> dict[str, Any]:
     """b against a on the same rows, or on those of a group (exact_match/GROUP); of losses the lower one wins."""
     name, _, group = metric.partition("/")
-    if name == "exact_match":
+    if name == "reward":
+        return {"a": a.name, "b": b.name, "metric": metric, **paired(a.rewards, b.rewards)}
+    if name in ("exact_match", "preference_accuracy"):
         before, after = (by_group(e.correct, e.groups)[group] if group else e.correct for e in (a, b))
         return {"a": a.name, "b": b.name, "metric": metric, **paired(before, after)}
     result = paired(a.losses, b.losses)
