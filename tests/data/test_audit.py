@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import subprocess
@@ -38,6 +39,18 @@ def test_clean_data_has_no_problems(tmp_path: Path) -> None:
     assert result.trained_tokens == sum(len(f"answer {i * 7}") + 1 for i in range(20))
     assert report(path).trained_tokens is None
     assert result.errors == 0
+
+
+def test_a_check_leaves_the_collector_as_it_was(tmp_path: Path) -> None:
+    usual = gc.get_threshold()
+    report(write(tmp_path / "x.jsonl", make_rows(5)))
+    assert gc.get_threshold() == usual
+    with pytest.raises(UserError):
+        report(str(tmp_path / "none.jsonl"))
+    assert gc.get_threshold() == usual
+    with audit.seldom_collecting():
+        assert gc.isenabled()
+        assert gc.get_threshold()[0] > usual[0]
 
 
 def test_every_problem_of_every_row_with_its_place(tmp_path: Path) -> None:
