@@ -9,6 +9,7 @@ copy of the policy.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from finetune.errors import UserError
 from finetune.models import loading
 from finetune.models.hardware import input_device
 from finetune.models.identity import check_identity, fingerprint
-from finetune.recipe import Hardware, PpoRecipe
+from finetune.recipe import Adapter, Hardware, PpoRecipe
 from finetune.scoring import RewardModel, is_reward_run, peft_type_of
 
 
@@ -64,14 +65,15 @@ class Actors:
 
 
 def check(recipe: PpoRecipe) -> None:
-    """UserError for what cannot stand on one base."""
+    """UserError for what cannot stand on one base, and for AdaLoRA."""
+    if recipe.adapter.method == "adalora":
+        why = "AdaLoRA shares out its ranks over a number of updates that must be known, and PPO may leave some out"
+        raise UserError(why, key="adapter.method", fix="use lora")
     if recipe.ppo.models == "separate":
         return
     section, key, fix = recipe.adapter, "ppo.models", "set ppo.models: separate"
     if section.method == "full":
         raise UserError("full fine-tuning changes the base that reference and value model stand on", key=key, fix=fix)
-    if section.method == "adalora":
-        raise UserError("peft trains only one AdaLoRA adapter on a base", key=key, fix="use lora, or " + fix[4:])
     model = recipe.reward.model
     if rewrites_base(section) and recipe.model.adapter is None and (model or recipe.reward.train):
         what = f"init_lora_weights: {section.init_lora_weights} rewrites the base that the reward model stands on"  # type: ignore[union-attr]
@@ -117,6 +119,7 @@ def build(recipe: PpoRecipe, parts: alignment.Parts, machine: Hardware, reward: 
 
 def _shared(recipe: PpoRecipe, parts: alignment.Parts, machine: Hardware, reward: str | None) -> Actors:
     model, copied = alignment.policy(recipe, recipe.model, parts, machine)
+    copied = copied or not starts_as_base(recipe.adapter)
     if copied:
         copy_adapter(model, POLICY, REFERENCE)
     actors = Actors(
@@ -129,6 +132,7 @@ def _shared(recipe: PpoRecipe, parts: alignment.Parts, machine: Hardware, reward
         actors.reward, actors.reward_head = Seat(model, REWARD), frozen_head(model, weight, folder)
     copy_adapter(model, REWARD if reward is not None else POLICY, VALUE)
     train_only(model, [POLICY, VALUE])
+    freeze_unread(actors.value)
     return actors
 
 
@@ -150,7 +154,25 @@ def _separate(recipe: PpoRecipe, parts: alignment.Parts, machine: Hardware, rewa
     value = policy() if value is None else value
     for frozen in (reference, *([judge.model] if judge else [])):
         frozen.requires_grad_(False)
-    return Actors(_own(model), _own(reference), _own(value), new_head(value), judge=judge)
+    actors = Actors(_own(model), _own(reference), _own(value), new_head(value), judge=judge)
+    freeze_unread(actors.value)
+    return actors
+
+
+def starts_as_base(section: Adapter) -> bool:
+    """Whether a fresh adapter computes what the base does."""
+    if section.method in ("prompt_tuning", "p_tuning", "prefix_tuning"):
+        return False
+    return not rewrites_base(section) and getattr(section, "init_lora_weights", None) != "loftq"
+
+
+def freeze_unread(value: Seat) -> None:
+    """Values are read before the output head: what is trained of it for them would never see a gradient."""
+    head = value.model.get_output_embeddings()
+    embeddings = {id(p) for p in value.model.get_input_embeddings().parameters()}  # the same, where they are tied
+    for name, parameter in head.named_parameters():
+        if value.adapter in (None, *name.split(".")) and id(parameter) not in embeddings:
+            parameter.requires_grad = False
 
 
 def _own(model: Any) -> Seat:
@@ -189,8 +211,12 @@ def frozen_head(model: Any, weight: torch.Tensor | None, folder: Path) -> nn.Lin
 def no_dropout(model: Any) -> None:
     """Dropout 0: of 0.05 alone the ratios of an unchanged policy run from 0.84 to 1.33."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if "Dropout" in type(module).__name__ and hasattr(module, "p"):
             module.p = 0.0
-        for name in ("attention_dropout", "hidden_dropout", "dropout_prob", "dropout_p"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+            elif "dropout" in name and isinstance(value, dict):  # by adapter
+                value.update({adapter: 0.0 for adapter, p in value.items() if isinstance(p, float)})
+            elif name == "bottleneck_settings":
+                value.update({a: dataclasses.replace(config, bottleneck_dropout=0.0) for a, config in value.items()})

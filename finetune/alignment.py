@@ -34,7 +34,7 @@ from finetune.models import loading
 from finetune.models.heads import with_score_head
 from finetune.models.identity import fingerprint
 from finetune.preference import PairCollator, ScoreCollator
-from finetune.recipe import DpoRecipe, Hardware, KtoRecipe, ModelConfig, PpoRecipe, RewardRecipe
+from finetune.recipe import DpoRecipe, Hardware, KtoRecipe, LastLayersAdapter, ModelConfig, PpoRecipe, RewardRecipe
 from finetune.run import Run
 
 
@@ -92,8 +92,10 @@ def reward_model(recipe: RewardRecipe, parts: Parts, machine: Hardware) -> Any:
     loading.refuse_training(network, recipe.model.name)
     scored = with_score_head(network, recipe.model.name)
     if recipe.model.adapter is None:
-        where = loading.folder(recipe.model)
-        return apply(scored, recipe.adapter, parts.tokenizer, where, as_score_task)
+        section, where = recipe.adapter, loading.folder(recipe.model)
+        if isinstance(section, LastLayersAdapter):
+            section = section.model_copy(update={"head": False})  # that of the scores is always trained
+        return apply(scored, section, parts.tokenizer, where, as_score_task)
     start = loading.adapter_folder(recipe.model.adapter)
     model = loading.attach_adapter(scored, start, recipe.model, loads_trainable(start), as_score_task)
     prepare(model)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +13,7 @@ from finetune import __version__
 from finetune.errors import FinetuneError, render
 
 if TYPE_CHECKING:
-    from finetune.recipe import R
+    from finetune.recipe import Recipe
 
 app = typer.Typer(
     name="ft",
@@ -50,13 +52,14 @@ def _quiet() -> None:
 
 
 def _recipe(
-    reference: str, kind: type[R], overrides: list[str], output: str | None, resume: bool, overwrite: bool
-) -> R:
+    reference: str, stage: str, overrides: list[str], output: str | None, resume: bool, overwrite: bool
+) -> Recipe:
     """Read and check the recipe, its output directory and the rows of its data: a second instead of ten."""
+    from finetune.recipe import RECIPES
     from finetune.recipe_file import load
     from finetune.run import check_output
 
-    recipe = load(reference, kind, overrides, output)
+    recipe: Recipe = load(reference, RECIPES[stage], overrides, output)
     check_output(recipe.output.dir, overwrite, resume)
     kind_of_rows = {"sft": "sft", "reward": "preference", "dpo": "preference", "kto": "unpaired"}.get(recipe.stage)
     if kind_of_rows is not None:
@@ -75,118 +78,36 @@ def options(
     """Read by `main`, which takes them anywhere on the line."""
 
 
-@app.command()
-def pretrain(
-    recipe: Reference,
-    set_: Override = [],  # noqa: B006 (typer copies it)
-    output: Output = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Next-token training on raw text, of any model or of a new one."""
-    from finetune.recipe import PretrainRecipe
-
-    checked = _recipe(recipe, PretrainRecipe, set_, output, resume, overwrite)
-    _quiet()
-    from finetune.stages.pretrain import run
-
-    run(checked, resume, overwrite, dry_run)
+TRAINING = {
+    "pretrain": "Next-token training on raw text, of any model or of a new one.",
+    "sft": "Supervised fine-tuning.",
+    "reward": "Train a reward model on preference pairs.",
+    "dpo": "Learn from preference pairs: DPO and its kin, SimPO, ORPO.",
+    "kto": "Learn from answers labelled good or bad.",
+    "ppo": "Reinforcement learning from a reward model or from rules: PPO on one base in memory.",
+}
 
 
-@app.command()
-def sft(
-    recipe: Reference,
-    set_: Override = [],  # noqa: B006 (typer copies it)
-    output: Output = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Supervised fine-tuning."""
-    from finetune.recipe import SftRecipe
+def _training_command(stage: str) -> Callable[..., None]:
+    """`ft STAGE --recipe R`: check everything that needs no torch, then run finetune.stages.STAGE."""
 
-    checked = _recipe(recipe, SftRecipe, set_, output, resume, overwrite)
-    _quiet()
-    from finetune.stages.sft import run
+    def command(
+        recipe: Reference,
+        set_: Override = [],  # noqa: B006 (typer copies it)
+        output: Output = None,
+        resume: Resume = False,
+        overwrite: Overwrite = False,
+        dry_run: DryRun = False,
+    ) -> None:
+        checked = _recipe(recipe, stage, set_, output, resume, overwrite)
+        _quiet()
+        importlib.import_module(f"finetune.stages.{stage}").run(checked, resume, overwrite, dry_run)
 
-    run(checked, resume, overwrite, dry_run)
-
-
-@app.command()
-def reward(
-    recipe: Reference,
-    set_: Override = [],  # noqa: B006
-    output: Output = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Train a reward model on preference pairs."""
-    from finetune.recipe import RewardRecipe
-
-    checked = _recipe(recipe, RewardRecipe, set_, output, resume, overwrite)
-    _quiet()
-    from finetune.stages.reward import run
-
-    run(checked, resume, overwrite, dry_run)
+    return command
 
 
-@app.command()
-def dpo(
-    recipe: Reference,
-    set_: Override = [],  # noqa: B006
-    output: Output = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Learn from preference pairs: DPO and its kin, SimPO, ORPO."""
-    from finetune.recipe import DpoRecipe
-
-    checked = _recipe(recipe, DpoRecipe, set_, output, resume, overwrite)
-    _quiet()
-    from finetune.stages.dpo import run
-
-    run(checked, resume, overwrite, dry_run)
-
-
-@app.command()
-def kto(
-    recipe: Reference,
-    set_: Override = [],  # noqa: B006
-    output: Output = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Learn from answers labelled good or bad."""
-    from finetune.recipe import KtoRecipe
-
-    checked = _recipe(recipe, KtoRecipe, set_, output, resume, overwrite)
-    _quiet()
-    from finetune.stages.kto import run
-
-    run(checked, resume, overwrite, dry_run)
-
-
-@app.command()
-def ppo(
-    recipe: Reference,
-    set_: Override = [],  # noqa: B006
-    output: Output = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Reinforcement learning from a reward model or from rules: PPO on one base in memory."""
-    from finetune.recipe import PpoRecipe
-
-    checked = _recipe(recipe, PpoRecipe, set_, output, resume, overwrite)
-    _quiet()
-    from finetune.stages.ppo import run
-
-    run(checked, resume, overwrite, dry_run)
+for _stage, _help in TRAINING.items():
+    app.command(_stage, help=_help)(_training_command(_stage))
 
 
 @app.command()

@@ -37,7 +37,7 @@ from finetune.errors import RunError
 from finetune.evaluation import decode, seeded, stop_ids
 from finetune.metrics import mean, paired
 from finetune.models.hardware import peak_memory_gb
-from finetune.optim import OrderedSampler
+from finetune.optim import OrderedSampler, faster_b, scheduler_kwargs
 from finetune.progress import Progress, samples, warn
 from finetune.recipe import PpoRecipe
 from finetune.rollout import (
@@ -133,8 +133,6 @@ class Ppo:
         self.device = actors.value_head.weight.device
         self.dtype = getattr(torch, recipe.model.dtype)
         self.batch = min(recipe.train.effective_batch_size, len(prompts) // c.num_mini_batches * c.num_mini_batches)
-        if not self.batch:
-            raise RunError(f"{len(prompts)} prompts are too few for {c.num_mini_batches} minibatches")
         per_epoch = len(prompts) // self.batch
         self.total = recipe.train.max_steps or max(1, round(per_epoch * recipe.train.num_train_epochs))
         self.module = nn.ModuleList([*actors.trained_models(), actors.value_head])
@@ -150,15 +148,18 @@ class Ppo:
         own = [p for p in policy.model.parameters() if p.requires_grad and id(p) not in theirs]
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, policy.model)
         rate = self.config.value_learning_rate or train.learning_rate
-        groups = [
-            {"params": own, "weight_decay": train.weight_decay},
-            {"params": values, "weight_decay": train.weight_decay, "lr": rate},
-        ]
+        groups = []
+        for parameters, lr in ((own, train.learning_rate), (values, rate)):
+            for matrices, decay in ((True, train.weight_decay), (False, 0.0)):
+                if part := [p for p in parameters if (p.ndim > 1) is matrices]:
+                    groups.append({"params": part, "lr": lr, "weight_decay": decay})
         self.optimizer = kind(groups, **options)
+        if (ratio := getattr(self.recipe.adapter, "loraplus_lr_ratio", None)) is not None:
+            faster_b(self.optimizer, self.module, ratio)
         warmup = train.warmup_steps if train.warmup_steps >= 1 else math.ceil(train.warmup_steps * self.total)
         self.scheduler = get_scheduler(
             train.lr_scheduler_type, self.optimizer, int(warmup), self.total,
-            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs or {},
+            scheduler_specific_kwargs=scheduler_kwargs(train, self.total),
         )  # fmt: skip
 
     def _value_adapter(self) -> Iterator[nn.Parameter]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -698,7 +698,7 @@ class PpoRecipe(BaseRecipe):
 
 
 Recipe = PretrainRecipe | SftRecipe | RewardRecipe | DpoRecipe | KtoRecipe | PpoRecipe
-R = TypeVar("R", PretrainRecipe, SftRecipe, RewardRecipe, DpoRecipe, KtoRecipe, PpoRecipe)
+R = TypeVar("R", bound=Recipe)
 RECIPES: dict[str, type[Recipe]] = {
     "pretrain": PretrainRecipe,
     "sft": SftRecipe,
@@ -812,4 +812,4 @@ def resolve(recipe: R, hardware: Hardware) -> R:
     }
     if isinstance(recipe, PpoRecipe):
         sections["reward"] = absolute_rewards(recipe.reward)
-    return recipe.model_copy(update=sections)
+    return cast("R", recipe.model_copy(update=sections))

@@ -27,7 +27,10 @@ from finetune.recipe import Recipe
 from finetune.recipe_file import to_yaml
 
 # Everything a run writes; --overwrite removes these and nothing else.
-CONTENTS = ("recipe.yaml", "adapter", "model", "metrics.jsonl", "result.json", "report.html", "loss.png", "checkpoints")
+CONTENTS = (
+    "recipe.yaml", "adapter", "model", "metrics.jsonl", "result.json", "report.html", "loss.png", "checkpoints",
+    "samples.jsonl", "reward.yaml", "reward",
+)  # fmt: skip
 CHECKPOINT_COMPLETE = "complete"  # written last into a checkpoint: without it the checkpoint is half-written
 
 

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def load_rule(spec: str) -> Scorer:
     module_spec = importlib.util.spec_from_file_location(f"ft_rule_{path.stem}", path)
     assert module_spec is not None
     assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
+    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)  # as dataclasses want it
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
@@ -61,10 +62,14 @@ def load_rule(spec: str) -> Scorer:
         names = ", ".join(n for n, f in vars(module).items() if inspect.isfunction(f)) or "none"
         raise UserError(f"has no function {name}", path=path, key="reward.functions", fix=f"functions: {names}")
 
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
     def score(prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float]:
         shared = set.intersection(*(set(p.columns) for p in prompts)) - {"prompts", "completions", "messages"}
         columns = {key: [p.columns[key] for p in prompts] for key in sorted(shared) if key.isidentifier()}
         columns["messages"] = [p.messages for p in prompts]
+        columns = {key: values for key, values in columns.items() if takes_all or key in parameters}
         try:
             values = function(prompts=[p.text for p in prompts], completions=list(replies), **columns)
         except Exception as error:
@@ -134,6 +139,7 @@ class RewardModel:
             config = ModelConfig(name=source, sanity_check=False)
             tokenizer, kind = loading.load_tokenizer(config), loading.read_config(config)["model_type"]
             model = classifier(config, dtype, machine)
+            model.config.pad_token_id = tokenizer.pad_token_id  # how transformers finds where a row ends
         return cls(path, model, make_encoder(tokenizer, family(kind)))
 
     def ids(self, conversation: Conversation) -> list[int]:

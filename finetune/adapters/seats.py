@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, load_peft_weights, set_peft_model_state_dict
+from torch import nn
 
 from finetune.errors import UserError
 
 POLICY = "default"  # the name under which peft saves into the folder itself
 REFERENCE, REWARD, VALUE = "ppo_reference", "ppo_reward", "ppo_value"
 SCORE_HEADS = ("score", "classifier")
-HEAD_WEIGHT = "base_model.model.score.weight"
+HEAD_WEIGHTS = ("base_model.model.score.weight", "base_model.score.weight")  # the latter with soft prompts
 
 
 @dataclass(frozen=True)
@@ -79,26 +80,32 @@ def _starred(name: str, adapter: str) -> str:
 @torch.no_grad()
 def copy_adapter(model: Any, source: str, name: str) -> None:
     """A second adapter `name` that computes what `source` does."""
-    _add(model, name, copy.deepcopy(model.peft_config[source]))
+    config = copy.deepcopy(model.peft_config[source])
+    _add(model, name, config, finished=config.is_prompt_learning and config.inference_mode)
     theirs, ours = named(model, source), named(model, name)
-    if theirs.keys() != ours.keys():
-        missing = sorted(theirs.keys() ^ ours.keys())[:3]
+    # Buffers follow from the config (VeRA's projections), and peft may keep those of a second adapter elsewhere.
+    missing = sorted(key for key in theirs.keys() ^ ours.keys() if isinstance({**theirs, **ours}[key], nn.Parameter))
+    if missing:
         raise UserError(
-            f"an adapter of this kind cannot stand twice on one base ({', '.join(missing)})", key="adapter.method",
+            f"an adapter of this kind cannot stand twice on one base ({', '.join(missing[:3])})", key="adapter.method",
             fix="set ppo.models: separate",
         )  # fmt: skip
     for key, tensor in theirs.items():
-        ours[key].copy_(tensor)
+        if key in ours:
+            ours[key].data = tensor.detach().clone()
 
 
 def add_adapter(model: Any, folder: Path, name: str) -> torch.Tensor | None:
     """The adapter in `folder` as `name`; returns the weight [1, hidden] of its score head, if it has one."""
-    config = PeftConfig.from_pretrained(str(folder))
+    config = as_causal(PeftConfig.from_pretrained(str(folder)))
     weights = load_peft_weights(str(folder), device="cpu")
-    head = weights.pop(HEAD_WEIGHT, None)
-    _add(model, name, as_causal(config))
+    head = next((weights.pop(key) for key in HEAD_WEIGHTS if key in weights), None)
+    _add(model, name, config, finished=config.is_prompt_learning)
+    for parameter in named(model, name).values():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()  # as it was trained
     result = set_peft_model_state_dict(model, weights, adapter_name=name)
-    lost = list(getattr(result, "unexpected_keys", None) or [])
+    lost = [key for key in getattr(result, "unexpected_keys", None) or [] if key != "prompt_embeddings"]
     if lost:
         raise UserError(
             f"{len(lost)} weights of the adapter fit nothing ({lost[0]})", path=folder, fix="train it again"
@@ -114,10 +121,11 @@ def as_causal(config: Any) -> Any:
     return config
 
 
-def _add(model: Any, name: str, config: Any) -> None:
+def _add(model: Any, name: str, config: Any, finished: bool) -> None:
+    """finished: a soft prompt as it is saved, without the network that made it."""
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # starts that look at the base would rewrite it again; weights are copied next
-    config.inference_mode = False  # soft prompts keep their network
+    config.inference_mode = finished
     try:
         model.add_adapter(name, config)
     except (ValueError, TypeError) as error:

@@ -35,8 +35,11 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         raise UserError("muon is not made for adapters", key="train.optim", fix="use adamw")
     parts = alignment.check(recipe)
     actors.check(recipe)
-    scorers = {spec.rpartition("/")[2]: load_rule(spec) for spec in recipe.reward.functions}
+    scorers = {name: load_rule(spec) for name, spec in names_of(recipe.reward.functions).items()}
     data = prompts.load_prompts(recipe.data, parts.encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
+    if len(data.rows) < recipe.ppo.num_mini_batches:
+        what = f"{len(data.rows)} prompts are too few for {recipe.ppo.num_mini_batches} minibatches"
+        raise UserError(what, key="ppo.num_mini_batches", fix="lower it, or give more prompts")
     held_out = []
     if recipe.eval.data is not None:
         section = DataConfig(train=recipe.eval.data, max_length=recipe.data.max_length)
@@ -51,6 +54,7 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         reward = recipe.reward.model or (train_reward(recipe, folder) if recipe.reward.train else None)
         training.start(recipe)
         cast = actors.build(recipe, parts, machine, reward)
+        training.start(recipe)  # the same replies however many models were drawn
         arguments = training.arguments(recipe, folder, plan, machine, has_eval=False)
         rows = recipe.train.per_device_train_batch_size or plan.rows_per_pass
         trainer = Ppo(recipe, folder, cast, parts.encoder, data.rows, held_out, scorers, arguments, rows)
@@ -62,6 +66,15 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         weights = training.save(recipe, folder, model, parts.tokenizer, parts.encoder.template)
         training.finish(recipe, folder, SimpleNamespace(model=model), outcome, data.counts, notes)
         training.summary(recipe, folder, weights)
+
+
+def names_of(rules: list[str]) -> dict[str, str]:
+    """{file.py:function, the whole path where two are alike: path}. UserError for one that is given twice."""
+    short = [rule.replace("\\", "/").rpartition("/")[2] for rule in rules]
+    found = {name if short.count(name) == 1 else rule: rule for name, rule in zip(short, rules, strict=True)}
+    if len(found) < len(rules):
+        raise UserError("a rule stands here twice", key="reward.functions", fix="set its weight in reward.weights")
+    return found
 
 
 def train_reward(recipe: PpoRecipe, run: Run) -> str:
@@ -80,7 +93,10 @@ def train_reward(recipe: PpoRecipe, run: Run) -> str:
             "eval_steps": None,
         }
     )  # fmt: skip
-    pairs = section.model_copy(update={"train": given.train, "format": None, "columns": None})
+    longest = section.max_length + recipe.ppo.max_new_tokens  # a prompt and its reply
+    pairs = section.model_copy(
+        update={"train": given.train, "format": None, "columns": None, "max_length": longest, "packing": False}
+    )
     objective = RewardModelConfig(center_rewards_coefficient=given.center_rewards_coefficient)
     made = RewardRecipe(
         **values, data=pairs, train=train, reward=objective, output=OutputConfig(dir=str(target))
