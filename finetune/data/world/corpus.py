@@ -55,7 +55,7 @@ def renderings(r: random.Random) -> str:
     values = record(r, r.choice(words.LANGUAGES))
     fields = list(FIELDS) if r.random() < 0.6 else [f for f in FIELDS if r.random() < 0.65] or ["order", "name"]
     known = [key for key in KEYS if key in fields or (key == "category" and "product" in fields)]
-    parts = [(loose if r.random() < 0.45 else write)(r, values, fields)]
+    parts = [(loose if r.random() < 0.55 else write)(r, values, fields)]
     for _ in range(r.choice((1, 2, 2, 3))):
         parts.append(_render(r, values, r.sample(known, r.randint((len(known) + 1) // 2, len(known)))))
     if r.random() < 0.2:

@@ -197,7 +197,7 @@ CUES: dict[str, dict[str, list[str]]] = {
     "en": {
         "name": [
             "{name}", "{name}", "{name}", "I am {name}", "I, {name},", "customer {name}", "our client {name}", "buyer {name}", "for {name}", "by {name}",
-            "with {name}", "from {name}", "to {name}", "this is {name}", "signed {name}", "says {name}", "{name} says", "{name} writes",
+            "with {name}", "this is {name}", "signed {name}", "says {name}", "{name} says", "{name} writes",
             "{name} reports", "{name} wants an answer", "told {name}", "called {name}", "a person named {name}", "{name} and family", "{name} is upset",
             "the name is {name}", "under the name {name}", "{name} speaking", "dear {name}", "attention {name}", "({name})", "yours {name}", "ask {name}",
             "hi, {name} again", "written by {name}", "paid by {name}", "owner {name}", "{name} never got a reply", "our guest {name}",

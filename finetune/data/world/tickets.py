@@ -130,7 +130,7 @@ def _fillers(r: random.Random, lang: str, sizes: Sequence[int]) -> list[str]:
 
 def loose(r: random.Random, values: Record, fields: Sequence[str] = FIELDS) -> str:
     """A ticket without a template."""
-    return (compose if r.random() < 0.6 else ramble)(r, values, fields)
+    return (compose if r.random() < 0.5 else ramble)(r, values, fields)
 
 
 def ramble(r: random.Random, values: Record, fields: Sequence[str] = FIELDS) -> str:

@@ -59,6 +59,9 @@ CATEGORIES: list[tuple[str, str, list[str], list[str]]] = [
      ["用了几天就坏了", "打不开", "有很大的噪音"]),
 ]
 # fmt: on
+# A place is known by how it begins, as a Chinese name is by its surname: a model that reads from left to right must
+# decide at the first letters whether to copy, and cannot know there how a word will end.
+PLACES = ("Port", "Lake", "Fort", "Mount", "Cape", "Glen", "Saint", "Bay")
 MONTHS = "January February March April May June July August September October November December".split()  # noqa: SIM905
 
 # Onsets, vowels and codas of made-up words; what stands twice is drawn twice as often.
@@ -107,7 +110,7 @@ def product(r: random.Random, lang: str) -> str:
 
 def made_up_city(r: random.Random, lang: str) -> str:
     if lang == "en":
-        return english_word(r).capitalize() + r.choice(("ville", "ton", "burg", "ford"))
+        return f"{r.choice(PLACES)} {english_word(r).capitalize()}"
     return "".join(r.choice(GIVEN) for _ in range(2)) + r.choice("市县镇")
 
 
@@ -139,7 +142,7 @@ def _public_prefixes() -> frozenset[str]:
     """Beginnings of ordinary words: Order, Customer, Beijing… can never be reserved."""
     texts = [t for table in (CLAUSES, CUES, PAIRS, LABELS) for per in table.values() for ts in per.values() for t in ts]
     texts += [t for table in (FULL, SMALL_TALK) for ts in table.values() for t in ts]
-    texts += [*MONTHS, *(en for en, _ in CITIES), *(word.capitalize() for word in FILLERS["en"])]
+    texts += [*MONTHS, *PLACES, *(en for en, _ in CITIES), *(word.capitalize() for word in FILLERS["en"])]
     return frozenset(word[:3] for text in texts for word in _ENGLISH.findall(text))
 
 
