@@ -1,0 +1,406 @@
+"""`ft ppo`: ratios of one at first, one base or four, exact resume, what is refused and what stops a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ft, tensors, train, write_rows
+from rl_kit import comparable, logged, pairs, ppo_recipe, result, reward_recipe, rule, run_ppo, run_reward
+
+from finetune import actors
+from finetune.adapters.seats import named
+from finetune.errors import Interrupted, RunError, UserError
+from finetune.ppo import Ppo
+from finetune.run import Run
+
+DROPOUT = {"method": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
+
+
+@pytest.fixture(scope="module")
+def rewarded(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """Runs of `ft reward`, one per method, made once."""
+    made: dict[str, Run] = {}
+
+    def run(method: str = "lora") -> Run:
+        if method not in made:
+            adapter = {"method": method, "r": 4} if method == "lora" else {"method": method}
+            folder = tmp_path_factory.mktemp(method)
+            made[method] = run_reward(reward_recipe(folder, base, adapter=adapter))
+        return made[method]
+
+    return run
+
+
+def only_model(run: Run) -> dict[str, Any]:
+    return {"model": str(run.path)}
+
+
+# --- what it computes ---
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        DROPOUT,
+        {"method": "lora", "init_lora_weights": "pissa"},
+        {"method": "bottleneck", "bottleneck_dropout": 0.3},
+        {"method": "p_tuning", "encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.3},
+        {"method": "prompt_tuning"},
+        {"method": "prefix_tuning", "prefix_projection": True},
+        {"method": "bitfit"},
+        {"method": "ia3"},
+        {"method": "last_layers", "num_layers": 1, "head": True},
+        {"method": "ln_tuning"},
+        {"method": "vera"},
+        {"method": "loha", "module_dropout": 0.3},
+    ],
+    ids=lambda a: "-".join(map(str, a.values())),
+)
+def test_every_method_starts_at_ratio_one_and_kl_zero(tmp_path: Path, base: Path, adapter: dict[str, Any]) -> None:
+    """Dropout or not. And it trains: the proof in result.json says so."""
+    found = run_ppo(ppo_recipe(tmp_path, base, adapter=adapter))
+    assert max(logged(found, "first_log_ratio")) <= 1e-6 * (10 if adapter["method"] == "p_tuning" else 1)
+    first, second = logged(found, "kl")
+    assert first == pytest.approx(0, abs=1e-7)
+    assert second > 0
+    assert result(found)["trained"]["changed_equals_declared"]
+    assert not [key for key in tensors(found.adapter) if "ppo_" in key], "only the policy is saved"
+    assert [p.name for p in found.adapter.iterdir() if p.is_dir()] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [("int8", DROPOUT), ("int4", DROPOUT), ("int4", {"method": "lora", "init_lora_weights": "loftq"})],
+)
+def test_on_quantized_bases(tmp_path: Path, base: Path, kind: str, adapter: dict[str, Any]) -> None:
+    found = run_ppo(ppo_recipe(tmp_path, base, adapter=adapter, model={"quantization": kind}))
+    assert max(logged(found, "first_log_ratio")) < 2e-2
+    assert logged(found, "kl")[0] == pytest.approx(0, abs=1e-4)
+    assert all(norm > 0 for norm in logged(found, "grad_norm"))
+
+
+@pytest.mark.parametrize("sampling", [{"top_k": 20}, {"top_p": 0.7}, {"top_k": 50, "top_p": 0.9, "temperature": 0.7}])
+def test_truncated_sampling(tmp_path: Path, base: Path, sampling: dict[str, Any]) -> None:
+    found = run_ppo(ppo_recipe(tmp_path, base, ppo={**sampling, "max_kl": 1000.0}))
+    assert max(logged(found, "first_log_ratio")) <= 1e-6
+
+
+@pytest.mark.parametrize("method", ["lora", "p_tuning", "prefix_tuning"])
+def test_shared_equals_separate(tmp_path: Path, base: Path, rewarded: Callable[[str], Run], method: str) -> None:
+    """Four adapters on one base do what four models do: metrics and the policy's weights."""
+    runs = []
+    for models in ("shared", "separate"):
+        path = ppo_recipe(
+            tmp_path, base, models, reward=only_model(rewarded(method)), ppo={"models": models},
+            adapter={"method": method, "r": 4} if method == "lora" else {"method": method}, train={"max_steps": 3},
+        )  # fmt: skip
+        runs.append(run_ppo(path))
+    for a, b in zip(*(comparable(run) for run in runs), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+    a, b = (tensors(run.adapter) for run in runs)
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=0)
+
+
+def test_scores_are_those_of_the_reward_run(tmp_path: Path, base: Path, rewarded: Callable[[str], Run]) -> None:
+    """Through the seat on the shared base, through plain peft, and by hand from the tokens."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    run = rewarded("lora")
+    found = run_ppo(ppo_recipe(tmp_path, base, reward=only_model(run), ppo={"max_new_tokens": 4}))
+    network = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    model, tokenizer = PeftModel.from_pretrained(network, run.adapter).eval(), AutoTokenizer.from_pretrained(base)
+    compared = 0
+    for line in (found.path / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        reply = tokenizer(row["reply"])["input_ids"]
+        if "\ufffd" in row["reply"] or len(reply) != 4:
+            continue  # bytes that are no text cannot be read back
+        ids = tokenizer(f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n")["input_ids"] + reply
+        with torch.no_grad():
+            assert model(input_ids=torch.tensor([ids])).logits.item() == pytest.approx(row["score"], abs=1e-4)
+        compared += 1
+    print(compared)
+
+
+def test_what_does_not_learn_stays(
+    tmp_path: Path, base: Path, rewarded: Callable[[str], Run], recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference and reward adapter bit for bit; the reference is where model.adapter starts, at KL zero."""
+    start = train(recipe(train={"max_steps": 8}))
+    seen: dict[str, Any] = {}
+
+    def kept(model: Any, name: str) -> dict[str, torch.Tensor]:
+        return {k: t.detach().clone() for k, t in named(model, name).items()}
+
+    whole = actors.build
+
+    def build(*arguments: Any) -> actors.Actors:
+        cast = whole(*arguments)
+        seen["cast"], model = cast, cast.policy.model
+        seen["before"] = {a: kept(model, a) for a in ("ppo_reference", "ppo_reward", "ppo_value", "default")}
+        return cast
+
+    monkeypatch.setattr(actors, "build", build)
+    found = run_ppo(ppo_recipe(tmp_path, base, reward=only_model(rewarded("lora")), model={"adapter": str(start.path)}))
+    assert logged(found, "kl")[0] == pytest.approx(0, abs=1e-7)
+    assert logged(found, "kl")[1] > 0
+    model, before = seen["cast"].policy.model, seen["before"]
+    stored = tensors(rewarded("lora").adapter)
+    for key, tensor in before["ppo_reward"].items():
+        assert torch.equal(tensor, stored[key.replace(".*", "")])
+    for key, tensor in before["default"].items():
+        assert torch.equal(tensor, before["ppo_reference"][key])
+    for adapter, changes in {"ppo_reference": False, "ppo_reward": False, "ppo_value": True, "default": True}.items():
+        after = named(model, adapter)
+        assert all(torch.equal(t, after[k]) != changes for k, t in before[adapter].items()), adapter
+    # What is saved is the policy, and loads like any adapter.
+    ours = {k.replace(".*", ""): t for k, t in named(model, "default").items()}
+    assert all(torch.equal(t, ours[k]) for k, t in tensors(found.adapter).items())
+
+
+@pytest.mark.parametrize("method", ["p_tuning", "prefix_tuning"])
+def test_goes_on_from_a_saved_soft_prompt(tmp_path: Path, base: Path, recipe: Any, method: str) -> None:
+    """Saved is what a network made: reference and value are copies of that."""
+    path = recipe(train={"max_steps": 4}, adapter={"method": method, "r": None, "lora_alpha": None})
+    import yaml
+
+    values = yaml.safe_load(path.read_text())
+    values["adapter"] = {"method": method}
+    path.write_text(yaml.safe_dump(values))
+    start = train(path)
+    found = run_ppo(ppo_recipe(tmp_path, base, model={"adapter": str(start.path)}, adapter={"method": method}))
+    assert max(logged(found, "first_log_ratio")) <= 1e-6
+    assert logged(found, "kl")[0] == pytest.approx(0, abs=1e-7)
+    a, b = tensors(start.adapter)["prompt_embeddings"], tensors(found.adapter)["prompt_embeddings"]
+    assert a.shape == b.shape
+    assert not torch.equal(a, b)
+
+
+def test_full_and_separate(tmp_path: Path, base: Path) -> None:
+    found = run_ppo(
+        ppo_recipe(
+            tmp_path, base, adapter={"method": "full"}, ppo={"models": "separate"}, train={"learning_rate": 1e-3}
+        )
+    )
+    assert logged(found, "kl")[0] == pytest.approx(0, abs=1e-7)
+    assert (found.model / "config.json").exists()
+
+
+# --- it learns ---
+
+
+def test_a_rule_is_learned(tmp_path: Path, base: Path) -> None:
+    """The share of letters in the replies rises, on held-out prompts, too."""
+    held_out = write_rows(tmp_path / "held.jsonl", [{"prompt": f"tell {i}"} for i in range(24)])
+    path = ppo_recipe(
+        tmp_path, base, train={"max_steps": 25, "learning_rate": 1e-2}, eval={"data": str(held_out)},
+        ppo={"max_kl": 1000.0, "max_update_kl": 1.0, "kl_coef": 0.01},
+    )  # fmt: skip
+    found = run_ppo(path)
+    rewards = logged(found, "reward_mean")
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3
+    outcome = result(found)["eval"]
+    assert outcome["reward_mean"] == pytest.approx(outcome["reward_before"] + outcome["reward_difference"])
+    assert outcome["reward_difference_ci"][0] > 0.1
+    assert logged(found, "kl")[-1] > 0
+
+
+def test_several_rewards_are_weighed(tmp_path: Path, base: Path, rewarded: Callable[[str], Run]) -> None:
+    one = rule(tmp_path, "def f(prompts, completions, **_):\n    return [1.0] * len(prompts)\n", "one.py")
+    (tmp_path / "b").mkdir()
+    two = rule(tmp_path / "b", "def f(prompts, completions, **_):\n    return [2.0] * len(prompts)\n", "one.py")
+    sources = {"model": str(rewarded("lora").path), "functions": [f"{one}:f", f"{two}:f"], "weights": [0.5, 10, 100]}
+    found = run_ppo(ppo_recipe(tmp_path, base, reward=sources, train={"max_steps": 1}))
+    row = found.read_metrics()[0]
+    assert row[f"rewards/{one}:f"] == 1.0, "two files of one name are told apart"
+    assert row[f"rewards/{two}:f"] == 2.0
+    assert row["reward_mean"] == pytest.approx(0.5 * row["rewards/model"] + 10 + 200)
+
+
+def test_one_command_from_pairs(tmp_path: Path, base: Path) -> None:
+    path = ppo_recipe(tmp_path, base, reward={"train": str(pairs(tmp_path, 16)), "num_train_epochs": 2})
+    found = run_ppo(path)
+    assert json.loads((found.path / "reward" / "result.json").read_text())["stage"] == "reward"
+    assert len(logged(found, "reward_mean")) == 2
+    again = run_ppo(path, overwrite=True)
+    assert comparable(again) == comparable(found)
+    assert len((found.path / "samples.jsonl").read_text().splitlines()) == 8, "none of the run before"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"prompt": f"p {i}", "chosen": "a", "rejected": "b"} for i in range(16)],
+        [
+            {"messages": [{"role": "user", "content": f"p {i}"}, {"role": "assistant", "content": "a"}]}
+            for i in range(16)
+        ],
+        [{"messages": [{"role": "user", "content": f"p {i}"}]} for i in range(16)],
+    ],
+    ids=["pairs", "answered", "asked"],
+)
+def test_any_rows_are_prompts(tmp_path: Path, base: Path, rows: list[dict[str, Any]]) -> None:
+    text = (
+        "def f(prompts, completions, reference, **_):\n"
+        f"    assert set(reference) == {{{'None' if len(rows[0].get('messages', '12')) == 1 else repr('a')}}}\n"
+        "    return [float(p.startswith('p ')) for p in prompts]\n"
+    )
+    data = {"train": str(write_rows(tmp_path / "some.jsonl", rows))}
+    found = run_ppo(
+        ppo_recipe(
+            tmp_path, base, data=data, reward={"functions": [f"{rule(tmp_path, text)}:f"]}, train={"max_steps": 1}
+        )
+    )
+    assert logged(found, "reward_mean") == [1.0]
+
+
+# --- the same again ---
+
+
+@pytest.mark.parametrize("adapter", [DROPOUT, {"method": "p_tuning"}], ids=["lora", "p_tuning"])
+def test_resume_is_exact(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, adapter: dict[str, Any]) -> None:
+    """Stopped by a signal in the second of four rollouts; the seed makes the uninterrupted run the same, too."""
+    held_out = write_rows(tmp_path / "held.jsonl", [{"prompt": f"tell {i}"} for i in range(4)])
+    settings: dict[str, Any] = {
+        "adapter": adapter, "train": {"max_steps": 4, "lr_scheduler_type": "cosine", "save_steps": 3},
+        "ppo": {"kl_target": 0.05}, "eval": {"data": str(held_out)},
+    }  # fmt: skip
+    whole = run_ppo(ppo_recipe(tmp_path, base, "whole", **settings))
+    path = ppo_recipe(tmp_path, base, "broken", **settings)
+    step = Ppo.step
+
+    def interrupted(self: Ppo, *arguments: Any) -> dict[str, Any]:
+        if self.state.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ppo, "step", interrupted)
+        with pytest.raises(Interrupted, match=r"stopped at step 2.*--resume"):
+            run_ppo(path)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    broken = run_ppo(path, resume=True)
+    assert comparable(broken) == comparable(whole)
+    a, b = tensors(whole.adapter), tensors(broken.adapter)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert result(broken)["eval"] == result(whole)["eval"]
+
+
+def test_seeds(tmp_path: Path, base: Path) -> None:
+    first, again, other = (
+        run_ppo(ppo_recipe(tmp_path, base, f"run{i}", train={"seed": seed})) for i, seed in enumerate((1, 1, 2))
+    )
+    assert comparable(first) == comparable(again)
+    assert comparable(first) != comparable(other)
+
+
+def test_minibatches_in_parts_are_the_same(tmp_path: Path, base: Path) -> None:
+    """Rows per forward pass change memory, not the outcome."""
+    runs = [
+        run_ppo(ppo_recipe(tmp_path, base, f"by{rows}", train={"per_device_train_batch_size": rows})) for rows in (8, 3)
+    ]
+    for a, b in zip(*(comparable(run) for run in runs), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+# --- what is refused, before a model is loaded, and what stops a run ---
+
+
+def refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The one line that says why."""
+    monkeypatch.setattr("finetune.models.loading.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError) as caught:
+        run_ppo(path)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+@pytest.mark.parametrize(
+    ("sections", "what"),
+    [
+        ({"adapter": {"method": "full"}}, "set ppo.models: separate"),
+        ({"adapter": {"method": "adalora"}}, "use lora"),
+        ({"ppo": {"num_mini_batches": 3}}, "does not divide train.effective_batch_size"),
+        ({"reward": {}}, "nothing scores the replies"),
+        ({"reward": {"functions": ["/nowhere.py:f"]}}, "no such file"),
+        ({"reward": {"functions": ["/nowhere.py:f"], "weights": [1.0, 2.0]}}, "2 for 1 sources"),
+        ({"reward": {"model": "some/hub-model"}}, "set ppo.models: separate"),
+        ({"train": {"optim": "muon"}}, "use adamw"),
+        ({"train": {"effective_batch_size": 64}, "ppo": {"num_mini_batches": 64}}, "32 prompts are too few"),
+        ({"data": {"max_length": 3}}, "no prompt is left"),
+    ],
+)
+def test_refusals(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], what: str
+) -> None:
+    assert what in refused(ppo_recipe(tmp_path, base, **sections), monkeypatch)
+    assert not (tmp_path / "ppo").exists()
+
+
+def test_reward_runs_that_do_not_fit(
+    tmp_path: Path, base: Path, rewarded: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    model.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "other")
+    source = only_model(rewarded("lora"))
+    prefix = ppo_recipe(tmp_path, base, "a", reward=source, adapter={"method": "prefix_tuning"})
+    other = ppo_recipe(tmp_path, tmp_path / "other", "b", reward=source)
+    pissa = ppo_recipe(tmp_path, base, "c", reward=source, adapter={"method": "lora", "init_lora_weights": "pissa"})
+    assert "the reward model is LORA, the policy PREFIX_TUNING" in refused(prefix, monkeypatch)
+    assert "base" in refused(other, monkeypatch)
+    assert "rewrites the base" in refused(pissa, monkeypatch)
+
+
+def test_exit_code_of_a_refusal(tmp_path: Path, base: Path) -> None:
+    done = ft("ppo", "--recipe", ppo_recipe(tmp_path, base, adapter={"method": "full"}))
+    assert done.returncode == 2
+    assert "ppo.models: separate" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ("raise ValueError('no')", "ValueError: no"),
+        ("return [0.0]", "1 scores for 16 replies"),
+        ("return [float('nan')] * len(prompts)", "the score nan"),
+    ],
+)
+def test_rules_that_fail(tmp_path: Path, base: Path, body: str, what: str) -> None:
+    file = rule(tmp_path, f"def f(prompts, completions, **_):\n    {body}\n")
+    with pytest.raises(RunError, match=what):
+        run_ppo(ppo_recipe(tmp_path, base, reward={"functions": [f"{file}:f"]}))
+
+
+def test_a_policy_that_runs_away_is_stopped(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(RunError, match=r"over ppo\.max_kl.*lower train\.learning_rate"):
+        run_ppo(ppo_recipe(tmp_path, base, train={"max_steps": 5}, ppo={"max_kl": 1e-4}))
+
+
+def test_degenerate_replies_stop_a_run(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Ppo.step
+
+    def worse(self: Ppo, *arguments: Any) -> dict[str, Any]:
+        return {**step(self, *arguments), "repetition": 0.0 if self.state.step == 1 else 0.9}
+
+    monkeypatch.setattr(Ppo, "step", worse)
+    path = ppo_recipe(tmp_path, base, train={"max_steps": 9})
+    with pytest.raises(RunError, match=r"degenerated for 3 rollouts: 90% .*raise ppo\.kl_coef"):
+        run_ppo(path)
+    assert (tmp_path / "ppo" / "checkpoints" / "checkpoint-4" / "complete").exists()
