@@ -1,4 +1,5 @@
 # make quickstart   train, evaluate and merge the built-in base (about four minutes on 2 cores, no GPU)
+# make align        SFT, then DPO, and a reward model with PPO, on the built-in base (about half an hour on 2 cores)
 # make test         the test suite
 # make lint         ruff and mypy
 PYTHON ?= python3
@@ -9,9 +10,12 @@ BIN = .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-.PHONY: quickstart test slow lint clean
+.PHONY: quickstart align test slow lint clean
 quickstart: .venv/installed
 	$(BIN)/python benchmarks/quickstart.py
+
+align: .venv/installed
+	$(BIN)/python benchmarks/align.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -25,6 +25,7 @@ from finetune.adapters import limits
 from finetune.adapters.build import apply, as_score_task, loads_trainable, prepare
 from finetune.adapters.build import check as check_targets
 from finetune.adapters.inits import rewrites_base
+from finetune.adapters.seats import HEAD_WEIGHTS
 from finetune.data.chat import make_encoder
 from finetune.data.dataset import SftData
 from finetune.data.store import cache_folder
@@ -97,7 +98,12 @@ def reward_model(recipe: RewardRecipe, parts: Parts, machine: Hardware) -> Any:
             section = section.model_copy(update={"head": False})  # that of the scores is always trained
         return apply(scored, section, parts.tokenizer, where, as_score_task)
     start = loading.adapter_folder(recipe.model.adapter)
-    model = loading.attach_adapter(scored, start, recipe.model, loads_trainable(start), as_score_task)
+    weight = scored.score.weight.detach().cpu()  # the adapter brings none
+    head = {HEAD_WEIGHTS[not loads_trainable(start)]: weight}
+    model = loading.attach_adapter(scored, start, recipe.model, loads_trainable(start), as_score_task, head)
+    for name, parameter in model.named_parameters():
+        if name.endswith("score.modules_to_save.default.weight"):
+            parameter.requires_grad = True
     prepare(model)
     return model
 
@@ -145,7 +151,7 @@ def dpo_trainer(
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=parts.tokenizer,
-        data_collator=PairCollator(parts.tokenizer.pad_token_id),
+        data_collator=PairCollator(parts.tokenizer.pad_token_id, training.pad_multiple(machine)),
         callbacks=training.callbacks(recipe, run, data.eval is not None),
     )
     return training.finish_setup(trainer, recipe)
@@ -193,7 +199,7 @@ def reward_trainer(
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=parts.tokenizer,
-        data_collator=ScoreCollator(parts.tokenizer.pad_token_id, recipe.reward.margin),
+        data_collator=ScoreCollator(parts.tokenizer.pad_token_id, recipe.reward.margin, training.pad_multiple(machine)),
         callbacks=training.callbacks(recipe, run, data.eval is not None),
     )
     return training.finish_setup(trainer, recipe)

@@ -71,7 +71,7 @@ def advantages(
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         following = (delta + gamma * lam * following) * mask[:, t]
         result[:, t] = following
-    return result, (result + values) * mask
+    return result, result + values
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, epsilon: float = 1e-8) -> torch.Tensor:

@@ -56,7 +56,7 @@ class Replies:
 
     def rows(self, index: torch.Tensor) -> Replies:
         """Some of them, with no more padding than they need. The reply's columns stay: [b, T]."""
-        longest = int(self.attention[index].sum(1).max())
+        longest = rounded(int(self.attention[index].sum(1).max()), self.ids.shape[1])
         return Replies(
             self.ids[index, :longest], self.attention[index, :longest], self.prompt_lengths[index], self.tokens[index],
             self.mask[index], self.ended[index],
@@ -118,7 +118,7 @@ def together(
 ) -> Replies:
     """Prompts and their replies as tensors."""
     whole = [[*p, *r] for p, r in zip(prompts, replies, strict=True)]
-    longest, longest_reply = max(map(len, whole)), max(map(len, replies))
+    longest, longest_reply = rounded(max(map(len, whole))), max(map(len, replies))
 
     def padded(rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:
         return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
@@ -131,6 +131,12 @@ def together(
         mask=padded([[1] * len(r) for r in replies], longest_reply, 0).float(),
         ended=torch.tensor([bool(r) and r[-1] in stops for r in replies], device=device),
     )
+
+
+def rounded(length: int, most: int | None = None) -> int:
+    """A multiple of 16, at most `most`: few different shapes, for which CPUs compile kernels."""
+    up = -(-length // 16) * 16
+    return up if most is None else min(up, most)
 
 
 def takes(model: Any, name: str) -> bool:

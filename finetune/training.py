@@ -152,12 +152,17 @@ def make_trainer(
         data_collator=Collator(
             pad_token_id=tokenizer.pad_token_id,
             padding_free=packed,
-            # Few different shapes: on CPUs oneDNN compiles a kernel per shape, on GPUs 8 fits the tensor cores.
-            pad_to_multiple_of=None if packed else (32 if hardware.device == "cpu" else 8),
+            pad_to_multiple_of=None if packed else pad_multiple(hardware),
         ),
         callbacks=callbacks(recipe, run, eval_rows is not None),
     )
     return finish_setup(trainer, recipe)
+
+
+def pad_multiple(hardware: Hardware) -> int:
+    """Rows are padded to a multiple of this: few different shapes. On CPUs oneDNN compiles a kernel per shape, on GPUs
+    8 fits the tensor cores."""
+    return 32 if hardware.device == "cpu" else 8
 
 
 def callbacks(recipe: Recipe, run: Run, has_eval: bool) -> list[TrainerCallback]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -348,19 +349,27 @@ def configs_of(adapter: Path, model: str | None = None) -> tuple[ModelConfig, Mo
 
 def attach_adapter(
     base: PreTrainedModel, adapter: Path, model: ModelConfig, trainable: bool = False,
-    adjust: Callable[[Any], Any] | None = None,
+    adjust: Callable[[Any], Any] | None = None, more: dict[str, torch.Tensor] | None = None,
 ) -> PreTrainedModel:  # fmt: skip
     """`base` with the adapter of a folder on it, after checking that it was trained on this base.
 
-    adjust: last word on peft's config, e.g. for an adapter that goes on under a score head.
+    Args:
+        adjust: last word on peft's config, e.g. for an adapter that goes on under a score head.
+        more: weights that the adjusted adapter has and the folder lacks.
     """
     from peft import PeftConfig, PeftModel
 
     check_identity(adapter, fingerprint(folder(model)), model.name)
     config = read_config(model)
-    with tempfile.TemporaryDirectory() as converted:
+    with tempfile.TemporaryDirectory() as scratch:
         if is_chatglm_layout(config) and is_original_adapter(adapter):  # LoRA on the fused query_key_value
-            save_adapter(*convert_adapter_from_original(adapter, config), converted)
-            adapter = Path(converted)
+            save_adapter(*convert_adapter_from_original(adapter, config), scratch)
+            adapter = Path(scratch)
+        if more:
+            weights = load_file(adapter / "adapter_model.safetensors")
+            if adapter != Path(scratch):
+                shutil.copy(adapter / "adapter_config.json", scratch)
+            adapter = Path(scratch)
+            save_file({**weights, **more}, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
         options = {} if adjust is None else {"config": adjust(PeftConfig.from_pretrained(str(adapter)))}
         return PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable, **options)
