@@ -63,6 +63,26 @@ def test_padding_never_matters(case: dict[str, Any]) -> None:
         assert torch.allclose(clean[name], dirty[name], atol=1e-12), name
 
 
+def test_each_function_masks_by_itself() -> None:
+    """Nothing relies on another having masked before; not even where numbers overflow."""
+    torch.manual_seed(0)
+    mask = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
+    junk = 1e4 * (1 - mask)
+    a, b, scores = torch.randn(2, 4), torch.randn(2, 4), torch.tensor([1.0, -2.0])
+    kl = rl.per_token_kl(a + junk, b, mask)
+    assert torch.equal(kl, rl.per_token_kl(a, b, mask))
+    assert torch.equal(rl.kl_estimate(a + junk, b, mask), rl.kl_estimate(a, b, mask))
+    rewards = rl.token_rewards(scores, a - b, mask, 0.1)
+    assert torch.equal(rewards, rl.token_rewards(scores, a - b + junk, mask, 0.1))
+    assert (rewards[mask == 0] == 0).all()
+    clean = rl.advantages(rewards, a, mask, 0.9, 0.8)
+    for found, expected in zip(rl.advantages(rewards + junk, a + junk, mask, 0.9, 0.8), clean, strict=True):
+        assert torch.equal(found, expected)
+        assert (found[mask == 0] == 0).all()
+    losses = (rl.policy_loss(a + noise, b, scores[:, None] * a, mask, 0.2) for noise in (junk, 0 * junk))
+    assert torch.equal(*(torch.stack(list(loss)) for loss in losses))
+
+
 def test_estimator_is_never_negative_and_zero_when_equal() -> None:
     logp, ref = torch.randn(4, 9, dtype=torch.float64), torch.randn(4, 9, dtype=torch.float64)
     mask = torch.ones(4, 9, dtype=torch.float64)

@@ -129,7 +129,7 @@ def test_scores_are_those_of_the_reward_run(tmp_path: Path, base: Path, rewarded
         with torch.no_grad():
             assert model(input_ids=torch.tensor([ids])).logits.item() == pytest.approx(row["score"], abs=1e-4)
         compared += 1
-    print(compared)
+    assert compared >= 2
 
 
 def test_what_does_not_learn_stays(
@@ -199,19 +199,33 @@ def test_full_and_separate(tmp_path: Path, base: Path) -> None:
 # --- it learns ---
 
 
+def scaled(base: Path, folder: Path, factor: float) -> Path:
+    """The same base with another output head."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(factor)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
 def test_a_rule_is_learned(tmp_path: Path, base: Path) -> None:
-    """The share of letters in the replies rises, on held-out prompts, too."""
+    """The share of letters in the replies rises, on held-out prompts, too. (The base's own head is so small that
+    nothing before it changes a probability much.)"""
     held_out = write_rows(tmp_path / "held.jsonl", [{"prompt": f"tell {i}"} for i in range(24)])
     path = ppo_recipe(
-        tmp_path, base, train={"max_steps": 25, "learning_rate": 1e-2}, eval={"data": str(held_out)},
-        ppo={"max_kl": 1000.0, "max_update_kl": 1.0, "kl_coef": 0.01},
+        tmp_path, scaled(base, tmp_path / "sharp", 8.0), train={"max_steps": 13, "learning_rate": 2e-2},
+        eval={"data": str(held_out)}, ppo={"max_kl": 1000.0, "max_update_kl": 1.0, "kl_coef": 0.01},
     )  # fmt: skip
     found = run_ppo(path)
     rewards = logged(found, "reward_mean")
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3
+    assert rewards[0] < 0.3
+    assert rewards[-1] > 0.6
     outcome = result(found)["eval"]
     assert outcome["reward_mean"] == pytest.approx(outcome["reward_before"] + outcome["reward_difference"])
-    assert outcome["reward_difference_ci"][0] > 0.1
+    assert outcome["reward_difference_ci"][0] > 0.3
     assert logged(found, "kl")[-1] > 0
 
 
@@ -351,16 +365,9 @@ def test_refusals(
 def test_reward_runs_that_do_not_fit(
     tmp_path: Path, base: Path, rewarded: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(base)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(2)
-    model.save_pretrained(tmp_path / "other")
-    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "other")
     source = only_model(rewarded("lora"))
     prefix = ppo_recipe(tmp_path, base, "a", reward=source, adapter={"method": "prefix_tuning"})
-    other = ppo_recipe(tmp_path, tmp_path / "other", "b", reward=source)
+    other = ppo_recipe(tmp_path, scaled(base, tmp_path / "other", 2.0), "b", reward=source)
     pissa = ppo_recipe(tmp_path, base, "c", reward=source, adapter={"method": "lora", "init_lora_weights": "pissa"})
     assert "the reward model is LORA, the policy PREFIX_TUNING" in refused(prefix, monkeypatch)
     assert "base" in refused(other, monkeypatch)
