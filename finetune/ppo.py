@@ -369,14 +369,20 @@ class Ppo:
         finally:
             progress.stop()
             self.guard.on_train_end(None, None, None)
+        # None here after a kill between the last checkpoint and the end.
+        losses = losses or [row["loss"] for row in run.read_metrics()]
         result = {
-            "trained": None if self.guard.stopped else proof.finish(), "train_loss": mean(losses),
+            "trained": proof.finish() if self.finished and proof.seen else None, "train_loss": mean(losses),
             "steps": self.state.step, "seconds": round(time.perf_counter() - begun, 2),
             "epochs": round(self.state.step * self.batch / len(self.prompts), 4),
         }  # fmt: skip
-        if self.held_out and not self.guard.stopped:
+        if self.held_out and self.finished:
             result["eval"] = self.compared()
         return result
+
+    @property
+    def finished(self) -> bool:
+        return self.state.step >= self.total
 
     def step(self, proof: Proof | None = None) -> dict[str, Any]:
         """One rollout and its updates; the row for metrics.jsonl."""

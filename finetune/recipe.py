@@ -533,6 +533,12 @@ class DpoConfig(Section):
     """With model.adapter: train that adapter on and keep a frozen copy as the reference; or merge it into the base
     first, which is then base and reference of a fresh adapter."""
 
+    @model_validator(mode="after")
+    def _smoothed(self) -> DpoConfig:
+        if self.loss_type == "exo_pair" and not self.label_smoothing:
+            raise ValueError("dpo.label_smoothing: exo_pair takes its logarithm; set it above 0, for example 0.001")
+        return self
+
 
 class KtoConfig(Section):
     beta: Annotated[float, Field(gt=0)] = 0.1

@@ -10,40 +10,58 @@ from typing import Any
 
 from finetune.run import Run
 
+# What is drawn when a run logged it: (axis, [(key of metrics.jsonl, label, line style)]).
+PANELS: tuple[tuple[str, list[tuple[str, str, str]]], ...] = (
+    ("loss", [("loss", "training loss", "-"), ("eval_loss", "held-out loss", "o-")]),
+    (
+        "reward",
+        [("reward_mean", "score of the replies", "-"), ("rewards/chosen", "chosen", "-"),
+         ("rewards/rejected", "rejected", "-"), ("mean_reward", "mean score", "-")],
+    ),
+    (
+        "margin",
+        [("rewards/margins", "training margin", "-"), ("eval_rewards/margins", "held-out margin", "o-"),
+         ("margin", "training margin", "-"), ("eval_margin", "held-out margin", "o-")],
+    ),
+    (
+        "accuracy",
+        [("rewards/accuracies", "training pairs", "-"), ("eval_rewards/accuracies", "held-out pairs", "o-"),
+         ("accuracy", "training pairs", "-"), ("eval_accuracy", "held-out pairs", "o-")],
+    ),
+    ("KL, nats per reply", [("kl", "KL to the reference", "-")]),
+    ("share", [("eos_rate", "replies that end", "-"), ("clip_fraction", "clipped tokens", "-")]),
+    ("learning rate", [("learning_rate", "learning rate", "-")]),
+    ("gradient norm", [("grad_norm", "gradient norm", "-")]),
+)  # fmt: skip
+
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss (training and held-out) above, learning rate and gradient norm below, over steps."""
+    """Everything of PANELS that was logged, over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     def series(key: str) -> tuple[list[int], list[float]]:
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
         return [x for x, _ in points], [y for _, y in points]
 
-    figure, (top, bottom) = pyplot.subplots(
-        2, 1, figsize=(8, 6), sharex=True, height_ratios=[2, 1], layout="constrained"
-    )
-    for key, label, style in (("loss", "training loss", "-"), ("eval_loss", "held-out loss", "o-")):
-        x, y = series(key)
-        if x:
-            top.plot(x, y, style, label=label, linewidth=1.5, markersize=4)
-    top.set_ylabel("loss (nats per token)")
-    top.grid(alpha=0.3)
-    if top.lines:
-        top.legend(frameon=False)
-    x, y = series("learning_rate")
-    bottom.plot(x, y, color="tab:green", label="learning rate")
-    bottom.set_ylabel("learning rate")
-    bottom.set_xlabel("optimizer step")
-    bottom.grid(alpha=0.3)
-    x, y = series("grad_norm")
-    if x:
-        right = bottom.twinx()
-        right.plot(x, y, color="tab:gray", linewidth=0.8)
-        right.set_ylabel("gradient norm")
-    figure.savefig(path, dpi=120)
+    drawn = [(axis, [line for line in lines if series(line[0])[0]]) for axis, lines in PANELS]
+    drawn = [(axis, lines) for axis, lines in drawn if lines] or [PANELS[0]]
+    heights = [2.0, *[1.0] * (len(drawn) - 1)]
+    figure, axes = pyplot.subplots(
+        len(drawn), 1, figsize=(8, 2 * sum(heights)), sharex=True, height_ratios=heights, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for (axis, lines), panel in zip(drawn, axes[:, 0], strict=True):
+        for key, label, style in lines:
+            panel.plot(*series(key), style, label=label, linewidth=1.5, markersize=4)
+        panel.set_ylabel(axis)
+        panel.grid(alpha=0.3)
+        if len(panel.lines) > 1 or (panel.lines and lines[0][1] != axis):
+            panel.legend(frameon=False)
+    axes[-1, 0].set_xlabel("step")
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 

@@ -59,7 +59,7 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         rows = recipe.train.per_device_train_batch_size or plan.rows_per_pass
         trainer = Ppo(recipe, folder, cast, parts.encoder, data.rows, held_out, scorers, arguments, rows)
         outcome = trainer.train(folder.last_checkpoint() if resume else None)
-        if trainer.guard.stopped:
+        if not trainer.finished:
             where = f"checkpoint saved in {folder.checkpoints}; go on with --resume"
             raise Interrupted(f"stopped at step {trainer.state.step}; {where}")
         model = cast.policy.model
