@@ -310,6 +310,27 @@ def test_resume_is_exact(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyP
     assert result(broken)["eval"] == result(whole)["eval"]
 
 
+def test_a_signal_in_the_last_rollout_finishes_the_run(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so does resuming after a kill between the last checkpoint and result.json."""
+    step = Ppo.step
+
+    def interrupted(self: Ppo, *arguments: Any) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Ppo, "step", interrupted)
+    path = ppo_recipe(tmp_path, base, train={"max_steps": 1})
+    found = run_ppo(path)
+    first = result(found)
+    assert first["status"] == "done"
+    found.result.unlink()
+    again = result(run_ppo(path, resume=True))
+    assert again["train_loss"] == pytest.approx(first["train_loss"])
+    assert again["trained"] is None
+
+
 def test_seeds(tmp_path: Path, base: Path) -> None:
     first, again, other = (
         run_ppo(ppo_recipe(tmp_path, base, f"run{i}", train={"seed": seed})) for i, seed in enumerate((1, 1, 2))
