@@ -29,7 +29,7 @@ from finetune.recipe_file import to_yaml
 # Everything a run writes; --overwrite removes these and nothing else.
 CONTENTS = (
     "recipe.yaml", "adapter", "model", "metrics.jsonl", "result.json", "report.html", "loss.png", "checkpoints",
-    "samples.jsonl", "reward.yaml", "reward",
+    "samples.jsonl", "reward.yaml", "reward", "start",
 )  # fmt: skip
 CHECKPOINT_COMPLETE = "complete"  # written last into a checkpoint: without it the checkpoint is half-written
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from finetune import actors, alignment, training
 from finetune.data import prompts
-from finetune.errors import Interrupted, RunError, UserError
+from finetune.errors import Interrupted, Problem, RunError, UserError
 from finetune.models import hardware
 from finetune.ppo import Ppo
 from finetune.progress import note
-from finetune.recipe import DataConfig, OutputConfig, PpoRecipe, RewardModelConfig, RewardRecipe, resolve
+from finetune.recipe import DataConfig, OutputConfig, PpoRecipe, RewardModelConfig, RewardRecipe, TrainConfig, resolve
 from finetune.recipe_file import to_yaml
 from finetune.run import Run, check_resumable, open_run, write_atomically
 from finetune.scoring import load_rule
@@ -31,8 +31,7 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         check_resumable(recipe)
     if machine.processes > 1:
         raise UserError("ft ppo runs in one process", key="--launch", fix="leave --launch out")
-    if recipe.train.optim == "muon":
-        raise UserError("muon is not made for adapters", key="train.optim", fix="use adamw")
+    check_used(raw)
     parts = alignment.check(recipe)
     actors.check(recipe)
     scorers = {name: load_rule(spec) for name, spec in names_of(recipe.reward.functions).items()}
@@ -66,6 +65,23 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         weights = training.save(recipe, folder, model, parts.tokenizer, parts.encoder.template)
         training.finish(recipe, folder, SimpleNamespace(model=model), outcome, data.counts, notes)
         training.summary(recipe, folder, weights)
+
+
+# What a loop of rollouts has no place for: set, it would be without effect and nobody would notice.
+UNUSED = (
+    "neftune_noise_alpha", "label_smoothing_factor", "torch_compile", "eval_steps", "early_stopping_patience",
+    "load_best_model_at_end",
+)  # fmt: skip
+
+
+def check_used(recipe: PpoRecipe) -> None:
+    """UserError for settings of other stages."""
+    plain = TrainConfig()
+    keys = [f"train.{key}" for key in UNUSED if getattr(recipe.train, key) != getattr(plain, key)]
+    keys += ["data.eval_split"] if recipe.data.eval_split is not None else []
+    keys += ["train.optim"] if recipe.train.optim == "muon" else []
+    if keys:
+        raise UserError([Problem("has no effect in ft ppo", key=key, fix="leave it out") for key in keys])
 
 
 def names_of(rules: list[str]) -> dict[str, str]:
