@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from finetune.adapters import build, merge, ranks
+from finetune.adapters.inits import REWRITING
 from finetune.adapters.proof import Proof
 from finetune.models import quantization
 from finetune.recipe import Adapter
@@ -103,7 +104,9 @@ def test_method(variant: str, family: str, tmp_path: Path) -> None:
     values = VARIANTS[variant][0]
     soft = values["method"] in ("prompt_tuning", "p_tuning", "prefix_tuning")
     if not soft:
-        torch.testing.assert_close(logits(model), bare, atol=1e-5, rtol=0)
+        # A rewritten base is W - s B A + s B A: the same but for float32's rounding of sums as large as W.
+        rounding = 1e-4 if values.get("init_lora_weights") in REWRITING else 1e-5
+        torch.testing.assert_close(logits(model), bare, atol=rounding, rtol=0)
     losses = fit(model, rate)
     assert losses[-1] < losses[0]
     trained = logits(model)
