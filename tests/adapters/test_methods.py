@@ -103,9 +103,9 @@ def test_method(variant: str, family: str, tmp_path: Path) -> None:
     model, rate = adapted(family, variant, base)
     values = VARIANTS[variant][0]
     soft = values["method"] in ("prompt_tuning", "p_tuning", "prefix_tuning")
+    # A rewritten base is W - s B A + s B A: the same but for float32's rounding of sums as large as W.
+    rounding = 1e-4 if values.get("init_lora_weights") in REWRITING else 1e-5
     if not soft:
-        # A rewritten base is W - s B A + s B A: the same but for float32's rounding of sums as large as W.
-        rounding = 1e-4 if values.get("init_lora_weights") in REWRITING else 1e-5
         torch.testing.assert_close(logits(model), bare, atol=rounding, rtol=0)
     losses = fit(model, rate)
     assert losses[-1] < losses[0]
@@ -114,7 +114,7 @@ def test_method(variant: str, family: str, tmp_path: Path) -> None:
 
     build.save(model, tmp_path)
     again = PeftModel.from_pretrained(make(family), tmp_path)
-    torch.testing.assert_close(logits(again), trained, atol=2e-5, rtol=0)
+    torch.testing.assert_close(logits(again), trained, atol=2 * rounding, rtol=0)
     with again.disable_adapter():
         assert torch.equal(logits(again), bare), "adapter off is the base, also after pissa and olora"
 
