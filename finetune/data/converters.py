@@ -142,7 +142,7 @@ def self_instruct(row: Fields) -> list[Conversation]:
 
 
 def turns(row: Fields) -> list[Conversation]:
-    column = "messages" if "messages" in row else "conversations"
+    column = "conversations" if "conversations" in row else "messages"
     messages = to_messages(field(row, column), column)
     if len(row) == 1 and not (messages and "tools" in messages[0]):
         return [Conversation(messages)]

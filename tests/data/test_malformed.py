@@ -49,6 +49,7 @@ CASES: list[tuple[str, str, str | bytes, dict[str, Any], list[str]]] = [
     ("gbk line", "x.jsonl", GOOD.encode() + '{"messages": [{"role": "user", "content": "你好世界"}]}\n'.encode("gbk"), {}, ['FILE, row 2: not UTF-8 at byte 44 → convert it: iconv -f gb18030 -t utf-8']),
     ("latin-1 line", "x.jsonl", GOOD.encode() + b'{"text": "caf\xe9 "}\n', {}, ['FILE, row 2: not UTF-8 at byte 14 → save the file as UTF-8']),
     ("gbk list", "x.json", '[{"instruction": "你好", "output": "o"}]'.encode("gbk"), {}, ['FILE, row 1, line 1: not UTF-8 → convert it: iconv -f gb18030 -t utf-8']),
+    ("a row of another kind", "x.jsonl", GOOD + '{"foo": 1}\n', {}, ["FILE, row 2: no 'messages' (columns: foo) → fill it in, or map it with data.columns"]),
     # json
     ("cut line", "x.jsonl", GOOD + GOOD[:30] + "\n", {}, ['FILE, row 2: not valid JSON: Expecting property name enclosed in double quotes at column 31 → mend or remove the line']),
     ("line with single quotes", "x.jsonl", GOOD + "{'messages': []}\n", {}, ['FILE, row 2: not valid JSON: Expecting property name enclosed in double quotes at column 2 → mend or remove the line']),
