@@ -1,5 +1,6 @@
 """Learning from preferences: what `ft dpo`, `ft kto` and `ft reward` share before and around the training loop.
 
+    run_stage(recipe, …)     a whole run, given how to load rows and make the trainer
     check(recipe)            tokenizer and encoder, after everything that can be checked without weights
     policy(recipe, …)        the model to train, and whether its reference is a frozen copy of where it starts
     reward_model(recipe, …)  the model to train, with a score head
@@ -14,9 +15,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trl import DPOConfig, KTOConfig, RewardConfig
 
@@ -31,18 +33,32 @@ from finetune.data.dataset import SftData
 from finetune.data.store import cache_folder
 from finetune.errors import RunError, UserError
 from finetune.families import family
-from finetune.models import loading
+from finetune.models import hardware, loading
 from finetune.models.heads import with_score_head
 from finetune.models.identity import fingerprint
 from finetune.preference import PairCollator, ScoreCollator
-from finetune.recipe import DpoRecipe, Hardware, KtoRecipe, LastLayersAdapter, ModelConfig, PpoRecipe, RewardRecipe
-from finetune.run import Run
+from finetune.progress import warn
+from finetune.recipe import (
+    DpoRecipe,
+    Hardware,
+    KtoRecipe,
+    LastLayersAdapter,
+    ModelConfig,
+    PpoRecipe,
+    RewardRecipe,
+    resolve,
+)
+from finetune.run import Run, check_resumable, open_run
 
 
 @dataclass(frozen=True)
 class Parts:
     tokenizer: Any
     encoder: Any
+
+
+R = TypeVar("R", DpoRecipe, KtoRecipe, RewardRecipe)
+Maker = Callable[[R, Run, Parts, SftData, training.Layout, Hardware], tuple[Any, ModelConfig, Any]]
 
 
 def check(recipe: DpoRecipe | KtoRecipe | RewardRecipe | PpoRecipe) -> Parts:
@@ -58,6 +74,41 @@ def check(recipe: DpoRecipe | KtoRecipe | RewardRecipe | PpoRecipe) -> Parts:
         loading.adapter_folder(recipe.model.adapter)
     tokenizer = loading.load_tokenizer(recipe.model)
     return Parts(tokenizer, make_encoder(tokenizer, family(config["model_type"])))
+
+
+def run_stage(
+    raw: R, resume: bool, overwrite: bool, dry_run: bool, load: Callable[[R, Parts], SftData], make: Maker[R],
+    look: Callable[[Run], str | None] = lambda run: None,
+) -> None:  # fmt: skip
+    """What the three stages do alike: check recipe, output and pairs -> make model and trainer -> train, save, report.
+
+    Args:
+        load: the rows to train on.
+        make: the model, the base its adapter sits on, and the trainer.
+        look: what the finished run's metrics should warn of.
+    """
+    machine = hardware.detect()
+    recipe = resolve(raw, machine)
+    if resume:
+        check_resumable(recipe)
+    parts = check(recipe)
+    data = load(recipe, parts)
+    plan = training.layout(recipe, len(data.train), len(data.train), machine)
+    if dry_run:
+        training.show_plan(recipe, data.counts, plan)
+        return
+
+    notes = training.announce(data.warnings, plan)
+    with open_run(recipe, overwrite, resume) as folder:
+        training.start(recipe)
+        model, base, trainer = make(recipe, folder, parts, data, plan, machine)
+        outcome = training.fit(trainer, folder, resume)
+        weights = training.save(recipe, folder, model, parts.tokenizer, parts.encoder.template, base)
+        if (reason := look(folder)) is not None:
+            warn(reason)
+            notes.append(reason)
+        training.finish(recipe, folder, trainer, outcome, data.counts, notes)
+        training.summary(recipe, folder, weights)
 
 
 def merged_start(recipe: DpoRecipe | KtoRecipe, run: Run) -> ModelConfig:

@@ -51,7 +51,7 @@ from finetune.rollout import (
     token_values,
 )
 from finetune.run import CHECKPOINT_COMPLETE, Run, write_json
-from finetune.scoring import Scorer
+from finetune.scoring import Scorer, checked, score_rows
 
 DEGENERATE = 3  # rollouts in a row that must look bad before a run is stopped
 EVALUATION_SEED = 20_000
@@ -220,8 +220,6 @@ class Ppo:
         return sums, {name: values for name, (_, values) in parts.items()}
 
     def _judged(self, prompts: Sequence[Prompt], replies: Replies, texts: Sequence[str]) -> list[float]:
-        from finetune.scoring import checked, score_rows
-
         judge = self.actors.judge
         assert judge is not None
         if judge.encoder.identity() != self.encoder.identity():

@@ -5,37 +5,29 @@ check recipe, output and pairs -> load the base -> policy and reference -> train
 
 from __future__ import annotations
 
-from finetune import alignment, training
+from typing import Any
+
+from finetune import alignment
+from finetune.alignment import Parts
 from finetune.data import pairs
-from finetune.models import hardware
+from finetune.data.dataset import SftData
 from finetune.preference import stuck
-from finetune.progress import warn
-from finetune.recipe import DpoRecipe, resolve
-from finetune.run import check_resumable, open_run
+from finetune.recipe import DpoRecipe, Hardware, ModelConfig
+from finetune.run import Run
+from finetune.training import Layout
 
 
 def run(raw: DpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
-    machine = hardware.detect()
-    recipe = resolve(raw, machine)
-    if resume:
-        check_resumable(recipe)
-    parts = alignment.check(recipe)
-    data = pairs.load_pairs(recipe.data, parts.encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
-    plan = training.layout(recipe, len(data.train), len(data.train), machine)
-    if dry_run:
-        training.show_plan(recipe, data.counts, plan)
-        return
+    alignment.run_stage(raw, resume, overwrite, dry_run, load, make, lambda run: stuck(run.read_metrics()))
 
-    notes = training.announce(data.warnings, plan)
-    with open_run(recipe, overwrite, resume) as folder:
-        training.start(recipe)
-        base = alignment.merged_start(recipe, folder) if recipe.dpo.start == "merge" else recipe.model
-        model, copy = alignment.policy(recipe, base, parts, machine)
-        trainer = alignment.dpo_trainer(recipe, folder, model, copy, base, parts, data, plan, machine)
-        outcome = training.fit(trainer, folder, resume)
-        weights = training.save(recipe, folder, model, parts.tokenizer, parts.encoder.template, base)
-        if (reason := stuck(folder.read_metrics())) is not None:
-            warn(reason)
-            notes.append(reason)
-        training.finish(recipe, folder, trainer, outcome, data.counts, notes)
-        training.summary(recipe, folder, weights)
+
+def load(recipe: DpoRecipe, parts: Parts) -> SftData:
+    return pairs.load_pairs(recipe.data, parts.encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
+
+
+def make(
+    recipe: DpoRecipe, run: Run, parts: Parts, data: SftData, plan: Layout, machine: Hardware
+) -> tuple[Any, ModelConfig, Any]:
+    base = alignment.merged_start(recipe, run) if recipe.dpo.start == "merge" else recipe.model
+    model, copy = alignment.policy(recipe, base, parts, machine)
+    return model, base, alignment.dpo_trainer(recipe, run, model, copy, base, parts, data, plan, machine)

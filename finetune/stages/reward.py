@@ -6,33 +6,28 @@ check recipe, output and pairs -> load the base -> score head and adapter -> tra
 
 from __future__ import annotations
 
-from finetune import alignment, training
+from typing import Any
+
+from finetune import alignment
+from finetune.alignment import Parts
 from finetune.data import pairs
-from finetune.models import hardware
-from finetune.recipe import RewardRecipe, resolve
-from finetune.run import check_resumable, open_run
+from finetune.data.dataset import SftData
+from finetune.recipe import Hardware, ModelConfig, RewardRecipe
+from finetune.run import Run
+from finetune.training import Layout
 
 
 def run(raw: RewardRecipe, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
-    machine = hardware.detect()
-    recipe = resolve(raw, machine)
-    if resume:
-        check_resumable(recipe)
-    parts = alignment.check(recipe)
-    data = pairs.load_pairs(
-        recipe.data, parts.encoder, seed=recipe.train.seed, eval_data=recipe.eval.data, to_end_of_turn=True
-    )
-    plan = training.layout(recipe, len(data.train), len(data.train), machine)
-    if dry_run:
-        training.show_plan(recipe, data.counts, plan)
-        return
+    alignment.run_stage(raw, resume, overwrite, dry_run, load, make)
 
-    notes = training.announce(data.warnings, plan)
-    with open_run(recipe, overwrite, resume) as folder:
-        training.start(recipe)
-        model = alignment.reward_model(recipe, parts, machine)
-        trainer = alignment.reward_trainer(recipe, folder, model, parts, data, plan, machine)
-        outcome = training.fit(trainer, folder, resume)
-        weights = training.save(recipe, folder, model, parts.tokenizer, parts.encoder.template)
-        training.finish(recipe, folder, trainer, outcome, data.counts, notes)
-        training.summary(recipe, folder, weights)
+
+def load(recipe: RewardRecipe, parts: Parts) -> SftData:
+    seed, held_out = recipe.train.seed, recipe.eval.data
+    return pairs.load_pairs(recipe.data, parts.encoder, seed=seed, eval_data=held_out, to_end_of_turn=True)
+
+
+def make(
+    recipe: RewardRecipe, run: Run, parts: Parts, data: SftData, plan: Layout, machine: Hardware
+) -> tuple[Any, ModelConfig, Any]:
+    model = alignment.reward_model(recipe, parts, machine)
+    return model, recipe.model, alignment.reward_trainer(recipe, run, model, parts, data, plan, machine)
