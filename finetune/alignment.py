@@ -36,6 +36,7 @@ from finetune.families import family
 from finetune.models import hardware, loading
 from finetune.models.heads import with_score_head
 from finetune.models.identity import fingerprint
+from finetune.models.rope import check_length
 from finetune.preference import PairCollator, ScoreCollator
 from finetune.progress import warn
 from finetune.recipe import (
@@ -55,6 +56,8 @@ from finetune.run import Run, check_resumable, open_run
 class Parts:
     tokenizer: Any
     encoder: Any
+    config: dict[str, Any]
+    """config.json of the base."""
 
 
 R = TypeVar("R", DpoRecipe, KtoRecipe, RewardRecipe)
@@ -73,7 +76,7 @@ def check(recipe: DpoRecipe | KtoRecipe | RewardRecipe | PpoRecipe) -> Parts:
     else:
         loading.adapter_folder(recipe.model.adapter)
     tokenizer = loading.load_tokenizer(recipe.model)
-    return Parts(tokenizer, make_encoder(tokenizer, family(config["model_type"])))
+    return Parts(tokenizer, make_encoder(tokenizer, family(config["model_type"])), config)
 
 
 def run_stage(
@@ -93,12 +96,13 @@ def run_stage(
         check_resumable(recipe)
     parts = check(recipe)
     data = load(recipe, parts)
+    too_long = check_length(parts.config, recipe.model, training.longest_row(data.train))
     plan = training.layout(recipe, len(data.train), len(data.train), machine)
     if dry_run:
         training.show_plan(recipe, data.counts, plan)
         return
 
-    notes = training.announce(data.warnings, plan)
+    notes = training.announce(data.warnings, plan, too_long)
     with open_run(recipe, overwrite, resume) as folder:
         training.start(recipe)
         model, base, trainer = make(recipe, folder, parts, data, plan, machine)

@@ -186,6 +186,17 @@ def finish_setup(trainer: Any, recipe: Recipe) -> Any:
     return trainer
 
 
+def longest_row(rows: Any) -> int:
+    """Tokens of the longest sample; of an unpaired one, prompt and completion."""
+    import pyarrow.compute
+
+    names = [name for name in rows.column_names if name.endswith("_ids")]
+    lengths = [pyarrow.compute.list_value_length(rows.data.column(name)) for name in names]
+    if "completion_ids" in names:
+        lengths = [pyarrow.compute.add(*lengths)]
+    return max(int(pyarrow.compute.max(column).as_py() or 0) for column in lengths)
+
+
 def announce(warnings: list[str], plan: Layout, *more: str | None) -> list[str]:
     """Say what was found before training; the same lines go to result.json."""
     lines = [*warnings, *(line for line in (*more, few_updates(plan)) if line)]

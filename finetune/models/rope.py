@@ -1,6 +1,7 @@
 """`model.rope_scaling`: contexts longer than those the base was trained on.
 
 apply(config, scaling, name)   write the scaling into a transformers config, or say why it cannot be
+check_length(config, model, n) a warning or an error for samples longer than the base was made for
 glm_reading(scaling, config)   for ChatGLM's original layout: does the key settle what `rope_ratio` means?
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from finetune.errors import UserError
-from finetune.recipe import RopeScaling
+from finetune.recipe import ModelConfig, RopeScaling
 
 KEY = "model.rope_scaling"
 KEPT = ("rope_theta", "partial_rotary_factor")
@@ -79,9 +80,10 @@ LEARNED = ("gpt2", "opt", "gpt_neo", "gpt_bigcode", "openai-gpt", "biogpt", "xgl
 """Positions are rows of a table: there is nothing behind its end."""
 
 
-def check_length(config: Mapping[str, Any], scaling: RopeScaling | None, longest: int, name: str) -> str | None:
+def check_length(config: Mapping[str, Any], model: ModelConfig, longest: int) -> str | None:
     """A warning when the longest sample has more tokens than the base was made for; UserError where that is the end of
     its table of positions."""
+    scaling, name = model.rope_scaling, model.name
     known = next((int(config[key]) for key in LENGTHS if config.get(key)), None)
     if known is None or config.get("model_type") == "bloom" or config.get("alibi"):
         return None

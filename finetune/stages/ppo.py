@@ -16,6 +16,7 @@ from finetune import actors, alignment, training
 from finetune.data import prompts
 from finetune.errors import Interrupted, Problem, RunError, UserError
 from finetune.models import hardware
+from finetune.models.rope import check_length
 from finetune.ppo import Ppo
 from finetune.progress import note
 from finetune.recipe import DataConfig, OutputConfig, PpoRecipe, RewardModelConfig, RewardRecipe, TrainConfig, resolve
@@ -43,12 +44,14 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
     if recipe.eval.data is not None:
         section = DataConfig(train=recipe.eval.data, max_length=recipe.data.max_length)
         held_out = prompts.load_prompts(section, parts.encoder).rows[: recipe.eval.limit]
+    longest = max(len(row.ids) for row in data.rows) + recipe.ppo.max_new_tokens
+    too_long = check_length(parts.config, recipe.model, longest)
     plan = training.layout(recipe, len(data.rows), len(data.rows), machine)
     if dry_run:
         training.show_plan(recipe, data.counts, plan)
         return
 
-    notes = training.announce(data.warnings, plan)
+    notes = training.announce(data.warnings, plan, too_long)
     with open_run(recipe, overwrite, resume) as folder:
         reward = recipe.reward.model or (train_reward(recipe, folder) if recipe.reward.train else None)
         training.start(recipe)

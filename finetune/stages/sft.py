@@ -6,8 +6,6 @@ before everything that can be checked has been checked.
 
 from __future__ import annotations
 
-from typing import Any
-
 from finetune import training
 from finetune.adapters import limits
 from finetune.adapters.build import apply, check, loads_trainable, prepare
@@ -31,7 +29,7 @@ def run(raw: SftRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
     tokenizer = loading.load_tokenizer(recipe.model)
     encoder = make_encoder(tokenizer, family(config["model_type"]))
     data = dataset.load_sft(recipe.data, encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
-    too_long = check_length(config, recipe.model.rope_scaling, longest_row(data.train), recipe.model.name)
+    too_long = check_length(config, recipe.model, training.longest_row(data.train))
     if dry_run:
         plan = training.layout(recipe, len(data.train), len(data.train), machine)
         training.show_plan(recipe, data.counts, plan)
@@ -56,11 +54,3 @@ def run(raw: SftRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         weights = training.save(recipe, folder, model, tokenizer, encoder.template)
         training.finish(recipe, folder, trainer, outcome, data.counts, notes)
         training.summary(recipe, folder, weights)
-
-
-def longest_row(rows: Any) -> int:
-    """Tokens of the longest sample."""
-    import pyarrow.compute
-
-    longest = pyarrow.compute.max(pyarrow.compute.list_value_length(rows.data.column("input_ids"))).as_py()
-    return int(longest or 0)

@@ -220,6 +220,29 @@ def test_a_long_sample_is_named_before_training(
         train(recipe(**keys, model={"name": str(gpt2)}, output={"dir": str(tmp_path / "3")}))
 
 
+@pytest.mark.parametrize("stage", ["dpo", "kto", "reward", "ppo"])
+def test_a_long_pair_is_named_too(stage: str, tmp_path: Path) -> None:
+    """A model with a table of positions cannot take it at all; PPO counts the reply that is yet to be written."""
+    words = 300 if stage != "ppo" else 200
+    row: dict[str, Any] = {"prompt": "x " * words, "chosen": "y", "rejected": "z"}
+    if stage == "kto":
+        row = {"prompt": row["prompt"], "completion": "y", "label": True}
+    rows = write_rows(tmp_path / "long.jsonl", [row, *([{**row, "label": False}] if stage == "kto" else [row])])
+    more = {"ppo": {"max_new_tokens": 500, "num_mini_batches": 1}, "reward": {"functions": ["rule.py:length"]}}
+    values = {
+        "version": 1, "stage": stage, "model": {"name": str(tiny.write(tmp_path / "gpt2", "gpt2"))},
+        "data": {"train": str(rows), "max_length": 1024}, "adapter": {"method": "lora"},
+        "output": {"dir": str(tmp_path / "run")}, **(more if stage == "ppo" else {}),
+    }  # fmt: skip
+    (tmp_path / "rule.py").write_text(
+        "def length(prompts, completions, **columns):\n    return [0.0 for _ in prompts]\n"
+    )
+    (tmp_path / "long.yaml").write_text(json.dumps(values), encoding="utf-8")
+    done = ft(stage, "--recipe", "long.yaml", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "this model has 512 positions" in " ".join(done.stderr.split())
+
+
 def flat(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
 
