@@ -1,0 +1,55 @@
+"""The shipped recipes of dpo, reward and ppo, each on the built-in base of its family, by the command a user types."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import SHARED, ft
+
+from finetune.models import loading
+
+REAL = SHARED / "data" / "dpo_zh_demo.json"
+FAMILIES = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(f"tiny-{name}" not in loading.builtin_names(), reason=f"needs tiny-{name}")
+    )
+    for name in ("llama", "qwen", "chatglm3")
+]
+SHORT = {
+    "dpo": ["train.max_steps=2", "train.effective_batch_size=4"],
+    "reward": ["train.max_steps=2", "train.effective_batch_size=4"],
+    "ppo": ["train.max_steps=1", "train.effective_batch_size=8", "ppo.max_new_tokens=8", "ppo.num_mini_batches=2"],
+}
+
+
+def run(folder: Path, stage: str, family: str, *settings: str) -> Path:
+    every = [f"model.name=tiny-{family}", "data.max_samples=16", "eval.limit=4", "train.logging_steps=1"]
+    arguments = [item for setting in (*every, *SHORT[stage], *settings) for item in ("--set", setting)]
+    done = ft(stage, "--recipe", f"{stage}_{family}", *arguments, "--output", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stage", SHORT)
+def test_trains(tmp_path: Path, stage: str, family: str) -> None:
+    """PPO's trains its reward model first."""
+    found = run(tmp_path, stage, family)
+    result = json.loads((found / "result.json").read_text())
+    assert result["steps"] == (1 if stage == "ppo" else 2)
+    assert (found / "reward" / "result.json").exists() == (stage == "ppo")
+    assert (found / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs the real preference file")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_ppo_on_a_real_file_and_a_quantized_base(tmp_path: Path, kind: str, family: str) -> None:
+    # A tiny tokenizer makes several tokens of a rare character.
+    real = ["data.on_overlong=drop", f"data.train={REAL}", f"reward.train={REAL}", "eval.data=null", "reward.num_train_epochs=1"]
+    found = run(tmp_path, "ppo", family, f"model.quantization={kind}", *real)
+    rows = [json.loads(line) for line in (found / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["first_log_ratio"] < 0.02
+    assert rows[-1]["response_length"] > 0
