@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import (
     GlmConfig,
@@ -196,6 +197,9 @@ def _save(recipe: PretrainRecipe, run: Run, model: PreTrainedModel, tokenizer: P
     if recipe.model.tokenizer != WORLD_CHATGLM3:
         return training.save(recipe, run, model, tokenizer, None)
     model.to(getattr(torch, recipe.model.dtype))
+    if model.config.tie_word_embeddings:  # the layout has a matrix for each
+        model.get_output_embeddings().weight = nn.Parameter(model.get_output_embeddings().weight.detach().clone())
+        model.config.tie_word_embeddings = False
     chatglm_export.export_original(model, chatglm_export.original_config(cast(GlmConfig, model.config)), run.model)
     (run.model / "tokenizer.model").write_bytes(tiny.build_sentencepiece(_world_texts(), world.HAN))
     return run.model
