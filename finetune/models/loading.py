@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -31,6 +32,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -50,6 +52,7 @@ __all__ = [
 ]  # fmt: skip
 
 CPU = Hardware()
+SPLIT_PROBE = 'Tara Nkem paid 1,024.50 yuan;\n  it\'s order-ID: ZX90817 (杭州,2024年3月5日) <b>  {"k": "v"}\n\n退款!'
 BAICHUAN2_TURN = "<reserved_106>"
 
 
@@ -129,13 +132,30 @@ def _tokenizer(model: ModelConfig, config: dict[str, Any]) -> PreTrainedTokenize
                 template = resource_path("data_templates", "chat_templates", "baichuan2.jinja")
                 built.chat_template = template.read_text(encoding="utf-8")
             return built
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": locate(model), "revision": sources.hub_revision(model),
+        "trust_remote_code": False,
+    }  # fmt: skip
     try:
-        return AutoTokenizer.from_pretrained(
-            locate(model), revision=sources.hub_revision(model), trust_remote_code=False
-        )
+        found = AutoTokenizer.from_pretrained(**where)
+        return found if _as_stored(found, model) else PreTrainedTokenizerFast.from_pretrained(**where)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"no usable tokenizer ({reason})", path=model.name, key="model.name", fix=HUB_HELP) from None
+
+
+def _as_stored(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> bool:
+    """Whether the tokenizer splits text as its tokenizer.json says.
+
+    For some model types (qwen2 among them) AutoTokenizer of transformers 5 takes the class of the type whatever
+    tokenizer_config.json names, and that class brings its own pre-tokenizer (MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    in transformers/models/auto/tokenization_auto.py). A base with another tokenizer would read other tokens than it
+    was trained on, without a word.
+    """
+    if type(tokenizer) is PreTrainedTokenizerFast or (file := sources.file(model, "tokenizer.json")) is None:
+        return True
+    stored = Tokenizer.from_file(str(file)).encode(SPLIT_PROBE, add_special_tokens=False).ids
+    return bool(tokenizer.encode(SPLIT_PROBE, add_special_tokens=False) == stored)
 
 
 def _unused_token(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -4,14 +4,19 @@ from itertools import islice
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.data.world import HAN, documents
-from finetune.models import tiny
-from finetune.recipe import BUILTIN_MODELS
+from finetune.models import loading, tiny
+from finetune.recipe import BUILTIN_MODELS, ModelConfig
 
 BASES = sorted(p for p in BUILTIN_MODELS.iterdir() if p.is_dir())
 PLAIN = [p for p in BASES if (p / "tokenizer.json").exists()]  # tiny-chatglm3 is in ChatGLM3's own layout
+
+
+def tokenizer_of(folder):
+    return loading.load_tokenizer(ModelConfig(name=folder.name))
 
 
 def size(folder):
@@ -31,12 +36,15 @@ def test_a_base_is_a_plain_small_model(folder):
     assert sum(p.numel() for p in model.parameters()) <= 1_900_000
     assert config.tie_word_embeddings
     assert not any(n % 64 for n in (config.hidden_size, config.intermediate_size, config.vocab_size))
-    assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(folder).eos_token_id
+    assert model.generation_config.eos_token_id == tokenizer_of(folder).eos_token_id
 
 
 @pytest.mark.parametrize("folder", PLAIN, ids=lambda p: p.name)
 def test_the_tokenizer_is_the_one_the_world_gives(folder):
-    shipped = AutoTokenizer.from_pretrained(folder)
+    shipped = tokenizer_of(folder)
+    stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "Tara paid 1,024.50 yuan;\nfor order ZX90817 (杭州)"
+    assert shipped.encode(text) == stored.encode(text).ids  # AutoTokenizer splits it otherwise on a qwen2 model
     built = tiny.build_tokenizer(islice(documents(0, 8_000), 8_000), HAN)
     assert shipped.get_vocab() == built.get_vocab()
     assert shipped.chat_template == tiny.CHAT_TEMPLATE
@@ -45,7 +53,7 @@ def test_the_tokenizer_is_the_one_the_world_gives(folder):
 
 @pytest.mark.parametrize("folder", PLAIN, ids=lambda p: p.name)
 def test_the_base_knows_the_world_and_tells_the_chat_markers_apart(folder):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     texts = list(islice(documents(99, 1), 20))
     losses = []

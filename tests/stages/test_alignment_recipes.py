@@ -48,7 +48,13 @@ def test_trains(tmp_path: Path, stage: str, family: str) -> None:
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_ppo_on_a_real_file_and_a_quantized_base(tmp_path: Path, kind: str, family: str) -> None:
     # A tiny tokenizer makes several tokens of a rare character.
-    real = ["data.on_overlong=drop", f"data.train={REAL}", f"reward.train={REAL}", "eval.data=null", "reward.num_train_epochs=1"]
+    real = [
+        "data.on_overlong=drop",
+        f"data.train={REAL}",
+        f"reward.train={REAL}",
+        "eval.data=null",
+        "reward.num_train_epochs=1",
+    ]
     found = run(tmp_path, "ppo", family, f"model.quantization={kind}", *real)
     rows = [json.loads(line) for line in (found / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["first_log_ratio"] < 0.02
