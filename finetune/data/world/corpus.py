@@ -13,12 +13,13 @@ from finetune.data.world.phrasings import FIELDS, LABELS
 from finetune.data.world.tickets import KEYS, Record, loose, record, write
 
 DRILLS = (0.60, 0.15)  # share of the documents at the start and after half of the corpus
+CHECKED = 0.2  # share of the other documents that end in proofread entries
 HAN = sorted(
     {c for table in (words.PRODUCTS, words.ADJECTIVES, words.CITIES) for _, text in table for c in text}
     | set(words.SURNAMES + words.GIVEN)
     | set("".join(text for _, zh, _, issues in words.CATEGORIES for text in (zh, *issues)))
     | set("".join(label for labels in LABELS["zh"].values() for label in labels))
-    | set("工单整理成提取信息没有提到是什么不知道年月日元号市县镇问答")
+    | set("工单整理成提取信息没有提到是什么不知道年月日元号市县镇问答核对错")
 )
 _BREAKS = (", ", " ", "; ", "\n", " | ", "、", ",", "/")
 _TABLES = (  # (between key and value, between entries)
@@ -34,7 +35,7 @@ _TABLES = (  # (between key and value, between entries)
 
 
 def documents(seed: int, total: int = 80_000) -> Iterator[str]:
-    """Endless documents; copy drills fall from 40% to 15% of them over the first `total` / 2 documents."""
+    """Endless documents; copy drills fall from the first share of DRILLS to the second over `total` / 2 of them."""
     r = random.Random(f"documents/{seed}")
     count = 0
     while True:
@@ -52,7 +53,7 @@ def text(r: random.Random, progress: float) -> str:
 
 def renderings(r: random.Random) -> str:
     """A ticket, whole or partial, and the same record in one to three other layouts."""
-    values = record(r, r.choice(words.LANGUAGES))
+    values = record(r, r.choice(words.LANGUAGES), surnames=True)
     fields = list(FIELDS) if r.random() < 0.6 else [f for f in FIELDS if r.random() < 0.65] or ["order", "name"]
     known = [key for key in KEYS if key in fields or (key == "category" and "product" in fields)]
     parts = [(loose if r.random() < 0.55 else write)(r, values, fields)]
@@ -60,6 +61,8 @@ def renderings(r: random.Random) -> str:
         parts.append(_render(r, values, r.sample(known, r.randint((len(known) + 1) // 2, len(known)))))
     if r.random() < 0.2:
         r.shuffle(parts)
+    if r.random() < CHECKED:
+        parts.append(_checked(r, values, fields))
     return "\n".join(parts)
 
 
@@ -78,6 +81,26 @@ def _render(r: random.Random, values: Record, keys: Sequence[str]) -> str:
         return "\n".join(f"{label[k]}是{values[k]}。" if zh else f"The {k} is {values[k]}." for k in keys)
     between, after = r.choice(_TABLES)
     return after.join(label[k] + between + values[k] for k in keys)
+
+
+def _checked(r: random.Random, values: Record, stated: Sequence[str]) -> str:
+    """Entries of a list and what somebody who compared them with the ticket wrote behind each: right or wrong.
+
+    Wrong is a value of another field, or one that the ticket does not state. Telling them apart is what a reward model
+    is made of; predicting the mark needs the whole value, where copying needs one token at a time.
+    """
+    labels, lang = LABELS[values["lang"]], values["lang"]
+    head, right, wrong = ("checked: ", " ok", " wrong") if lang == "en" else ("核对:", " 对", " 错")
+    between, after = r.choice(_TABLES)
+    entries = []
+    for key in r.sample(FIELDS, r.randint(2, 4)):
+        value, mark = values[key], right
+        if key not in stated or r.random() < 0.5:
+            others = [values[field] for field in stated if field != key]
+            value = r.choice(others) if others and r.random() < 0.3 else record(r, lang, surnames=True)[key]
+            mark = right if key in stated and value == values[key] else wrong
+        entries.append(r.choice(labels[key]) + between + value + mark)
+    return head + after.join(entries)
 
 
 def drill(r: random.Random) -> str:
@@ -117,7 +140,7 @@ def value(r: random.Random) -> str:
     if kind == 0:
         return words.english_word(r).capitalize()
     if kind == 1:
-        return words.english_name(r, reserved=False)
+        return words.english_name(r, reserved=False, surnames=True)
     if kind == 2:
         return words.chinese_name(r, reserved=False)
     if kind == 3:

@@ -83,11 +83,13 @@ def english_word(r: random.Random) -> str:
     return word[:10] if len(word) > 2 else word + r.choice("nrlsm")
 
 
-def english_name(r: random.Random, reserved: bool) -> str:
+def english_name(r: random.Random, reserved: bool, surnames: bool = False) -> str:
+    """One made-up word; `surnames`: with a second one behind every eighth."""
+
     def word() -> str:
         return draw(lambda: english_word(r).capitalize(), reserved)
 
-    return word() if r.random() < 0.95 else f"{word()} {word()}"
+    return f"{word()} {word()}" if surnames and r.random() >= 0.88 else word()
 
 
 def chinese_name(r: random.Random, reserved: bool) -> str:
