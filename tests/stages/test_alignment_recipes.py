@@ -43,6 +43,7 @@ def test_trains(tmp_path: Path, stage: str, family: str) -> None:
     assert (found / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason="needs the real preference file")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
