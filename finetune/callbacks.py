@@ -115,8 +115,11 @@ class Guard(TrainerCallback):
             self.before[number] = signal.signal(number, stop)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        self.restore()
+
+    def restore(self) -> None:
+        while self.before:
+            signal.signal(*self.before.popitem())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if self.stopped:

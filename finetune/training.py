@@ -210,12 +210,14 @@ def fit(trainer: SFTTrainer, run: Run, resume: bool) -> dict[str, Any]:
     checkpoint = run.last_checkpoint() if resume else None
     if checkpoint is not None:
         run.forget_metrics_after(int(checkpoint.name.rpartition("-")[2]))
+    guard = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Guard))
     try:
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise RunError(f"out of memory ({str(error).splitlines()[0]}): set train.per_device_train_batch_size: 1, "
                        "train.gradient_checkpointing: true, or a shorter data.max_length") from None  # fmt: skip
-    guard = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Guard))
+    finally:
+        guard.restore()  # a trainer that raises calls no on_train_end
     if guard.stopped:
         step = trainer.state.global_step
         raise Interrupted(f"stopped at step {step}; checkpoint saved in {run.checkpoints}; go on with --resume")

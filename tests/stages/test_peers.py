@@ -78,7 +78,6 @@ def test_dpo(workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return make(*args)
 
     monkeypatch.setattr(alignment, "dpo_trainer", with_newline)
-    monkeypatch.setattr(dpo, "dpo_trainer", with_newline, raising=False)
     monkeypatch.setattr("finetune.alignment.cache_folder", lambda: tmp_path)
     path = write(tmp_path, workload, "dpo", "dpo_trl_bench32.jsonl", batch=4, epochs=1, dpo={"beta": 0.1})
     dpo.run(load(str(path), DpoRecipe))
@@ -102,7 +101,6 @@ def test_sft(workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return make(recipe, run, model, tokenizer, rows.map(label), *rest)
 
     monkeypatch.setattr(training, "make_trainer", with_newline)
-    monkeypatch.setattr(sft, "make_trainer", with_newline, raising=False)
     path = write(tmp_path, workload, "sft", "sft_bench64.jsonl", batch=8, epochs=2)
     sft.run(load(str(path), SftRecipe))
     found = losses(tmp_path)
