@@ -332,6 +332,7 @@ def test_nan_stops_the_run(full: Recipe) -> None:
 
     with pytest.raises(RunError, match=r"became (nan|inf) at step"):
         train(full(train=settings))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_interrupt_saves_a_checkpoint_and_resumes(recipe: Recipe, tmp_path: Path) -> None:
