@@ -26,7 +26,7 @@ import numpy as np
 from finetune.data import checks, leakage
 from finetune.data.chat import IGNORED, Encoded
 from finetune.data.report import CONTROL, Report, histogram, language
-from finetune.data.samples import Item, all_text, identity, prompt_text, read_samples, specs
+from finetune.data.samples import Item, all_text, as_held_out, identity, prompt_text, read_samples, specs
 from finetune.data.types import Conversation, Preference, RowProblem, Text, Unpaired
 from finetune.errors import Problem, UserError
 
@@ -344,7 +344,7 @@ class Audit:
             return None
         prompts, places = [], []
         for spec in specs(eval_data):
-            for item in read_samples(spec, None, None):
+            for item in read_samples(spec, as_held_out(self.config), None):
                 if item.sample is not None:
                     prompts.append(prompt_text(item.sample))
                     places.append(f"{item.file}, row {item.row}")

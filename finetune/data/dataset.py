@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +19,7 @@ import numpy as np
 from finetune.data import checks, formats, sources, store
 from finetune.data.audit import Audit, problem_of
 from finetune.data.chat import Encoded
-from finetune.data.samples import all_text, content_hash, read_samples, specs
+from finetune.data.samples import all_text, as_held_out, content_hash, read_samples, specs
 from finetune.data.types import Conversation, RowProblem, Sample, attempted
 from finetune.errors import Problem, UserError
 from finetune.progress import console
@@ -188,9 +187,7 @@ def load_eval_rows(spec: Any, config: Any = None, *, encoder: Any = None) -> lis
     fine. UserError with every unusable row, and with an encoder also with those that it cannot encode."""
     rows: list[Conversation] = []
     errors: list[Problem] = []
-    columns = SimpleNamespace(
-        columns=getattr(config, "columns", None)
-    )  # format and max_samples are the training data's
+    columns = as_held_out(config)
     for source in specs(spec):
         for item in read_samples(source, columns):
             if item.problem is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import xxhash
@@ -40,6 +41,11 @@ def specs(config: Any) -> list[dict[str, Any]]:
     """The sources of a data section (or of one spec)."""
     train = getattr(config, "train", config)
     return [sources.as_dict(spec) for spec in (train if isinstance(train, list | tuple) else [train])]
+
+
+def as_held_out(config: Any) -> Any:
+    """What of the training data's settings holds for held-out rows: only the names of the columns."""
+    return SimpleNamespace(columns=getattr(config, "columns", None))
 
 
 def read_samples(spec: Any, config: Any, kind: str | None = "sft", *, seed: int = 42) -> Iterator[Item]:

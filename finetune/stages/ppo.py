@@ -42,7 +42,7 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         raise UserError(what, key="ppo.num_mini_batches", fix="lower it, or give more prompts")
     held_out = []
     if recipe.eval.data is not None:
-        section = DataConfig(train=recipe.eval.data, max_length=recipe.data.max_length)
+        section = DataConfig(train=recipe.eval.data, columns=recipe.data.columns, max_length=recipe.data.max_length)
         held_out = prompts.load_prompts(section, parts.encoder).rows[: recipe.eval.limit]
     longest = max(len(row.ids) for row in data.rows) + recipe.ppo.max_new_tokens
     too_long = check_length(parts.config, recipe.model, longest)

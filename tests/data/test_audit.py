@@ -155,6 +155,13 @@ def test_leakage_exact_and_near(tmp_path: Path) -> None:
     assert result.counts["leaked"] == 3
 
 
+def test_held_out_rows_have_the_columns_of_the_training_rows(tmp_path: Path) -> None:
+    rows = [{"ask": "Which harbour is the oldest?", "say": "a"}]
+    train, held = (write(tmp_path / f"{name}.jsonl", rows) for name in ("train", "held"))
+    result = report(train, eval_data=held, columns={"prompt": "ask", "completion": "say"})
+    assert result.counts["leaked"] == 1
+
+
 def test_rows_that_only_share_a_pattern_are_no_leak() -> None:
     r = random.Random(0)
 

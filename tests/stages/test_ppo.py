@@ -18,7 +18,10 @@ from finetune import actors
 from finetune.adapters.seats import named
 from finetune.errors import Interrupted, RunError, UserError
 from finetune.ppo import Ppo
+from finetune.recipe import PpoRecipe
+from finetune.recipe_file import load
 from finetune.run import Run
+from finetune.stages import ppo
 
 DROPOUT = {"method": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 
@@ -227,6 +230,14 @@ def test_a_rule_is_learned(tmp_path: Path, base: Path) -> None:
     assert outcome["reward_mean"] == pytest.approx(outcome["reward_before"] + outcome["reward_difference"])
     assert outcome["reward_difference_ci"][0] > 0.3
     assert logged(found, "kl")[-1] > 0
+
+
+def test_held_out_prompts_have_the_same_columns(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked, held_out = (write_rows(tmp_path / f"{n}.jsonl", [{"ask": f"{n} {i}"} for i in range(24)]) for n in "ab")
+    data = {"train": str(asked), "columns": {"prompt": "ask"}}
+    recipe = load(str(ppo_recipe(tmp_path, base, data=data, eval={"data": str(held_out)})), PpoRecipe)
+    ppo.run(recipe, dry_run=True)
+    assert "24 rows" in capsys.readouterr().err
 
 
 def test_several_rewards_are_weighed(tmp_path: Path, base: Path, rewarded: Callable[[str], Run]) -> None:
