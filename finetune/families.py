@@ -34,8 +34,10 @@ class Family:
 
 
 TESTED = {
-    "base": "built-in base {base}: pre-trained, fine-tuned, evaluated, merged; and everything of “random”",
-    "golden": "logits, generations, token, chat and label ids recorded from the published code on random checkpoints",
+    "base": "the built-in bases tiny-llama and tiny-qwen: pre-trained, fine-tuned, evaluated, merged; and "
+    "everything of “random”",
+    "golden": "logits, generations, token, chat and label ids recorded from the published code on random checkpoints; "
+    "the built-in base tiny-chatglm3, in the original layout: pre-trained, fine-tuned, evaluated, merged",
     "random": "random tiny model: strict loading, LoRA steps with falling loss, save and reload, batched generation "
     "equal to one by one, merge parity; missing, unexpected and misshapen weights refused",
     "layout": "random tiny checkpoint in the published layout computes bit for bit what its Llama does; missing, "

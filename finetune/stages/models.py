@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from finetune.families import FAMILIES, NAMES, REFUSED, TESTED, Family, Refused
+from finetune.families import FAMILIES, NAMES, REFUSED, TESTED, Refused
 from finetune.recipe import BUILTIN_MODELS
 
 HONEST = (
@@ -16,17 +16,9 @@ HONEST = (
 )
 
 
-def tested(model_type: str, row: Family) -> str:
-    bases = {"llama": "tiny-llama", "qwen2": "tiny-qwen"}
-    return TESTED[row.tested].format(base=bases.get(model_type, ""))
-
-
-def groups() -> dict[str, list[tuple[str, Family]]]:
-    """How it was tested -> the families tested so."""
-    found: dict[str, list[tuple[str, Family]]] = {}
-    for model_type, row in FAMILIES.items():
-        found.setdefault(row.tested, []).append((model_type, row))
-    return found
+def kinds() -> list[str]:
+    """How families are tested, as keys of TESTED, each once."""
+    return list(dict.fromkeys(row.tested for row in FAMILIES.values()))
 
 
 def refusals() -> list[Refused]:
@@ -45,8 +37,8 @@ def show(markdown: bool = False) -> None:
         table.add_row(model_type, row.name, row.models, row.tested)
     console.print(table)
     console.print()
-    for kind, rows in groups().items():
-        console.print(f"{kind:8} {tested(rows[0][0], rows[0][1])}", highlight=False, markup=False, soft_wrap=True)
+    for kind in kinds():
+        console.print(f"{kind:8} {TESTED[kind]}", highlight=False, markup=False, soft_wrap=True)
     rest = "any other causal language model of transformers goes through the same door, with the same checks"
     console.print(f"\nnot tested: {rest}\n\n{HONEST}\n", highlight=False, markup=False, soft_wrap=True)
     console.print("refused:")
@@ -72,7 +64,7 @@ def document() -> str:
         "",
         "How it was tested:",
         "",
-        *(f"- **{kind}**: {tested(rows[0][0], rows[0][1])}" for kind, rows in groups().items()),
+        *(f"- **{kind}**: {TESTED[kind]}" for kind in kinds()),
         "",
         "## Refused",
         "",
