@@ -107,11 +107,13 @@ def recipe(tmp_path: Path, base: Path, rows: Path) -> Callable[..., Path]:
     return write
 
 
-def ft(*arguments: Any, cwd: Path | None = None, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `ft` in a process of its own."""
+def ft(
+    *arguments: Any, cwd: Path | None = None, stdin: str | None = None, timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """Run `ft` in a process of its own, for `timeout` seconds at most."""
     return subprocess.run(
         [sys.executable, "-m", "finetune", *map(str, arguments)],
-        capture_output=True, text=True, cwd=cwd, input=stdin, timeout=600, env={**os.environ, "COLUMNS": "200"},
+        capture_output=True, text=True, cwd=cwd, input=stdin, timeout=timeout, env={**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
 
 

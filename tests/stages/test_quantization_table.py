@@ -31,7 +31,7 @@ HEADS = (
 
 
 def run(*arguments: Any, cwd: Path) -> None:
-    done = ft(*arguments, cwd=cwd)
+    done = ft(*arguments, cwd=cwd, timeout=3600)
     assert done.returncode == 0, done.stderr
 
 

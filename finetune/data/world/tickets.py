@@ -31,12 +31,13 @@ Record = dict[str, str]
 Split = Literal["train", "test", "real"]
 
 
-def record(r: random.Random, lang: str, split: Split = "train", surnames: bool = False) -> Record:
+def record(r: random.Random, lang: str, split: Split = "train", surnames: bool = False, towns: bool = False) -> Record:
     """The values of one ticket, all in `lang`, plus `lang` itself and `issue`, the customer's words for the category.
 
     split: "train" uses no reserved value; in "test" every name and order id is reserved; "real" is "test" with
     first names that people really have (English) instead of made-up ones. surnames: some English names have two words.
     The corpus has them; the tasks do not, as a base of two million parameters cannot tell reliably where they end.
+    towns: English cities are such that their beginning tells them from a name, instead of those of China.
     """
     reserved, zh = split != "train", lang == "zh"
     *category, says_en, says_zh = r.choice(words.CATEGORIES)
@@ -44,7 +45,7 @@ def record(r: random.Random, lang: str, split: Split = "train", surnames: bool =
         name = words.chinese_name(r, reserved)
     else:
         name = r.choice(words.REAL_NAMES) if split == "real" else words.english_name(r, reserved, surnames)
-    city = r.choice(words.CITIES)[zh]
+    city = r.choice(words.TOWNS) if towns and not zh else r.choice(words.CITIES)[zh]
     if r.random() < 0.4:
         city = words.draw(lambda: words.made_up_city(r, lang), reserved=False)
     return {
@@ -210,7 +211,7 @@ def tickets(
     r = random.Random(f"tickets/{seed}/{split}/{phrasing}/{lang}")
     rows = []
     for i in range(n):
-        values = record(r, lang or words.LANGUAGES[i % 2], split)
+        values = record(r, lang or words.LANGUAGES[i % 2], split, towns=True)
         ticket = _ticket(r, values, split, phrasing)
         question = {"role": "user", "content": f"{INSTRUCTION[values['lang']]}\n{ticket}"}
         rows.append({"messages": [question, {"role": "assistant", "content": answer(values)}]})
