@@ -31,13 +31,16 @@ Record = dict[str, str]
 Split = Literal["train", "test", "real"]
 
 
-def record(r: random.Random, lang: str, split: Split = "train", surnames: bool = False, towns: bool = False) -> Record:
+def record(
+    r: random.Random, lang: str, split: Split = "train", surnames: bool = False, made_up: bool = False
+) -> Record:
     """The values of one ticket, all in `lang`, plus `lang` itself and `issue`, the customer's words for the category.
 
     split: "train" uses no reserved value; in "test" every name and order id is reserved; "real" is "test" with
     first names that people really have (English) instead of made-up ones. surnames: some English names have two words.
     The corpus has them; the tasks do not, as a base of two million parameters cannot tell reliably where they end.
-    towns: English cities are such that their beginning tells them from a name, instead of those of China.
+    made_up: every English city is made up, and known by how it begins. Beijing is spelled like a made-up name, and a
+    base that has to choose at its first letters takes one for the other.
     """
     reserved, zh = split != "train", lang == "zh"
     *category, says_en, says_zh = r.choice(words.CATEGORIES)
@@ -45,8 +48,8 @@ def record(r: random.Random, lang: str, split: Split = "train", surnames: bool =
         name = words.chinese_name(r, reserved)
     else:
         name = r.choice(words.REAL_NAMES) if split == "real" else words.english_name(r, reserved, surnames)
-    city = r.choice(words.TOWNS) if towns and not zh else r.choice(words.CITIES)[zh]
-    if r.random() < 0.4:
+    city = r.choice(words.CITIES)[zh]
+    if r.random() < 0.4 or (made_up and not zh):
         city = words.draw(lambda: words.made_up_city(r, lang), reserved=False)
     return {
         "lang": lang,
@@ -189,7 +192,7 @@ def answer(values: Record) -> str:
     return json.dumps({key: values[key] for key in KEYS}, ensure_ascii=False)
 
 
-LOOSE = 0.6  # share of the training rows
+LOOSE = 0.4  # share of the training rows
 
 
 def _ticket(r: random.Random, values: Record, split: Split, phrasing: str) -> str:
@@ -211,7 +214,7 @@ def tickets(
     r = random.Random(f"tickets/{seed}/{split}/{phrasing}/{lang}")
     rows = []
     for i in range(n):
-        values = record(r, lang or words.LANGUAGES[i % 2], split, towns=True)
+        values = record(r, lang or words.LANGUAGES[i % 2], split, made_up=True)
         ticket = _ticket(r, values, split, phrasing)
         question = {"role": "user", "content": f"{INSTRUCTION[values['lang']]}\n{ticket}"}
         rows.append({"messages": [question, {"role": "assistant", "content": answer(values)}]})

@@ -62,15 +62,6 @@ CATEGORIES: list[tuple[str, str, list[str], list[str]]] = [
 # A place is known by how it begins, as a Chinese name is by its surname: a model that reads from left to right must
 # decide at the first letters whether to copy, and cannot know there how a word will end.
 PLACES = ("Port", "Lake", "Fort", "Mount", "Cape", "Glen", "Saint", "Bay")
-# Real towns that begin so: the English cities of the extraction task. Beijing is spelled like a made-up name, and a
-# base that has to choose at its first letters takes one for the other.
-TOWNS = [
-    "Bay City", "Bay Shore", "Cape Coast", "Cape Coral", "Cape Girardeau", "Cape Town",
-    "Fort Collins", "Fort Smith", "Fort Wayne", "Fort Worth", "Glen Burnie", "Glen Cove",
-    "Glen Innes", "Lake Charles", "Lake Forest", "Lake Geneva", "Lake Placid", "Mount Gambier",
-    "Mount Pleasant", "Mount Vernon", "Port Elizabeth", "Port Harcourt", "Port Louis", "Port Moresby",
-    "Port Said", "Port Sudan", "Saint Helier", "Saint John", "Saint Louis", "Saint Paul",
-]  # fmt: skip
 MONTHS = "January February March April May June July August September October November December".split()  # noqa: SIM905
 
 # Onsets, vowels and codas of made-up words; what stands twice is drawn twice as often.
