@@ -16,6 +16,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from trl import DPOConfig, KTOConfig, RewardConfig
 
 from finetune import trainers, training
 from finetune.adapters import limits
-from finetune.adapters.build import apply, as_score_task, loads_trainable, prepare
+from finetune.adapters.build import adapter_config, apply, as_score_task, loads_trainable, prepare
 from finetune.adapters.build import check as check_targets
 from finetune.adapters.inits import rewrites_base
 from finetune.adapters.seats import HEAD_WEIGHTS
@@ -47,7 +48,6 @@ from finetune.recipe import (
     ModelConfig,
     PpoRecipe,
     RewardRecipe,
-    resolve,
 )
 from finetune.run import Run, check_resumable, open_run
 
@@ -73,8 +73,11 @@ def check(recipe: DpoRecipe | KtoRecipe | RewardRecipe | PpoRecipe) -> Parts:
             key = f"{recipe.stage}.start"
             raise UserError("there is no adapter to merge", key=key, fix="set model.adapter, or leave it out")
         check_targets(loading.skeleton(recipe.model), recipe.adapter)
-    else:
-        loading.adapter_folder(recipe.model.adapter)
+    elif recipe.stage in ("dpo", "kto") and getattr(recipe, recipe.stage).start == "continue":
+        folder = loading.adapter_folder(recipe.model.adapter)
+        if adapter_config(folder)["peft_type"] == "ADALORA":
+            what = "AdaLoRA can stand on a base only once, and the reference would be a second copy of this adapter"
+            raise UserError(what, path=folder, key="model.adapter", fix=f"set {recipe.stage}.start: merge")
     tokenizer = loading.load_tokenizer(recipe.model)
     return Parts(tokenizer, make_encoder(tokenizer, family(config["model_type"])), config)
 
@@ -91,7 +94,7 @@ def run_stage(
         look: what the finished run's metrics should warn of.
     """
     machine = hardware.detect()
-    recipe = resolve(raw, machine)
+    recipe = training.resolved(raw, machine)
     if resume:
         check_resumable(recipe)
     parts = check(recipe)
@@ -225,16 +228,15 @@ def kto_trainer(
         undesirable_weight=kto.undesirable_weight,
         max_length=None,
     )
-    trainer = trainers.Kto(
-        model=model,
-        args=config,
-        train_dataset=data.train,
-        eval_dataset=data.eval,
-        processing_class=parts.tokenizer,
-        callbacks=training.callbacks(recipe, run, data.eval is not None),
-    )
-    if not copy and "ref" in getattr(model, "peft_config", {}):
-        model.delete_adapter("ref")
+    with nullcontext() if copy else trainers.without_copy(model):
+        trainer = trainers.Kto(
+            model=model,
+            args=config,
+            train_dataset=data.train,
+            eval_dataset=data.eval,
+            processing_class=parts.tokenizer,
+            callbacks=training.callbacks(recipe, run, data.eval is not None),
+        )
     return training.finish_setup(trainer, recipe)
 
 

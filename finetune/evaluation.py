@@ -216,6 +216,7 @@ def evaluate(
         loss = sum(total for total, _ in scored) / max(1, sum(count for _, count in scored))
         losses = [total / max(1, count) for total, count in scored]
         values["loss"] = loss
+        values["loss_ci"] = list(metrics.ratio_interval([t for t, _ in scored], [c for _, c in scored]))
         values["perplexity"] = metrics.perplexity(loss)
     written = sum(len(encoder.tokenizer.encode(p, add_special_tokens=False)) + 1 for p in predictions)
     values["tokens_per_second"] = written / max(seconds, 1e-9)

@@ -1,6 +1,8 @@
 """What a finished run costs and brings; `ft compare` runs it in a process of its own.
 
 python -m finetune.measuring RUN OUT.json
+
+RUN with no more than a recipe.yaml stands for the bare base.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import yaml
 
 from finetune import evaluation
 from finetune.adapters import limits
+from finetune.adapters.build import loads_trainable, prepare
 from finetune.data import dataset
 from finetune.data.chat import make_encoder
 from finetune.errors import UserError
@@ -35,7 +38,6 @@ def measure(where: Path) -> dict[str, Any]:
     recipe = check(yaml.safe_load((where / "recipe.yaml").read_text(encoding="utf-8")), "sft")
     assert isinstance(recipe, SftRecipe)
     assert recipe.eval.data is not None
-    result = json.loads((where / "result.json").read_text(encoding="utf-8"))
     architecture = loading.read_config(recipe.model)["model_type"]
     encoder = make_encoder(loading.load_tokenizer(recipe.model), family(architecture))
     rows = dataset.load_eval_rows(recipe.eval.data, recipe.data)[: recipe.eval.limit]
@@ -43,19 +45,26 @@ def measure(where: Path) -> dict[str, Any]:
 
     kind = getattr(torch, recipe.model.dtype if recipe.model.dtype != "auto" else "float32")
     base = loading.load_model(recipe.model, kind, machine)
+    generation = (recipe.eval.max_new_tokens, recipe.eval.batch_size)
+    if not (where / "result.json").exists():
+        scored = evaluation.evaluate(where.name, base, encoder, rows, *generation)
+        return {"metrics": scored.metrics, "row_losses": scored.losses}
+    result = json.loads((where / "result.json").read_text(encoding="utf-8"))
     bare = seconds_per_token(base, encoder, prompts)
     if recipe.adapter.method == "full":
         model = loading.load_model(ModelConfig(name=str(where / "model")), kind, machine)
         weights, mergeable = (where / "model").glob("*.safetensors"), "is the model"
     else:
         adapter = where / "adapter"
-        model = loading.attach_adapter(base, adapter, recipe.model, trainable=True)
+        model = loading.attach_adapter(base, adapter, recipe.model, trainable=loads_trainable(adapter))
+        prepare(model)
         weights, mergeable = adapter.glob("adapter_model*"), "yes"
         try:
             limits.check_merge(json.loads((adapter / "adapter_config.json").read_text("utf-8")), architecture)
         except UserError:
             mergeable = "no"
-    scored = evaluation.evaluate(where.name, model, encoder, rows, recipe.eval.max_new_tokens, recipe.eval.batch_size)
+    scored = evaluation.evaluate(where.name, model, encoder, rows, *generation)
+    speed, backward_share = training_speed(model, [encoder.encode(row, "last").input_ids for row in rows[:16]])
     return {
         "metrics": scored.metrics,
         "row_losses": scored.losses,
@@ -65,8 +74,8 @@ def measure(where: Path) -> dict[str, Any]:
         "adapter_bytes": sum(path.stat().st_size for path in weights),
         "peak_memory_gb": result["peak_memory_gb"],
         "train_seconds": result["seconds"],
-        "train_tokens_per_second": result["seen_tokens"] / result["seconds"],
-        "backward_share": backward_share(model, [encoder.encode(row, "last").input_ids for row in rows[:16]]),
+        "train_tokens_per_second": speed,
+        "backward_share": backward_share,
         "inference_overhead": seconds_per_token(model, encoder, prompts) / bare - 1,
         "mergeable": mergeable,
     }
@@ -95,8 +104,12 @@ def seconds_per_token(model: Any, encoder: Any, prompts: list[list[int]]) -> flo
     return best / TOKENS
 
 
-def backward_share(model: Any, rows: list[list[int]]) -> float:
-    """Share of forward + backward that the backward pass takes, on a batch of rows cut to the same length."""
+def training_speed(model: Any, rows: list[list[int]]) -> tuple[float, float]:
+    """(tokens per second of forward + backward, the share of it that the backward pass takes).
+
+    On a batch of rows cut to the same length, the best of some rounds after one to warm up: a whole run's seconds would
+    tell what else the machine was doing.
+    """
     length = min(map(len, rows))
     ids = torch.tensor([row[:length] for row in rows], device=model.device)
     model.train()
@@ -110,7 +123,7 @@ def backward_share(model: Any, rows: list[list[int]]) -> float:
         model.zero_grad(set_to_none=True)
         forward, whole = min(forward, middle - begun), min(whole, ended - begun)
     model.eval()
-    return 1 - forward / whole
+    return ids.numel() / whole, 1 - forward / whole
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 exact_match, json_fields          one prediction against one reference
 by_group                          the rows of each group
 wilson                            95% interval of a share (Wilson 1927)
+ratio_interval                    95% interval of a loss per token
 paired                            difference of two systems on the same rows, with a bootstrap interval
 """
 
@@ -13,6 +14,8 @@ import math
 import random
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 Z95 = 1.959964
 
@@ -77,6 +80,17 @@ def paired(a: Sequence[float], b: Sequence[float], resamples: int = 2000, seed: 
         "losses": sum(d < 0 for d in differences),
         "ties": sum(d == 0 for d in differences),
     }
+
+
+def ratio_interval(
+    totals: Sequence[float], counts: Sequence[int], resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95% percentile bootstrap interval over rows of sum(totals) / sum(counts): of a loss per token."""
+    generator = np.random.default_rng(seed)
+    above, below = np.asarray(totals, float), np.maximum(np.asarray(counts, float), 1e-9)
+    drawn = [generator.integers(0, len(above), len(above)) for _ in range(resamples)]
+    low, high = np.quantile([above[i].sum() / below[i].sum() for i in drawn], (0.025, 0.975))
+    return float(low), float(high)
 
 
 def perplexity(loss: float) -> float:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.utils.data import Sampler
 from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -116,6 +119,25 @@ class Sft(Extras, _WeightedSft):
     """Rows of input_ids, labels and, where there are any, weights and seq_lengths."""
 
 
+@contextmanager
+def without_copy(model: Any) -> Iterator[None]:
+    """While trl's DPOTrainer and KTOTrainer are made: no second adapter "ref".
+
+    They add one to every PeftModel; with a fresh adapter the base with the adapter off is the same reference without
+    the memory, and AdaLoRA can stand on a base only once.
+    """
+    find = getattr(model, "get_parameter", None)
+    if not isinstance(model, PeftModel) or find is None:
+        yield
+        return
+    model.add_adapter = lambda *args, **kwargs: None
+    model.get_parameter = lambda name: find(name.replace(".ref.", ".default."))  # copied onto itself
+    try:
+        yield
+    finally:
+        del model.add_adapter, model.get_parameter
+
+
 class _PairDpo(DPOTrainer):
     """trl's DPO on pairs of token ids, and the two losses without a reference."""
 
@@ -126,7 +148,8 @@ class _PairDpo(DPOTrainer):
             reference: what identifies the reference, for the cache of its log-probabilities in the folder `cache`.
         """
         self.recipe_dpo, self.copy, self.reference, self.cache = dpo, copy, reference, cache
-        super().__init__(**kwargs)
+        with nullcontext() if copy else without_copy(kwargs["model"]):
+            super().__init__(**kwargs)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
@@ -135,8 +158,6 @@ class _PairDpo(DPOTrainer):
         """Once per content: pairs, reference and precision make the name of the file they are kept in."""
         if self.recipe_dpo.loss_type in REFERENCE_FREE:
             return dataset
-        if not self.copy and "ref" in getattr(self.model, "peft_config", {}):
-            self.model.delete_adapter("ref")  # trl makes one for every PeftModel; without it the adapter is off
         digest = hashlib.sha256(f"{self.reference} {self.model.dtype}".encode())
         for row in dataset:
             digest.update(repr(sorted(row.items())).encode())

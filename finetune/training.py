@@ -25,8 +25,10 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from finetune import report
-from finetune.adapters import soft_prompts
+from finetune.adapters import limits, soft_prompts
+from finetune.adapters.build import adapter_config
 from finetune.adapters.build import save as save_adapter
+from finetune.adapters.limits import AnyRecipe
 from finetune.callbacks import Checkpoints, Guard, Proven, Ranks, Recorder
 from finetune.errors import Interrupted, RunError
 from finetune.models import loading
@@ -35,12 +37,22 @@ from finetune.models.identity import fingerprint, write_identity
 from finetune.models.quantization import parameter_counts
 from finetune.optim import OPTIMIZERS, scheduler_kwargs
 from finetune.progress import Progress, duration, note, warn
-from finetune.recipe import AdaLoraAdapter, Hardware, ModelConfig, Recipe, batch_layout
+from finetune.recipe import AdaLoraAdapter, Hardware, ModelConfig, Recipe, batch_layout, resolve
 from finetune.recipe_file import to_yaml
 from finetune.run import Run
 from finetune.trainers import Collator, Sft
 
 FEW_UPDATES = 50  # below this a learning-rate schedule has hardly begun
+
+
+def resolved(raw: AnyRecipe, machine: Hardware) -> AnyRecipe:
+    """The complete recipe. UserError when it says something else of model.adapter than that adapter's own files."""
+    recipe = resolve(raw, machine)
+    start = getattr(getattr(recipe, recipe.stage, None), "start", "continue")
+    if recipe.model.adapter is None or start == "merge":
+        return recipe
+    folder = loading.adapter_folder(recipe.model.adapter)
+    return limits.continued(recipe, adapter_config(folder), folder)
 
 
 @dataclass(frozen=True)

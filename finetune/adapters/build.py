@@ -164,13 +164,18 @@ def apply(
     return adapted
 
 
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """peft's own description of a saved adapter."""
+    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return found
+
+
 def loads_trainable(folder: Path) -> bool:
     """Whether `PeftModel.from_pretrained(…, is_trainable=True)` continues from the adapter in `folder`.
 
     Not from a soft prompt: peft would put the finished embeddings into a fresh network. `prepare` makes them trainable.
     """
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return config["peft_type"] not in soft_prompts.TYPES
+    return adapter_config(folder)["peft_type"] not in soft_prompts.TYPES
 
 
 def prepare(adapted: Any) -> None:

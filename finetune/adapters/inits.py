@@ -34,7 +34,12 @@ def rewrites_base(section: Any) -> bool:
 
 
 def remember(model: Any) -> None:
-    """Keep A0 and B0 (in main memory) with the model, for `plain_lora`."""
+    """Keep A0 and B0 (in main memory) with the model, for `plain_lora`.
+
+    peft's config forgets the start: whoever adds a second adapter of this config, as trl does for a reference, would
+    have the base rewritten once more, under the first adapter.
+    """
+    model.peft_config["default"].init_lora_weights = True
     state = {
         name: parameter.detach().to("cpu", copy=True)
         for name, parameter in model.named_parameters()

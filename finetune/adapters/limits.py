@@ -2,6 +2,7 @@
 
 LIMITS                what a method cannot do, each with its reason and what to do instead
 check(recipe, …)      UserError with every row of it that the recipe meets
+continued(recipe, …)  model.adapter: what it is, and whether the recipe says the same
 NOT_MERGEABLE         peft type -> why its adapters are no part of any weight
 check_merge(…)        UserError for an adapter that cannot be merged
 BIAS_SLOTS            which layers' biases an architecture's checkpoints can hold
@@ -11,11 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune.errors import Problem, UserError
-from finetune.recipe import PrefixTuningAdapter, PromptTuningAdapter, Recipe
+from finetune.recipe import (
+    ADAPTERS,
+    DpoRecipe,
+    KtoRecipe,
+    PpoRecipe,
+    PrefixTuningAdapter,
+    PromptTuningAdapter,
+    Recipe,
+    RewardRecipe,
+    SftRecipe,
+)
 
+AnyRecipe = TypeVar("AnyRecipe", SftRecipe, DpoRecipe, KtoRecipe, RewardRecipe, PpoRecipe)
 QKV = ("q_proj", "k_proj", "v_proj")
 
 # model_type -> {flag of config.json: the linear layers that all have a bias when it is set}. qwen2 has no flag: q, k
@@ -152,6 +164,38 @@ def check(recipe: Recipe) -> None:
     ]
     if problems:
         raise UserError(problems)
+
+
+# What makes a saved adapter another one, by the same name in the recipe and in adapter_config.json.
+SIZES = ("r", "lora_alpha", "init_r", "target_r", "num_virtual_tokens", "bottleneck_size", "variant", "num_layers")
+
+
+def continued(recipe: AnyRecipe, stored: Mapping[str, Any], folder: Any) -> AnyRecipe:
+    """The recipe with an `adapter` section that says what the adapter of model.adapter is.
+
+    UserError where the recipe asks for another method or size: the adapter on disk is what would be trained all the
+    same.
+
+    Args:
+        stored: adapter_config.json in `folder`.
+    """
+    method = str(stored["peft_type"]).lower()
+    section = recipe.adapter if "adapter" in recipe.model_fields_set else None
+    if section is not None and section.method != method:
+        raise UserError(
+            f"model.adapter is {method}, and would be trained on as that", path=folder, key="adapter.method",
+            fix="leave out the section adapter, or model.adapter",
+        )  # fmt: skip
+    made = ADAPTERS[method]
+    values = {key: stored[key] for key in SIZES if key in made.model_fields and stored.get(key) is not None}
+    if section is not None:
+        for key in values.keys() & section.model_fields_set:
+            if getattr(section, key) != values[key]:
+                raise UserError(
+                    f"model.adapter has {values[key]} here", path=folder, key=f"adapter.{key}", fix="leave it out"
+                )
+        values = {**{key: getattr(section, key) for key in section.model_fields_set}, **values}
+    return recipe.model_copy(update={"adapter": made.model_validate({**values, "method": method})})
 
 
 NOT_MERGEABLE = {

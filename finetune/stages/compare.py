@@ -1,22 +1,25 @@
 """`ft compare`: methods side by side on the same data and budget, each job in a process of its own, all measured.
 
+    the bare base, for each quantization
     for each method x quantization x share of the data
         search the learning rate on rows held out of the training data (never on the test data)
         ft sft … in a process           -> run directory
         measure(run) in a process       -> metrics with intervals, memory, speed, size
     compare.json, compare.md, compare.png
 
-A job that is done is not done again: an interrupted comparison goes on where it stopped.
+A job that is done is not done again, and one that was interrupted goes on from its checkpoint: the folder holds the
+recipe of the comparison, and takes no other. What cannot be is a row with its reason, and so is a job that failed.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +27,12 @@ from typing import Any
 import yaml
 
 from finetune import metrics
-from finetune.errors import RunError, UserError
+from finetune.data import dataset, samples
+from finetune.errors import Interrupted, RunError, UserError
 from finetune.progress import duration, note
 from finetune.recipe import SftRecipe
 from finetune.recipe_file import check, to_yaml
-from finetune.run import write_atomically, write_json
+from finetune.run import Run, changed_keys, write_atomically, write_json
 
 # Where the search for the learning rate begins, relative to LoRA's: what moves few or shared numbers needs more.
 CENTRE = {
@@ -37,6 +41,7 @@ CENTRE = {
 }  # fmt: skip
 FACTORS = (1 / 3, 1.0, 3.0)
 SEARCH_STEPS, SEARCH_ROWS = 0.25, 0.1  # share of the budget, and of the training rows that are held out for it
+MARK = "comparison.yaml"  # the recipe; a folder with it is a comparison
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def parse(methods: str, quantization: str, fractions: str) -> tuple[list[str], l
     """The command line's lists. UserError for what is not possible."""
     from finetune.recipe import ADAPTERS
 
-    names, kinds = methods.split(","), quantization.split(",")
+    names, kinds, texts = (listed(text) for text in (methods, quantization, fractions))
     for name in names:
         if name not in ADAPTERS:
             raise UserError(f"unknown method {name!r}", key="--methods", fix=f"of {', '.join(ADAPTERS)}")
@@ -63,7 +68,7 @@ def parse(methods: str, quantization: str, fractions: str) -> tuple[list[str], l
         if kind not in ("none", "int8", "int4"):
             raise UserError(f"unknown kind {kind!r}", key="--quantization", fix="of none, int8, int4")
     try:
-        shares = [float(text) for text in fractions.split(",")]
+        shares = [float(text) for text in texts]
     except ValueError:
         shares = [0.0]
     if not all(0 < share <= 1 for share in shares):
@@ -71,91 +76,179 @@ def parse(methods: str, quantization: str, fractions: str) -> tuple[list[str], l
     return names, kinds, shares
 
 
+def listed(text: str) -> list[str]:
+    """Separated by commas, each once, in their order."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
 def run(
     recipe: SftRecipe, methods: Sequence[str], quantizations: Sequence[str], fractions: Sequence[float], output: str
 ) -> None:
-    jobs = [Job(m, q, f) for f in fractions for q in quantizations for m in methods]
-    if recipe.eval.data is None:
-        raise UserError("a comparison needs held-out data", key="eval.data", fix="set it in the recipe")
-    recipes = {job: job_recipe(recipe, job) for job in jobs}  # every combination is checked before anything runs
     folder = Path(output)
+    check_folder(folder, recipe)
+    jobs = [Job(m, q, f) for f in fractions for q in quantizations for m in methods]
+    recipes, refused = check_jobs(recipe, jobs)  # everything that can be checked, before anything runs
     folder.mkdir(parents=True, exist_ok=True)
-    results = []
-    for number, job in enumerate(jobs, 1):
+    write_atomically(folder / MARK, to_yaml(recipe))
+    rows, reasons = [measure_base(recipe, kind, folder) for kind in quantizations], dict(refused)
+    for number, job in enumerate(recipes, 1):
         begun = time.perf_counter()
-        result = run_job(job, recipes[job], folder)
-        results.append(result)
+        try:
+            result = run_job(job, recipes[job], folder)
+        except RunError as error:
+            reasons[job] = f"failed: {error}"
+            note(f"{number}/{len(recipes)} {job.name} {reasons[job]}")
+            continue
+        rows.append(result)
         score = result["metrics"].get("exact_match", result["metrics"].get("loss", math.nan))
         took = duration(time.perf_counter() - begun)
-        note(f"{number}/{len(jobs)} {job.name}: {score:.3f} at learning rate {result['learning_rate']:.3g} ({took})")
-    scaling = scaling_laws(results) if len(set(fractions)) >= 3 else []
-    public = [{k: v for k, v in r.items() if k != "row_losses"} for r in results]
-    write_json(folder / "compare.json", {"recipe": to_yaml(recipe), "jobs": public, "scaling": scaling})
-    table = markdown(results, scaling)
+        note(f"{number}/{len(recipes)} {job.name}: {score:.3f} at learning rate {result['learning_rate']:.3g} ({took})")
+    trained = [row for row in rows if "learning_rate" in row]
+    scaling = scaling_laws(trained)
+    public = [{k: v for k, v in r.items() if k != "row_losses"} for r in rows]
+    others = {job.name: reason for job, reason in reasons.items()}
+    write_json(
+        folder / "compare.json", {"recipe": to_yaml(recipe), "jobs": public, "not_done": others, "scaling": scaling}
+    )
+    table = markdown(rows, others, scaling)
     write_atomically(folder / "compare.md", table)
-    plot(results, folder / "compare.png")
+    plot(rows, folder / "compare.png")
     print(table)
+    if len(fractions) > 1 and not scaling:
+        note("no law of loss over data: it takes three shares that all succeeded")
     note(f"written to {folder}/compare.json, compare.md, compare.png")
+    failed = [job.name for job in reasons if job not in refused]
+    if failed:
+        names = ", ".join(failed)
+        raise RunError(f"{len(failed)} of {len(recipes)} jobs failed ({names}); the same command tries them again")
 
 
-def job_recipe(recipe: SftRecipe, job: Job, **train: Any) -> SftRecipe:
-    """The recipe of one job. UserError for combinations that cannot be."""
+def check_folder(folder: Path, recipe: SftRecipe) -> None:
+    """UserError when `folder` is not a comparison, or one of another recipe: neither may be mixed or overwritten."""
+    fix = "use --output DIR"
+    if folder.exists() and not folder.is_dir():
+        raise UserError("is a file", path=folder, key="--output", fix=fix)
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / MARK).exists():
+        raise UserError("holds files that are no comparison", path=folder, key="--output", fix=fix)
+    old = yaml.safe_load((folder / MARK).read_text(encoding="utf-8"))
+    if keys := changed_keys(old, yaml.safe_load(to_yaml(recipe))):
+        what = f"holds a comparison with other values of {', '.join(keys[:5])}"
+        raise UserError(what, path=folder, key="--output", fix=fix)
+
+
+def check_jobs(recipe: SftRecipe, jobs: Sequence[Job]) -> tuple[dict[Job, SftRecipe], dict[Job, str]]:
+    """(recipes of what can be, reasons for what cannot). UserError when nothing can be, or data or targets are bad."""
+    from finetune.adapters import limits
+    from finetune.adapters.build import check as check_targets
+    from finetune.models import loading
+
+    if recipe.eval.data is None:
+        raise UserError("a comparison needs held-out data", key="eval.data", fix="set it in the recipe")
+    if recipe.model.adapter is not None:
+        what = "every method would train the adapter that it names"
+        raise UserError(what, key="model.adapter", fix="leave it out")
+    counts = count_rows(recipe)
+    sizes = {sum(share_of(counts, job.fraction)) for job in jobs}
+    if len({job.fraction for job in jobs}) > len(sizes):
+        raise UserError("several shares are the same number of rows", key="--data-fractions", fix="use fewer or larger")
+    dataset.load_eval_rows(recipe.eval.data, recipe.data)
+    recipes: dict[Job, SftRecipe] = {}
+    refused: dict[Job, str] = {}
+    errors = []
+    for job in jobs:
+        built = job_recipe(recipe, job, counts)
+        check_targets(loading.skeleton(built.model), built.adapter)
+        try:
+            limits.check(built)
+            recipes[job] = built
+        except UserError as error:
+            errors.append(error)
+            refused[job] = f"refused: {error.problems[0].message}"
+    if not recipes:
+        raise errors[0]
+    return recipes, refused
+
+
+def job_recipe(recipe: SftRecipe, job: Job, counts: Sequence[int]) -> SftRecipe:
+    """The recipe of one job; counts: rows of each source, of which a share is drawn at random."""
     values = yaml.safe_load(to_yaml(recipe))
     if values["adapter"]["method"] != job.method:
         values["adapter"] = {"method": job.method}
     values["model"]["quantization"] = None if job.quantization == "none" else job.quantization
     if job.fraction < 1:
-        values["data"]["max_samples"] = max(1, round(job.fraction * count_rows(recipe)))
-    values["train"].update({"load_best_model_at_end": False, **train})
+        used = zip(samples.specs(recipe.data), share_of(counts, job.fraction), strict=True)
+        values["data"]["train"] = [{**spec, "max_samples": count} for spec, count in used]
+        values["data"]["shuffle"] = True
+    steps = recipe.train.max_steps or steps_of(recipe, sum(share_of(counts, job.fraction)))
+    values["train"].update({"load_best_model_at_end": False, "early_stopping_patience": None, "max_steps": steps})
     built = check(values, "sft")
     assert isinstance(built, SftRecipe)
-    from finetune.adapters.limits import check as check_limits
-
-    check_limits(built)
     return built
 
 
-def count_rows(recipe: SftRecipe) -> int:
-    from finetune.data.dataset import load_samples
+def count_rows(recipe: SftRecipe) -> list[int]:
+    """Of each source, as far as max_samples lets them be used."""
+    parts = [recipe.data.model_copy(update={"train": [spec]}) for spec in samples.specs(recipe.data)]
+    return [len(dataset.load_samples(part, "sft")) for part in parts]
 
-    return len(load_samples(recipe.data, "sft"))
+
+def share_of(counts: Sequence[int], fraction: float) -> list[int]:
+    return [max(1, round(fraction * count)) for count in counts]
+
+
+def measure_base(recipe: SftRecipe, kind: str, folder: Path) -> dict[str, Any]:
+    """The base without any adapter, on the same held-out rows."""
+    name = f"base{'' if kind == 'none' else '-' + kind}"
+    where = folder / name
+    if not (where / "measured.json").exists():
+        where.mkdir(exist_ok=True)
+        model = recipe.model.model_copy(update={"quantization": None if kind == "none" else kind})
+        write_atomically(where / "recipe.yaml", to_yaml(recipe.model_copy(update={"model": model})))
+        measured(where)
+    found = json.loads((where / "measured.json").read_text(encoding="utf-8"))
+    return {"name": name, "method": "none", "quantization": kind, **found}
 
 
 def run_job(job: Job, recipe: SftRecipe, folder: Path) -> dict[str, Any]:
-    """Search, train and measure one job; what is on disk already is read."""
+    """Search, train and measure one job; what is on disk already is read. RunError when it failed."""
     where = folder / job.name
-    done = where / "measured.json"
-    if done.exists():
-        return json.loads(done.read_text(encoding="utf-8"))
-    steps = recipe.train.max_steps or steps_of(recipe, count_rows(recipe))
-    search = search_rate(job, recipe, folder, steps)
-    best = min(search, key=lambda s: s["validation_loss"])
-    final = with_settings(recipe, {"learning_rate": best["learning_rate"], "max_steps": steps})
-    train(final, where)
-    subprocess_run([sys.executable, "-m", "finetune.measuring", str(where), str(where / "measuring.json")])
-    result = json.loads((where / "measuring.json").read_text(encoding="utf-8"))
-    result |= {
+    search = search_rate(job, recipe, folder)
+    tried = [s for s in search if s["validation_loss"] is not None]
+    if not tried:
+        raise RunError(f"the loss became NaN at every learning rate: {', '.join(s['error'] for s in search[:1])}")
+    best = min(tried, key=lambda s: s["validation_loss"])
+    train(with_settings(recipe, {"learning_rate": best["learning_rate"]}), where)
+    if not (where / "measured.json").exists():
+        measured(where)
+    return {
         "name": job.name, "method": job.method, "quantization": job.quantization, "fraction": job.fraction,
         "learning_rate": best["learning_rate"], "search": search,
+        **json.loads((where / "measured.json").read_text(encoding="utf-8")),
     }  # fmt: skip
-    write_json(done, result)
-    (where / "measuring.json").unlink()
-    return result
 
 
-def search_rate(job: Job, recipe: SftRecipe, folder: Path, steps: int) -> list[dict[str, float]]:
+def search_rate(job: Job, recipe: SftRecipe, folder: Path) -> list[dict[str, Any]]:
     """Short runs around the method's usual learning rate; the loss is that of rows held out of the training data."""
+    assert recipe.train.max_steps is not None
     centre = recipe.train.learning_rate * CENTRE.get(job.method, 1.0)
+    short = max(1, round(recipe.train.max_steps * SEARCH_STEPS))
+    held_out = max(1, round(sum(share_of(count_rows(recipe), 1.0)) * SEARCH_ROWS))
     tried = []
     for factor in FACTORS:
         rate = float(f"{centre * factor:.3g}")
-        short = max(1, round(steps * SEARCH_STEPS))
         settings = {"learning_rate": rate, "max_steps": short, "eval_steps": short, "warmup_steps": 0.1}
-        trial = with_settings(recipe, settings, {"eval_split": SEARCH_ROWS})
+        trial = with_settings(recipe, settings, {"eval_split": held_out})
         where = folder / "search" / f"{job.name}-{rate:g}"
-        train(trial, where)
-        loss = json.loads((where / "result.json").read_text(encoding="utf-8"))["eval"]["loss"]
-        tried.append({"learning_rate": rate, "validation_loss": loss})
+        found: dict[str, Any] = {"learning_rate": rate, "validation_loss": None}
+        try:
+            train(trial, where)
+            loss = json.loads((where / "result.json").read_text(encoding="utf-8"))["eval"]["loss"]
+            found["validation_loss"] = loss if math.isfinite(loss) else None
+        except RunError as error:  # too high a rate for this method: one of those the search is there to find
+            found["error"] = str(error)
+        tried.append(found)
     return tried
 
 
@@ -172,50 +265,98 @@ def with_settings(recipe: SftRecipe, train: dict[str, Any], data: dict[str, Any]
 
 def train(recipe: SftRecipe, where: Path) -> None:
     """`ft sft` in its own process, so that memory figures are clean; a finished run is kept."""
-    if (where / "result.json").exists():
+    run = Run(where)
+    if run.result.exists():
         return
     where.parent.mkdir(parents=True, exist_ok=True)
     file = where.with_name(where.name + ".yaml")  # with_suffix would cut lora-0.25 at its point
     write_atomically(file, to_yaml(recipe))
-    subprocess_run(
-        [sys.executable, "-m", "finetune", "sft", "--recipe", str(file), "--output", str(where), "--overwrite"]
-    )
+    mode = "--resume" if run.last_checkpoint() else "--overwrite"
+    finetune("finetune", "sft", "--recipe", str(file), "--output", str(where), mode)
 
 
-def subprocess_run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RunError(f"{' '.join(command[2:])} failed ({done.returncode}): {done.stderr.strip()[-600:]}")
+def measured(where: Path) -> None:
+    """Writes measured.json, whole or not at all."""
+    finetune("finetune.measuring", str(where), str(where / "measured.json"))
+
+
+def finetune(*arguments: str) -> None:
+    """`python -m …`. A signal goes on to the process, which saves a checkpoint; then Interrupted.
+
+    UserError and RunError with its own words when it exits with 2 or otherwise.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    stopped = False
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal stopped
+        stopped = True
+        process.send_signal(number)
+
+    before = [(number, signal.signal(number, stop)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        said = process.communicate()[1].strip()
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    if stopped:
+        raise Interrupted("stopped; the same command goes on from here")
+    if process.returncode == 2:
+        raise UserError(said.splitlines()[-1])
+    if process.returncode:
+        raise RunError(f"ft {arguments[1]} exited with {process.returncode}: {said.splitlines()[-1] if said else ''}")
 
 
 def scaling_laws(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per method and quantization: loss = E + B / rows^beta, and what doubling the data would bring."""
+    """Per method and quantization with three sizes or more: loss = E + B / rows^beta, and what doubling would bring."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["method"], result["quantization"]), []).append(result)
     return [
         {"method": m, "quantization": q, **metrics.doubling([r["rows"] for r in g], [r["row_losses"] for r in g])}
         for (m, q), g in groups.items()
+        if len({r["rows"] for r in g}) >= 3
     ]
 
 
-def markdown(results: Sequence[dict[str, Any]], scaling: Sequence[dict[str, Any]]) -> str:
-    """The comparison as a Markdown table."""
-    heads = ["job", "trainable", "share", "stored", "peak memory", "train tok/s", "backward share",
-             "inference overhead", "mergeable",
-             "learning rate", "exact match [95%]", "loss"]  # fmt: skip
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for r in results:
-        low, high = r["metrics"].get("exact_match_ci", (math.nan, math.nan))
-        cells = [
-            r["name"], f"{r['trainable_parameters']:,}", f"{r['trainable_parameters'] / r['total_parameters']:.2%}",
-            f"{r['adapter_bytes'] / 1e6:.2f} MB", f"{r['peak_memory_gb']:.2f} GB",
-            f"{r['train_tokens_per_second']:,.0f}",
-            f"{r['backward_share']:.0%}", f"{r['inference_overhead']:+.0%}", r["mergeable"],
-            f"{r['learning_rate']:.3g}", f"{r['metrics'].get('exact_match', math.nan):.3f} [{low:.3f}, {high:.3f}]",
-            f"{r['metrics'].get('loss', math.nan):.4f}",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
+# heading -> one result's cell; a base has no adapter, and rows without a reference no exact match.
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "job": lambda r: r["name"],
+    "trainable": lambda r: f"{r['trainable_parameters']:,}",
+    "share": lambda r: f"{r['trainable_parameters'] / r['total_parameters']:.2%}",
+    "stored": lambda r: f"{r['adapter_bytes'] / 1e6:.2f} MB",
+    "peak memory": lambda r: f"{r['peak_memory_gb']:.2f} GB",
+    "train tok/s": lambda r: f"{r['train_tokens_per_second']:,.0f}",
+    "backward share": lambda r: f"{r['backward_share']:.0%}",
+    "inference overhead": lambda r: f"{r['inference_overhead']:+.0%}",
+    "mergeable": lambda r: r["mergeable"],
+    "learning rate": lambda r: f"{r['learning_rate']:.3g}",
+    "exact match [95%]": lambda r: with_interval(r["metrics"], "exact_match", 3),
+    "loss [95%]": lambda r: with_interval(r["metrics"], "loss", 4),
+}
+
+
+def with_interval(values: dict[str, Any], key: str, digits: int) -> str:
+    low, high = values[f"{key}_ci"]
+    return f"{values[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def markdown(results: Sequence[dict[str, Any]], others: Mapping[str, str], scaling: Sequence[dict[str, Any]]) -> str:
+    """The comparison as a Markdown table; others: why a job has no result."""
+
+    def cell(show: Callable[[dict[str, Any]], str], result: dict[str, Any]) -> str:
+        try:
+            return show(result)
+        except KeyError:
+            return "–"
+
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS)]
+    rows += [[cell(show, r) for show in COLUMNS.values()] for r in results]
+    rows += [[name, reason.replace("|", "/"), *[""] * (len(COLUMNS) - 2)] for name, reason in others.items()]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
     for law in scaling:
         formula = f"{law['E']:.4f} + {law['B']:.3g} / rows^{law['beta']:.2f}"
         gain = f"{law['gain']:.4f} [{law['ci'][0]:.4f}, {law['ci'][1]:.4f}]"
@@ -233,9 +374,15 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for r in results:
+        loss = r["metrics"].get("loss", math.nan)
+        if "trainable_parameters" not in r:
+            axes.axhline(loss, color="grey", linestyle="--", linewidth=1, label=r["name"])
+            continue
         share = r["trainable_parameters"] / r["total_parameters"]
-        axes.scatter(share, r["metrics"].get("loss", math.nan))
-        axes.annotate(r["name"], (share, r["metrics"].get("loss", math.nan)), xytext=(4, 4), textcoords="offset points")
+        axes.scatter(share, loss)
+        axes.annotate(r["name"], (share, loss), xytext=(4, 4), textcoords="offset points")
+    axes.legend()
+    axes.set_yscale("log")
     axes.set_xscale("log")
     axes.set_xlabel("share of trained parameters")
     axes.set_ylabel("held-out loss (nats per token)")

@@ -19,7 +19,7 @@ from finetune.models import hardware
 from finetune.models.rope import check_length
 from finetune.ppo import Ppo
 from finetune.progress import note
-from finetune.recipe import DataConfig, OutputConfig, PpoRecipe, RewardModelConfig, RewardRecipe, TrainConfig, resolve
+from finetune.recipe import DataConfig, OutputConfig, PpoRecipe, RewardModelConfig, RewardRecipe, TrainConfig
 from finetune.recipe_file import to_yaml
 from finetune.run import Run, check_resumable, open_run, write_atomically
 from finetune.scoring import load_rule
@@ -27,7 +27,7 @@ from finetune.scoring import load_rule
 
 def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
     machine = hardware.detect()
-    recipe = resolve(raw, machine)
+    recipe = training.resolved(raw, machine)
     if resume:
         check_resumable(recipe)
     if machine.processes > 1:

@@ -14,13 +14,13 @@ from finetune.data.chat import make_encoder
 from finetune.families import family
 from finetune.models import hardware, loading
 from finetune.models.rope import check_length
-from finetune.recipe import SftRecipe, resolve
+from finetune.recipe import SftRecipe
 from finetune.run import check_resumable, open_run
 
 
 def run(raw: SftRecipe, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
     machine = hardware.detect()
-    recipe = resolve(raw, machine)
+    recipe = training.resolved(raw, machine)
     if resume:
         check_resumable(recipe)
     limits.check(recipe)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune import recipe_file
 from finetune.adapters import build, inits, soft_prompts
+from finetune.errors import UserError
 from finetune.evaluation import batches
 from finetune.optim import faster_b
 from finetune.recipe import BottleneckAdapter, LoraAdapter, PromptTuningAdapter
@@ -121,6 +122,29 @@ def test_a_start_that_rewrites_the_base(init: str, tmp_path: Path) -> None:
     base, ids = make("llama"), torch.arange(3, 20)[None]
     before = base(ids).logits
     torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path)(ids).logits, before, atol=1e-5, rtol=0)
+
+
+def test_the_recipe_says_what_is_trained_on(recipe: Recipe, tmp_path: Path) -> None:
+    """With model.adapter another method or size would be ignored; left out, recipe.yaml names those of the adapter."""
+    first = train(with_adapter(recipe(train={"max_steps": 2}), method="bottleneck", bottleneck_size=8))
+
+    def more(name: str, **section: Any) -> Any:
+        path = recipe(model={"adapter": str(first.path)}, train={"max_steps": 2}, output={"dir": str(tmp_path / name)})
+        values = yaml.safe_load(path.read_text())
+        values.pop("adapter")
+        path.write_text(yaml.safe_dump({**values, **({"adapter": section} if section else {})}))
+        return train(path)
+
+    for section, key in (
+        ({"method": "lora"}, "adapter.method"), ({"method": "full"}, "adapter.method"),
+        ({"method": "bottleneck", "bottleneck_size": 16}, "adapter.bottleneck_size"),
+    ):  # fmt: skip
+        with pytest.raises(UserError) as error:
+            more("wrong", **section)
+        assert error.value.problems[0].key == key
+        assert not (tmp_path / "wrong").exists()
+    written = yaml.safe_load((more("second").path / "recipe.yaml").read_text())["adapter"]
+    assert (written["method"], written["bottleneck_size"]) == ("bottleneck", 8)
 
 
 def test_modules_to_save_are_merged(recipe: Recipe, tmp_path: Path) -> None:

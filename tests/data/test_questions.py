@@ -132,7 +132,8 @@ def test_training_rows_are_as_noisy_as_documented() -> None:
 def test_what_is_wrong_with_the_rejected_answer(rows: list[dict]) -> None:
     flaws = Counter((row["group"], row["flaw"]) for row in rows)
     assert flaws["answerable", "refusal"] == pytest.approx(len(rows) / 4, abs=1)
-    assert flaws["unanswerable", "invented"] == len(rows) / 2
+    assert flaws["unanswerable", "other"] == pytest.approx(len(rows) / 4, abs=1)
+    assert flaws["unanswerable", "invented"] == pytest.approx(len(rows) / 4, abs=1)
     assert min(flaws["answerable", "other"], flaws["answerable", "invented"]) > len(rows) / 10
     for row in rows:
         wrong = row["rejected"][0]["content"]

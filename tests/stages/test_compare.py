@@ -3,43 +3,151 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from finetune.errors import UserError
-from finetune.recipe import SftRecipe
+from finetune.errors import Interrupted, RunError, UserError
+from finetune.recipe import SftRecipe, SourceConfig
 from finetune.recipe_file import load
 from finetune.stages import compare
 
+Recipes = Callable[..., Path]
 
-def test_a_comparison_from_start_to_end(
-    recipe: Callable[..., Path], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+
+@pytest.fixture
+def checked(recipe: Recipes, rows: Path, monkeypatch: pytest.MonkeyPatch) -> SftRecipe:
     monkeypatch.setattr(compare, "FACTORS", (1.0,))
     section = {"data": str(rows), "limit": 8, "max_new_tokens": 4}
-    checked = load(str(recipe(eval=section, train={"max_steps": 4, "learning_rate": 1e-2})), SftRecipe)
+    return load(str(recipe(eval=section, train={"max_steps": 4, "learning_rate": 1e-2})), SftRecipe)
+
+
+def test_a_comparison_from_start_to_end(
+    checked: SftRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "comparison"
-    compare.run(checked, *compare.parse("lora", "none", "1"), str(folder))
-    (job,) = json.loads((folder / "compare.json").read_text())["jobs"]
-    assert job["method"] == "lora"
-    assert job["trainable_parameters"] > 0
-    assert 0 <= job["metrics"]["exact_match"] <= 1
-    assert job["metrics"]["exact_match_ci"][0] <= job["metrics"]["exact_match_ci"][1]
-    assert 0 < job["backward_share"] < 1
-    assert job["adapter_bytes"] == sum(
-        file.stat().st_size for file in (folder / "lora" / "adapter").glob("*.safetensors")
-    )
-    assert [step["learning_rate"] for step in job["search"]] == [job["learning_rate"]]
+    lists = compare.parse("lora, prompt_tuning,lora", "none", "1")
+    compare.run(checked, *lists, str(folder))
+    base, *jobs = json.loads((folder / "compare.json").read_text())["jobs"]
+    assert [base["name"], *(job["method"] for job in jobs)] == ["base", "lora", "prompt_tuning"]
+    low, high = base["metrics"]["loss_ci"]
+    assert low < base["metrics"]["loss"] < high
+    for job in jobs:
+        assert job["trainable_parameters"] > 0
+        assert 0 <= job["metrics"]["exact_match"] <= 1
+        assert job["metrics"]["exact_match_ci"][0] <= job["metrics"]["exact_match_ci"][1]
+        assert job["metrics"]["loss"] < base["metrics"]["loss"]
+        assert 0 < job["backward_share"] < 1
+        assert job["train_tokens_per_second"] > 0
+        assert job["adapter_bytes"] == sum(
+            file.stat().st_size for file in (folder / job["name"] / "adapter").glob("*.safetensors")
+        )
+        assert [step["learning_rate"] for step in job["search"]] == [job["learning_rate"]]
     table = (folder / "compare.md").read_text()
     assert table in capsys.readouterr().out
-    assert "| lora |" in table
+    assert "| base | – |" in table
+    assert "| prompt_tuning |" in table
     assert (folder / "compare.png").stat().st_size > 1000
 
-    monkeypatch.setattr(compare, "subprocess_run", lambda command: pytest.fail(f"done already: {command}"))
-    compare.run(checked, *compare.parse("lora", "none", "1"), str(folder))
+    monkeypatch.setattr(compare, "finetune", lambda *arguments: pytest.fail(f"done already: {arguments}"))
+    compare.run(checked, *lists, str(folder))
+    other = checked.model_copy(update={"train": checked.train.model_copy(update={"max_steps": 5})})
+    with pytest.raises(UserError, match=r"other values of train\.max_steps"):
+        compare.run(other, *lists, str(folder))
+
+
+def test_folders_of_others_are_left_alone(checked: SftRecipe, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "lora").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for name, what in (("runs", "no comparison"), ("file", "is a file")):
+        with pytest.raises(UserError, match=what):
+            compare.run(checked, ["lora"], ["none"], [1.0], str(tmp_path / name))
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["lora"]
+
+
+def test_what_cannot_be_and_what_fails_are_rows_with_reasons(
+    checked: SftRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = []
+
+    def finetune(*arguments: str) -> None:
+        started.append(arguments)
+        if arguments[0] == "finetune.measuring":
+            values = {"metrics": {"loss": 1.0, "loss_ci": [0.9, 1.1]}, "row_losses": [1.0]}
+            Path(arguments[2]).write_text(json.dumps(values))
+        else:
+            raise RunError("the loss became nan")
+
+    monkeypatch.setattr(compare, "finetune", finetune)
+    with pytest.raises(RunError, match=r"1 of 1 jobs failed \(lora-int4\)"):
+        compare.run(checked, ["full", "lora"], ["int4"], [1.0], str(tmp_path / "comparison"))
+    table = capsys.readouterr().out
+    assert "| full-int4 | refused: quantized weights are integers" in table
+    assert "| lora-int4 | failed: " in table
+    assert "| base-int4 | – |" in table
+    assert not any("full" in argument for arguments in started for argument in arguments)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "changes", "what"),
+    [
+        (("full", "int4", 1.0), {}, "quantized weights"),
+        (("lora", "none", 1.0), {"model": {"adapter": "runs/sft"}}, "every method would train"),
+        (("lora", "none", 1.0), {"eval": {"data": None}}, "needs held-out data"),
+        (("lora", "none", 1.0), {"eval": {"data": "missing.jsonl"}}, "missing.jsonl"),
+        (("lora", "none", 1.0), {"adapter": {"target_modules": ["q_projj"]}}, "q_projj"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(
+    checked: SftRecipe, tmp_path: Path, jobs: tuple[str, str, float], changes: dict[str, Any], what: str
+) -> None:
+    sections = {key: getattr(checked, key).model_copy(update=values) for key, values in changes.items()}
+    method, kind, share = jobs
+    with pytest.raises(UserError, match=what):
+        compare.run(checked.model_copy(update=sections), [method], [kind], [share], str(tmp_path / "comparison"))
+    assert not (tmp_path / "comparison").exists()
+
+
+def test_shares_are_drawn_from_every_source(checked: SftRecipe, rows: Path) -> None:
+    both = checked.data.model_copy(update={"train": [str(rows), SourceConfig(path=str(rows), max_samples=16)]})
+    checked = checked.model_copy(update={"data": both})
+    half = compare.Job("lora", "none", 0.5)
+    counts = compare.count_rows(checked)
+    made = compare.job_recipe(checked, half, counts)
+    whole = len(rows.read_text().splitlines())
+    assert counts == [whole, 16]
+    assert [spec.max_samples for spec in made.data.train] == [whole // 2, 8]
+    assert made.data.shuffle
+    with pytest.raises(UserError, match="the same number of rows"):
+        compare.check_jobs(checked, [compare.Job("lora", "none", share) for share in (0.001, 0.002, 1.0)])
+
+
+def test_a_signal_reaches_the_job_and_ends_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job ends in its own time, here by writing a file."""
+    (tmp_path / "job.py").write_text(
+        "import signal, sys, time\n"
+        "def stop(*_): open('saved', 'w').close(); sys.exit(130)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "open('ready', 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+    def send() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send).start()
+    with pytest.raises(Interrupted):
+        compare.finetune("job")
+    assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize(
@@ -53,12 +161,3 @@ def test_a_comparison_from_start_to_end(
 def test_bad_lists(lists: tuple[str, str, str], what: str) -> None:
     with pytest.raises(UserError, match=what):
         compare.parse(*lists)
-
-
-def test_impossible_pairs_are_refused_before_anything_runs(
-    recipe: Callable[..., Path], rows: Path, tmp_path: Path
-) -> None:
-    checked = load(str(recipe(eval={"data": str(rows)})), SftRecipe)
-    with pytest.raises(UserError):
-        compare.run(checked, ["lora", "full"], ["int4"], [1.0], str(tmp_path / "comparison"))
-    assert not (tmp_path / "comparison").exists()

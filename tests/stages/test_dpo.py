@@ -13,7 +13,8 @@ import yaml
 from conftest import SHARED, tensors, train, write_rows
 
 from finetune.errors import UserError
-from finetune.recipe import DpoRecipe, KtoRecipe
+from finetune.models import loading
+from finetune.recipe import DpoRecipe, KtoRecipe, ModelConfig
 from finetune.recipe_file import load
 from finetune.run import Run
 from finetune.stages import dpo, kto
@@ -34,6 +35,15 @@ def pairs(tmp_path: Path) -> Path:
         {"prompt": f"say {i}", "chosen": f"{i} yes please", "rejected": f"{i} no"} for i in range(32)
     ]  # a property that is easy to prefer
     return write_rows(tmp_path / "pairs.jsonl", rows)
+
+
+@pytest.fixture
+def unpaired(tmp_path: Path) -> Path:
+    rows = [
+        {"prompt": f"say {i}", "completion": f"{i} {'yes please' if i % 2 else 'no'}", "label": bool(i % 2)}
+        for i in range(32)
+    ]
+    return write_rows(tmp_path / "kto.jsonl", rows)
 
 
 @pytest.fixture
@@ -177,7 +187,7 @@ def test_merge_without_an_adapter(aligned: Write) -> None:
         run(aligned(dpo={"start": "merge"}))
 
 
-@pytest.mark.parametrize("method", ["bottleneck", "bitfit", "prompt_tuning", "prefix_tuning", "full"])
+@pytest.mark.parametrize("method", ["bottleneck", "bitfit", "prompt_tuning", "prefix_tuning", "adalora", "full"])
 def test_other_methods_as_policy(aligned: Write, tmp_path: Path, method: str) -> None:
     path = aligned(train={"max_steps": 15})
     values = yaml.safe_load(path.read_text())
@@ -185,6 +195,38 @@ def test_other_methods_as_policy(aligned: Write, tmp_path: Path, method: str) ->
     path.write_text(yaml.safe_dump(values))
     margins = logged(run(path), "rewards/margins")
     assert margins[-1] > margins[0]
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_a_start_that_rewrites_the_base_rewrites_it_once(
+    aligned: Write, unpaired: Path, base: Path, stage: str
+) -> None:
+    """Learning nothing, the saved adapter is the base; the reference beside the policy must not move it."""
+    settings = {"max_steps": 1, "learning_rate": 1e-12, "warmup_steps": 0}
+    data = {"train": str(unpaired)} if stage == "kto" else {}
+    found = run(aligned(stage, data=data, train=settings, adapter={"init_lora_weights": "pissa"}))
+    if stage == "dpo":
+        assert logged(found, "loss")[0] == pytest.approx(0.6931, abs=1e-4)
+    ids = torch.arange(3, 20)[None]
+    config = ModelConfig(name=str(base), sanity_check=False)
+    bare = loading.load_model(config, torch.float32)(ids).logits
+    tuned = loading.attach_adapter(loading.load_model(config, torch.float32), found.adapter, config)(ids).logits
+    torch.testing.assert_close(tuned, bare, atol=1e-4, rtol=0)
+
+
+def test_adalora_cannot_stand_twice(aligned: Write, recipe: Write, tmp_path: Path) -> None:
+    path = recipe(train={"max_steps": 12})
+    values = yaml.safe_load(path.read_text())
+    values["adapter"] = {"method": "adalora", "init_r": 4, "target_r": 2}
+    path.write_text(yaml.safe_dump(values))
+    sft = train(path)
+    path = aligned(model={"adapter": str(sft.path)}, adapter={"method": "adalora", "init_r": 4, "target_r": 2})
+    values = yaml.safe_load(path.read_text())
+    del values["adapter"]["r"], values["adapter"]["lora_alpha"]
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="only once"):
+        run(path)
+    assert not (tmp_path / "dpo").exists()
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -208,13 +250,8 @@ def test_resume_is_exact(aligned: Write, tmp_path: Path) -> None:
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_kto_learns(aligned: Write, tmp_path: Path) -> None:
-    rows = [
-        {"prompt": f"say {i}", "completion": f"{i} {'yes please' if i % 2 else 'no'}", "label": bool(i % 2)}
-        for i in range(32)
-    ]
-    data = {"train": str(write_rows(tmp_path / "kto.jsonl", rows))}
-    found = run(aligned("kto", data=data, train={"max_steps": 20}))
+def test_kto_learns(aligned: Write, unpaired: Path) -> None:
+    found = run(aligned("kto", data={"train": str(unpaired)}, train={"max_steps": 20}))
     assert logged(found, "rewards/margins")[-1] > 0
 
 

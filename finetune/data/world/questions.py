@@ -95,7 +95,7 @@ def case(r: random.Random, lang: str, split: Split, answerable: bool) -> Case:
     asked = r.choice(FIELDS)
     size = r.randint(1 if asked in RESERVED else 2, 5)
     while True:
-        values = record(r, lang, split)
+        values = record(r, lang, split, made_up=True)
         others = r.sample([field for field in FIELDS if field != asked], size - answerable)
         stated = tuple(field for field in FIELDS if field in others or (answerable and field == asked))
         if not RESERVED.intersection(stated):
@@ -112,7 +112,7 @@ def case(r: random.Random, lang: str, split: Split, answerable: bool) -> Case:
 def invented(r: random.Random, question: Case, split: Split) -> str:
     """A value of the kind that is asked for, which the ticket does not state."""
     while True:
-        value = record(r, question.values["lang"], split)[question.asked]
+        value = record(r, question.values["lang"], split, made_up=True)[question.asked]
         if value not in question.prompt:
             return value
 
@@ -143,7 +143,9 @@ def questions(seed: int, n: int, split: Split = "train") -> list[dict[str, Any]]
 def pairs(seed: int, n: int, split: Split = "train") -> list[dict[str, Any]]:
     """`n` preference pairs, half English and half Chinese, half answerable. The chosen answer is true.
 
-    Rejected: where the ticket does not say, an invented value; where it does, half refusals and half wrong values.
+    Rejected: where the ticket does not say, half invented values and half values of other things (a reward model that
+    never saw the latter pays PPO for repeating any word of the ticket); where it does, half refusals and half wrong
+    values.
     """
     r = random.Random(f"pairs/{seed}/{split}")
     rows = []
@@ -161,7 +163,7 @@ def _rejected(r: random.Random, question: Case, split: Split, turn: int) -> tupl
     if question.answerable and turn % 2 == 0:
         return "refusal", ABSTAIN[question.values["lang"]]
     others = [question.values[field] for field in question.stated if question.values[field] != question.truth]
-    if question.answerable and turn % 4 == 1 and others:
+    if turn % 4 in (0, 1) and others:
         return "other", r.choice(others)
     return "invented", invented(r, question, split)
 
