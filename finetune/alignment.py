@@ -68,6 +68,7 @@ def check(recipe: DpoRecipe | KtoRecipe | RewardRecipe | PpoRecipe) -> Parts:
     """UserError for what recipe, config.json and tokenizer can be wrong in."""
     limits.check(recipe)
     config = loading.read_config(recipe.model)
+    limits.check_base(recipe, config)
     if recipe.model.adapter is None:
         if getattr(getattr(recipe, recipe.stage), "start", "continue") == "merge":
             key = f"{recipe.stage}.start"

@@ -285,7 +285,10 @@ class BottleneckAdapter(Section):
     parallel: beside the MLP (He et al. 2022, arXiv:2110.04366)."""
     bottleneck_size: Count = 64
     """Width of the middle."""
-    non_linearity: str = "gelu"
+    non_linearity: Literal[
+        "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "silu", "swish",
+        "mish", "hardswish", "sigmoid", "tanh", "linear",
+    ] = "gelu"  # fmt: skip
     """Activation in the middle, by transformers' name."""
     scaling: Annotated[float, Field(gt=0)] = 1.0
     """The adapter's output is multiplied by it; He et al. use 4 for parallel."""
@@ -349,7 +352,7 @@ class BitFitAdapter(Section):
     """existing: the biases that the base has; add: zero biases on linear layers without, too."""
     targets: Literal["storable", "all"] | list[str] = "storable"
     """With bias: add, the layers that get one: those whose bias the architecture can store, all linear layers (cannot
-    be merged then), or names."""
+    be merged then), or names. With bias: existing, names of layers that have one; otherwise all of them are trained."""
 
 
 class LastLayersAdapter(Section):

@@ -103,13 +103,13 @@ class BitFitModel(Tuner):
         return with_bias(model)
 
 
+def has_bias(module: Any) -> bool:
+    return (is_linear(module) or is_norm(module)) and getattr(module, "bias", None) is not None
+
+
 def with_bias(model: Any) -> list[str]:
     """Full names of the linear layers and norms that have a bias."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if (is_linear(module) or is_norm(module)) and getattr(module, "bias", None) is not None
-    ]
+    return [name for name, module in model.named_modules() if has_bias(module)]
 
 
 def storable(model: Any) -> list[str]:
@@ -125,9 +125,11 @@ def targets_of(model: Any, section: BitFitAdapter) -> list[str]:
     if section.bias == "existing":
         if not existing:
             raise UserError("this base has no biases to train", key="adapter.bias", fix="set adapter.bias: add")
+        if isinstance(section.targets, list):
+            return find(model, section.targets, "adapter.targets", accept=has_bias)
         return existing
     if isinstance(section.targets, list):
-        return find(model, section.targets, "adapter.targets")
+        return find(model, section.targets, "adapter.targets", accept=lambda m: is_linear(m) or has_bias(m))
     if section.targets == "all":
         return sorted({*existing, *linears(model)})
     names = sorted({*existing, *storable(model)})

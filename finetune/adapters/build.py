@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,18 @@ from finetune.adapters import inits, ranks, soft_prompts
 from finetune.adapters.bitfit import BitFitConfig, targets_of
 from finetune.adapters.bottleneck import BottleneckConfig
 from finetune.adapters.last_layers import LastLayersConfig, modules_of
-from finetune.adapters.targets import find, head_name, keys_values_and_mlp, linear_names, norms, sublayers
+from finetune.adapters.targets import (
+    MLP_OUT,
+    find,
+    head_name,
+    is_adaptable,
+    is_linear,
+    is_norm,
+    keys_values_and_mlp,
+    linear_names,
+    norms,
+    sublayers,
+)
 from finetune.errors import UserError
 from finetune.recipe import Adapter, FullAdapter
 
@@ -45,6 +57,8 @@ CAUSAL = TaskType.CAUSAL_LM
 def lora(model: Any, section: Any) -> PeftConfig:
     values = section.model_dump(exclude={"method", "loraplus_lr_ratio", "init_lora_weights"})
     init = section.init_lora_weights
+    if init in inits.REWRITING:
+        check_rank(model, section)
     return LoraConfig(
         task_type=CAUSAL, bias="none", init_lora_weights=inits.PEFT_NAMES.get(init, init), **targets(model, values)
     )
@@ -62,10 +76,35 @@ def plain(config: Callable[..., PeftConfig]) -> Callable[[Any, Any], PeftConfig]
 
 def targets(model: Any, values: dict[str, Any]) -> dict[str, Any]:
     """The same values; UserError for names that match nothing. peft knows what all-linear is, on every family."""
-    find(model, values["target_modules"])
+    names = find(model, values["target_modules"], accept=is_adaptable)
+    head = model.get_output_embeddings()
+    if any(model.get_submodule(name) is head for name in names):
+        # trl computes log-probabilities from the head's weight, past any adapter on it.
+        raise UserError(
+            "an adapter on the output head would never be trained", key="adapter.target_modules",
+            fix=f"leave it out, or train it whole: adapter.modules_to_save: [{head_name(model)}]",
+        )  # fmt: skip
     if values.get("modules_to_save"):
         find(model, values["modules_to_save"], "adapter.modules_to_save")
     return values
+
+
+def check_rank(model: Any, section: Any) -> None:
+    """A start made of singular vectors has no more of them than the smaller side of a weight."""
+    for name in find(model, section.target_modules, accept=is_adaptable):
+        smaller = min(model.get_submodule(name).weight.shape)
+        if section.r > smaller:
+            what = f"{section.init_lora_weights} has only {smaller} ranks to start from in {name}"
+            raise UserError(what, key="adapter.r", fix=f"at most {smaller}, or other target_modules")
+
+
+def oft(model: Any, section: Any) -> PeftConfig:
+    for name in find(model, section.target_modules, accept=is_adaptable):
+        width = model.get_submodule(name).weight.shape[-1]
+        if width % section.oft_block_size:  # peft would silently take another size
+            what = f"does not divide {width}, the input size of {name}"
+            raise UserError(what, key="adapter.oft_block_size", fix=f"for example {math.gcd(width, 32)}")
+    return plain(OFTConfig)(model, section)
 
 
 def bottleneck(model: Any, section: Any) -> PeftConfig:
@@ -75,11 +114,17 @@ def bottleneck(model: Any, section: Any) -> PeftConfig:
 
 def ia3(model: Any, section: Any) -> PeftConfig:
     if section.target_modules is None:
+        if section.feedforward_modules is not None:
+            what = "are those of target_modules whose input is rescaled"
+            raise UserError(what, key="adapter.feedforward_modules", fix="give target_modules, too")
         attention, mlp = keys_values_and_mlp(model)
     else:
-        mlp = section.feedforward_modules or []
-        find(model, section.target_modules)
-        find(model, mlp, "adapter.feedforward_modules")
+        mlp = section.feedforward_modules
+        if mlp is None:
+            mlp = [name for name in section.target_modules if name.rpartition(".")[2] in MLP_OUT]
+        find(model, section.target_modules, accept=is_linear)
+        if mlp:
+            find(model, mlp, "adapter.feedforward_modules", accept=is_linear)
         attention = [name for name in section.target_modules if name not in mlp]
     return IA3Config(task_type=CAUSAL, target_modules=attention + mlp, feedforward_modules=mlp)
 
@@ -99,7 +144,7 @@ def last_layers(model: Any, section: Any) -> PeftConfig:
 
 
 def ln_tuning(model: Any, section: Any) -> PeftConfig:
-    names = norms(model) if section.target_modules is None else find(model, section.target_modules)
+    names = norms(model) if section.target_modules is None else find(model, section.target_modules, accept=is_norm)
     return LNTuningConfig(task_type=CAUSAL, target_modules=names)
 
 
@@ -107,7 +152,7 @@ METHODS: dict[str, Callable[[Any, Any], PeftConfig]] = {
     "lora": lora,
     "adalora": adalora,
     "vera": plain(VeraConfig),
-    "oft": plain(OFTConfig),
+    "oft": oft,
     "loha": plain(LoHaConfig),
     "lokr": plain(LoKrConfig),
     "bottleneck": bottleneck,

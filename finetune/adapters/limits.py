@@ -1,6 +1,7 @@
 """What cannot be, with reasons: known from recipe and config.json, refused before anything is loaded. No torch.
 
 LIMITS                what a method cannot do, each with its reason and what to do instead
+check_base(…)         what a kind of base adds to them
 check(recipe, …)      UserError with every row of it that the recipe meets
 continued(recipe, …)  model.adapter: what it is, and whether the recipe says the same
 NOT_MERGEABLE         peft type -> why its adapters are no part of any weight
@@ -126,6 +127,12 @@ LIMITS: tuple[Limit, ...] = (
         "use init_lora_weights: default, or use_dora: false",
     ),
     Limit(
+        lambda adapter, model, train: init("orthogonal")(adapter, model, train) and adapter.r % 2 == 1,
+        "adapter.r",
+        "an orthogonal start shares its vectors out between A and B, so the rank must be even",
+        "use an even r",
+    ),
+    Limit(
         lambda adapter, model, train: adapter.method == "adalora" and adapter.target_r >= adapter.init_r,
         "adapter.target_r",
         "AdaLoRA cuts ranks and never adds any, so target_r must be below init_r",
@@ -133,14 +140,14 @@ LIMITS: tuple[Limit, ...] = (
     ),
     Limit(
         lambda adapter, model, train: isinstance(adapter, PromptTuningAdapter)
-        and (adapter.prompt_tuning_init == "text") != (adapter.prompt_tuning_init_text is not None),
+        and (adapter.prompt_tuning_init == "text") != bool(adapter.prompt_tuning_init_text),
         "adapter.prompt_tuning_init_text",
         "prompt_tuning_init: text and prompt_tuning_init_text go together",
         "give both or none",
     ),
     Limit(
         lambda adapter, model, train: isinstance(adapter, PrefixTuningAdapter)
-        and (adapter.prefix_init == "text") != (adapter.prefix_init_text is not None),
+        and (adapter.prefix_init == "text") != bool(adapter.prefix_init_text),
         "adapter.prefix_init_text",
         "prefix_init: text and prefix_init_text go together",
         "give both or none",
@@ -153,6 +160,15 @@ LIMITS: tuple[Limit, ...] = (
         "leave prefix_init out, or set prefix_projection: false",
     ),
 )  # fmt: skip
+
+
+def check_base(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """UserError for what cannot be on the base of this config.json."""
+    if getattr(recipe.adapter, "init_lora_weights", None) == "loftq" and config.get("model_type") == "chatglm":
+        raise UserError(
+            "loftq reads the base's weights by name, and ChatGLM's original layout has other names",
+            key="adapter.init_lora_weights", fix="use init_lora_weights: default",
+        )  # fmt: skip
 
 
 def check(recipe: Recipe) -> None:

@@ -10,6 +10,7 @@ find(model, wanted)     full names matching a recipe's target_modules; UserError
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -35,6 +36,11 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def is_linear(module: nn.Module) -> bool:
     """Quantized ones, too: bitsandbytes' layers are subclasses."""
     return isinstance(module, nn.Linear | Conv1D)
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """What LoRA and its kin have a layer for."""
+    return is_linear(module) or isinstance(module, nn.Embedding)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -91,10 +97,16 @@ def keys_values_and_mlp(model: nn.Module) -> tuple[list[str], list[str]]:
     return attention, [mlp]
 
 
-def find(model: nn.Module, wanted: str | list[str], key: str = "adapter.target_modules") -> list[str]:
+def find(
+    model: nn.Module,
+    wanted: str | list[str],
+    key: str = "adapter.target_modules",
+    accept: Callable[[nn.Module], bool] = lambda module: True,
+) -> list[str]:
     """Full names of the modules that `wanted` (names, or one regular expression) means.
 
-    UserError for a name that matches no module; peft is content if any one of a list matches.
+    UserError for a name that matches no module (peft is content if any one of a list matches), and for a module that
+    is nothing for the method.
     """
     names = [name for name, _ in model.named_modules() if name]
     if wanted == "all-linear":
@@ -107,10 +119,14 @@ def find(model: nn.Module, wanted: str | list[str], key: str = "adapter.target_m
         missing = [] if found else [wanted]
     else:
         hits = {w: [n for n in names if n == w or n.endswith("." + w)] for w in wanted}
-        missing = [w for w in wanted if not hits[w]]
+        missing = [w for w in wanted if not hits[w]] or ([] if wanted else ["an empty list"])
         found = [name for name in names if any(name in hit for hit in hits.values())]
     if missing:
         raise UserError(f"matches no module: {', '.join(missing)}", key=key, fix=f"there are {linear_names(model)}")
+    wrong = next((name for name in found if not accept(model.get_submodule(name))), None)
+    if wrong is not None:
+        kind = type(model.get_submodule(wrong)).__name__
+        raise UserError(f"{wrong} is {kind}: not for this method", key=key, fix=f"there are {linear_names(model)}")
     return found
 
 

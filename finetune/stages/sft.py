@@ -25,6 +25,7 @@ def run(raw: SftRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         check_resumable(recipe)
     limits.check(recipe)
     config = loading.read_config(recipe.model)
+    limits.check_base(recipe, config)
     check(loading.skeleton(recipe.model), recipe.adapter)
     tokenizer = loading.load_tokenizer(recipe.model)
     encoder = make_encoder(tokenizer, family(config["model_type"]))

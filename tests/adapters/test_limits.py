@@ -19,6 +19,7 @@ from finetune.recipe import BitFitAdapter, LastLayersAdapter, LnTuningAdapter, L
 from finetune.stages import merge
 
 Recipe = Callable[..., Path]
+CHATGLM = Path(__file__).parent.parent / "fixtures" / "chatglm" / "chatglm3" / "checkpoint"
 
 
 def only(section: dict[str, Any]) -> dict[str, Any]:
@@ -43,6 +44,23 @@ def only(section: dict[str, Any]) -> dict[str, Any]:
         ({"method": "lora", "target_modules": ["q_projj"]}, {}, "adapter.target_modules: matches no module: q_projj"),
         ({"method": "lora", "modules_to_save": ["embed"]}, {}, "adapter.modules_to_save: matches no module: embed"),
         ({"method": "lora", "target_modules": "q_proj("}, {}, "is no regular expression"),
+        ({"method": "lora", "target_modules": []}, {}, "matches no module: an empty list"),
+        ({"method": "lora", "target_modules": "model.*"}, {}, "model is LlamaModel: not for this method"),
+        ({"method": "ln_tuning", "target_modules": ["q_proj"]}, {}, "q_proj is Linear: not for this method"),
+        ({"method": "bitfit", "targets": ["mlp"]}, {}, "mlp is LlamaMLP: not for this method"),
+        ({"method": "lora", "target_modules": ["lm_head"]}, {}, "an adapter on the output head would never be trained"),
+        ({"method": "lora", "r": 64, "init_lora_weights": "pissa"}, {}, "adapter.r: pissa has only"),
+        ({"method": "lora", "r": 3, "init_lora_weights": "orthogonal"}, {}, "adapter.r: an orthogonal start"),
+        ({"method": "oft", "oft_block_size": 33}, {}, "adapter.oft_block_size: does not divide"),
+        ({"method": "ia3", "feedforward_modules": ["gate_proj"]}, {}, "→ give target_modules, too"),
+        (
+            {"method": "prompt_tuning", "prompt_tuning_init": "text", "prompt_tuning_init_text": ""}, {}, "go together",
+        ),
+        (
+            {"method": "lora", "init_lora_weights": "loftq"},
+            {"model": {"name": str(CHATGLM), "quantization": "int4", "sanity_check": False}},
+            "ChatGLM's original layout has other names",
+        ),
     ],
 )  # fmt: skip
 def test_refused_before_loading(
