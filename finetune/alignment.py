@@ -8,7 +8,8 @@
 
 Where the reference comes from: a fresh adapter starts as the base, so the base with the adapter off is the reference;
 an adapter that is trained on (model.adapter) has a frozen copy of itself beside it, and so has a fresh one whose start
-rewrites the base (pissa, olora). Its log-probabilities are computed once and kept on disk.
+rewrites the base (pissa, olora) or makes up for its rounding (loftq). Its log-probabilities are computed once and kept
+on disk.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -139,7 +139,7 @@ def policy(
     loading.refuse_training(network, base.name)
     if base.adapter is None:
         model = apply(network, recipe.adapter, parts.tokenizer, loading.folder(base))
-        return model, rewrites_base(recipe.adapter)
+        return model, moves_reference(recipe.adapter)
     start = loading.adapter_folder(base.adapter)
     model = loading.attach_adapter(network, start, base, trainable=loads_trainable(start))
     prepare(model)
@@ -167,12 +167,21 @@ def reward_model(recipe: RewardRecipe, parts: Parts, machine: Hardware) -> Any:
     return model
 
 
+REFERENCE_VERSION = "2"  # of what is kept: 1 had other references where an adapter was continued
+
+
+def moves_reference(section: Any) -> bool:
+    """Whether a fresh adapter's start, and not the base with the adapter off, is the reference."""
+    return rewrites_base(section) or getattr(section, "init_lora_weights", None) == "loftq"
+
+
 def reference_key(recipe: DpoRecipe | KtoRecipe, base: ModelConfig) -> str:
     """What identifies the reference: base, quantization, and the adapter it starts from."""
-    parts = [fingerprint(loading.folder(base)), str(base.quantization), base.quantization_type]
+    parts = [REFERENCE_VERSION, fingerprint(loading.folder(base)), str(base.quantization), base.quantization_type]
+    parts += [str(base.rope_scaling), str(base.attn_implementation)]
     if base.adapter is not None:
         parts.append(fingerprint_of_adapter(loading.adapter_folder(base.adapter)))
-    elif rewrites_base(recipe.adapter):
+    elif moves_reference(recipe.adapter):
         parts.append(f"{recipe.adapter!r} {recipe.train.seed}")
     return " ".join(parts)
 
@@ -180,7 +189,8 @@ def reference_key(recipe: DpoRecipe | KtoRecipe, base: ModelConfig) -> str:
 def fingerprint_of_adapter(folder: Path) -> str:
     import hashlib
 
-    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    files = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def dpo_trainer(
@@ -229,7 +239,7 @@ def kto_trainer(
         undesirable_weight=kto.undesirable_weight,
         max_length=None,
     )
-    with nullcontext() if copy else trainers.without_copy(model):
+    with trainers.own_reference(model, copy):
         trainer = trainers.Kto(
             model=model,
             args=config,

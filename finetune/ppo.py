@@ -358,10 +358,16 @@ class Ppo:
                 losses.append(row["loss"])
                 row["tokens_per_second"] = progress.rate(row.pop("tokens"))
                 progress.step(self.state.step)
-                if self.state.step % self.recipe.train.logging_steps == 0 or self.state.step in (1, self.total):
+                logged = self.state.step % self.recipe.train.logging_steps == 0 or self.state.step in (1, self.total)
+                if logged:
                     run.append_metrics(row)
                     progress.log(row)
-                self.watch(row)
+                try:
+                    self.watch(row)
+                except RunError:
+                    if not logged:
+                        run.append_metrics(row)  # the reason must be on record
+                    raise
                 if self.state.step % every == 0 or self.guard.stopped or self.state.step == self.total:
                     self.save()
         finally:
@@ -434,13 +440,16 @@ class Ppo:
         state, first = self.state, self.state.first
         if not first:
             state.first = {key: row[key] for key in ("eos_rate", "repetition", "response_length")}
+            if row["eos_rate"] < 0.05:
+                warn("hardly a reply ends by itself within ppo.max_new_tokens: raise it, or look at the SFT data")
             return
         signs = []
         if first["eos_rate"] > 0.2 and row["eos_rate"] < 0.5 * first["eos_rate"]:
             signs.append(f"only {row['eos_rate']:.0%} of the replies end (at first {first['eos_rate']:.0%})")
         if row["repetition"] > first["repetition"] + 0.5:
             signs.append(f"{row['repetition']:.0%} of their trigrams repeat others")
-        if first["response_length"] > 4 and row["response_length"] < 0.1 * first["response_length"]:
+        # A reply is never shorter than its end token.
+        if first["response_length"] > 2 and row["response_length"] <= max(1.1, 0.1 * first["response_length"]):
             signs.append(f"they are {row['response_length']:.1f} tokens long (at first {first['response_length']:.1f})")
         state.bad = state.bad + 1 if signs else 0
         if state.bad >= DEGENERATE:
@@ -486,9 +495,11 @@ class Ppo:
         torch.save({**{k: v.state_dict() for k, v in kept.items()}, "random": random}, folder / "optimizer.pt")
         write_json(folder / "state.json", asdict(self.state))
         (folder / CHECKPOINT_COMPLETE).touch()
-        done = sorted(self.run.checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-        for old in done[: -self.recipe.train.save_total_limit]:
-            shutil.rmtree(old)
+        found = sorted(self.run.checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+        done = [path for path in found if (path / CHECKPOINT_COMPLETE).exists()]
+        for old in found:
+            if old not in done[-self.recipe.train.save_total_limit :]:  # also what a kill has left half-written
+                shutil.rmtree(old)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

@@ -9,14 +9,11 @@ Everything else is trl's: DPOTrainer, KTOTrainer and RewardTrainer underneath.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-
-LN2 = math.log(2)  # DPO's loss when policy and reference agree
 
 
 def simpo_loss(
@@ -91,11 +88,14 @@ class ScoreCollator:
 
 
 def stuck(rows: list[dict[str, Any]]) -> str | None:
-    """A warning when a DPO loss has stood at ln 2 while the learning rate was not zero."""
-    losses = [row["loss"] for row in rows if "loss" in row and row.get("learning_rate", 0) > 0]
-    if len(losses) < 5 or any(abs(loss - LN2) > 1e-3 for loss in losses[1:]):
+    """A warning when the margin of the rewards has stood at 0, where it begins, while the learning rate was not zero.
+
+    The sigmoid loss then stands at ln 2; that of other objectives, or with an SFT term, elsewhere.
+    """
+    margins = [row["rewards/margins"] for row in rows if "rewards/margins" in row and row.get("learning_rate", 0) > 0]
+    if len(margins) < 5 or any(abs(margin) > 2e-3 for margin in margins[1:]):
         return None
     return (
-        "the loss stands at 0.693: policy and reference stay equal; raise train.learning_rate or dpo.beta, and look "
-        "whether chosen and rejected answers differ (ft data check)"
+        "the margin stands at 0 (a sigmoid loss at 0.693): policy and reference stay equal; raise train.learning_rate "
+        "or beta, and look whether chosen and rejected answers differ (ft data check)"
     )

@@ -703,6 +703,10 @@ class PpoRecipe(BaseRecipe):
     def _batches(self) -> PpoRecipe:
         if self.train.effective_batch_size % self.ppo.num_mini_batches:
             raise ValueError("ppo.num_mini_batches: does not divide train.effective_batch_size")
+        if self.ppo.kl_target is not None and self.ppo.kl_coef == 0:
+            raise ValueError("ppo.kl_coef: nothing to adapt to kl_target; give it a value above 0")
+        if self.ppo.kl_target is not None and self.train.effective_batch_size >= 5 * self.ppo.kl_horizon:
+            raise ValueError("ppo.kl_horizon: a fifth of train.effective_batch_size or less makes kl_coef negative")
         return self
 
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -269,17 +269,20 @@ def check(
         raise UserError(sorted(found.values(), key=lambda p: p.line or 0)) from None
 
 
-def load(reference: str, kind: type[R], overrides: Sequence[str] = (), output: str | None = None) -> R:
-    """Read a recipe by path or shipped name as a `kind` of recipe, apply --set and --output, and check it."""
+@overload
+def load(reference: str, kind: type[R], overrides: Sequence[str] = (), output: str | None = None) -> R: ...
+@overload
+def load(reference: str, kind: None, overrides: Sequence[str] = (), output: str | None = None) -> Recipe: ...
+def load(reference: str, kind: Any, overrides: Sequence[str] = (), output: str | None = None) -> Any:
+    """Read a recipe by path or shipped name as a `kind` of recipe (None: of any stage), apply --set and --output, and
+    check it."""
     path = find(reference)
     values, lines = _read(path)
     overridden = _override(values, overrides)
     if output is not None:
         overridden |= _override(values, [f"output.dir={json.dumps(output)}"])
-    stage = next(name for name, cls in RECIPES.items() if cls is kind)
-    recipe = check(values, stage, path, lines, overridden)
-    assert isinstance(recipe, kind)
-    return recipe
+    stage = next((name for name, cls in RECIPES.items() if cls is kind), None)
+    return check(values, stage, path, lines, overridden)
 
 
 def to_yaml(recipe: Recipe, header: str = "") -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetune.adapters import ranks
+from finetune.adapters.seats import copy_adapter, named
 from finetune.adapters.state import load_state
 from finetune.optim import MuonWithAdamW, OrderedSampler, faster_b, muon_split
 from finetune.preference import orpo_loss, simpo_loss
@@ -120,12 +121,17 @@ class Sft(Extras, _WeightedSft):
 
 
 @contextmanager
-def without_copy(model: Any) -> Iterator[None]:
-    """While trl's DPOTrainer and KTOTrainer are made: no second adapter "ref".
+def own_reference(model: Any, copy: bool) -> Iterator[None]:
+    """While trl's DPOTrainer and KTOTrainer are made: the reference is ours, not the second adapter that trl adds.
 
-    They add one to every PeftModel; with a fresh adapter the base with the adapter off is the same reference without
-    the memory, and AdaLoRA can stand on a base only once.
+    trl adds "ref" to every PeftModel and copies what has `.default.` inside its name, which leaves BitFit, IA3, VeRA,
+    LoHa, LoKr and soft prompts with a reference that was never trained. Here `copy` makes a whole copy; otherwise
+    there is none, and the base with the adapter off is the reference, without the memory.
     """
+    if copy and isinstance(model, PeftModel):
+        copy_adapter(model, "default", "ref")
+        for parameter in named(model, "ref").values():
+            parameter.requires_grad_(False)
     find = getattr(model, "get_parameter", None)
     if not isinstance(model, PeftModel) or find is None:
         yield
@@ -148,7 +154,7 @@ class _PairDpo(DPOTrainer):
             reference: what identifies the reference, for the cache of its log-probabilities in the folder `cache`.
         """
         self.recipe_dpo, self.copy, self.reference, self.cache = dpo, copy, reference, cache
-        with nullcontext() if copy else without_copy(kwargs["model"]):
+        with own_reference(kwargs["model"], copy):
             super().__init__(**kwargs)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

@@ -55,10 +55,13 @@ def test_collator_puts_chosen_rows_first() -> None:
     assert batch["completion_mask"].tolist() == [[0, 1, 1], [1, 0, 0], [0, 1, 0], [0, 1, 0]]
 
 
-def test_a_loss_that_stands_still_is_named() -> None:
-    def rows(losses: list[float]) -> list[dict[str, float]]:
-        return [{"loss": loss, "learning_rate": 1e-4} for loss in losses]
+def test_a_margin_that_stands_still_is_named() -> None:
+    """Whatever the loss is: an SFT term moves it away from ln 2."""
 
-    assert "0.693" in str(stuck(rows([0.6931] * 8)))
-    assert stuck(rows([0.6931, 0.69, 0.68, 0.67, 0.66])) is None
-    assert stuck(rows([0.6931] * 3)) is None
+    def rows(margins: list[float]) -> list[dict[str, float]]:
+        return [{"loss": 1.8, "rewards/margins": margin, "learning_rate": 1e-4} for margin in margins]
+
+    assert "0.693" in str(stuck(rows([0.0, 0.0004, -0.0003, 0.0001, 0.0, 0.0002])))
+    assert stuck(rows([0.0, 0.01, 0.05, 0.1, 0.2])) is None
+    assert stuck(rows([0.0] * 3)) is None
+    assert stuck([{"loss": 0.6931, "learning_rate": 1e-4}] * 8) is None

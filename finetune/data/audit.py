@@ -85,7 +85,8 @@ class Audit:
     def _batches(self, seed: int) -> Iterator[list[Item]]:
         for spec in specs(self.config):
             kind = None if self.kind == "prompts" else self.kind  # an answer, good or bad, is no obstacle
-            yield from batched(read_samples(spec, self.config, kind, seed=seed), BATCH)
+            items = read_samples(spec, self.config, kind, seed=seed)
+            yield from batched(apart(items) if kind == "unpaired" else items, BATCH)
 
     def _structure(self, batch: list[Item]) -> list[Item]:
         """The rows without structural errors."""
@@ -392,6 +393,17 @@ def conversations(sample: Any) -> dict[str, Conversation]:
         return {"": Conversation(prompt + sample.completion, sample.tools)}
     assert isinstance(sample, Text)
     return {}
+
+
+def apart(items: Iterable[Item]) -> Iterator[Item]:
+    """A pair as one good and one bad answer."""
+    for item in items:
+        pair = item.sample
+        if isinstance(pair, Preference):
+            for answer, label in ((pair.chosen, True), (pair.rejected, False)):
+                yield item._replace(sample=Unpaired(pair.prompt, answer, label, pair.tools))
+        else:
+            yield item
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

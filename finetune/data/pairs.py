@@ -54,7 +54,9 @@ def load_unpaired(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any =
         rows.append({"prompt_ids": ids[:start], "completion_ids": ids[start:], "label": item.sample.label})
         hashes.append(content_hash(item.sample))
     audit.settle()
-    data = _split(rows, hashes, config, audit)
+    # trl's KL term gives each prompt the answer of the row before it, which must not be the other answer of its pair.
+    order = sorted(range(len(rows)), key=lambda i: not rows[i]["label"])
+    data = _split([rows[i] for i in order], [hashes[i] for i in order], config, audit)
     if len(set(data.train["label"])) < 2:
         good = "good" if data.train[0]["label"] else "bad"
         raise UserError(f"every answer is labelled {good}", key="data.train", fix="KTO needs good and bad answers")

@@ -96,7 +96,7 @@ def checked_format(name: str | None, head: list[Row], columns: Any, kind: str | 
     if name not in formats.FORMATS:
         raise UserError(f"unknown format {name!r}", key="data.format", fix=f"use one of {', '.join(formats.FORMATS)}")
     found = formats.FORMATS[name].kind
-    if kind is not None and found != kind:
+    if kind is not None and found != kind and (kind, found) != ("unpaired", "preference"):
         raise UserError(
             f"the rows are {found} data ({name}), but this stage needs {kind} data",
             path=path, fix=f"use {STAGES[found]}, or set data.format",

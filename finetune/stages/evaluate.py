@@ -24,7 +24,7 @@ from finetune.metrics import by_group, mean, paired, wilson
 from finetune.models import hardware, loading
 from finetune.models.quantization import weight_bytes
 from finetune.progress import note
-from finetune.recipe import DataConfig, EvalConfig, ModelConfig, SftRecipe, absolute, compute_dtype
+from finetune.recipe import DataConfig, EvalConfig, ModelConfig, absolute, compute_dtype
 from finetune.recipe_file import check, load
 from finetune.run import read_recipe, write_json
 from finetune.scoring import RewardModel, is_reward_run
@@ -111,7 +111,7 @@ def evaluate_reward(path: str, data: str | None, limit: int | None) -> Evaluatio
     held_out = data or recipe.eval.data
     if held_out is None:
         raise UserError("no held-out pairs", key="eval.data", fix="set it in the recipe, or give --data FILE")
-    audit = Audit(DataConfig(train=absolute(held_out)), None, "preference")
+    audit = Audit(DataConfig(train=absolute(held_out), columns=recipe.data.columns), None, "preference")
     items = [item for item, _ in audit.rows(0)][: limit or recipe.eval.limit]
     audit.settle()
     machine = hardware.detect()
@@ -170,7 +170,7 @@ def quantized(target: Target, kind: str) -> Target:
 def find_targets(runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None) -> list[Target]:
     """What the arguments name. UserError when they name nothing."""
     if recipe is not None:
-        loaded = load(recipe, SftRecipe)
+        loaded = load(recipe, None)
         done = (Path(loaded.output.dir) / "result.json").exists()
         if done:
             return [run_target(loaded.output.dir)]
@@ -198,6 +198,8 @@ def run_target(reference: str, model: str | None = None) -> Target:
         return Target(name, ModelConfig(name=str(path / "model")), None, recipe.data, recipe.eval)
     elsewhere = {"name": model, "revision": None, "source": None}
     config = recipe.model if model is None else recipe.model.model_copy(update=elsewhere)
+    if model is None and (path / "start").is_dir():  # dpo.start: merge made a base of its own
+        config = config.model_copy(update={"name": str(path / "start"), "adapter": None, "revision": None})
     return Target(name, config, loading.adapter_folder(reference), recipe.data, recipe.eval)
 
 

@@ -11,13 +11,14 @@ from finetune import alignment
 from finetune.alignment import Parts
 from finetune.data import pairs
 from finetune.data.dataset import SftData
+from finetune.preference import stuck
 from finetune.recipe import Hardware, KtoRecipe, ModelConfig
 from finetune.run import Run
 from finetune.training import Layout
 
 
 def run(raw: KtoRecipe, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
-    alignment.run_stage(raw, resume, overwrite, dry_run, load, make)
+    alignment.run_stage(raw, resume, overwrite, dry_run, load, make, lambda run: stuck(run.read_metrics()))
 
 
 def load(recipe: KtoRecipe, parts: Parts) -> SftData:

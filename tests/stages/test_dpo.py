@@ -17,7 +17,7 @@ from finetune.models import loading
 from finetune.recipe import DpoRecipe, KtoRecipe, ModelConfig
 from finetune.recipe_file import load
 from finetune.run import Run
-from finetune.stages import dpo, kto
+from finetune.stages import dpo, evaluate, kto
 
 Write = Callable[..., Path]
 
@@ -175,11 +175,46 @@ def test_from_an_sft_run(aligned: Write, recipe: Write, start: str, tmp_path: Pa
     assert logged(found, "loss")[0] == pytest.approx(0.6931, abs=1e-3)
     identity = json.loads((found.adapter / "base_identity.json").read_text())
     assert (identity["base"] == str(found.path / "start")) == (start == "merge")
+    target = evaluate.run_target(str(found.path))  # what `ft eval RUN` loads
+    assert target.model.name == identity["base"]
     before = tensors(sft.adapter)
     after = tensors(found.adapter)
     if start == "continue":
         assert before.keys() == after.keys()
         assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"method": "bitfit"}, {"method": "ia3"}, {"method": "vera", "r": 16}, {"method": "lokr", "r": 4},
+        {"method": "last_layers", "num_layers": 1}, {"method": "prompt_tuning", "num_virtual_tokens": 4},
+        {"method": "prefix_tuning", "num_virtual_tokens": 4},
+    ],
+    ids=lambda section: section["method"],
+)  # fmt: skip
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_the_reference_of_every_method_is_where_it_starts(
+    aligned: Write, recipe: Write, unpaired: Path, stage: str, section: dict[str, Any]
+) -> None:
+    """peft keeps the weights of some methods under other names than LoRA's, which a copy by name misses."""
+
+    def with_section(path: Path) -> Path:
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "adapter": section}))
+        return path
+
+    sft = train(with_section(recipe(train={"max_steps": 5, "learning_rate": 3e-2})))
+    sections: dict[str, Any] = {"model": {"adapter": str(sft.path)}, "train": {"max_steps": 3, "warmup_steps": 0}}
+    if stage == "kto":
+        sections["data"] = {"train": str(unpaired)}
+    found = run(with_section(aligned(stage, **sections)))
+    first = found.read_metrics()[0]
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    if stage == "dpo":
+        assert first["loss"] == pytest.approx(0.6931, abs=1e-4)
+    before, after = tensors(sft.adapter), tensors(found.adapter)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[k], after[k]) for k in before)
 
 
 def test_merge_without_an_adapter(aligned: Write) -> None:
@@ -252,6 +287,12 @@ def test_resume_is_exact(aligned: Write, tmp_path: Path) -> None:
 
 def test_kto_learns(aligned: Write, unpaired: Path) -> None:
     found = run(aligned("kto", data={"train": str(unpaired)}, train={"max_steps": 20}))
+    assert logged(found, "rewards/margins")[-1] > 0
+
+
+def test_kto_reads_a_pair_as_a_good_and_a_bad_answer(aligned: Write) -> None:
+    found = run(aligned("kto", train={"max_steps": 20}))
+    assert json.loads(found.result.read_text())["data"]["used"] == 64
     assert logged(found, "rewards/margins")[-1] > 0
 
 
