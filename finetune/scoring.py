@@ -129,6 +129,9 @@ class RewardModel:
         folder = Path(path)
         if (folder / "adapter_config.json").exists() or (folder / "adapter" / "adapter_config.json").exists():
             adapter = loading.adapter_folder(path)
+            described = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+            if described.get("task_type") != "SEQ_CLS":
+                raise UserError("has no score head", path=adapter, key="reward", fix="give a run of `ft reward`")
             base = loading.configs_of(adapter)[1]
             tokenizer = loading.load_tokenizer(base, adapter)
             scored = with_score_head(loading.load_model(base, dtype, machine), base.name)

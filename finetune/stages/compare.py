@@ -87,14 +87,14 @@ def run(
     folder = Path(output)
     check_folder(folder, recipe)
     jobs = [Job(m, q, f) for f in fractions for q in quantizations for m in methods]
-    recipes, refused = check_jobs(recipe, jobs)  # everything that can be checked, before anything runs
+    counts, recipes, refused = check_jobs(recipe, jobs)  # everything that can be checked, before anything runs
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / MARK, to_yaml(recipe))
     rows, reasons = [measure_base(recipe, kind, folder) for kind in quantizations], dict(refused)
     for number, job in enumerate(recipes, 1):
         begun = time.perf_counter()
         try:
-            result = run_job(job, recipes[job], folder)
+            result = run_job(job, recipes[job], sum(share_of(counts, job.fraction)), folder)
         except RunError as error:
             reasons[job] = f"failed: {error}"
             note(f"{number}/{len(recipes)} {job.name} {reasons[job]}")
@@ -138,8 +138,11 @@ def check_folder(folder: Path, recipe: SftRecipe) -> None:
         raise UserError(what, path=folder, key="--output", fix=fix)
 
 
-def check_jobs(recipe: SftRecipe, jobs: Sequence[Job]) -> tuple[dict[Job, SftRecipe], dict[Job, str]]:
-    """(recipes of what can be, reasons for what cannot). UserError when nothing can be, or data or targets are bad."""
+def check_jobs(recipe: SftRecipe, jobs: Sequence[Job]) -> tuple[list[int], dict[Job, SftRecipe], dict[Job, str]]:
+    """(rows of each source, recipes of what can be, reasons for what cannot).
+
+    UserError when nothing can be, or data or targets are wrong.
+    """
     from finetune.adapters import limits
     from finetune.adapters.build import check as check_targets
     from finetune.models import loading
@@ -168,7 +171,7 @@ def check_jobs(recipe: SftRecipe, jobs: Sequence[Job]) -> tuple[dict[Job, SftRec
             refused[job] = f"refused: {error.problems[0].message}"
     if not recipes:
         raise errors[0]
-    return recipes, refused
+    return counts, recipes, refused
 
 
 def job_recipe(recipe: SftRecipe, job: Job, counts: Sequence[int]) -> SftRecipe:
@@ -211,10 +214,10 @@ def measure_base(recipe: SftRecipe, kind: str, folder: Path) -> dict[str, Any]:
     return {"name": name, "method": "none", "quantization": kind, **found}
 
 
-def run_job(job: Job, recipe: SftRecipe, folder: Path) -> dict[str, Any]:
+def run_job(job: Job, recipe: SftRecipe, rows: int, folder: Path) -> dict[str, Any]:
     """Search, train and measure one job; what is on disk already is read. RunError when it failed."""
     where = folder / job.name
-    search = search_rate(job, recipe, folder)
+    search = search_rate(job, recipe, rows, folder)
     tried = [s for s in search if s["validation_loss"] is not None]
     if not tried:
         raise RunError(f"the loss became NaN at every learning rate: {', '.join(s['error'] for s in search[:1])}")
@@ -229,12 +232,12 @@ def run_job(job: Job, recipe: SftRecipe, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def search_rate(job: Job, recipe: SftRecipe, folder: Path) -> list[dict[str, Any]]:
+def search_rate(job: Job, recipe: SftRecipe, rows: int, folder: Path) -> list[dict[str, Any]]:
     """Short runs around the method's usual learning rate; the loss is that of rows held out of the training data."""
     assert recipe.train.max_steps is not None
     centre = recipe.train.learning_rate * CENTRE.get(job.method, 1.0)
     short = max(1, round(recipe.train.max_steps * SEARCH_STEPS))
-    held_out = max(1, round(sum(share_of(count_rows(recipe), 1.0)) * SEARCH_ROWS))
+    held_out = max(1, round(rows * SEARCH_ROWS))
     tried = []
     for factor in FACTORS:
         rate = float(f"{centre * factor:.3g}")

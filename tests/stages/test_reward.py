@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SHARED, tensors
+from conftest import SHARED, tensors, train
 from rl_kit import logged, pairs, result, reward_recipe, run_reward
 
 from finetune import alignment, training
+from finetune.errors import UserError
 from finetune.models import hardware
 from finetune.recipe import RewardRecipe, resolve
 from finetune.recipe_file import load
@@ -174,6 +176,12 @@ def test_goes_on_from_another_reward_model(tmp_path: Path, base: Path) -> None:
         if value.requires_grad and ".score." not in name:
             assert torch.equal(value, loaded[name])
     assert logged(run_reward(path), "loss")[0] < logged(first, "loss")[0]
+
+
+def test_a_run_without_a_score_head_is_no_reward_model(recipe: Callable[..., Path]) -> None:
+    sft = train(recipe(train={"max_steps": 1}))
+    with pytest.raises(UserError, match="has no score head"):
+        RewardModel.load(str(sft.path), torch.float32, hardware.detect())
 
 
 def test_head_is_on_the_base_it_was_given(tmp_path: Path, base: Path) -> None:
