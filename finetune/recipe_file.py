@@ -181,6 +181,8 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 def suggest(key: str, section: str, stage: str) -> str:
     """What to write instead of an unknown key: another tool's name, another section, or the nearest spelling."""
     sections = _fields(stage)
+    if section == "adapter" and key in sections[section]:  # which holds the keys of all methods
+        return "it belongs to another adapter.method: leave it out"
     known = {f"{s}.{k}" if s else k for s, keys in sections.items() for k in keys}
     foreign = FOREIGN_KEYS.get(key)
     if foreign in known:

@@ -89,6 +89,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         (GOOD.replace("output: {dir: runs/x}\n", ""), "output: missing"),
         (GOOD + "adapter: {method: lorra}\n", "adapter.method: unknown adapter method 'lorra'"),
         (GOOD + "adapter: {r: 0}\n", "adapter.r: 0 is not possible here"),
+        (GOOD + "adapter: {method: bitfit, r: 4}\n", "adapter.r: unknown key → it belongs to another adapter.method"),
         (GOOD + "train: {max_steps: 1.5}\n", "train.max_steps: 1.5 is not possible here"),
         (GOOD + "train: {packing: true}\n", "it belongs into data: data.packing"),
         (
