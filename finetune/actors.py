@@ -163,7 +163,7 @@ def starts_as_base(section: Adapter) -> bool:
     """Whether a fresh adapter computes what the base does."""
     if section.method in ("prompt_tuning", "p_tuning", "prefix_tuning"):
         return False
-    return not rewrites_base(section) and getattr(section, "init_lora_weights", None) != "loftq"
+    return not alignment.moves_reference(section)
 
 
 def freeze_unread(value: Seat) -> None:

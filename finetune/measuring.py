@@ -19,7 +19,7 @@ import yaml
 
 from finetune import evaluation
 from finetune.adapters import limits
-from finetune.adapters.build import loads_trainable, prepare
+from finetune.adapters.build import adapter_config, loads_trainable, prepare
 from finetune.data import dataset
 from finetune.data.chat import make_encoder
 from finetune.errors import UserError
@@ -60,7 +60,7 @@ def measure(where: Path) -> dict[str, Any]:
         prepare(model)
         weights, mergeable = adapter.glob("adapter_model*"), "yes"
         try:
-            limits.check_merge(json.loads((adapter / "adapter_config.json").read_text("utf-8")), architecture)
+            limits.check_merge(adapter_config(adapter), architecture)
         except UserError:
             mergeable = "no"
     scored = evaluation.evaluate(where.name, model, encoder, rows, *generation)
