@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from conftest import write_rows
 
@@ -35,6 +36,18 @@ def rule(folder: Path, text: str = LETTERS, name: str = "rule.py") -> Path:
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def scaled(base: Path, folder: Path, factor: float) -> Path:
+    """The same base with another output head."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(factor)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
 
 
 def write(path: Path, values: dict[str, Any], sections: dict[str, Any]) -> Path:

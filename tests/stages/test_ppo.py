@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ft, tensors, train, write_rows
-from rl_kit import comparable, logged, pairs, ppo_recipe, result, reward_recipe, rule, run_ppo, run_reward
+from rl_kit import comparable, logged, pairs, ppo_recipe, result, reward_recipe, rule, run_ppo, run_reward, scaled
 
 from finetune import actors
 from finetune.adapters.seats import named
@@ -200,18 +200,6 @@ def test_full_and_separate(tmp_path: Path, base: Path) -> None:
 
 
 # --- it learns ---
-
-
-def scaled(base: Path, folder: Path, factor: float) -> Path:
-    """The same base with another output head."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(base)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(factor)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return folder
 
 
 def test_a_rule_is_learned(tmp_path: Path, base: Path) -> None:
