@@ -36,7 +36,7 @@ from finetune.errors import UserError
 from finetune.models import loading
 from finetune.models.hardware import input_device
 from finetune.models.identity import check_identity, fingerprint
-from finetune.recipe import Adapter, Hardware, PpoRecipe
+from finetune.recipe import Adapter, Hardware, ModelConfig, PpoRecipe
 from finetune.scoring import RewardModel, is_reward_run, peft_type_of
 
 
@@ -70,6 +70,8 @@ def check(recipe: PpoRecipe) -> None:
         why = "AdaLoRA shares out its ranks over a number of updates that must be known, and PPO may leave some out"
         raise UserError(why, key="adapter.method", fix="use lora")
     if recipe.ppo.models == "separate":
+        if recipe.reward.model is not None and not Path(recipe.reward.model).exists():
+            loading.read_config(ModelConfig(name=recipe.reward.model))  # from a hub: says when there is none
         return
     section, key, fix = recipe.adapter, "ppo.models", "set ppo.models: separate"
     if section.method == "full":

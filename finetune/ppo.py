@@ -50,7 +50,7 @@ from finetune.rollout import (
     support,
     token_values,
 )
-from finetune.run import CHECKPOINT_COMPLETE, Run, write_json
+from finetune.run import CHECKPOINT_COMPLETE, Run, append_lines, write_json
 from finetune.scoring import Scorer, checked, score_rows
 
 DEGENERATE = 3  # rollouts in a row that must look bad before a run is stopped
@@ -108,6 +108,7 @@ class State:
     first: dict[str, float] = field(default_factory=dict)
     """eos_rate, repetition and length of the first rollout: what is normal for this model."""
     bad: int = 0
+    losses: list[float] = field(default_factory=list)
     before: list[float] = field(default_factory=list)
     """Scores of the held-out prompts before training."""
 
@@ -345,17 +346,17 @@ class Ppo:
         run, every = self.run, self.recipe.train.save_steps or max(1, self.total // 4)
         if resume is not None:
             self.load(resume)
-            run.forget_metrics_after(self.state.step)
-        elif self.held_out:
+        run.forget_after(self.state.step)
+        if resume is None and self.held_out:
             self.state.before = self.held_out_scores()
         self.guard, progress, proof = Guard(), Progress("ppo"), Proof(self.module, PATIENCE)
         self.guard.on_train_begin(None, None, None)
         progress.start(self.total, self.state.step)
-        begun, losses = time.perf_counter(), []
+        begun = time.perf_counter()
         try:
             while self.state.step < self.total and not self.guard.stopped:
                 row = self.step(proof)
-                losses.append(row["loss"])
+                self.state.losses.append(row["loss"])
                 row["tokens_per_second"] = progress.rate(row.pop("tokens"))
                 progress.step(self.state.step)
                 logged = self.state.step % self.recipe.train.logging_steps == 0 or self.state.step in (1, self.total)
@@ -373,10 +374,8 @@ class Ppo:
         finally:
             progress.stop()
             self.guard.on_train_end(None, None, None)
-        # None here after a kill between the last checkpoint and the end.
-        losses = losses or [row["loss"] for row in run.read_metrics()]
         result = {
-            "trained": proof.finish() if self.finished and proof.seen else None, "train_loss": mean(losses),
+            "trained": proof.finish() if self.finished and proof.seen else None, "train_loss": mean(self.state.losses),
             "steps": self.state.step, "seconds": round(time.perf_counter() - begun, 2),
             "epochs": round(self.state.step * self.batch / len(self.prompts), 4),
         }  # fmt: skip
@@ -422,10 +421,10 @@ class Ppo:
         chosen = list(range(min(4, len(prompts))))
         rows = [(prompts[i].text, rollout.texts[i], rollout.scores[i]) for i in chosen]
         samples(f"step {self.state.step}", rows)
-        with (self.run.path / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for prompt, reply, score in rows:
-                line = {"step": self.state.step, "prompt": prompt, "reply": reply, "score": score}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        append_lines(
+            self.run.samples,
+            [{"step": self.state.step, "prompt": p, "reply": reply, "score": score} for p, reply, score in rows],
+        )
 
     def watch(self, row: dict[str, Any]) -> None:
         """RunError when the policy has left the reference or its replies degenerate; a checkpoint is kept."""

@@ -55,6 +55,16 @@ class Run:
         return self.path / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """Replies of PPO's rollouts."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def reward(self) -> Path:
+        """The reward model that `ft ppo` trains first."""
+        return self.path / "reward"
+
+    @property
     def result(self) -> Path:
         return self.path / "result.json"
 
@@ -64,21 +74,31 @@ class Run:
         return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        append_lines(self.metrics, [row])
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        if not self.metrics.exists():
-            return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines() if line]
+        return read_lines(self.metrics)
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop the rows of steps that a resumed run will take again."""
-        rows = [row for row in self.read_metrics() if row["step"] <= step]
-        write_atomically(self.metrics, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics and samples of steps that a resumed run will take again."""
+        for path in (self.metrics, self.samples):
+            if path.exists():
+                rows = [row for row in read_lines(path) if row["step"] <= step]
+                write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def finish(self, result: dict[str, Any]) -> None:
         write_json(self.result, {**result, "versions": versions()})
+
+
+def append_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -122,14 +142,14 @@ def check_output(directory: str | Path, overwrite: bool, resume: bool) -> None:
     if resume:
         if run.result.exists():
             raise UserError("this run is finished, there is nothing to resume", path=run.path, fix="use --overwrite")
-        if run.last_checkpoint() is None:
+        if run.last_checkpoint() is None and not run.reward.is_dir():
             raise UserError("holds no complete checkpoint", path=run.checkpoints, fix="start it again with --overwrite")
     elif not overwrite and run.result.exists():
         raise UserError(
             "already holds the results of a run", path=run.path, key="output.dir", fix="use --output DIR or --overwrite"
         )
     elif not overwrite and run.path.exists() and any(run.path.iterdir()):
-        resumable = "--resume to go on, or " if run.last_checkpoint() else ""
+        resumable = "--resume to go on, or " if run.last_checkpoint() or run.reward.is_dir() else ""
         raise UserError(
             "already holds files", path=run.path, key="output.dir",
             fix=f"use {resumable}--overwrite to start again, or --output DIR",

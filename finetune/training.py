@@ -221,7 +221,7 @@ def fit(trainer: SFTTrainer, run: Run, resume: bool) -> dict[str, Any]:
     """Train; returns what result.json says about it. Interrupted after a signal, with a checkpoint on disk."""
     checkpoint = run.last_checkpoint() if resume else None
     if checkpoint is not None:
-        run.forget_metrics_after(int(checkpoint.name.rpartition("-")[2]))
+        run.forget_after(int(checkpoint.name.rpartition("-")[2]))
     guard = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Guard))
     try:
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -82,5 +82,5 @@ def test_metrics_of_repeated_steps_are_dropped(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for step in (1, 2, 3):
         run.append_metrics({"step": step})
-    run.forget_metrics_after(2)
+    run.forget_after(2)
     assert [row["step"] for row in run.read_metrics()] == [1, 2]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from finetune import actors, alignment, training
-from finetune.data import prompts
+from finetune.data import pairs, prompts
 from finetune.errors import Interrupted, Problem, RunError, UserError
 from finetune.models import hardware
 from finetune.models.rope import check_length
@@ -44,6 +44,10 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
     if recipe.eval.data is not None:
         section = DataConfig(train=recipe.eval.data, columns=recipe.data.columns, max_length=recipe.data.max_length)
         held_out = prompts.load_prompts(section, parts.encoder).rows[: recipe.eval.limit]
+    folder = Run(Path(recipe.output.dir))
+    judge = reward_recipe(recipe, folder) if recipe.reward.train is not None else None
+    if judge is not None and (overwrite or not trained(folder)):
+        pairs.load_pairs(judge.data, parts.encoder, to_end_of_turn=True)  # what is wrong with them is said now
     longest = max(len(row.ids) for row in data.rows) + recipe.ppo.max_new_tokens
     too_long = check_length(parts.config, recipe.model, longest)
     plan = training.layout(recipe, len(data.rows), len(data.rows), machine)
@@ -52,8 +56,8 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         return
 
     notes = training.announce(data.warnings, plan, too_long)
-    with open_run(recipe, overwrite, resume) as folder:
-        reward = recipe.reward.model or (train_reward(recipe, folder) if recipe.reward.train else None)
+    with open_run(recipe, overwrite, resume):
+        reward = recipe.reward.model if judge is None else train_reward(judge, folder)
         training.start(recipe)
         cast = actors.build(recipe, parts, machine, reward)
         training.start(recipe)  # the same replies however many models were drawn
@@ -96,11 +100,8 @@ def names_of(rules: list[str]) -> dict[str, str]:
     return found
 
 
-def train_reward(recipe: PpoRecipe, run: Run) -> str:
-    """`ft reward` on `reward.train`, in its own process; kept when it is already there."""
-    target = run.path / "reward"
-    if (target / "result.json").exists():
-        return str(target)
+def reward_recipe(recipe: PpoRecipe, run: Run) -> RewardRecipe:
+    """What trains the reward model on `reward.train`."""
     given, section = recipe.reward, recipe.data
     assert given.train is not None
     values: dict[str, Any] = {"version": 1, "stage": "reward", "model": recipe.model, "adapter": recipe.adapter}
@@ -113,21 +114,32 @@ def train_reward(recipe: PpoRecipe, run: Run) -> str:
         }
     )  # fmt: skip
     longest = section.max_length + recipe.ppo.max_new_tokens  # a prompt and its reply
-    pairs = section.model_copy(
+    data = section.model_copy(
         update={"train": given.train, "format": None, "columns": None, "max_length": longest, "packing": False}
     )
     objective = RewardModelConfig(center_rewards_coefficient=given.center_rewards_coefficient)
-    made = RewardRecipe(
-        **values, data=pairs, train=train, reward=objective, output=OutputConfig(dir=str(target))
-    )  # fmt: skip
+    output = OutputConfig(dir=str(run.reward))
+    return RewardRecipe(**values, data=data, train=train, reward=objective, output=output)
+
+
+def trained(run: Run) -> bool:
+    """Whether the reward model is there already."""
+    return Run(run.reward).result.exists()
+
+
+def train_reward(recipe: RewardRecipe, run: Run) -> str:
+    """`ft reward` in its own process, from where it was stopped; kept when it is already there."""
+    if trained(run):
+        return str(run.reward)
     path = run.path / "reward.yaml"
-    write_atomically(path, to_yaml(made, "# ft reward --recipe reward.yaml\n"))
+    write_atomically(path, to_yaml(recipe, "# ft reward --recipe reward.yaml\n"))
     note("first the reward model:")
-    command = [sys.executable, "-m", "finetune", "reward", "--recipe", str(path), "--overwrite"]
+    how = "--resume" if Run(run.reward).last_checkpoint() else "--overwrite"
+    command = [sys.executable, "-m", "finetune", "reward", "--recipe", str(path), how]
     code = subprocess.run(command).returncode
     if code == 130:
-        raise Interrupted("stopped while training the reward model; start again with --overwrite")
+        raise Interrupted("stopped while training the reward model; go on with --resume")
     if code:
         error = UserError if code == 2 else RunError
         raise error(f"the reward model could not be trained (ft reward --recipe {path})")
-    return str(Path(target))
+    return str(run.reward)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,6 +252,42 @@ def test_one_command_from_pairs(tmp_path: Path, base: Path) -> None:
     assert len((found.path / "samples.jsonl").read_text().splitlines()) == 8, "none of the run before"
 
 
+def test_goes_on_after_a_stop_while_the_reward_model_trains(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And after a kill before the first checkpoint of PPO."""
+    sections = {"reward": {"train": str(pairs(tmp_path, 64)), "num_train_epochs": 8}}
+    whole = run_ppo(ppo_recipe(tmp_path, base, "whole", **sections))
+    path = ppo_recipe(tmp_path, base, "broken", **sections)
+
+    def stopped(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+        """Ctrl-C once a checkpoint is there."""
+        child = subprocess.Popen(command)
+        while child.poll() is None and not list(tmp_path.glob("broken/reward/checkpoints/*/complete")):
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        return subprocess.CompletedProcess(command, child.wait())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", stopped)
+        with pytest.raises(Interrupted, match="--resume"):
+            run_ppo(path)
+    with pytest.raises(UserError, match="--resume to go on"):
+        run_ppo(path)
+
+    def killed(self: Ppo) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ppo, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_ppo(path, resume=True)
+    broken = run_ppo(path, resume=True)
+    assert comparable(broken) == comparable(whole)
+    a, b = (tensors(run.reward / "adapter") for run in (whole, broken))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -306,7 +344,9 @@ def test_resume_is_exact(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyP
     assert comparable(broken) == comparable(whole)
     a, b = tensors(whole.adapter), tensors(broken.adapter)
     assert all(torch.equal(a[key], b[key]) for key in a)
-    assert result(broken)["eval"] == result(whole)["eval"]
+    for key in ("eval", "train_loss"):
+        assert result(broken)[key] == result(whole)[key]
+    assert broken.samples.read_text("utf-8") == whole.samples.read_text("utf-8")
 
 
 def test_a_signal_in_the_last_rollout_finishes_the_run(
@@ -370,6 +410,8 @@ def refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ({"reward": {"functions": ["/nowhere.py:f"]}}, "no such file"),
         ({"reward": {"functions": ["/nowhere.py:f"], "weights": [1.0, 2.0]}}, "2 for 1 sources"),
         ({"reward": {"model": "some/hub-model"}}, "set ppo.models: separate"),
+        ({"reward": {"model": "some/hub-model"}, "ppo": {"models": "separate"}}, "some/hub-model"),
+        ({"reward": {"train": "nowhere.jsonl"}}, "nowhere.jsonl"),
         ({"train": {"optim": "muon"}}, "train.optim: has no effect"),
         ({"data": {"eval_split": 0.1}}, "data.eval_split: has no effect"),
         ({"train": {"effective_batch_size": 64}, "ppo": {"num_mini_batches": 64}}, "32 prompts are too few"),
