@@ -102,6 +102,10 @@ def run_stage(
     data = load(recipe, parts)
     too_long = check_length(parts.config, recipe.model, training.longest_row(data.train))
     plan = training.layout(recipe, len(data.train), len(data.train), machine)
+    if recipe.stage == "kto" and plan.rows_per_pass < 2:
+        what = "KTO's KL term is measured on the other rows of a forward pass, and this one is alone in it"
+        key = "train.per_device_train_batch_size"
+        raise UserError(what, key=key, fix="set it to 2 or more, with a shorter data.max_length if memory is short")
     if dry_run:
         training.show_plan(recipe, data.counts, plan)
         return

@@ -1,4 +1,4 @@
-"""The shipped recipes of dpo, reward and ppo, each on the built-in base of its family, by the command a user types."""
+"""The shipped recipes of dpo, kto, reward and ppo on the built-in base of their family, by the command a user types."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ FAMILIES = [
     for name in ("llama", "qwen", "chatglm3")
 ]
 SHORT = {
-    "dpo": ["train.max_steps=2", "train.effective_batch_size=4"],
-    "reward": ["train.max_steps=2", "train.effective_batch_size=4"],
+    **{stage: ["train.max_steps=2", "train.effective_batch_size=4"] for stage in ("dpo", "kto", "reward")},
     "ppo": ["train.max_steps=1", "train.effective_batch_size=8", "ppo.max_new_tokens=8", "ppo.num_mini_batches=2"],
 }
 

@@ -285,6 +285,12 @@ def test_resume_is_exact(aligned: Write, tmp_path: Path) -> None:
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_kto_wants_two_rows_per_pass(aligned: Write, unpaired: Path) -> None:
+    alone = aligned("kto", data={"train": str(unpaired)}, train={"per_device_train_batch_size": 1})
+    with pytest.raises(UserError, match=r"alone in it.*set it to 2"):
+        run(alone)
+
+
 def test_kto_learns(aligned: Write, unpaired: Path) -> None:
     found = run(aligned("kto", data={"train": str(unpaired)}, train={"max_steps": 20}))
     assert logged(found, "rewards/margins")[-1] > 0
