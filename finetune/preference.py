@@ -42,8 +42,15 @@ def orpo_loss(
         as simpo_loss.
     """
     a, b = chosen / chosen_length, rejected / rejected_length
-    log_odds = (a - b) - (torch.log1p(-torch.exp(a)) - torch.log1p(-torch.exp(b)))
+    log_odds = _log_odds(a) - _log_odds(b)
     return -a - beta * F.logsigmoid(log_odds)
+
+
+def _log_odds(mean_logp: torch.Tensor) -> torch.Tensor:
+    """log p - log(1 - p). A certain answer (log p = 0 in float32) counts as one in a million short of it, whose odds
+    are finite."""
+    logp = mean_logp.clamp(max=-1e-6)
+    return logp - torch.log(-torch.expm1(logp))
 
 
 @dataclass

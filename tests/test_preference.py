@@ -38,6 +38,16 @@ def test_orpo() -> None:
     assert orpo_loss(*arguments(), beta=0.1).tolist() == pytest.approx(expected, rel=1e-12)
 
 
+def test_orpo_of_a_certain_answer() -> None:
+    """p rounds to 1: odds without end in the formula, a finite loss and gradient here."""
+    chosen, rejected = (torch.tensor([logp], requires_grad=True) for logp in (0.0, -3.0))
+    loss = orpo_loss(chosen, rejected, torch.tensor([4]), torch.tensor([4]), beta=0.1)
+    loss.sum().backward()
+    assert 0 <= loss.item() < 1e-6
+    assert torch.isfinite(chosen.grad).all()  # type: ignore[arg-type]
+    assert torch.isfinite(rejected.grad).all()  # type: ignore[arg-type]
+
+
 def test_better_chosen_answers_lower_both_losses() -> None:
     chosen, *rest = arguments()
     for loss in (lambda c: simpo_loss(c, *rest, beta=2.0, gamma=0.5), lambda c: orpo_loss(c, *rest, beta=0.1)):
