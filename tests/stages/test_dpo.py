@@ -79,38 +79,42 @@ def logged(found: Run, key: str) -> list[float]:
     return [row[key] for row in found.read_metrics() if key in row]
 
 
-def test_losses_equal_those_of_trl(aligned: Write, base: Path, pairs: Path, tmp_path: Path) -> None:
-    """The same pairs in the same order through trl's DPOTrainer with its own tokenisation."""
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_losses_equal_those_of_trl(
+    aligned: Write, base: Path, pairs: Path, unpaired: Path, tmp_path: Path, stage: str
+) -> None:
+    """The same rows in the same order through trl's own trainer with its own tokenisation."""
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
+    source = {"dpo": pairs, "kto": unpaired}[stage]
     settings = {"effective_batch_size": 32, "max_steps": 4, "lr_scheduler_type": "constant", "warmup_steps": 0}
-    ours = logged(run(aligned(train=settings)), "loss")
+    ours = logged(run(aligned(stage, train=settings, data={"train": str(source)})), "loss")
 
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    chat = [
-        {
-            "prompt": [{"role": "user", "content": r["prompt"]}],
-            "chosen": [{"role": "assistant", "content": r["chosen"]}],
-            "rejected": [{"role": "assistant", "content": r["rejected"]}],
+    def turns(row: dict[str, Any]) -> dict[str, Any]:
+        roles = {"prompt": "user"}
+        return {
+            key: value if key == "label" else [{"role": roles.get(key, "assistant"), "content": value}]
+            for key, value in row.items()
         }
-        for r in rows
-    ]
+
+    rows = [turns(json.loads(line)) for line in source.read_text().splitlines()]
     set_seed(42)
     model = AutoModelForCausalLM.from_pretrained(base)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     start = {k: v for k, v in get_peft_model(model, config).state_dict().items() if "lora" in k}
     model = AutoModelForCausalLM.from_pretrained(base)
-    trainer = DPOTrainer(
+    made, arguments = {"dpo": (DPOTrainer, DPOConfig), "kto": (KTOTrainer, KTOConfig)}[stage]
+    trainer = made(
         model=model,
-        args=DPOConfig(
+        args=arguments(
             output_dir=str(tmp_path / "trl"), per_device_train_batch_size=32, max_steps=4, learning_rate=5e-3,
             lr_scheduler_type="constant", logging_steps=1, bf16=False, use_cpu=True, report_to="none", max_length=64,
             activation_checkpointing=False, beta=0.1, save_strategy="no", disable_tqdm=True, weight_decay=0.0,
         ),
-        train_dataset=Dataset.from_list(chat), processing_class=AutoTokenizer.from_pretrained(base),
+        train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=config,
     )  # fmt: skip
     names = {
@@ -120,7 +124,8 @@ def test_losses_equal_those_of_trl(aligned: Write, base: Path, pairs: Path, tmp_
     trainer.train()
     theirs = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert ours == pytest.approx(theirs, abs=1e-3)
-    assert ours[0] == pytest.approx(0.6931, abs=1e-4)
+    assert ours[0] == pytest.approx({"dpo": 0.6931, "kto": 0.5}[stage], abs=1e-4)
+    assert ours[-1] < ours[0] - 0.01
 
 
 def test_learns_the_preference(aligned: Write) -> None:
