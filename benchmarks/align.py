@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 FT = [sys.executable, "-m", "finetune"]
@@ -52,7 +53,9 @@ def main() -> None:
         ft("ppo", "--recipe", "align_ppo.yaml", *start, *more, "--output", runs[name])
     ft("eval", reward, "--json", folder / "reward.json")
     ft("eval", *runs.values(), "--compare-base", "--reward", reward, "--json", folder / "eval.json")
-    ft("eval", sft, "--temperature", 1, "--json", folder / "sampled.json")
+    drawn = [folder / f"sampled-{seed}.json" for seed in range(3)]
+    for seed, path in enumerate(drawn):
+        ft("eval", sft, "--temperature", 1, "--seed", seed, "--json", path)
 
     from rich.console import Console
     from rich.table import Table
@@ -75,8 +78,8 @@ def main() -> None:
     accuracy = read(folder / "reward.json")["runs"][0]["metrics"]
     both = ", ".join(f"{group} {share(accuracy, f'preference_accuracy/{group}')}" for group in GROUPS)
     print(f"reward model, held-out pairs: {share(accuracy, 'preference_accuracy')}; {both}")
-    drawn = read(folder / "sampled.json")["runs"][0]["metrics"]
-    print(f"SFT sampled at temperature 1: says so when not {share(drawn, 'exact_match/unanswerable')}")
+    says_so = [read(path)["runs"][0]["metrics"]["exact_match/unanswerable"] for path in drawn]
+    print(f"SFT sampled at temperature 1, {len(drawn)} times: says so when not {mean(says_so):.3f}")
     for name, path in runs.items():
         held_out = read(path / "result.json")["eval"]
         if "reward_difference" in held_out:
