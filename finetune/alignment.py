@@ -110,7 +110,7 @@ def run_stage(
         training.show_plan(recipe, data.counts, plan)
         return
 
-    notes = training.announce(data.warnings, plan, too_long)
+    notes = training.announce(data.warnings, plan.total_steps, too_long)
     with open_run(recipe, overwrite, resume) as folder:
         training.start(recipe)
         model, base, trainer = make(recipe, folder, parts, data, plan, machine)

@@ -82,11 +82,11 @@ def layout(recipe: Recipe, samples: int, rows: int, hardware: Hardware) -> Layou
     return Layout(micro, accumulation, per_epoch, total)
 
 
-def few_updates(plan: Layout) -> str | None:
+def few_updates(updates: int) -> str | None:
     """A warning when the run is too short to learn from."""
-    if plan.total_steps >= FEW_UPDATES:
+    if updates >= FEW_UPDATES:
         return None
-    return f"only {plan.total_steps} updates; {FEW_UPDATES} or more want more data or epochs, or a smaller batch"
+    return f"only {updates} updates; {FEW_UPDATES} or more want more data or epochs, or a smaller batch"
 
 
 def arguments(recipe: Recipe, run: Run, plan: Layout, hardware: Hardware, has_eval: bool) -> dict[str, Any]:
@@ -209,9 +209,9 @@ def longest_row(rows: Any) -> int:
     return max(int(pyarrow.compute.max(column).as_py() or 0) for column in lengths)
 
 
-def announce(warnings: list[str], plan: Layout, *more: str | None) -> list[str]:
+def announce(warnings: list[str], updates: int, *more: str | None) -> list[str]:
     """Say what was found before training; the same lines go to result.json."""
-    lines = [*warnings, *(line for line in (*more, few_updates(plan)) if line)]
+    lines = [*warnings, *(line for line in (*more, few_updates(updates)) if line)]
     for line in lines:
         warn(line)
     return lines

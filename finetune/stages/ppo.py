@@ -55,7 +55,8 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         training.show_plan(recipe, data.counts, plan)
         return
 
-    notes = training.announce(data.warnings, plan, too_long)
+    updates = plan.total_steps * recipe.ppo.num_ppo_epochs * recipe.ppo.num_mini_batches
+    notes = training.announce(data.warnings, updates, too_long)
     with open_run(recipe, overwrite, resume):
         reward = recipe.reward.model if judge is None else train_reward(judge, folder)
         training.start(recipe)

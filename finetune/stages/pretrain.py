@@ -80,7 +80,7 @@ def run(raw_recipe: PretrainRecipe, resume: bool = False, overwrite: bool = Fals
 
     training.start(recipe)
     model = apply(_model(recipe, tokenizer, machine), recipe.adapter)
-    notes = training.announce([], plan)
+    notes = training.announce([], plan.total_steps)
 
     with open_run(recipe, overwrite, resume) as folder:
         trainer = _make_trainer(recipe, folder, model, train, held_out, plan, machine)

@@ -47,7 +47,7 @@ def run(raw: SftRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         prepare(model)
     rows, packing_note = training.pack_if_isolated(recipe, model, tokenizer, data.train)
     plan = training.layout(recipe, len(data.train), len(rows), machine)
-    notes = training.announce(data.warnings, plan, too_long, packing_note)
+    notes = training.announce(data.warnings, plan.total_steps, too_long, packing_note)
 
     with open_run(recipe, overwrite, resume) as folder:
         trainer = training.make_trainer(recipe, folder, model, tokenizer, rows, data.eval, plan, machine)
