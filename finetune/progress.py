@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -94,10 +95,21 @@ def samples(title: str, rows: list[tuple[str, str, float]]) -> None:
     """A small table of prompts, replies and their scores."""
     table = Table(title=title, title_justify="left", show_lines=False)
     for heading in ("prompt", "reply", "score"):
-        table.add_column(heading, overflow="ellipsis", no_wrap=True, justify="right" if heading == "score" else "left")
+        table.add_column(heading, no_wrap=True, justify="right" if heading == "score" else "left")
+    width = max(8, (console.width - len("│  │  │ +12.34 │")) // 2)  # rich would drop the score for want of room
     for prompt, reply, score in rows:
-        table.add_row(Text(" ".join(prompt.split())[-80:]), Text(" ".join(reply.split())), f"{score:+.2f}")
+        answer = Text(" ".join(reply.split()))
+        answer.truncate(width, overflow="ellipsis")
+        table.add_row(Text(_end_of(" ".join(prompt.split()), width)), answer, f"{score:+.2f}")
     console.print(table)
+
+
+def _end_of(text: str, width: int) -> str:
+    """Its last columns: a prompt's question stands at its end."""
+    end = text[-width:]
+    while cell_len(end) > width - (len(end) < len(text)):
+        end = end[1:]
+    return end if end == text else "…" + end
 
 
 def note(message: str) -> None:

@@ -116,8 +116,11 @@ def reward_recipe(recipe: PpoRecipe, run: Run) -> RewardRecipe:
     )  # fmt: skip
     longest = section.max_length + recipe.ppo.max_new_tokens  # a prompt and its reply
     data = section.model_copy(
-        update={"train": given.train, "format": None, "columns": None, "max_length": longest, "packing": False}
-    )
+        update={
+            "train": given.train, "format": None, "columns": None, "max_length": longest, "packing": False,
+            "eval_split": 0.05,  # its accuracy on these pairs says whether PPO has anything to follow
+        }
+    )  # fmt: skip
     objective = RewardModelConfig(center_rewards_coefficient=given.center_rewards_coefficient)
     output = OutputConfig(dir=str(run.reward))
     return RewardRecipe(**values, data=data, train=train, reward=objective, output=output)
