@@ -6,24 +6,22 @@ A step is one rollout and its updates:
     update      num_ppo_epochs passes of clipped policy and value losses over these replies
     watch       stop when KL explodes or replies degenerate; log, sample table, checkpoint
 
-The arithmetic is in `rl`, sampling and forward passes are in `rollout`, who computes is in `actors`.
+The arithmetic is in `rl`, sampling and forward passes are in `rollout`, who computes is in `actors`, what is kept
+between rollouts and when to stop in `ppo_state`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
@@ -38,7 +36,8 @@ from finetune.evaluation import decode, seeded, stop_ids
 from finetune.metrics import mean, paired
 from finetune.models.hardware import peak_memory_gb
 from finetune.optim import OrderedSampler, faster_b, scheduler_kwargs
-from finetune.progress import Progress, samples, warn
+from finetune.ppo_state import Degenerate, State, load_checkpoint, save_checkpoint, watch
+from finetune.progress import Progress, samples
 from finetune.recipe import PpoRecipe
 from finetune.rollout import (
     Replies,
@@ -50,10 +49,9 @@ from finetune.rollout import (
     support,
     token_values,
 )
-from finetune.run import CHECKPOINT_COMPLETE, Run, append_lines, write_json
+from finetune.run import Run, append_lines
 from finetune.scoring import Scorer, checked, score_rows
 
-DEGENERATE = 3  # rollouts in a row that must look bad before a run is stopped
 EVALUATION_SEED = 20_000
 PATIENCE = 50  # updates within which every gradient must have been non-zero: rewards may be equal at first
 
@@ -76,41 +74,6 @@ class Rollout:
     returns: torch.Tensor
     kl: float
     """Per reply, in nats: the sum over its tokens of the non-negative estimator."""
-
-
-@dataclass
-class RunningMoments:
-    """Mean and variance of all scores so far (Chan, Golub and LeVeque 1979)."""
-
-    count: float = 0.0
-    mean: float = 0.0
-    squares: float = 0.0
-
-    def add(self, values: Sequence[float]) -> None:
-        n, average = len(values), mean(values)
-        delta, total = average - self.mean, self.count + n
-        self.squares += sum((v - average) ** 2 for v in values) + delta**2 * self.count * n / total
-        self.mean += delta * n / total
-        self.count = total
-
-    @property
-    def deviation(self) -> float:
-        return math.sqrt(self.squares / self.count) if self.count else 1.0
-
-
-@dataclass
-class State:
-    """What a checkpoint keeps besides tensors."""
-
-    step: int = 0
-    kl_coef: float = 0.0
-    moments: RunningMoments = field(default_factory=RunningMoments)
-    first: dict[str, float] = field(default_factory=dict)
-    """eos_rate, repetition and length of the first rollout: what is normal for this model."""
-    bad: int = 0
-    losses: list[float] = field(default_factory=list)
-    before: list[float] = field(default_factory=list)
-    """Scores of the held-out prompts before training."""
 
 
 class Ppo:
@@ -364,10 +327,12 @@ class Ppo:
                     run.append_metrics(row)
                     progress.log(row)
                 try:
-                    self.watch(row)
-                except RunError:
+                    watch(row, self.state, self.config)
+                except RunError as error:
                     if not logged:
                         run.append_metrics(row)  # the reason must be on record
+                    if isinstance(error, Degenerate):
+                        self.save()
                     raise
                 if self.state.step % every == 0 or self.guard.stopped or self.state.step == self.total:
                     self.save()
@@ -426,40 +391,6 @@ class Ppo:
             [{"step": self.state.step, "prompt": p, "reply": reply, "score": score} for p, reply, score in rows],
         )
 
-    def watch(self, row: dict[str, Any]) -> None:
-        """RunError when the policy has left the reference or its replies degenerate; a checkpoint is kept."""
-        for key in ("loss", "value_loss", "kl"):
-            if not math.isfinite(row[key]):
-                raise RunError(f"{key} became {row[key]} at step {row['step']}: lower train.learning_rate")
-        if row["kl"] > self.config.max_kl:
-            raise RunError(
-                f"KL to the reference is {row['kl']:.1f} nats per reply at step {row['step']}, over ppo.max_kl "
-                f"({self.config.max_kl:g}): lower train.learning_rate or ppo.num_ppo_epochs, or raise ppo.kl_coef"
-            )
-        state, first = self.state, self.state.first
-        if not first:
-            state.first = {key: row[key] for key in ("eos_rate", "repetition", "response_length")}
-            if row["eos_rate"] < 0.05:
-                warn("hardly a reply ends by itself within ppo.max_new_tokens: raise it, or look at the SFT data")
-            return
-        signs = []
-        if first["eos_rate"] > 0.2 and row["eos_rate"] < 0.5 * first["eos_rate"]:
-            signs.append(f"only {row['eos_rate']:.0%} of the replies end (at first {first['eos_rate']:.0%})")
-        if row["repetition"] > first["repetition"] + 0.5:
-            signs.append(f"{row['repetition']:.0%} of their trigrams repeat others")
-        # A reply is never shorter than its end token.
-        if first["response_length"] > 2 and row["response_length"] <= max(1.1, 0.1 * first["response_length"]):
-            signs.append(f"they are {row['response_length']:.1f} tokens long (at first {first['response_length']:.1f})")
-        state.bad = state.bad + 1 if signs else 0
-        if state.bad >= DEGENERATE:
-            self.save()
-            raise RunError(
-                f"replies have degenerated for {DEGENERATE} rollouts: {'; '.join(signs)}. The reward pays for this: "
-                "raise ppo.kl_coef, lower train.learning_rate, or mend the reward"
-            )
-        if signs:
-            warn(f"step {row['step']}: {'; '.join(signs)}")
-
     # --- held-out prompts ---
 
     def held_out_scores(self) -> list[float]:
@@ -481,40 +412,15 @@ class Ppo:
 
     def save(self) -> None:
         """A checkpoint between rollouts, complete or not there."""
-        folder = self.run.checkpoints / f"checkpoint-{self.state.step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            n: p.detach().cpu().contiguous().clone() for n, p in self.module.named_parameters() if p.requires_grad
-        }
-        save_file(weights, folder / "trainable.safetensors")
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        kept = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
-        torch.save({**{k: v.state_dict() for k, v in kept.items()}, "random": random}, folder / "optimizer.pt")
-        write_json(folder / "state.json", asdict(self.state))
-        (folder / CHECKPOINT_COMPLETE).touch()
-        found = sorted(self.run.checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-        done = [path for path in found if (path / CHECKPOINT_COMPLETE).exists()]
-        for old in found:
-            if old not in done[-self.recipe.train.save_total_limit :]:  # also what a kill has left half-written
-                shutil.rmtree(old)
+        weights = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        save_checkpoint(self.run, self.state, weights, self._stateful(), self.recipe.train.save_total_limit)
 
-    @torch.no_grad()
     def load(self, folder: Path) -> None:
-        weights = load_file(folder / "trainable.safetensors")
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(weights[name])
-        kept = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-        self.optimizer.load_state_dict(kept["optimizer"])
-        self.scheduler.load_state_dict(kept["scheduler"])
-        self.scaler.load_state_dict(kept["scaler"])
-        torch.set_rng_state(kept["random"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in kept["random"]:
-            torch.cuda.set_rng_state(kept["random"]["cuda"], self.device)
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        self.state = State(**{**state, "moments": RunningMoments(**state["moments"])})
+        weights = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self.state = load_checkpoint(folder, weights, self._stateful())
+
+    def _stateful(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
 
 
 def _means(seen: dict[str, list[float]]) -> dict[str, float]:

@@ -23,7 +23,7 @@ LEVELS = [
     {"callbacks", "trainers"},
     {"training", "evaluation", "rl"},
     {"measuring", "alignment", "rollout", "scoring"},
-    {"actors"},
+    {"actors", "ppo_state"},
     {"ppo"},
     {"stages"},
     {"cli"},
