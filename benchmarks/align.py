@@ -1,6 +1,6 @@
 """`make align`: SFT on noisy answers, then DPO, and a reward model with PPO; one table. Trains every time.
 
-python benchmarks/align.py [--model tiny-llama] [--output runs/align] [--ppo-seeds 1] [--reward-epochs 3]
+python benchmarks/align.py [--model tiny-llama] [--output runs/align] [--ppo-seeds 1]
 """
 
 from __future__ import annotations
@@ -38,17 +38,13 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-llama")
     parser.add_argument("--output", type=Path, default=Path("runs/align"))
     parser.add_argument("--ppo-seeds", type=int, default=1, help="number of PPO runs")
-    parser.add_argument("--reward-epochs", type=float, default=3, help="tiny-qwen and tiny-chatglm3 want 5")
     args = parser.parse_args()
     folder, model = args.output, ("--set", f"model.name={args.model}", "--overwrite")
     sft, reward = folder / "sft", folder / "reward"
     start = (*model, "--set", f"model.adapter={sft}")
     ft("sft", "--recipe", "align_sft.yaml", *model, "--output", sft)
     ft("dpo", "--recipe", "align_dpo.yaml", *start, "--output", folder / "dpo")
-    ft(
-        "reward", "--recipe", "align_reward.yaml", *start,
-        "--set", f"train.num_train_epochs={args.reward_epochs}", "--output", reward,
-    )  # fmt: skip
+    ft("reward", "--recipe", "align_reward.yaml", *start, "--output", reward)
     runs = {"SFT": sft, "SFT -> DPO": folder / "dpo"}
     for seed in range(args.ppo_seeds):
         name = "SFT -> PPO" + (f", seed {seed}" if args.ppo_seeds > 1 else "")

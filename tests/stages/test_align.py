@@ -19,9 +19,7 @@ from finetune.run import read_recipe
 pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
-MODELS = {"tiny-llama": {"ppo-seeds": 3}} | {
-    name: {"ppo-seeds": 1, "reward-epochs": 5} for name in ("tiny-qwen", "tiny-chatglm3")
-}
+SEEDS = {"tiny-llama": 3, "tiny-qwen": 1, "tiny-chatglm3": 1}
 TRUTHFUL = """
 def truthful(prompts, completions, reference, **columns):
     return [1.0 if reply == right else -1.0 for reply, right in zip(completions, reference)]
@@ -32,14 +30,13 @@ def metrics(path: Path) -> list[dict[str, Any]]:
     return [run["metrics"] for run in json.loads(path.read_text("utf-8"))["runs"]]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SEEDS)
 def test_alignment(tmp_path: Path, model: str) -> None:
     if model not in loading.builtin_names():
         pytest.skip(f"needs {model}")
     made = tmp_path / "align"
     command = [sys.executable, str(BENCHMARKS / "align.py"), "--model", model, "--output", str(made)]
-    command += [f"--{name}={value}" for name, value in MODELS[model].items()]
-    subprocess.run(command, check=True, cwd=tmp_path)
+    subprocess.run([*command, "--ppo-seeds", str(SEEDS[model])], check=True, cwd=tmp_path)
 
     _, sft, dpo, *ppo = metrics(made / "eval.json")
     right, says_so = "exact_match/answerable", "exact_match/unanswerable"
@@ -53,7 +50,7 @@ def test_alignment(tmp_path: Path, model: str) -> None:
     judged = metrics(made / "reward.json")[0]
     assert judged["preference_accuracy/answerable"] >= 0.90, "or else it pays to say so always"
     assert judged["preference_accuracy/unanswerable"] >= 0.90
-    assert len(ppo) == MODELS[model]["ppo-seeds"]
+    assert len(ppo) == SEEDS[model]
     for seed, found in enumerate(ppo):
         aligned(made / f"ppo-{seed}")
         assert found[says_so] >= 0.75
