@@ -605,7 +605,8 @@ class RewardSources(Section):
     """What scores the replies; several are added up."""
 
     train: str | SourceConfig | list[str | SourceConfig] | None = None
-    """Preference pairs to train a reward model on first, on the same base, into output.dir/reward."""
+    """Preference pairs to train a reward model on first, on the same base, into output.dir/reward. 5% are held out to
+    say how accurate it is."""
     model: str | None = None
     """Run of `ft reward`, or a folder or hub id of a sequence-classification model with one output."""
     functions: list[str] = []

@@ -1,6 +1,6 @@
 """What `make align` must show, on each built-in base: about half an hour a base on two cores, three seeds on the first.
 
-Last results stand in the README, under "Alignment".
+Last results stand in the README, under "Alignment": PPO's bounds and the reward model of tiny-chatglm3 do not hold yet.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from finetune.models import loading
 from finetune.run import read_recipe
 
 pytestmark = pytest.mark.slow
@@ -32,8 +31,6 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("model", SEEDS)
 def test_alignment(tmp_path: Path, model: str) -> None:
-    if model not in loading.builtin_names():
-        pytest.skip(f"needs {model}")
     made = tmp_path / "align"
     command = [sys.executable, str(BENCHMARKS / "align.py"), "--model", model, "--output", str(made)]
     subprocess.run([*command, "--ppo-seeds", str(SEEDS[model])], check=True, cwd=tmp_path)
