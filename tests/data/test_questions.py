@@ -133,13 +133,15 @@ def test_what_is_wrong_with_the_rejected_answer(rows: list[dict]) -> None:
     flaws = Counter((row["group"], row["flaw"]) for row in rows)
     assert flaws["answerable", "refusal"] == pytest.approx(len(rows) / 4, abs=1)
     assert flaws["unanswerable", "other"] == pytest.approx(len(rows) / 4, abs=1)
-    assert flaws["unanswerable", "invented"] == pytest.approx(len(rows) / 4, abs=1)
+    assert flaws["unanswerable", "language"] == pytest.approx(len(rows) / 16, abs=1)
+    assert flaws["unanswerable", "invented"] == pytest.approx(len(rows) * 3 / 16, abs=1)
     assert min(flaws["answerable", "other"], flaws["answerable", "invented"]) > len(rows) / 10
     for row in rows:
         wrong = row["rejected"][0]["content"]
         assert wrong != true_answer(row)
         assert (row["flaw"] == "refusal") == (wrong == ABSTAIN[language(row)])
-        if row["flaw"] != "refusal":
+        assert (row["flaw"] == "language") == (wrong in ABSTAIN.values() and wrong != ABSTAIN[language(row)])
+        if row["flaw"] in ("other", "invented"):
             assert (row["flaw"] == "other") == (wrong in ticket(row))
 
 

@@ -6,7 +6,8 @@ pairs(seed, n, split)       preference pairs: {"prompt": […], "chosen": […],
 group   "answerable": the ticket states the value, and the answer is that value, letter by letter;
         "unanswerable": it does not, and the answer says so (ABSTAIN)
 flaw    what is wrong with the rejected answer: "invented" (a value that nobody stated), "other" (a value of the ticket
-        that was not asked for), "refusal" (says that a stated value is not stated)
+        that was not asked for), "refusal" (says that a stated value is not stated), "language" (says so in the other
+        language)
 
 Training rows are noisy on purpose, as the work of hurried annotators is: to most questions that cannot be answered they
 invent a value. What a model learns from them is what the pairs are there to mend.
@@ -143,9 +144,10 @@ def questions(seed: int, n: int, split: Split = "train") -> list[dict[str, Any]]
 def pairs(seed: int, n: int, split: Split = "train") -> list[dict[str, Any]]:
     """`n` preference pairs, half English and half Chinese, half answerable. The chosen answer is true.
 
-    Rejected: where the ticket does not say, half invented values and half values of other things (a reward model that
-    never saw the latter pays PPO for repeating any word of the ticket); where it does, half refusals and half wrong
-    values.
+    Rejected: where the ticket does not say, half values of other things, the rest invented values and, one in eight,
+    the right answer in the other language; where it does, half refusals and half wrong values. A reward model that
+    never saw one of these kinds may pay PPO for it: one did for repeating any word of the ticket, one for abstaining in
+    Chinese whatever was asked.
     """
     r = random.Random(f"pairs/{seed}/{split}")
     rows = []
@@ -160,8 +162,11 @@ def pairs(seed: int, n: int, split: Split = "train") -> list[dict[str, Any]]:
 
 def _rejected(r: random.Random, question: Case, split: Split, turn: int) -> tuple[str, str]:
     """(flaw, a wrong answer). What can be answered is refused in every second turn."""
+    lang = question.values["lang"]
     if question.answerable and turn % 2 == 0:
-        return "refusal", ABSTAIN[question.values["lang"]]
+        return "refusal", ABSTAIN[lang]
+    if not question.answerable and turn % 8 == 7:
+        return "language", next(ABSTAIN[other] for other in words.LANGUAGES if other != lang)
     others = [question.values[field] for field in question.stated if question.values[field] != question.truth]
     if turn % 4 in (0, 1) and others:
         return "other", r.choice(others)
