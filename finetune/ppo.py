@@ -30,6 +30,7 @@ from finetune.actors import Actors
 from finetune.adapters.proof import Proof
 from finetune.adapters.seats import seated
 from finetune.callbacks import Guard
+from finetune.data.chat import scored_length
 from finetune.data.prompts import Prompt
 from finetune.errors import RunError
 from finetune.evaluation import decode, seeded, stop_ids
@@ -171,7 +172,8 @@ class Ppo:
             with torch.no_grad(), self.autocast(), seated(actors.reward) as model:
                 model.train()
                 for index in self.chunks(torch.arange(len(replies), device=self.device)):
-                    found += end_scores(model, actors.reward_head, replies.rows(index)).tolist()
+                    part, separator = replies.rows(index), self.encoder.separator
+                    found += end_scores(model, actors.reward_head, part, separator).tolist()
             parts["model"] = (next(source), found)
         elif actors.judge is not None:
             parts["model"] = (next(source), self._judged(prompts, replies, texts))
@@ -189,6 +191,7 @@ class Ppo:
         if judge.encoder.identity() != self.encoder.identity():
             return judge.score(prompts, texts)
         rows = [ids[m.bool()].tolist() for ids, m in zip(replies.ids, replies.attention, strict=True)]
+        rows = [ids[: scored_length(ids, judge.encoder.separator)] for ids in rows]
         return checked(score_rows(judge.model, rows, self.pad), len(rows), judge.name)
 
     @torch.no_grad()

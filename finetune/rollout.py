@@ -222,8 +222,10 @@ def token_values(model: Any, head: torch.nn.Module, replies: Replies) -> torch.T
     return apply_head(head, states.gather(1, index))
 
 
-def end_scores(model: Any, head: torch.nn.Module, replies: Replies) -> torch.Tensor:
-    """[B] score of prompt and reply, read at the last token."""
-    states = hidden_states(model, replies)
+def end_scores(model: Any, head: torch.nn.Module, replies: Replies, separator: int | None = None) -> torch.Tensor:
+    """[B] score of prompt and reply, read at the last token but for a separator (data.chat.scored_length)."""
+    states, rows = hidden_states(model, replies), torch.arange(len(replies), device=replies.ids.device)
     last = replies.attention.sum(1) - 1
-    return apply_head(head, states[torch.arange(len(replies), device=states.device), last])
+    if separator is not None:
+        last = last - (replies.ids[rows, last] == separator).long()
+    return apply_head(head, states[rows, last])

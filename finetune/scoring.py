@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from finetune.data.chat import IGNORED, make_encoder
+from finetune.data.chat import IGNORED, make_encoder, scored_length
 from finetune.data.prompts import Prompt
 from finetune.data.types import Conversation
 from finetune.errors import RunError, UserError
@@ -146,10 +146,10 @@ class RewardModel:
         return cls(path, model, make_encoder(tokenizer, family(kind)))
 
     def ids(self, conversation: Conversation) -> list[int]:
-        """A conversation that ends with a reply, up to its end of turn."""
+        """A conversation that ends with a reply, up to where it is scored."""
         encoded = self.encoder.encode(conversation, "last")
-        end = max(i for i, label in enumerate(encoded.labels) if label != IGNORED) + 1
-        return list(encoded.input_ids[:end])
+        ids = encoded.input_ids[: max(i for i, label in enumerate(encoded.labels) if label != IGNORED) + 1]
+        return list(ids[: scored_length(ids, self.encoder.separator)])
 
     def score(self, prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float]:
         # An empty reply is no turn to encode; a blank one is scored in its place.

@@ -65,7 +65,20 @@ def from_tool(message: Message) -> bool:
     return message["role"] == "tool" or "results" in message
 
 
+def scored_length(ids: Sequence[int], separator: int | None) -> int:
+    """How much of a text that ends with a reply a reward model reads. The score stands at the last of these tokens.
+
+    That is the end of turn, unless the end token is ChatGLM's `</s>`: in pre-training it separates documents, and what
+    is computed there need not know the document. That of tiny-chatglm3 does not: read at `</s>`, a reward model learned
+    nothing in 240 steps (loss 0.65); read one token earlier, it came to 0.20 in 125.
+    """
+    return len(ids) - (ids[-1] == separator)
+
+
 class Encoder:
+    separator: int | None = None
+    """An end token that replies share with documents."""
+
     def __init__(self, tokenizer: Any, family: Any = None) -> None:
         self.tokenizer = tokenizer
         self.template, self.origin = templates.choose(tokenizer, family)

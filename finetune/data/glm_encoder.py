@@ -18,6 +18,7 @@ class GlmEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.separator: int | None = tokenizer.eos_token_id
         self.stop_ids: list[int] = chat_glm.stop_ids(tokenizer)
 
     def encode(self, conversation: Conversation, train_on: str = "assistant") -> Encoded:

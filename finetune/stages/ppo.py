@@ -47,7 +47,7 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
     folder = Run(Path(recipe.output.dir))
     judge = reward_recipe(recipe, folder) if recipe.reward.train is not None else None
     if judge is not None and (overwrite or not trained(folder)):
-        pairs.load_pairs(judge.data, parts.encoder, to_end_of_turn=True)  # what is wrong with them is said now
+        pairs.load_pairs(judge.data, parts.encoder, to_score=True)  # what is wrong with them is said now
     longest = max(len(row.ids) for row in data.rows) + recipe.ppo.max_new_tokens
     too_long = check_length(parts.config, recipe.model, longest)
     plan = training.layout(recipe, len(data.rows), len(data.rows), machine)

@@ -23,7 +23,7 @@ def run(raw: RewardRecipe, resume: bool = False, overwrite: bool = False, dry_ru
 
 def load(recipe: RewardRecipe, parts: Parts) -> SftData:
     seed, held_out = recipe.train.seed, recipe.eval.data
-    return pairs.load_pairs(recipe.data, parts.encoder, seed=seed, eval_data=held_out, to_end_of_turn=True)
+    return pairs.load_pairs(recipe.data, parts.encoder, seed=seed, eval_data=held_out, to_score=True)
 
 
 def make(

@@ -18,11 +18,16 @@ from rl_kit import comparable, logged, pairs, ppo_recipe, result, reward_recipe,
 
 from finetune import actors
 from finetune.adapters.seats import named
+from finetune.data.pairs import load_pairs
+from finetune.data.types import Conversation
 from finetune.errors import Interrupted, RunError, UserError
+from finetune.models import hardware
 from finetune.ppo import Ppo
-from finetune.recipe import PpoRecipe
+from finetune.recipe import DataConfig, PpoRecipe
 from finetune.recipe_file import load
+from finetune.rollout import together
 from finetune.run import Run
+from finetune.scoring import RewardModel, score_rows
 from finetune.stages import ppo
 
 DROPOUT = {"method": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
@@ -135,6 +140,39 @@ def test_scores_are_those_of_the_reward_run(tmp_path: Path, base: Path, rewarded
             assert model(input_ids=torch.tensor([ids])).logits.item() == pytest.approx(row["score"], abs=1e-4)
         compared += 1
     assert compared >= 2
+
+
+@pytest.mark.parametrize("models", ["shared", "separate"])
+def test_chatglm_replies_are_scored_before_their_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: str
+) -> None:
+    """Its end token separates documents: neither pairs nor replies are read at it, wherever they are scored."""
+    base = Path(__file__).parents[1] / "fixtures" / "chatglm" / "chatglm3" / "checkpoint"
+    reward = run_reward(reward_recipe(tmp_path, base, train={"max_steps": 1}))
+    judge = RewardModel.load(str(reward.path), torch.float32, hardware.detect())
+    end = judge.encoder.separator
+    config = DataConfig(train=str(tmp_path / "pairs.jsonl"))
+    rows = load_pairs(config, judge.encoder, to_score=True).train
+    trained = {name: [row[f"{name}_ids"] for row in rows] for name in ("chosen", "rejected")}
+    assert not any(end in ids for found in trained.values() for ids in found)
+    looked = []
+
+    def look(self: Ppo, resume: Path | None) -> dict[str, Any]:
+        prompts, texts = self.prompts_of(0)[:2], ["no", "yes please"]
+        turns = [[*p.messages, {"role": "assistant", "content": text}] for p, text in zip(prompts, texts, strict=True)]
+        ids = [judge.ids(Conversation(turn, None)) for turn in turns]
+        assert not any(end in row for row in ids)
+        replies = [[*row[len(p.ids) :], end] for row, p in zip(ids, prompts, strict=True)]
+        scores, _ = self.score(prompts, together([p.ids for p in prompts], replies, [end], 0, "cpu"), texts)
+        assert scores == pytest.approx(judge.score(prompts, texts), abs=1e-5)
+        assert scores == pytest.approx(score_rows(judge.model, ids, 0), abs=1e-5)
+        looked.append(models)
+        raise RunError("seen enough")
+
+    monkeypatch.setattr(Ppo, "train", look)
+    with pytest.raises(RunError, match="seen enough"):
+        run_ppo(ppo_recipe(tmp_path, base, reward=only_model(reward), ppo={"models": models}))
+    assert looked
 
 
 def test_what_does_not_learn_stays(
