@@ -131,10 +131,9 @@ def test_training_rows_are_as_noisy_as_documented() -> None:
 @pytest.mark.parametrize("rows", [PAIRS_TRAIN, PAIRS_TEST], ids=["train", "test"])
 def test_what_is_wrong_with_the_rejected_answer(rows: list[dict]) -> None:
     flaws = Counter((row["group"], row["flaw"]) for row in rows)
-    assert flaws["answerable", "refusal"] == pytest.approx(len(rows) / 4, abs=1)
-    assert flaws["unanswerable", "other"] == pytest.approx(len(rows) / 4, abs=1)
-    assert flaws["unanswerable", "language"] == pytest.approx(len(rows) / 16, abs=1)
-    assert flaws["unanswerable", "invented"] == pytest.approx(len(rows) * 3 / 16, abs=1)
+    shares = {("answerable", "refusal"): 4, ("unanswerable", "other"): 4, ("unanswerable", "language"): 1}
+    for kind, sixteenths in {**shares, ("unanswerable", "invented"): 3}.items():
+        assert flaws[kind] == pytest.approx(len(rows) * sixteenths / 16, abs=2), "one turn of both languages"
     assert min(flaws["answerable", "other"], flaws["answerable", "invented"]) > len(rows) / 10
     for row in rows:
         wrong = row["rejected"][0]["content"]

@@ -21,7 +21,7 @@ SHIPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "tickets_test.jsonl": ("tickets", {"seed": 1, "n": 300, "split": "test"}),
     "tickets_questions_train.jsonl": ("questions", {"seed": 0, "n": 2000, "split": "train"}),
     "tickets_questions_test.jsonl": ("questions", {"seed": 1, "n": 300, "split": "test"}),
-    "tickets_pairs_train.jsonl": ("pairs", {"seed": 0, "n": 2000, "split": "train"}),
+    "tickets_pairs_train.jsonl": ("pairs", {"seed": 0, "n": 3000, "split": "train"}),
     "tickets_pairs_test.jsonl": ("pairs", {"seed": 1, "n": 300, "split": "test"}),
 }
 
