@@ -1,6 +1,6 @@
 """What `make align` must show, on each built-in base: about half an hour a base on two cores, three seeds on the first.
 
-Last results stand in the README, under "Alignment": PPO's bounds and the reward model of tiny-chatglm3 do not hold yet.
+Last results stand in the README, under "Alignment".
 """
 
 from __future__ import annotations
