@@ -1,5 +1,5 @@
 # make quickstart   train, evaluate and merge the built-in base (about four minutes on 2 cores, no GPU)
-# make align        SFT, then DPO, and a reward model with PPO, on the built-in base (about half an hour on 2 cores)
+# make align        SFT, then DPO, and a reward model with PPO, on the built-in base (some 35 minutes on one core)
 # make test         the test suite
 # make lint         ruff and mypy
 PYTHON ?= python3

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from finetune.data.chat import IGNORED, make_encoder, scored_length
+from finetune.data.chat import make_encoder, scored_ids
 from finetune.data.prompts import Prompt
 from finetune.data.types import Conversation
 from finetune.errors import RunError, UserError
@@ -147,9 +147,7 @@ class RewardModel:
 
     def ids(self, conversation: Conversation) -> list[int]:
         """A conversation that ends with a reply, up to where it is scored."""
-        encoded = self.encoder.encode(conversation, "last")
-        ids = encoded.input_ids[: max(i for i, label in enumerate(encoded.labels) if label != IGNORED) + 1]
-        return list(ids[: scored_length(ids, self.encoder.separator)])
+        return scored_ids(self.encoder.encode(conversation, "last"), self.encoder.separator)
 
     def score(self, prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float]:
         # An empty reply is no turn to encode; a blank one is scored in its place.

@@ -75,6 +75,13 @@ def scored_length(ids: Sequence[int], separator: int | None) -> int:
     return len(ids) - (ids[-1] == separator)
 
 
+def scored_ids(encoded: Encoded, separator: int | None) -> list[int]:
+    """A conversation that ends with a reply, up to where it is scored: nothing that a template writes after the last
+    trained token, where a sampled reply ends."""
+    ids = encoded.input_ids[: max(i for i, label in enumerate(encoded.labels) if label != IGNORED) + 1]
+    return ids[: scored_length(ids, separator)]
+
+
 class Encoder:
     separator: int | None = None
     """An end token that replies share with documents."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.audit import Audit
-from finetune.data.chat import IGNORED, Encoded, scored_length
+from finetune.data.chat import IGNORED, Encoded, scored_ids
 from finetune.data.dataset import SftData, held_out
 from finetune.data.samples import content_hash
 from finetune.data.types import Unpaired
@@ -24,19 +24,16 @@ from finetune.errors import UserError
 def load_pairs(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = None, to_score: bool = False) -> SftData:
     """Pairs of `data.train`, split by `data.eval_split`. UserError with every problem of every row.
 
-    to_score: as a reward model reads them, without what a template writes after the answer's last trained token, where
-    a sampled reply ends.
+    to_score: as a reward model reads them, up to where each answer is scored.
     """
     rows, hashes, audit = [], [], Audit(config, encoder, "preference", eval_data)
     for item, encoded in audit.rows(seed):
         assert isinstance(encoded, dict)
         row: dict[str, list[int]] = {}
         for name in ("chosen", "rejected"):
-            ids, trained = encoded[name].input_ids, mask(encoded[name])
-            if to_score:
-                ids = ids[: len(trained) - trained[::-1].index(1)]
-                ids = ids[: scored_length(ids, encoder.separator)]
-            row[f"{name}_ids"], row[f"{name}_mask"] = ids, trained[: len(ids)]
+            found = encoded[name]
+            ids = scored_ids(found, encoder.separator) if to_score else found.input_ids
+            row[f"{name}_ids"], row[f"{name}_mask"] = ids, mask(found)[: len(ids)]
         rows.append(row)
         hashes.append(content_hash(item.sample))  # type: ignore[arg-type]
     audit.settle()

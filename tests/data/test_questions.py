@@ -131,9 +131,11 @@ def test_training_rows_are_as_noisy_as_documented() -> None:
 @pytest.mark.parametrize("rows", [PAIRS_TRAIN, PAIRS_TEST], ids=["train", "test"])
 def test_what_is_wrong_with_the_rejected_answer(rows: list[dict]) -> None:
     flaws = Counter((row["group"], row["flaw"]) for row in rows)
-    shares = {("answerable", "refusal"): 4, ("unanswerable", "other"): 4, ("unanswerable", "language"): 1}
-    for kind, sixteenths in {**shares, ("unanswerable", "invented"): 3}.items():
-        assert flaws[kind] == pytest.approx(len(rows) * sixteenths / 16, abs=2), "one turn of both languages"
+    eighths = Counter(turn % 8 for turn in range(len(rows) // 4))  # a turn: both groups in both languages
+    assert flaws["answerable", "refusal"] == 2 * sum(eighths[i] for i in (0, 2, 4, 6))
+    assert flaws["unanswerable", "other"] == 2 * sum(eighths[i] for i in (0, 1, 4, 5))
+    assert flaws["unanswerable", "invented"] == 2 * sum(eighths[i] for i in (2, 3, 6))
+    assert flaws["unanswerable", "language"] == 2 * eighths[7]
     assert min(flaws["answerable", "other"], flaws["answerable", "invented"]) > len(rows) / 10
     for row in rows:
         wrong = row["rejected"][0]["content"]
