@@ -36,8 +36,8 @@ from finetune.errors import UserError
 from finetune.models import loading
 from finetune.models.hardware import input_device
 from finetune.models.identity import check_identity, fingerprint
-from finetune.recipe import Adapter, Hardware, ModelConfig, PpoRecipe
-from finetune.scoring import RewardModel, is_reward_run, peft_type_of
+from finetune.recipe import Adapter, Hardware, PpoRecipe
+from finetune.scoring import RewardModel, check_model, is_reward_run, peft_type_of
 
 
 @dataclass
@@ -70,8 +70,8 @@ def check(recipe: PpoRecipe) -> None:
         why = "AdaLoRA shares out its ranks over a number of updates that must be known, and PPO may leave some out"
         raise UserError(why, key="adapter.method", fix="use lora")
     if recipe.ppo.models == "separate":
-        if recipe.reward.model is not None and not Path(recipe.reward.model).exists():
-            loading.read_config(ModelConfig(name=recipe.reward.model))  # from a hub: says when there is none
+        if recipe.reward.model is not None:
+            check_model(recipe.reward.model)
         return
     section, key, fix = recipe.adapter, "ppo.models", "set ppo.models: separate"
     if section.method == "full":
@@ -80,10 +80,11 @@ def check(recipe: PpoRecipe) -> None:
     if rewrites_base(section) and recipe.model.adapter is None and (model or recipe.reward.train):
         what = f"init_lora_weights: {section.init_lora_weights} rewrites the base that the reward model stands on"  # type: ignore[union-attr]
         raise UserError(what, key=key, fix=fix)
-    if model is None or not Path(model).exists():
-        if model is not None:
-            raise UserError("a reward model from a hub has a base of its own", path=model, key=key, fix=fix)
+    if model is None:
         return
+    if not Path(model).exists():
+        check_model(model)  # says so when it is nowhere
+        raise UserError("a reward model from a hub has a base of its own", path=model, key=key, fix=fix)
     if not is_reward_run(model) or not (Path(model) / "adapter").is_dir():
         raise UserError(
             "is no run of `ft reward` with an adapter, and has a base of its own", path=model, key=key, fix=fix

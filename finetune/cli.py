@@ -57,10 +57,12 @@ def _recipe(
     """Read and check the recipe, its output directory and the rows of its data: a second instead of ten."""
     from finetune.recipe import RECIPES
     from finetune.recipe_file import load
-    from finetune.run import check_output
+    from finetune.run import check_inputs, check_output
 
     recipe: Recipe = load(reference, RECIPES[stage], overrides, output)
     check_output(recipe.output.dir, overwrite, resume)
+    if overwrite:
+        check_inputs(recipe)
     kind_of_rows = {"sft": "sft", "reward": "preference", "dpo": "preference", "kto": "unpaired"}.get(recipe.stage)
     if kind_of_rows is not None:
         from finetune.data.dataset import screen

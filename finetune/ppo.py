@@ -13,6 +13,7 @@ between rollouts and when to stop in `ppo_state`.
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -21,6 +22,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -30,7 +32,7 @@ from finetune.actors import Actors
 from finetune.adapters.proof import Proof
 from finetune.adapters.seats import seated
 from finetune.callbacks import Guard
-from finetune.data.chat import scored_length
+from finetune.data.chat import scored_end
 from finetune.data.prompts import Prompt
 from finetune.errors import RunError
 from finetune.evaluation import decode, seeded, stop_ids
@@ -43,7 +45,9 @@ from finetune.recipe import PpoRecipe
 from finetune.rollout import (
     Replies,
     Sampling,
+    Support,
     end_scores,
+    joined,
     log_probs,
     response_logits,
     sample,
@@ -70,11 +74,20 @@ class Rollout:
     logp: torch.Tensor
     ref_logp: torch.Tensor
     values: torch.Tensor
-    allowed: torch.Tensor | None
+    allowed: Support | None
     advantages: torch.Tensor
     returns: torch.Tensor
     kl: float
     """Per reply, in nats: the sum over its tokens of the non-negative estimator."""
+
+
+def rollouts(recipe: PpoRecipe, prompts: int) -> tuple[int, int, int]:
+    """(prompts per rollout, rollouts per epoch, rollouts of the run). An epoch's last prompts, too few for a rollout,
+    are left out of it; every epoch leaves out others."""
+    parts = recipe.ppo.num_mini_batches
+    batch = min(recipe.train.effective_batch_size, prompts // parts * parts)
+    per_epoch = prompts // batch
+    return batch, per_epoch, recipe.train.max_steps or max(1, round(per_epoch * recipe.train.num_train_epochs))
 
 
 class Ppo:
@@ -91,15 +104,16 @@ class Ppo:
         self.prompts, self.held_out, self.scorers = prompts, held_out, scorers
         self.rows = rows
         self.pad = encoder.tokenizer.pad_token_id
+        judge = actors.judge
+        own = judge.encoder if judge is not None else None
+        self.reads_ids = own is not None and own.identity() == encoder.identity()
         self.stops = stop_ids(actors.policy.model, encoder)
         c = recipe.ppo
         self.sampling = Sampling(c.max_new_tokens, c.temperature, c.top_k, c.top_p)
         self.state = State(kl_coef=c.kl_coef)
         self.device = actors.value_head.weight.device
         self.dtype = getattr(torch, recipe.model.dtype)
-        self.batch = min(recipe.train.effective_batch_size, len(prompts) // c.num_mini_batches * c.num_mini_batches)
-        per_epoch = len(prompts) // self.batch
-        self.total = recipe.train.max_steps or max(1, round(per_epoch * recipe.train.num_train_epochs))
+        self.batch, _, self.total = rollouts(recipe, len(prompts))
         self.module = nn.ModuleList([*actors.trained_models(), actors.value_head])
         self._optimizer(TrainingArguments(**arguments))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -145,18 +159,18 @@ class Ppo:
     # --- collecting ---
 
     def prompts_of(self, step: int) -> list[Prompt]:
-        """The prompts of a step: every one once per epoch, in an order that depends on (seed, epoch) only."""
+        """The prompts of a step: none twice in an epoch, in an order that depends on (seed, epoch) only."""
         per_epoch = len(self.prompts) // self.batch
         epoch, place = divmod(step, per_epoch)
         order = OrderedSampler([1] * len(self.prompts), self.recipe.train.seed)
         order.set_epoch(epoch)
         return [self.prompts[i] for i in list(order)[place * self.batch : (place + 1) * self.batch]]
 
-    def answer(self, prompts: Sequence[Prompt], greedy: bool = False) -> tuple[Replies, list[str]]:
+    def answer(self, prompts: Sequence[Prompt]) -> tuple[Replies, list[str]]:
         with seated(self.actors.policy) as model, self.autocast():
             size = max(self.rows, self.recipe.eval.batch_size)
             ids = [p.ids for p in prompts]
-            replies = sample(model, ids, self.sampling, self.stops, self.pad, size, greedy)
+            replies = sample(model, ids, self.sampling, self.stops, self.pad, size)
         listed = [replies.text_ids(i, self.stops) for i in range(len(replies))]
         return replies, [decode(self.encoder, ids, self.stops) for ids in listed]
 
@@ -168,13 +182,12 @@ class Ppo:
         actors, parts = self.actors, {}
         if actors.reward is not None:
             assert actors.reward_head is not None
-            found: list[float] = []
+            read, found = replies.judged(scored_end(self.encoder)), list[float]()
             with torch.no_grad(), self.autocast(), seated(actors.reward) as model:
                 model.train()
                 for index in self.chunks(torch.arange(len(replies), device=self.device)):
-                    part, separator = replies.rows(index), self.encoder.separator
-                    found += end_scores(model, actors.reward_head, part, separator).tolist()
-            parts["model"] = (next(source), found)
+                    found += end_scores(model, actors.reward_head, read.rows(index)).tolist()
+            parts["model"] = (next(source), checked(found, len(replies), "the reward model"))
         elif actors.judge is not None:
             parts["model"] = (next(source), self._judged(prompts, replies, texts))
         for name, scorer in self.scorers.items():
@@ -188,10 +201,10 @@ class Ppo:
     def _judged(self, prompts: Sequence[Prompt], replies: Replies, texts: Sequence[str]) -> list[float]:
         judge = self.actors.judge
         assert judge is not None
-        if judge.encoder.identity() != self.encoder.identity():
+        if not self.reads_ids:
             return judge.score(prompts, texts)
-        rows = [ids[m.bool()].tolist() for ids, m in zip(replies.ids, replies.attention, strict=True)]
-        rows = [ids[: scored_length(ids, judge.encoder.separator)] for ids in rows]
+        read = replies.judged(scored_end(self.encoder))
+        rows = [ids[m.bool()].tolist() for ids, m in zip(read.ids, read.attention, strict=True)]
         return checked(score_rows(judge.model, rows, self.pad), len(rows), judge.name)
 
     @torch.no_grad()
@@ -225,7 +238,7 @@ class Ppo:
         if c.whiten_advantages:
             advantages = rl.whiten(advantages, mask)
         kl = float(rl.kl_estimate(old, reference, mask).sum(1).mean())
-        kept = stacked(allowed)
+        kept = joined(allowed)
         return Rollout(replies, texts, scores, parts, old, reference, value, kept, advantages, returns, kl)
 
     def shaped(self, scores: Sequence[float], replies: Replies) -> torch.Tensor:
@@ -280,13 +293,14 @@ class Ppo:
         for rows in self.chunks(index):
             part = rollout.replies.rows(rows)
             share = part.mask.sum() / tokens
-            allowed = None if rollout.allowed is None else rollout.allowed[rows]
+            allowed = None if rollout.allowed is None else rollout.allowed.rows(rows)
             with self.autocast(), seated(actors.policy) as model:
                 model.train()
                 logits = response_logits(model, part)
                 new = log_probs(logits, part.tokens, self.sampling, allowed)
                 policy = rl.policy_loss(new, rollout.logp[rows], rollout.advantages[rows], part.mask, c.cliprange)
-                entropy = rl.masked_mean(rl.entropy(logits / c.temperature), part.mask)
+                with torch.set_grad_enabled(c.entropy_coef > 0):  # its graph over the vocabulary is a tenth of the peak
+                    entropy = rl.masked_mean(rl.entropy(logits / c.temperature), part.mask)
                 # Inside: gradient checkpointing computes the forward pass again, with the adapter that is active.
                 self.scaler.scale((policy.loss - c.entropy_coef * entropy) * share).backward()
             with self.autocast(), seated(actors.value) as model:
@@ -357,6 +371,9 @@ class Ppo:
 
     def step(self, proof: Proof | None = None) -> dict[str, Any]:
         """One rollout and its updates; the row for metrics.jsonl."""
+        drawn = self.recipe.train.seed * 1_000_003 + self.state.step  # rules may draw: a resumed run draws the same
+        random.seed(drawn)
+        np.random.seed(drawn % 2**32)
         prompts = self.prompts_of(self.state.step)
         rollout = self.collect(prompts)
         found = self.update(rollout, proof)
@@ -430,15 +447,6 @@ def _means(seen: dict[str, list[float]]) -> dict[str, float]:
     found = {key: mean(values) for key, values in seen.items() if key != "log_ratio_max"}
     # The largest |log ratio| of the first minibatch, before any update: 0 but for rounding.
     return {**found, "first_log_ratio": seen["log_ratio_max"][0]}
-
-
-def stacked(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """[b, T, k] of several widths as one [B, T, K], padded with -1."""
-    found = [part for part in parts if part is not None]
-    if not found:
-        return None
-    widest = max(part.shape[-1] for part in found)
-    return torch.cat([nn.functional.pad(part, (0, widest - part.shape[-1]), value=-1) for part in found])
 
 
 def repetition(ids: Sequence[int]) -> float:

@@ -25,6 +25,7 @@ from finetune.recipe import PpoConfig
 from finetune.run import CHECKPOINT_COMPLETE, Run, write_json
 
 DEGENERATE = 3  # rollouts in a row that must look bad before a run is stopped
+FAR = 2  # rollouts in a row over max_kl: the estimator's tail is heavy, one unlikely token can be 20 nats
 
 
 @dataclass
@@ -57,6 +58,7 @@ class State:
     first: dict[str, float] = field(default_factory=dict)
     """eos_rate, repetition and length of the first rollout: what is normal for this model."""
     bad: int = 0
+    far: int = 0
     losses: list[float] = field(default_factory=list)
     before: list[float] = field(default_factory=list)
     """Scores of the held-out prompts before training."""
@@ -75,11 +77,14 @@ def watch(row: Mapping[str, Any], state: State, config: PpoConfig) -> None:
     for key in ("loss", "value_loss", "kl"):
         if not math.isfinite(row[key]):
             raise RunError(f"{key} became {row[key]} at step {row['step']}: lower train.learning_rate")
-    if row["kl"] > config.max_kl:
-        raise RunError(
-            f"KL to the reference is {row['kl']:.1f} nats per reply at step {row['step']}, over ppo.max_kl "
-            f"({config.max_kl:g}): lower train.learning_rate or ppo.num_ppo_epochs, or raise ppo.kl_coef"
-        )
+    state.far = state.far + 1 if row["kl"] > config.max_kl else 0
+    if state.far:
+        what = f"KL to the reference is {row['kl']:.1f} nats per reply at step {row['step']}, over ppo.max_kl"
+        what += f" ({config.max_kl:g})"
+        if state.far >= FAR:
+            how = "lower train.learning_rate or ppo.num_ppo_epochs, or raise ppo.kl_coef"
+            raise RunError(f"{what} for {FAR} rollouts: {how}")
+        warn(what)
     if not state.first:
         state.first = {key: row[key] for key in ("eos_rate", "repetition", "response_length")}
         if row["eos_rate"] < 0.05:

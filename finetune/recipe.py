@@ -455,6 +455,11 @@ class TrainConfig(Section):
     """Stop after this many evaluations without a lower held-out loss; implies load_best_model_at_end."""
 
 
+class PpoTrainConfig(TrainConfig):
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.0
+    """Linear warm-up: a number of rollouts, or below 1 a fraction of all. The first of them learns nothing."""
+
+
 class EvalConfig(Section):
     data: str | None = None
     """Held-out data with reference answers."""
@@ -605,8 +610,8 @@ class RewardSources(Section):
     """What scores the replies; several are added up."""
 
     train: str | SourceConfig | list[str | SourceConfig] | None = None
-    """Preference pairs to train a reward model on first, on the same base, into output.dir/reward. 5% are held out to
-    say how accurate it is."""
+    """Preference pairs to train a reward model on first, on the same base, into output.dir/reward, as `ft reward` does
+    by default (16 pairs a step) and otherwise as `train` says. 5% are held out to say how accurate it is."""
     model: str | None = None
     """Run of `ft reward`, or a folder or hub id of a sequence-classification model with one output."""
     functions: list[str] = []
@@ -656,7 +661,7 @@ class PpoConfig(Section):
     kl_horizon: Count = 1000
     """Replies over which kl_coef adapts."""
     max_kl: Annotated[float, Field(gt=0)] = 20.0
-    """A rollout whose KL per reply is larger stops the run: the policy has left the reference for good."""
+    """Two rollouts in a row whose KL per reply is larger stop the run: the policy has left the reference for good."""
     max_update_kl: Annotated[float, Field(gt=0)] = 0.1
     """When the updates of one rollout have moved the policy this far (mean squared log ratio / 2), the rest of them is
     left out."""
@@ -695,6 +700,8 @@ class PpoRecipe(BaseRecipe):
     prompts per rollout and max_steps the number of rollouts."""
     adapter: Adapter = LoraAdapter()
     """What is trained."""
+    train: PpoTrainConfig = PpoTrainConfig()
+    """Optimisation."""
     reward: RewardSources
     """What scores the replies."""
     ppo: PpoConfig = PpoConfig()
@@ -754,7 +761,10 @@ def absolute_source(source: str | SourceConfig) -> str | SourceConfig:
 def absolute_rewards(reward: RewardSources) -> RewardSources:
     """The same, found from any folder."""
     sources = reward.train if isinstance(reward.train, list) else [] if reward.train is None else [reward.train]
-    rules = [f"{absolute(file)}:{name}" for file, _, name in (rule.rpartition(":") for rule in reward.functions)]
+    rules = [
+        f"{absolute(file)}:{name}" if file else name  # without a function the rule is refused when it is loaded
+        for file, _, name in (rule.rpartition(":") for rule in reward.functions)
+    ]
     return reward.model_copy(
         update={
             "train": [absolute_source(s) for s in sources] or None,
@@ -770,6 +780,15 @@ def compute_dtype(wanted: str, hardware: Hardware) -> str:
     if hardware.bf16:
         return "bfloat16"
     return "float16" if hardware.device == "cuda" else "float32"
+
+
+def a_step(recipe: Recipe) -> tuple[TrainConfig, int]:
+    """(train with the rows of an optimizer step, their length). PPO's are a minibatch of prompts and replies."""
+    if not isinstance(recipe, PpoRecipe):
+        return recipe.train, recipe.data.max_length
+    rows = recipe.train.effective_batch_size // recipe.ppo.num_mini_batches
+    train = recipe.train.model_copy(update={"effective_batch_size": rows})
+    return train, recipe.data.max_length + recipe.ppo.max_new_tokens
 
 
 def batch_layout(train: TrainConfig, max_length: int, hardware: Hardware) -> tuple[int, int]:
@@ -794,7 +813,8 @@ def resolve(recipe: R, hardware: Hardware) -> R:
     The result is complete: written to recipe.yaml and run again, it gives the same run from any folder.
     """
     train, data = recipe.train, recipe.data
-    micro, accumulation = batch_layout(train, data.max_length, hardware)
+    is_ppo = isinstance(recipe, PpoRecipe)
+    micro, accumulation = batch_layout(*a_step(recipe), hardware)
     best = train.load_best_model_at_end or train.early_stopping_patience is not None
     sources = data.train if isinstance(data.train, list) else [data.train]
     sections: dict[str, Any] = {
@@ -814,7 +834,7 @@ def resolve(recipe: R, hardware: Hardware) -> R:
                 # How many samples a packed row holds is known only once they are packed.
                 "per_device_train_batch_size": train.per_device_train_batch_size if data.packing else micro,
                 "gradient_accumulation_steps": train.gradient_accumulation_steps if data.packing else accumulation,
-                "per_device_eval_batch_size": train.per_device_eval_batch_size or micro,
+                "per_device_eval_batch_size": train.per_device_eval_batch_size or (None if is_ppo else micro),
                 "gradient_checkpointing": (
                     hardware.device != "cpu" if train.gradient_checkpointing is None else train.gradient_checkpointing
                 ),

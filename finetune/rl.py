@@ -28,13 +28,13 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def per_token_kl(logp: torch.Tensor, ref_logp: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """log pi(a) - log ref(a) per token, k1 of Schulman 2020 (joschu.net/blog/kl-approx.html). [B, T] -> [B, T]."""
-    return (logp - ref_logp) * mask
+    return (logp - ref_logp).masked_fill(mask == 0, 0.0)
 
 
 def kl_estimate(logp: torch.Tensor, ref_logp: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """exp(-d) - 1 + d per token, d = log pi - log ref: k3 of the same note, unbiased and never negative. -> [B, T]."""
-    d = logp - ref_logp
-    return (torch.exp(-d) - 1 + d) * mask
+    d = (logp - ref_logp).masked_fill(mask == 0, 0.0)  # before it can overflow: what stands on padding is no number
+    return torch.exp(-d) - 1 + d
 
 
 def last_token(mask: torch.Tensor) -> torch.Tensor:
@@ -97,19 +97,24 @@ def policy_loss(
     Args:
         new_logp, old_logp, advantage, mask: [B, T].
     """
-    ratio = torch.exp((new_logp - old_logp) * mask)
+    moved = (new_logp - old_logp).masked_fill(mask == 0, 0.0)
+    ratio = torch.exp(moved)
     plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - cliprange, 1 + cliprange)
     return PolicyLoss(
         masked_mean(torch.maximum(plain, clipped), mask),
         masked_mean((clipped > plain).to(ratio.dtype), mask),
-        masked_mean((new_logp - old_logp) ** 2 / 2, mask),
+        masked_mean(moved**2 / 2, mask),
     )
 
 
 def value_loss(
     new_values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, cliprange: float
 ) -> torch.Tensor:
-    """Half the mean of max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2). [B, T] each -> scalar."""
+    """Half the mean of max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2). [B, T] each -> scalar.
+
+    The clip of Schulman et al. 2017, eq. 7, put on values: not in the paper, but in its authors' code (Engstrom et al.
+    2020, arXiv:2005.12729, section 3).
+    """
     clipped = torch.clamp(new_values, old_values - cliprange, old_values + cliprange)
     return 0.5 * masked_mean(torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2), mask)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,18 @@ class Replies:
         t = torch.arange(self.tokens.shape[1], device=self.ids.device)
         return (self.prompt_lengths[:, None] - 1 + t).clamp(max=self.ids.shape[1] - 1)
 
+    def judged(self, end: int | None) -> Replies:
+        """As a reward model is trained to read them: whatever token a reply was ended by, it is replaced by `end`, the
+        one that pairs are encoded with, or left out (None; see `data.chat.scored_length`)."""
+        ids, attention = self.ids.clone(), self.attention.clone()
+        rows = self.ended.nonzero()[:, 0]
+        last = attention[rows].sum(1) - 1
+        if end is not None:
+            ids[rows, last] = end
+        else:
+            attention[rows, last] = 0
+        return replace(self, ids=ids, attention=attention)
+
     def text_ids(self, row: int, stops: Sequence[int]) -> list[int]:
         """The reply's tokens without the end token."""
         ids: list[int] = self.tokens[row][self.mask[row].bool()].tolist()
@@ -75,22 +87,18 @@ class Replies:
 
 @torch.no_grad()
 def sample(
-    model: Any, prompts: Sequence[list[int]], sampling: Sampling, stops: Sequence[int], pad: int, batch_size: int,
-    greedy: bool = False,
-) -> Replies:  # fmt: skip
+    model: Any, prompts: Sequence[list[int]], sampling: Sampling, stops: Sequence[int], pad: int, batch_size: int
+) -> Replies:
     """One reply per prompt, in order, drawn from torch's global generator. The model is left in eval mode."""
     model.eval()
     replies: list[list[int]] = [[] for _ in prompts]
     for rows in batches(prompts, batch_size, equal_length=is_before_text(model)):
         ids, mask = left_pad([prompts[i] for i in rows], pad, input_device(model))
-        how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        if not greedy:
-            how = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
-            how["top_p"] = sampling.top_p
         with only_as_told(model):
             output = model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=sampling.max_new_tokens, num_beams=1,
-                eos_token_id=list(stops), pad_token_id=pad, **how,
+                eos_token_id=list(stops), pad_token_id=pad, do_sample=True, temperature=sampling.temperature,
+                top_k=sampling.top_k, top_p=sampling.top_p,
             )  # fmt: skip
         for row, sequence in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
             end = next((i for i, token in enumerate(sequence) if token in stops), None)
@@ -159,42 +167,72 @@ def response_logits(model: Any, replies: Replies) -> torch.Tensor:
     return logits.gather(1, index).float()
 
 
-def support(logits: torch.Tensor, tokens: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
-    """[B, T, K] ids of the tokens that top-k and top-p leave, padded with -1; None when they leave all.
+@dataclass
+class Support:
+    """The tokens that top-k and top-p leave at each position of B replies: many at some, one at most of them, and so
+    kept one after the other."""
+
+    ids: list[torch.Tensor]
+    """B times [N] int32 ids, those of the first position first."""
+    counts: torch.Tensor
+    """[B, T] how many belong to each position; never 0."""
+
+    def rows(self, index: torch.Tensor) -> Support:
+        return Support([self.ids[i] for i in index.tolist()], self.counts[index])
+
+
+def support(logits: torch.Tensor, tokens: torch.Tensor, sampling: Sampling) -> Support | None:
+    """What top-k and top-p leave; None when they leave all.
 
     Kept from the time of sampling: the policy that learns is renormalised over the same tokens, or its ratio would
     jump whenever a token enters or leaves. The sampled token is always among them.
+
+    Args:
+        logits: [B, T, V]; tokens: [B, T].
     """
     if not sampling.top_k and sampling.top_p >= 1:
         return None
-    ordered, ids = (logits / sampling.temperature).sort(dim=-1, descending=True)
-    kept = torch.ones_like(ids, dtype=torch.bool)
-    if sampling.top_k:
-        kept[..., sampling.top_k :] = False
-    if sampling.top_p < 1:
-        p = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
-        kept &= p.cumsum(-1) - p < sampling.top_p
-    kept |= ids == tokens[..., None]
-    width = int(kept.sum(-1).max())
-    ranked = torch.where(kept, ids, -1)
-    order = kept.int().argsort(dim=-1, descending=True, stable=True)[..., :width]
-    return ranked.gather(-1, order)
+    found, counts = [], []
+    for row, taken in zip(logits / sampling.temperature, tokens, strict=True):  # one by one: sorting takes memory
+        ordered, ids = row.sort(dim=-1, descending=True)
+        kept = torch.ones_like(ids, dtype=torch.bool)
+        if sampling.top_k:
+            kept[:, sampling.top_k :] = False
+        if sampling.top_p < 1:
+            p = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
+            kept &= p.cumsum(-1) - p < sampling.top_p
+        kept |= ids == taken[:, None]
+        found.append(ids[kept].int())
+        counts.append(kept.sum(-1))
+    return Support(found, torch.stack(counts))
+
+
+def joined(parts: Sequence[Support | None]) -> Support | None:
+    """Those of several passes as one."""
+    found = [part for part in parts if part is not None]
+    if not found:
+        return None
+    return Support([ids for part in found for ids in part.ids], torch.cat([part.counts for part in found]))
 
 
 def log_probs(
-    logits: torch.Tensor, tokens: torch.Tensor, sampling: Sampling, allowed: torch.Tensor | None = None
+    logits: torch.Tensor, tokens: torch.Tensor, sampling: Sampling, allowed: Support | None = None
 ) -> torch.Tensor:
     """[B, T] log-probabilities of `tokens` under the distribution they are sampled from.
 
     Args:
-        logits: [B, T, V]; tokens: [B, T]; allowed: [B, T, K] of `support`.
+        logits: [B, T, V]; tokens: [B, T]; allowed: of `support`.
     """
     logits = logits / sampling.temperature
     chosen = logits.gather(-1, tokens[..., None]).squeeze(-1)
     if allowed is None:
         return chosen - logits.logsumexp(-1)
-    among = logits.gather(-1, allowed.clamp(min=0)).masked_fill(allowed < 0, -torch.inf)
-    return chosen - among.logsumexp(-1)
+    counts = allowed.counts.flatten()
+    position = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    among = logits.flatten(0, 1)[position, torch.cat(allowed.ids)]
+    peak = torch.full_like(chosen.flatten(), -torch.inf).scatter_reduce(0, position, among.detach(), "amax")
+    total = torch.zeros_like(peak).index_add(0, position, (among - peak[position]).exp())
+    return chosen - (peak + total.log()).view_as(chosen)
 
 
 def hidden_states(model: Any, replies: Replies) -> torch.Tensor:
@@ -222,10 +260,7 @@ def token_values(model: Any, head: torch.nn.Module, replies: Replies) -> torch.T
     return apply_head(head, states.gather(1, index))
 
 
-def end_scores(model: Any, head: torch.nn.Module, replies: Replies, separator: int | None = None) -> torch.Tensor:
-    """[B] score of prompt and reply, read at the last token but for a separator (data.chat.scored_length)."""
+def end_scores(model: Any, head: torch.nn.Module, replies: Replies) -> torch.Tensor:
+    """[B] score of prompt and reply, read at the last token."""
     states, rows = hidden_states(model, replies), torch.arange(len(replies), device=replies.ids.device)
-    last = replies.attention.sum(1) - 1
-    if separator is not None:
-        last = last - (replies.ids[rows, last] == separator).long()
-    return apply_head(head, states[rows, last])
+    return apply_head(head, states[rows, replies.attention.sum(1) - 1])

@@ -156,6 +156,31 @@ def check_output(directory: str | Path, overwrite: bool, resume: bool) -> None:
         )  # fmt: skip
 
 
+def check_inputs(recipe: Recipe) -> None:
+    """UserError when something that the run reads is what --overwrite would delete first."""
+    directory = Path(recipe.output.dir).resolve()
+    deleted = [directory / name for name in CONTENTS]
+    problems = [
+        Problem("would be deleted by --overwrite", path=text, key=key, fix="use --output DIR, or move it away")
+        for key, text in strings(recipe.model_dump())
+        if os.path.exists(text) and any(Path(text).resolve().is_relative_to(path) for path in deleted)
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def strings(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in nested mappings and lists."""
+    if isinstance(values, str):
+        yield key, values
+    elif isinstance(values, dict):
+        for name, value in values.items():
+            yield from strings(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for value in values:
+            yield from strings(value, key)
+
+
 def check_resumable(recipe: Recipe) -> None:
     """UserError naming the keys in which `recipe` differs from the one that the unfinished run was started with."""
     path = Path(recipe.output.dir) / "recipe.yaml"
@@ -175,6 +200,8 @@ def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> I
     """Create the directory, lock it, write recipe.yaml. Call after everything that can be checked has been checked."""
     run = Run(Path(recipe.output.dir))
     check_output(run.path, overwrite, resume)
+    if overwrite:
+        check_inputs(recipe)
     run.path.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(run.path / ".lock", blocking=False).acquire()

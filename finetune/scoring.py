@@ -3,6 +3,7 @@
 Scorer                      (prompts, replies) -> one number per reply
 load_rule(spec)             file.py:function as a scorer
 RewardModel.load(path)      a run of `ft reward`, or any sequence-classification model with one output
+check_model(path)           what cannot be one, before anything is loaded
 score_rows(model, rows, …)  scores of encoded texts
 is_reward_run(path)
 """
@@ -20,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from finetune.data.chat import make_encoder, scored_ids
 from finetune.data.prompts import Prompt
 from finetune.data.types import Conversation
 from finetune.errors import RunError, UserError
-from finetune.families import family
-from finetune.models import loading
+from finetune.families import ENCODER, family, refused
+from finetune.models import loading, sources
 from finetune.models.hardware import input_device
 from finetune.models.heads import with_score_head
 from finetune.recipe import Hardware, ModelConfig
@@ -121,29 +123,29 @@ class RewardModel:
 
     name: str
     model: Any
+    tokenizer: Any
     encoder: Any
+    """None for encoders (BERT and its kin), which have no chat template and read a prompt and a reply as two texts."""
 
     @classmethod
     def load(cls, path: str, dtype: torch.dtype, machine: Hardware) -> RewardModel:
         """From a run directory, an adapter folder, or a sequence-classification checkpoint."""
-        folder = Path(path)
-        if (folder / "adapter_config.json").exists() or (folder / "adapter" / "adapter_config.json").exists():
-            adapter = loading.adapter_folder(path)
-            described = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-            if described.get("task_type") != "SEQ_CLS":
-                raise UserError("has no score head", path=adapter, key="reward", fix="give a run of `ft reward`")
+        check_model(path)
+        adapter = loading.find_adapter(path)
+        if adapter is not None:
             base = loading.configs_of(adapter)[1]
             tokenizer = loading.load_tokenizer(base, adapter)
             scored = with_score_head(loading.load_model(base, dtype, machine), base.name)
             model = loading.attach_adapter(scored, adapter, base)
-            kind = loading.read_config(base)["model_type"]
-        else:
-            source = str(folder / "model") if (folder / "model").is_dir() else path
-            config = ModelConfig(name=source, sanity_check=False)
-            tokenizer, kind = loading.load_tokenizer(config), loading.read_config(config)["model_type"]
-            model = classifier(config, dtype, machine)
-            model.config.pad_token_id = tokenizer.pad_token_id  # how transformers finds where a row ends
-        return cls(path, model, make_encoder(tokenizer, family(kind)))
+            return cls(path, model, tokenizer, make_encoder(tokenizer, family(loading.read_config(base)["model_type"])))
+        source = checkpoint_of(path)
+        stored = config_of(source)
+        model = classifier(source, dtype, machine)
+        if reads_pairs(stored):
+            return cls(path, model, AutoTokenizer.from_pretrained(loading.locate(source)), None)
+        tokenizer = loading.load_tokenizer(source)
+        model.config.pad_token_id = tokenizer.pad_token_id  # how transformers finds where a row ends
+        return cls(path, model, tokenizer, make_encoder(tokenizer, family(stored["model_type"])))
 
     def ids(self, conversation: Conversation) -> list[int]:
         """A conversation that ends with a reply, up to where it is scored."""
@@ -158,19 +160,68 @@ class RewardModel:
         return self.scores([Conversation(t, p.tools) for t, p in zip(turns, prompts, strict=True)])
 
     def scores(self, conversations: Sequence[Conversation]) -> list[float]:
-        rows = [self.ids(c) for c in conversations]
-        return checked(score_rows(self.model, rows, self.encoder.tokenizer.pad_token_id), len(rows), self.name)
+        if self.encoder is None:
+            found = score_pairs(self.model, self.tokenizer, conversations)
+        else:
+            found = score_rows(self.model, [self.ids(c) for c in conversations], self.tokenizer.pad_token_id)
+        return checked(found, len(conversations), self.name)
+
+
+@torch.inference_mode()
+def score_pairs(model: Any, tokenizer: Any, conversations: Sequence[Conversation], batch_size: int = 32) -> list[float]:
+    """Scores of an encoder, which reads all that was said before, and the reply; cut where its positions end."""
+    model.eval()
+    texts = [[str(m["content"]) for m in c.messages] for c in conversations]
+    pairs = [("\n".join(turns[:-1]), turns[-1]) for turns in texts]
+    # RoBERTa counts its positions from behind the padding's id.
+    positions = getattr(model.config, "max_position_embeddings", 512) - (tokenizer.pad_token_id or 0) - 1
+    longest = min(tokenizer.model_max_length, positions)
+    scores: list[float] = []
+    for start in range(0, len(pairs), batch_size):
+        asked, replies = zip(*pairs[start : start + batch_size], strict=True)
+        batch = tokenizer(
+            list(asked), list(replies), padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        )
+        scores += model(**batch.to(input_device(model))).logits[:, 0].tolist()
+    return scores
+
+
+def checkpoint_of(path: str) -> ModelConfig:
+    """Of a fully trained run, or a model by itself."""
+    model = Path(path) / "model"
+    return ModelConfig(name=str(model) if model.is_dir() else path, sanity_check=False)
+
+
+def check_model(path: str) -> None:
+    """UserError for what is no reward model, from its small files."""
+    adapter = loading.find_adapter(path)
+    if adapter is not None:
+        described = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        if described.get("task_type") != "SEQ_CLS":
+            raise UserError("has no score head", path=adapter, key="reward", fix="give a run of `ft reward`")
+        return
+    config = config_of(checkpoint_of(path))
+    outputs = config.get("num_labels", len(config.get("id2label", "12")))
+    if outputs != 1:
+        raise UserError(f"has {outputs} outputs", path=path, key="reward.model", fix="use a model with num_labels 1")
+
+
+def config_of(model: ModelConfig) -> dict[str, Any]:
+    """config.json of a sequence-classification model: of a causal base, or of an encoder."""
+    path = sources.file(model, "config.json")
+    if path is not None:
+        found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        if reads_pairs(found):
+            return found
+    return loading.read_config(model)
+
+
+def reads_pairs(config: dict[str, Any]) -> bool:
+    return refused(config) is ENCODER
 
 
 def classifier(config: ModelConfig, dtype: torch.dtype, machine: Hardware) -> Any:
-    """A stored sequence-classification model with one output. UserError otherwise."""
-    from transformers import AutoModelForSequenceClassification
-
-    outputs = loading.read_config(config).get("num_labels", len(loading.read_config(config).get("id2label", "12")))
-    if outputs != 1:
-        raise UserError(
-            f"has {outputs} outputs", path=config.name, key="reward.model", fix="use a model with num_labels 1"
-        )
+    """A stored sequence-classification model."""
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             loading.locate(config), dtype=dtype, trust_remote_code=False, output_loading_info=True,

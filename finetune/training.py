@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,6 +219,16 @@ def announce(warnings: list[str], updates: int, *more: str | None) -> list[str]:
     return lines
 
 
+@contextmanager
+def memory_advice(length: str) -> Iterator[None]:
+    """RunError that says what to do when memory runs out. `length`: the key of how long rows may be."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"out of memory ({str(error).splitlines()[0]}): set train.per_device_train_batch_size: 1, "
+                       f"train.gradient_checkpointing: true, or a shorter {length}") from None  # fmt: skip
+
+
 def fit(trainer: SFTTrainer, run: Run, resume: bool) -> dict[str, Any]:
     """Train; returns what result.json says about it. Interrupted after a signal, with a checkpoint on disk."""
     checkpoint = run.last_checkpoint() if resume else None
@@ -224,10 +236,8 @@ def fit(trainer: SFTTrainer, run: Run, resume: bool) -> dict[str, Any]:
         run.forget_after(int(checkpoint.name.rpartition("-")[2]))
     guard = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Guard))
     try:
-        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        raise RunError(f"out of memory ({str(error).splitlines()[0]}): set train.per_device_train_batch_size: 1, "
-                       "train.gradient_checkpointing: true, or a shorter data.max_length") from None  # fmt: skip
+        with memory_advice("data.max_length"):
+            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         guard.restore()  # a trainer that raises calls no on_train_end
     if guard.stopped:
@@ -378,8 +388,8 @@ def summary(recipe: Recipe, run: Run, weights: Path) -> None:
     note(f"        ft chat {option} {name}")
 
 
-def show_plan(recipe: Recipe, counts: dict[str, Any], plan: Layout) -> None:
+def show_plan(recipe: Recipe, counts: dict[str, Any], plan: Layout, steps: str = "steps") -> None:
     """--dry-run: what would be done, as YAML that can be run."""
     print(to_yaml(recipe), end="")
     note(f"{counts['rows']:,} rows, {counts['trained_tokens']:,} trained tokens, {counts['dropped']} dropped")
-    note(f"{plan.total_steps} steps of {plan.rows_per_pass} rows x {plan.accumulation} passes; nothing was written")
+    note(f"{plan.total_steps} {steps} of {plan.rows_per_pass} rows x {plan.accumulation} passes; nothing was written")

@@ -63,11 +63,12 @@ def test_padding_never_matters(case: dict[str, Any]) -> None:
         assert torch.allclose(clean[name], dirty[name], atol=1e-12), name
 
 
-def test_each_function_masks_by_itself() -> None:
+@pytest.mark.parametrize("sign", [1, -1])
+def test_each_function_masks_by_itself(sign: int) -> None:
     """Nothing relies on another having masked before; not even where numbers overflow."""
     torch.manual_seed(0)
     mask = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
-    junk = 1e4 * (1 - mask)
+    junk = sign * 1e4 * (1 - mask)
     a, b, scores = torch.randn(2, 4), torch.randn(2, 4), torch.tensor([1.0, -2.0])
     kl = rl.per_token_kl(a + junk, b, mask)
     assert torch.equal(kl, rl.per_token_kl(a, b, mask))
@@ -81,6 +82,8 @@ def test_each_function_masks_by_itself() -> None:
         assert (found[mask == 0] == 0).all()
     losses = (rl.policy_loss(a + noise, b, scores[:, None] * a, mask, 0.2) for noise in (junk, 0 * junk))
     assert torch.equal(*(torch.stack(list(loss)) for loss in losses))
+    assert torch.equal(rl.explained_variance(a + junk, b + 2 * junk, mask), rl.explained_variance(a, b, mask))
+    assert torch.equal(rl.value_loss(a + junk, b, a - b, mask, 0.2), rl.value_loss(a, b, a - b, mask, 0.2))
 
 
 def test_estimator_is_never_negative_and_zero_when_equal() -> None:

@@ -14,8 +14,10 @@ from finetune.recipe import ADAPTERS
 from finetune.rollout import (
     Replies,
     Sampling,
+    Support,
     end_scores,
     hidden_states,
+    joined,
     log_probs,
     response_logits,
     sample,
@@ -86,7 +88,7 @@ def test_every_reading_is_that_of_a_row_alone(model: Any, replies: Replies, meth
         logits = response_logits(whole, replies)
         found = log_probs(logits, replies.tokens, sampling)
         values, scores = token_values(whole, head, replies), end_scores(whole, head, replies)
-        before = end_scores(whole, head, replies, separator=2)
+        before, other = (end_scores(whole, head, replies.judged(end)) for end in (None, 9))
         states = hidden_states(whole, replies)
     for i, (prompt, reply) in enumerate(zip(PROMPTS, REPLIES, strict=True)):
         n, t = len(prompt), len(reply)
@@ -98,6 +100,10 @@ def test_every_reading_is_that_of_a_row_alone(model: Any, replies: Replies, meth
         torch.testing.assert_close(values[i, :t], head(hidden[n - 1 : n + t - 1])[:, 0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(scores[i], head(hidden[-1])[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(before[i], head(hidden[-2 if reply[-1] == 2 else -1])[0], atol=1e-5, rtol=1e-5)
+        closed = end_scores(
+            whole, head, together([prompt], [[*reply[:-1], 9] if reply[-1] == 2 else reply], [9], 0, "cpu")
+        )
+        torch.testing.assert_close(other[i], closed[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", SOFT)
@@ -137,6 +143,10 @@ def brute_force(logits: torch.Tensor, sampling: Sampling) -> list[int]:
     return kept
 
 
+def at(allowed: Support, row: int, position: int) -> set[int]:
+    return set(allowed.ids[row].split(allowed.counts[row].tolist())[position].tolist())
+
+
 @pytest.mark.parametrize(
     "sampling", [Sampling(4, 1.0, 5), Sampling(4, 0.8, 0, 0.6), Sampling(4, 1.3, 7, 0.5), Sampling(4, 1.0, 1)]
 )
@@ -150,16 +160,19 @@ def test_truncated_sampling_renormalises(sampling: Sampling) -> None:
     found = log_probs(logits, tokens, sampling, allowed)
     for b in range(3):
         for t in range(4):
-            assert {i for i in allowed[b, t].tolist() if i >= 0} == set(kept[b][t])
+            assert at(allowed, b, t) == set(kept[b][t])
             p = torch.softmax(logits[b, t].double()[kept[b][t]] / sampling.temperature, -1)
             assert found[b, t].item() == pytest.approx(p[-1].log().item(), abs=1e-5)
     # The policy moves: the set stays, and what it holds still sums to one.
     moved = logits + torch.randn_like(logits)
-    each = torch.stack(
-        [log_probs(moved, allowed[..., k].clamp(min=0), sampling, allowed) for k in range(allowed.shape[-1])], -1
-    )
-    sums = each.exp().masked_fill(allowed < 0, 0.0).sum(-1)
-    torch.testing.assert_close(sums, torch.ones(3, 4))
+    each = torch.stack([log_probs(moved, torch.full((3, 4), k), sampling, allowed) for k in range(20)], -1).exp()
+    sums = [[sum(each[b, t, i] for i in at(allowed, b, t)) for t in range(4)] for b in range(3)]
+    torch.testing.assert_close(torch.tensor(sums), torch.ones(3, 4))
+    # Other rows in another order, and rows of several passes as one.
+    index = torch.tensor([2, 0])
+    torch.testing.assert_close(log_probs(logits[index], tokens[index], sampling, allowed.rows(index)), found[index])
+    parts = [support(logits[i : i + 1], tokens[i : i + 1], sampling) for i in range(3)]
+    torch.testing.assert_close(log_probs(logits, tokens, sampling, joined(parts)), found)
 
 
 def test_a_token_outside_of_the_set_is_let_in() -> None:
@@ -168,7 +181,7 @@ def test_a_token_outside_of_the_set_is_let_in() -> None:
     token = torch.tensor([[3]])
     allowed = support(logits, token, Sampling(1, top_k=2))
     assert allowed is not None
-    assert set(allowed[0, 0].tolist()) == {0, 1, 3}
+    assert at(allowed, 0, 0) == {0, 1, 3}
     assert torch.isfinite(log_probs(logits, token, Sampling(1, top_k=2), allowed)).all()
     assert support(logits, token, Sampling(1)) is None
 
@@ -203,6 +216,6 @@ def test_only_the_recipe_says_how_to_sample(model: Any) -> None:
 @pytest.mark.parametrize("method", [None, *SOFT])
 def test_generation_with_padding_is_that_of_a_row_alone(model: Any, method: str | None) -> None:
     whole = model if method is None else adapted(model, method)
-    together_, alone = (sample(whole, PROMPTS, Sampling(5), STOPS, 0, size, greedy=True) for size in (3, 1))
+    together_, alone = (sample(whole, PROMPTS, Sampling(5, top_k=1), STOPS, 0, size) for size in (3, 1))
     assert torch.equal(together_.ids, alone.ids)
     assert not whole.training

@@ -225,6 +225,11 @@ class Audit:
 
     # --- the outcome ---
 
+    def refuse(self, item: Item, problem: RowProblem) -> None:
+        """Take back a row that `rows` gave: its reader cannot use it."""
+        self.counts["used"] -= 1
+        self._note("error", item, problem)
+
     def _note(self, level: str, item: Item, finding: checks.Finding | RowProblem) -> None:
         self.kinds[finding.kind] += 1
         if level == "error":

@@ -82,6 +82,11 @@ def scored_ids(encoded: Encoded, separator: int | None) -> list[int]:
     return ids[: scored_length(ids, separator)]
 
 
+def scored_end(encoder: Encoder | GlmEncoder) -> int | None:
+    """The token with which a finished reply is scored: the one that closes it in training, but for a separator."""
+    return None if encoder.end_id == encoder.separator else encoder.end_id
+
+
 class Encoder:
     separator: int | None = None
     """An end token that replies share with documents."""
@@ -97,6 +102,7 @@ class Encoder:
             self.template, tuple(sorted((k, v) for k, v in self.variables.items() if isinstance(v, str)))
         )
         self.end_tokens, self.stop_ids = self._ends()
+        self.end_id = self.stop_ids[0] if self.stop_ids else None
         self.markers = self._markers()
         self._verified: set[Any] = set()
         self._fast = getattr(tokenizer, "backend_tokenizer", None) is not None

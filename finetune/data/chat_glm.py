@@ -46,6 +46,11 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [tokenizer.eos_token_id, _id(tokenizer, "<|user|>"), _id(tokenizer, "<|observation|>")]
 
 
+def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id that closes a sample: ChatGLM3's demo takes </s>, GLM-4's <|user|>."""
+    return _id(tokenizer, "<|user|>") if glm_version(tokenizer) == 4 else int(tokenizer.eos_token_id)
+
+
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None
 ) -> list[int]:
@@ -90,9 +95,7 @@ def encode_weighted(
     for index, segment in _segments(tokenizer, messages, tools):
         ids += segment
         carried += [wanted[index]] * len(segment)
-    # ChatGLM3's demo closes a sample with </s>, GLM-4's with <|user|>.
-    ids.append(_id(tokenizer, "<|user|>") if glm_version(tokenizer) == 4 else tokenizer.eos_token_id)
-    return ids, [0.0, *carried]
+    return [*ids, end_id(tokenizer)], [0.0, *carried]
 
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

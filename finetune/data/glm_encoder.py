@@ -20,6 +20,7 @@ class GlmEncoder:
         self.tokenizer = tokenizer
         self.separator: int | None = tokenizer.eos_token_id
         self.stop_ids: list[int] = chat_glm.stop_ids(tokenizer)
+        self.end_id = chat_glm.end_id(tokenizer)
 
     def encode(self, conversation: Conversation, train_on: str = "assistant") -> Encoded:
         messages, tools = conversation.messages, conversation.tools

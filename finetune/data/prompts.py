@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.data.audit import Audit
-from finetune.data.types import Conversation, Message, Preference, Text, Unpaired
+from finetune.data.types import Conversation, Message, Preference, RowProblem, Text, Unpaired, attempted
 from finetune.errors import UserError
 
 
@@ -36,7 +36,8 @@ class Prompts:
 
 
 def load_prompts(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = None) -> Prompts:
-    """Every prompt of `data.train` of at most `data.max_length` tokens; longer ones are left out and counted.
+    """Every prompt of `data.train` of at most `data.max_length` tokens; longer ones are left out and counted, or errors
+    (`on_overlong`).
 
     UserError with every problem of every row.
     """
@@ -50,9 +51,15 @@ def load_prompts(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = 
             )
         assert sample is not None
         messages, reference = split(sample)
-        ids = encoder.prompt_ids(messages, sample.tools)
-        if len(ids) > config.max_length:
-            too_long += 1
+        ids = attempted(encoder.prompt_ids, messages, sample.tools)
+        if not isinstance(ids, RowProblem) and len(ids) > config.max_length:
+            if config.on_overlong != "error":
+                too_long += 1
+                continue
+            what = f"the prompt has {len(ids)} tokens, over data.max_length {config.max_length}"
+            ids = RowProblem("overlong", what, "raise data.max_length, or set data.on_overlong: drop")
+        if isinstance(ids, RowProblem):
+            audit.refuse(item, ids)
             continue
         rows.append(Prompt(ids, messages, sample.tools, {**item.data, "reference": reference}))
     audit.settle()

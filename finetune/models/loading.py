@@ -47,7 +47,8 @@ from finetune.models.sources import HUB_HELP, builtin_names, folder, locate
 from finetune.recipe import Hardware, ModelConfig, resource_path
 
 __all__ = [
-    "adapter_folder", "attach_adapter", "base_of", "builtin_names", "check_loading", "configs_of", "folder",
+    "adapter_folder", "attach_adapter", "base_of", "builtin_names", "check_loading", "configs_of", "find_adapter",
+    "folder",
     "load_model", "load_tokenizer", "locate", "new_model", "read_config", "refuse_training", "skeleton",
 ]  # fmt: skip
 
@@ -333,12 +334,18 @@ def new_model(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
         ) from None
 
 
+def find_adapter(reference: str) -> Path | None:
+    """As `adapter_folder`; None where there is none."""
+    path = Path(reference).expanduser()
+    candidates = (path / "adapter", path)
+    return next((folder.resolve() for folder in candidates if (folder / "adapter_config.json").is_file()), None)
+
+
 def adapter_folder(reference: str) -> Path:
     """The adapter folder of a run directory, or the folder itself."""
+    if (found := find_adapter(reference)) is not None:
+        return found
     path = Path(reference).expanduser()
-    for candidate in (path / "adapter", path):
-        if (candidate / "adapter_config.json").is_file():
-            return candidate.resolve()
     if (path / "model").is_dir():
         raise UserError("is a full fine-tuning: it has no adapter", path=path, fix="give it as --model")
     what = "holds no adapter" if path.exists() else "no such run or adapter"

@@ -6,6 +6,7 @@ check recipe, output, prompts and rules -> train the reward model first where pa
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,18 @@ from finetune.data import pairs, prompts
 from finetune.errors import Interrupted, Problem, RunError, UserError
 from finetune.models import hardware
 from finetune.models.rope import check_length
-from finetune.ppo import Ppo
+from finetune.ppo import Ppo, rollouts
 from finetune.progress import note
-from finetune.recipe import DataConfig, OutputConfig, PpoRecipe, RewardModelConfig, RewardRecipe, TrainConfig
+from finetune.recipe import (
+    DataConfig,
+    OutputConfig,
+    PpoRecipe,
+    RewardModelConfig,
+    RewardRecipe,
+    TrainConfig,
+    a_step,
+    batch_layout,
+)
 from finetune.recipe_file import to_yaml
 from finetune.run import Run, check_resumable, open_run, write_atomically
 from finetune.scoring import load_rule
@@ -50,22 +60,24 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         pairs.load_pairs(judge.data, parts.encoder, to_score=True)  # what is wrong with them is said now
     longest = max(len(row.ids) for row in data.rows) + recipe.ppo.max_new_tokens
     too_long = check_length(parts.config, recipe.model, longest)
-    plan = training.layout(recipe, len(data.rows), len(data.rows), machine)
+    batch, per_epoch, total = rollouts(recipe, len(data.rows))
+    plan = training.Layout(*batch_layout(*a_step(recipe), machine), per_epoch, total)
     if dry_run:
-        training.show_plan(recipe, data.counts, plan)
+        training.show_plan(recipe, data.counts, plan, f"rollouts of {batch} prompts; updates")
         return
 
+    fewer = None if batch == recipe.train.effective_batch_size else f"{len(data.rows)} prompts: rollouts are of {batch}"
     updates = plan.total_steps * recipe.ppo.num_ppo_epochs * recipe.ppo.num_mini_batches
-    notes = training.announce(data.warnings, updates, too_long)
+    notes = training.announce(data.warnings, updates, too_long, fewer)
     with open_run(recipe, overwrite, resume):
         reward = recipe.reward.model if judge is None else train_reward(judge, folder)
         training.start(recipe)
         cast = actors.build(recipe, parts, machine, reward)
         training.start(recipe)  # the same replies however many models were drawn
         arguments = training.arguments(recipe, folder, plan, machine, has_eval=False)
-        rows = recipe.train.per_device_train_batch_size or plan.rows_per_pass
-        trainer = Ppo(recipe, folder, cast, parts.encoder, data.rows, held_out, scorers, arguments, rows)
-        outcome = trainer.train(folder.last_checkpoint() if resume else None)
+        trainer = Ppo(recipe, folder, cast, parts.encoder, data.rows, held_out, scorers, arguments, plan.rows_per_pass)
+        with training.memory_advice("ppo.max_new_tokens"):
+            outcome = trainer.train(folder.last_checkpoint() if resume else None)
         if not trainer.finished:
             where = f"checkpoint saved in {folder.checkpoints}; go on with --resume"
             raise Interrupted(f"stopped at step {trainer.state.step}; {where}")
@@ -78,7 +90,7 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
 # What a loop of rollouts has no place for: set, it would be without effect and nobody would notice.
 UNUSED = (
     "neftune_noise_alpha", "label_smoothing_factor", "torch_compile", "eval_steps", "early_stopping_patience",
-    "load_best_model_at_end",
+    "load_best_model_at_end", "group_by_length", "per_device_eval_batch_size",
 )  # fmt: skip
 
 
@@ -87,6 +99,7 @@ def check_used(recipe: PpoRecipe) -> None:
     plain = TrainConfig()
     keys = [f"train.{key}" for key in UNUSED if getattr(recipe.train, key) != getattr(plain, key)]
     keys += ["data.eval_split"] if recipe.data.eval_split is not None else []
+    keys += ["data.packing"] if recipe.data.packing else []
     keys += ["train.optim"] if recipe.train.optim == "muon" else []
     if keys:
         raise UserError([Problem("has no effect in ft ppo", key=key, fix="leave it out") for key in keys])
@@ -103,12 +116,13 @@ def names_of(rules: list[str]) -> dict[str, str]:
 
 def reward_recipe(recipe: PpoRecipe, run: Run) -> RewardRecipe:
     """What trains the reward model on `reward.train`."""
-    given, section = recipe.reward, recipe.data
+    given, section, usual = recipe.reward, recipe.data, TrainConfig()
     assert given.train is not None
     values: dict[str, Any] = {"version": 1, "stage": "reward", "model": recipe.model, "adapter": recipe.adapter}
     train = recipe.train.model_copy(
         update={
             "learning_rate": given.learning_rate or recipe.train.learning_rate,
+            "warmup_steps": usual.warmup_steps, "lr_scheduler_type": usual.lr_scheduler_type,
             "num_train_epochs": given.num_train_epochs, "max_steps": None, "effective_batch_size": 16,
             "per_device_train_batch_size": None, "gradient_accumulation_steps": None, "save_steps": None,
             "eval_steps": None,
@@ -131,6 +145,21 @@ def trained(run: Run) -> bool:
     return Run(run.reward).result.exists()
 
 
+def passing_signals(command: list[str]) -> int:
+    """Exit code of a command that gets every Ctrl-C and SIGTERM of this process, once, and the time it wants to end.
+
+    subprocess.run gives it a quarter of a second after Ctrl-C; a step may take longer, and the checkpoint comes after.
+    """
+    child = subprocess.Popen(command, process_group=0)  # or the terminal's Ctrl-C would reach it a second time
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda received, _: child.send_signal(received)) for number in numbers]
+    try:
+        return child.wait()
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def train_reward(recipe: RewardRecipe, run: Run) -> str:
     """`ft reward` in its own process, from where it was stopped; kept when it is already there."""
     if trained(run):
@@ -140,9 +169,11 @@ def train_reward(recipe: RewardRecipe, run: Run) -> str:
     note("first the reward model:")
     how = "--resume" if Run(run.reward).last_checkpoint() else "--overwrite"
     command = [sys.executable, "-m", "finetune", "reward", "--recipe", str(path), how]
-    code = subprocess.run(command).returncode
+    code = passing_signals(command)
     if code == 130:
         raise Interrupted("stopped while training the reward model; go on with --resume")
+    if code < 0:
+        raise RunError(f"the process that trains the reward model was ended by signal {-code}; go on with --resume")
     if code:
         error = UserError if code == 2 else RunError
         raise error(f"the reward model could not be trained (ft reward --recipe {path})")

@@ -40,6 +40,7 @@ def test_trains(tmp_path: Path, stage: str, family: str) -> None:
     assert result["steps"] == (1 if stage == "ppo" else 2)
     assert (found / "reward" / "result.json").exists() == (stage == "ppo")
     assert (found / "adapter" / "adapter_model.safetensors").exists()
+    assert result["trained"]["changed_equals_declared"], "every weight that should learn has moved"
 
 
 @pytest.mark.slow
@@ -59,3 +60,4 @@ def test_ppo_on_a_real_file_and_a_quantized_base(tmp_path: Path, kind: str, fami
     rows = [json.loads(line) for line in (found / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["first_log_ratio"] < 0.02
     assert rows[-1]["response_length"] > 0
+    assert json.loads((found / "result.json").read_text())["trained"]["changed_equals_declared"]

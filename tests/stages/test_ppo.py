@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +78,7 @@ def only_model(run: Run) -> dict[str, Any]:
 def test_every_method_starts_at_ratio_one_and_kl_zero(tmp_path: Path, base: Path, adapter: dict[str, Any]) -> None:
     """Dropout or not. And it trains: the proof in result.json says so."""
     found = run_ppo(ppo_recipe(tmp_path, base, adapter=adapter))
-    assert max(logged(found, "first_log_ratio")) <= 1e-6 * (10 if adapter["method"] == "p_tuning" else 1)
+    assert max(logged(found, "first_log_ratio")) <= 1e-6
     first, second = logged(found, "kl")
     assert first == pytest.approx(0, abs=1e-7)
     assert second > 0
@@ -146,7 +148,8 @@ def test_scores_are_those_of_the_reward_run(tmp_path: Path, base: Path, rewarded
 def test_chatglm_replies_are_scored_before_their_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: str
 ) -> None:
-    """Its end token separates documents: neither pairs nor replies are read at it, wherever they are scored."""
+    """Its end token separates documents: neither pairs nor replies are read at it, wherever they are scored. A reply
+    that ends with the next turn's role, as ChatGLM3 often does, has the same score."""
     base = Path(__file__).parents[1] / "fixtures" / "chatglm" / "chatglm3" / "checkpoint"
     reward = run_reward(reward_recipe(tmp_path, base, train={"max_steps": 1}))
     judge = RewardModel.load(str(reward.path), torch.float32, hardware.detect())
@@ -162,10 +165,12 @@ def test_chatglm_replies_are_scored_before_their_end(
         turns = [[*p.messages, {"role": "assistant", "content": text}] for p, text in zip(prompts, texts, strict=True)]
         ids = [judge.ids(Conversation(turn, None)) for turn in turns]
         assert not any(end in row for row in ids)
-        replies = [[*row[len(p.ids) :], end] for row, p in zip(ids, prompts, strict=True)]
-        scores, _ = self.score(prompts, together([p.ids for p in prompts], replies, [end], 0, "cpu"), texts)
-        assert scores == pytest.approx(judge.score(prompts, texts), abs=1e-5)
-        assert scores == pytest.approx(score_rows(judge.model, ids, 0), abs=1e-5)
+        assert len(self.stops) == 3
+        for stop in self.stops:
+            replies = [[*row[len(p.ids) :], stop] for row, p in zip(ids, prompts, strict=True)]
+            scores, _ = self.score(prompts, together([p.ids for p in prompts], replies, [stop], 0, "cpu"), texts)
+            assert scores == pytest.approx(judge.score(prompts, texts), abs=1e-5)
+            assert scores == pytest.approx(score_rows(judge.model, ids, 0), abs=1e-5)
         looked.append(models)
         raise RunError("seen enough")
 
@@ -297,19 +302,18 @@ def test_goes_on_after_a_stop_while_the_reward_model_trains(
     sections = {"reward": {"train": str(pairs(tmp_path, 64)), "num_train_epochs": 8}}
     whole = run_ppo(ppo_recipe(tmp_path, base, "whole", **sections))
     path = ppo_recipe(tmp_path, base, "broken", **sections)
-
-    def stopped(command: list[str]) -> subprocess.CompletedProcess[bytes]:
-        """Ctrl-C once a checkpoint is there."""
-        child = subprocess.Popen(command)
-        while child.poll() is None and not list(tmp_path.glob("broken/reward/checkpoints/*/complete")):
-            time.sleep(0.01)
-        child.send_signal(signal.SIGINT)
-        return subprocess.CompletedProcess(command, child.wait())
-
-    with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "run", stopped)
-        with pytest.raises(Interrupted, match="--resume"):
-            run_ppo(path)
+    command = [sys.executable, "-m", "finetune", "ppo", "--recipe", str(path)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while running.poll() is None and not list(tmp_path.glob("broken/reward/checkpoints/*/complete")):
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)  # to it alone: its child must not go on by itself
+    _, said = running.communicate()
+    assert running.returncode == 130, said
+    assert "stopped while training the reward model; go on with --resume" in said
+    metrics = tmp_path / "broken" / "reward" / "metrics.jsonl"
+    written = metrics.read_text("utf-8")
+    assert not (tmp_path / "broken" / "reward" / "result.json").exists()
+    assert metrics.read_text("utf-8") == written
     with pytest.raises(UserError, match="--resume to go on"):
         run_ppo(path)
 
@@ -360,8 +364,11 @@ def test_any_rows_are_prompts(tmp_path: Path, base: Path, rows: list[dict[str, A
 def test_resume_is_exact(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, adapter: dict[str, Any]) -> None:
     """Stopped by a signal in the second of four rollouts; the seed makes the uninterrupted run the same, too."""
     held_out = write_rows(tmp_path / "held.jsonl", [{"prompt": f"tell {i}"} for i in range(4)])
+    drawing = "import random\nimport numpy\n\ndef f(prompts, completions, **_):\n"
+    drawing += "    return [len(c) + random.random() + numpy.random.rand() for c in completions]\n"
     settings: dict[str, Any] = {
         "adapter": adapter, "train": {"max_steps": 4, "lr_scheduler_type": "cosine", "save_steps": 3},
+        "reward": {"functions": [f"{rule(tmp_path, drawing)}:f"]},
         "ppo": {"kl_target": 0.05}, "eval": {"data": str(held_out)},
     }  # fmt: skip
     whole = run_ppo(ppo_recipe(tmp_path, base, "whole", **settings))
@@ -451,6 +458,10 @@ def refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ({"reward": {"model": "some/hub-model"}, "ppo": {"models": "separate"}}, "some/hub-model"),
         ({"reward": {"train": "nowhere.jsonl"}}, "nowhere.jsonl"),
         ({"train": {"optim": "muon"}}, "train.optim: has no effect"),
+        ({"train": {"group_by_length": False}}, "train.group_by_length: has no effect"),
+        ({"data": {"packing": True}}, "data.packing: has no effect"),
+        ({"reward": {"functions": ["rules.py"]}}, "not a rule: 'rules.py'"),
+        ({"reward": {"model": "./runs/rewrad"}}, "./runs/rewrad: model.name: no such model"),
         ({"data": {"eval_split": 0.1}}, "data.eval_split: has no effect"),
         ({"train": {"effective_batch_size": 64}, "ppo": {"num_mini_batches": 64}}, "32 prompts are too few"),
         ({"data": {"max_length": 3}}, "no prompt is left"),
@@ -473,6 +484,70 @@ def test_reward_runs_that_do_not_fit(
     assert "the reward model is LORA, the policy PREFIX_TUNING" in refused(prefix, monkeypatch)
     assert "base" in refused(other, monkeypatch)
     assert "rewrites the base" in refused(pissa, monkeypatch)
+
+
+@pytest.mark.parametrize("models", ["shared", "separate"])
+def test_what_is_no_reward_model_is_refused_first(
+    tmp_path: Path, base: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch, models: str
+) -> None:
+    sft = train(recipe(train={"max_steps": 1}))
+    path = ppo_recipe(tmp_path, base, reward=only_model(sft), ppo={"models": models})
+    assert ("no score head" if models == "separate" else "is no run of `ft reward`") in refused(path, monkeypatch)
+    assert not (tmp_path / "ppo").exists()
+
+
+def test_overwrite_spares_what_the_run_reads(
+    tmp_path: Path, base: Path, rewarded: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reward model that an earlier run trained in this very directory, say."""
+    inside = tmp_path / "ppo" / "reward"
+    shutil.copytree(rewarded("lora").path, inside)
+    path = ppo_recipe(tmp_path, base, reward={"model": str(inside)})
+    with pytest.raises(UserError, match=r"ppo/reward: reward\.model: would be deleted by --overwrite"):
+        run_ppo(path, overwrite=True)
+    assert (inside / "result.json").exists()
+
+
+def test_prompts_that_the_template_refuses(tmp_path: Path, base: Path) -> None:
+    """All of them, with file and row; or left out, if that is asked for."""
+    template = tmp_path / "strict.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+        "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    user = {"role": "user", "content": "say 1"}
+    rows = [{"messages": [user]} for _ in range(30)] + [{"messages": [{"role": "system", "content": "s"}, user]}] * 2
+    data = {"train": str(write_rows(tmp_path / "asked.jsonl", rows)), "max_dropped": 0.1}
+    model = {"chat_template": str(template)}
+    with pytest.raises(UserError, match="no system turns") as caught:
+        run_ppo(ppo_recipe(tmp_path, base, model=model, data=data))
+    assert [f"asked.jsonl, row {n}" in str(caught.value) for n in (30, 31, 32)] == [False, True, True]
+    found = run_ppo(ppo_recipe(tmp_path, base, model=model, data={**data, "on_error": "drop"}, train={"max_steps": 1}))
+    assert result(found)["data"]["dropped"] == 2
+    long = {"max_length": 16, "on_overlong": "error"}
+    with pytest.raises(UserError, match=r"row 1: the prompt has \d+ tokens, over data\.max_length 16"):
+        run_ppo(ppo_recipe(tmp_path, base, "long", data=long))
+
+
+def test_rollouts_of_few_prompts(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What --dry-run says is what happens."""
+    train = {"max_steps": None, "num_train_epochs": 3, "effective_batch_size": 64}
+    path = ppo_recipe(tmp_path, base, train=train, ppo={"num_mini_batches": 4})
+    ppo.run(load(str(path), PpoRecipe), dry_run=True)
+    assert "3 rollouts of 32 prompts; updates of 16 rows x 1 passes" in capsys.readouterr().err
+    found = run_ppo(path)
+    assert result(found)["steps"] == 3
+    assert "32 prompts: rollouts are of 32" in result(found)["decisions"]
+
+
+def test_out_of_memory_says_what_to_do(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Ppo, *_: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+
+    monkeypatch.setattr(Ppo, "collect", full)
+    with pytest.raises(RunError, match=r"out of memory .*a shorter ppo\.max_new_tokens"):
+        run_ppo(ppo_recipe(tmp_path, base))
 
 
 def test_exit_code_of_a_refusal(tmp_path: Path, base: Path) -> None:
