@@ -37,7 +37,7 @@ from finetune.models import loading
 from finetune.models.hardware import input_device
 from finetune.models.identity import check_identity, fingerprint
 from finetune.recipe import Adapter, Hardware, PpoRecipe
-from finetune.scoring import RewardModel, check_model, is_reward_run, peft_type_of
+from finetune.scoring import RewardModel, check_model, checkpoint_of, is_reward_run, peft_type_of
 
 
 @dataclass
@@ -83,7 +83,7 @@ def check(recipe: PpoRecipe) -> None:
     if model is None:
         return
     if not Path(model).exists():
-        check_model(model)  # says so when it is nowhere
+        loading.locate(checkpoint_of(model))  # says so when it is a path to nowhere
         raise UserError("a reward model from a hub has a base of its own", path=model, key=key, fix=fix)
     if not is_reward_run(model) or not (Path(model) / "adapter").is_dir():
         raise UserError(

@@ -126,6 +126,22 @@ def test_stock_reward_models(stock: Path) -> None:
     assert torch.isfinite(torch.tensor(judge.score(rows[:1], [""]))).all(), "an empty reply has a score, too"
 
 
+def test_encoders_read_prompt_and_reply_as_two_texts(encoder: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    judge = RewardModel.load(str(encoder), torch.float32, hardware.detect())
+    rows, replies = [prompt("a b"), prompt("a longer one " * 30)], ["no", "it is so"]
+    model = AutoModelForSequenceClassification.from_pretrained(encoder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    with torch.no_grad():
+        alone = [
+            model(**tokenizer(f"s\n{p.text}", r, truncation=True, max_length=47, return_tensors="pt")).logits.item()
+            for p, r in zip(rows, replies, strict=True)
+        ]
+    assert judge.score(rows, replies) == pytest.approx(alone, abs=1e-5)
+    assert judge.score(rows[:1], ["yes"]) != pytest.approx(alone[:1], abs=1e-3)
+
+
 def test_more_than_one_output(stock: Path) -> None:
     import json
 

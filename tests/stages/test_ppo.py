@@ -21,6 +21,7 @@ from rl_kit import comparable, logged, pairs, ppo_recipe, result, reward_recipe,
 from finetune import actors
 from finetune.adapters.seats import named
 from finetune.data.pairs import load_pairs
+from finetune.data.prompts import Prompt
 from finetune.data.types import Conversation
 from finetune.errors import Interrupted, RunError, UserError
 from finetune.models import hardware
@@ -178,6 +179,17 @@ def test_chatglm_replies_are_scored_before_their_end(
     with pytest.raises(RunError, match="seen enough"):
         run_ppo(ppo_recipe(tmp_path, base, reward=only_model(reward), ppo={"models": models}))
     assert looked
+
+
+def test_a_classification_model_of_another_family_pays(tmp_path: Path, base: Path, encoder: Path) -> None:
+    """An encoder with its own tokenizer, beside a causal policy."""
+    found = run_ppo(ppo_recipe(tmp_path, base, reward={"model": str(encoder)}, ppo={"models": "separate"}))
+    assert result(found)["trained"]["changed_equals_declared"]
+    samples = [json.loads(line) for line in found.samples.read_text("utf-8").splitlines()]
+    judge = RewardModel.load(str(encoder), torch.float32, hardware.detect())
+    asked = [Prompt([], [{"role": "user", "content": row["prompt"]}], None, {}) for row in samples]
+    scores = judge.score(asked, [row["reply"] for row in samples])
+    assert scores == pytest.approx([row["score"] for row in samples], abs=1e-5)
 
 
 def test_what_does_not_learn_stays(
