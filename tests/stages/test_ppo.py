@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,8 @@ import pytest
 import torch
 from conftest import ft, tensors, train, write_rows
 from rl_kit import comparable, logged, pairs, ppo_recipe, result, reward_recipe, rule, run_ppo, run_reward, scaled
+from safetensors.torch import save_file
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from finetune import actors
 from finetune.adapters.seats import named
@@ -444,6 +447,48 @@ def test_minibatches_in_parts_are_the_same(tmp_path: Path, base: Path) -> None:
         assert a == pytest.approx(b, abs=1e-4)
 
 
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations are computed again, and by the adapter that computed them first."""
+    forward, calls, runs = LlamaMLP.forward, [0, 0], []
+    for i, again in enumerate((False, True)):
+
+        def counted(*arguments: Any, i: int = i, **options: Any) -> Any:
+            calls[i] += 1
+            return forward(*arguments, **options)
+
+        monkeypatch.setattr(LlamaMLP, "forward", counted)
+        runs.append(run_ppo(ppo_recipe(tmp_path, base, f"run{i}", train={"gradient_checkpointing": again})))
+    assert calls[0] < calls[1]
+    for a, b in zip(*(comparable(run) for run in runs), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+    assert all(t.any() for t in tensors(runs[1].adapter).values()), "B starts at zero"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(tmp_path: Path, base: Path, dtype: str) -> None:
+    """Nearly the same gradients, float32 weights that move, and in float16 a scaled loss."""
+    plain, half = (run_ppo(ppo_recipe(tmp_path, base, name, model={"dtype": name})) for name in ("float32", dtype))
+    assert comparable(half) != comparable(plain)
+    assert logged(half, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=0.2)
+    assert max(logged(half, "first_log_ratio")) <= 1e-6
+    assert logged(half, "kl")[1] > 0
+    saved = tensors(half.adapter).values()
+    assert all(t.dtype == torch.float32 and t.any() for t in saved), "B starts at zero"
+    kept = torch.load(half.checkpoints / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    assert bool(kept["scaler"]) == (dtype == "float16"), "a GradScaler was at work"
+
+
+def test_full_in_half_precision(tmp_path: Path, base: Path) -> None:
+    """The weights are held in float32, and not what is computed with them."""
+    settings: dict[str, Any] = {"adapter": {"method": "full"}, "ppo": {"models": "separate"}}
+    settings["train"] = {"learning_rate": 1e-3, "max_steps": 1}
+    plain, half = (
+        run_ppo(ppo_recipe(tmp_path, base, name, model={"dtype": name}, **settings)) for name in ("float32", "bfloat16")
+    )
+    assert comparable(half) != comparable(plain)
+    assert logged(half, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=0.2)
+
+
 # --- what is refused, before a model is loaded, and what stops a run ---
 
 
@@ -581,6 +626,17 @@ def test_rules_that_fail(tmp_path: Path, base: Path, body: str, what: str) -> No
     file = rule(tmp_path, f"def f(prompts, completions, **_):\n    {body}\n")
     with pytest.raises(RunError, match=what):
         run_ppo(ppo_recipe(tmp_path, base, reward={"functions": [f"{file}:f"]}))
+
+
+@pytest.mark.parametrize(("models", "name"), [("shared", "the reward model"), ("separate", "broken")])
+def test_a_reward_model_that_gives_no_number(
+    tmp_path: Path, base: Path, rewarded: Callable[[str], Run], models: str, name: str
+) -> None:
+    broken = Run(shutil.copytree(rewarded("lora").path, tmp_path / "broken"))
+    file = broken.adapter / "adapter_model.safetensors"
+    save_file({k: t * math.nan if "score" in k else t for k, t in tensors(broken.adapter).items()}, file)
+    with pytest.raises(RunError, match=f"{name} gave reply 1 of 16 the score nan"):
+        run_ppo(ppo_recipe(tmp_path, base, reward=only_model(broken), ppo={"models": models}))
 
 
 def test_a_policy_that_runs_away_is_stopped(tmp_path: Path, base: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `Ppo.collect` and `Ppo.minibatch` hand to the arithmetic of `rl`: each against a plain loop over tokens.
+"""What `Ppo` hands to the arithmetic of `rl`, each against a plain loop over tokens; what a step does and logs.
 
 Replies of unequal length, a policy that has left its reference, padding filled with values that must not count.
 """
@@ -15,7 +15,7 @@ import torch
 from rl_kit import ppo_recipe, run_ppo, scaled
 
 from finetune.adapters.seats import seated
-from finetune.ppo import Ppo, Rollout
+from finetune.ppo import Ppo, Rollout, repetition
 from finetune.rollout import response_logits, token_values
 
 COEFFICIENTS = {
@@ -154,7 +154,7 @@ def gradients(trainer: Ppo) -> dict[str, torch.Tensor]:
 def by_hand(trainer: Ppo, rollout: Rollout, index: list[int]) -> dict[str, float]:
     """Leaves the gradients of the whole objective; its parts by name. One row at a time, one token at a time."""
     c, actors = trainer.config, trainer.actors
-    sums = dict.fromkeys(("loss", "value_loss", "entropy", "clip_fraction", "approx_kl"), 0.0)
+    sums = dict.fromkeys(("loss", "value_loss", "entropy", "clip_fraction", "approx_kl", "log_ratio_max"), 0.0)
     every = lengths(rollout)
     total = sum(every[i] for i in index)
     for i in index:
@@ -175,6 +175,7 @@ def by_hand(trainer: Ppo, rollout: Rollout, index: list[int]) -> dict[str, float
                 }  # fmt: skip
                 for key, value in seen.items():
                     sums[key] += float(value.detach()) / total
+                sums["log_ratio_max"] = max(sums["log_ratio_max"], abs(float(difference.detach())))
             (objective / total).backward()
         with seated(actors.value) as model:
             values, objective = token_values(model, actors.value_head, part)[0], torch.zeros(())
@@ -185,3 +186,121 @@ def by_hand(trainer: Ppo, rollout: Rollout, index: list[int]) -> dict[str, float
             sums["value_loss"] += float(objective.detach()) / total
             (c.vf_coef * objective / total).backward()
     return sums
+
+
+def test_first_log_ratio(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the policy read again, a reply at a time: none as it was sampled from, and how far it was moved since."""
+
+    def look(trainer: Ppo) -> None:
+        rollout = trainer.collect(trainer.prompts_of(0))
+        first = list(range(trainer.batch // 2))
+        assert by_hand(trainer, rollout, first)["log_ratio_max"] < 1e-4
+        move(trainer, 0.05)
+        moved = by_hand(trainer, rollout, first)["log_ratio_max"]
+        trainer.module.zero_grad()
+        assert moved > 0.1
+        assert trainer.update(rollout, None)["first_log_ratio"] == pytest.approx(moved, abs=1e-4)
+
+    looking(tmp_path, base, monkeypatch, look)
+
+
+def taken(trainer: Ppo, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The rows of each minibatch, from now on."""
+    found: list[list[int]] = []
+    minibatch = trainer.minibatch
+
+    def noted(rollout: Rollout, index: torch.Tensor) -> dict[str, float]:
+        found.append(index.tolist())
+        return minibatch(rollout, index)
+
+    monkeypatch.setattr(trainer, "minibatch", noted)
+    return found
+
+
+def test_every_pass_takes_every_row_in_another_order(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(trainer: Ppo) -> None:
+        minibatches = taken(trainer, monkeypatch)
+        trainer.update(trainer.collect(trainer.prompts_of(0)), None)
+        passes = [[*a, *b] for a, b in zip(minibatches[::2], minibatches[1::2], strict=True)]
+        assert passes[0] == list(range(trainer.batch))
+        assert [sorted(rows) for rows in passes] == [passes[0]] * 3
+        assert len({tuple(rows) for rows in passes}) == 3
+
+    looking(tmp_path, base, monkeypatch, look, num_ppo_epochs=3, max_update_kl=1000.0)
+
+
+@pytest.mark.parametrize(("most", "minibatches", "backed_off"), [(1e-6, 2, 1.0), (1000.0, 4, None)])
+def test_a_policy_that_moves_too_far_backs_off(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, most: float, minibatches: int, backed_off: float | None
+) -> None:
+    """The first minibatch sees a policy that has not moved, the second one that has."""
+
+    def look(trainer: Ppo) -> None:
+        seen = taken(trainer, monkeypatch)
+        assert trainer.step().get("backed_off") == backed_off
+        assert len(seen) == minibatches
+
+    looking(tmp_path, base, monkeypatch, look, max_update_kl=most)
+
+
+def test_what_a_step_logs(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(trainer: Ppo) -> None:
+        rollout = trainer.collect(trainer.prompts_of(0))
+        monkeypatch.setattr(trainer, "collect", lambda prompts: rollout)
+        row = trainer.step()
+        kl, repeated, errors, returns = [], [], [], []
+        for i, n in enumerate(lengths(rollout)):
+            logp, ref, values, back = (
+                t[i, :n].tolist() for t in (rollout.logp, rollout.ref_logp, rollout.values, rollout.returns)
+            )
+            kl.append(sum(math.exp(b - a) - 1 + a - b for a, b in zip(logp, ref, strict=True)))
+            repeated.append(repetition(rollout.replies.tokens[i, :n].tolist()))
+            errors += [a - b for a, b in zip(back, values, strict=True)]
+            returns += back
+        assert row["kl"] == pytest.approx(average(kl), rel=1e-4)
+        assert row["repetition"] == pytest.approx(average(repeated))
+        assert row["repetition"] > 0
+        assert row["explained_variance"] == pytest.approx(1 - spread(errors) / spread(returns), abs=1e-4)
+        assert row["response_length"] == pytest.approx(average(lengths(rollout)))
+        assert row["eos_rate"] == average(rollout.replies.ended.tolist())
+
+    looking(tmp_path, base, monkeypatch, look, temperature=0.3)  # so cold that some replies repeat themselves
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"), [([7] * 12, 0.9), ([1, 2, 3] * 3, 4 / 7), ([*range(9)], 0.0), ([7] * 6, 0.75), ([7] * 5, 0.0)]
+)
+def test_repetition(ids: list[int], share: float) -> None:
+    assert repetition(ids) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(("target", "error"), [(1e-3, 0.2), (1e3, -0.2)])
+def test_the_kl_coefficient_follows_the_target(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, target: float, error: float
+) -> None:
+    """Up where the policy is further away than wanted, down where it is nearer; from the next rollout on."""
+
+    def look(trainer: Ppo) -> None:
+        row = trainer.step()
+        assert 1e-3 < row["kl"] < 1e3
+        assert row["kl_coef"] == COEFFICIENTS["kl_coef"]
+        assert trainer.state.kl_coef == pytest.approx(row["kl_coef"] * (1 + error * trainer.batch / 1000))
+
+    looking(tmp_path, base, monkeypatch, look, kl_target=target, kl_horizon=1000)
+
+
+@pytest.mark.parametrize("models", ["shared", "separate"])
+def test_the_value_model_has_a_learning_rate_of_its_own(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, models: str
+) -> None:
+    def look(trainer: Ppo) -> None:
+        rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+        found: dict[bool, set[float]] = {True: set(), False: set()}
+        for name, parameter in trainer.module.named_parameters():
+            if parameter.requires_grad:  # the first module is the policy's, and the value's adapter may be on it
+                found[not name.startswith("0.") or "ppo_value" in name].add(rates[id(parameter)])
+        assert found == {True: {1e-4}, False: {5e-3}}
+
+    looking(tmp_path, base, monkeypatch, look, models=models, value_learning_rate=1e-4)
