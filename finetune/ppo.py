@@ -195,7 +195,7 @@ class Ppo:
         sums = [sum(w * values[i] for w, values in parts.values()) for i in range(len(texts))]
         bad = next((i for i, v in enumerate(sums) if not math.isfinite(v)), None)
         if bad is not None:
-            raise RunError(f"the reward of reply {texts[bad][:60]!r} is {sums[bad]}: look at the reward model's run")
+            raise RunError(f"the reward of reply {texts[bad][:60]!r} is {sums[bad]}: lower reward.weights")
         return sums, {name: values for name, (_, values) in parts.items()}
 
     def _judged(self, prompts: Sequence[Prompt], replies: Replies, texts: Sequence[str]) -> list[float]:
@@ -266,7 +266,9 @@ class Ppo:
                 self.scaler.unscale_(self.optimizer)
                 if proof is not None:
                     proof.look()
-                found["grad_norm"] = self._step()
+                norm = self._step()
+                if math.isfinite(norm):  # or loss scaling has left the step out
+                    found["grad_norm"] = norm
                 if proof is not None:
                     proof.count(max(g["lr"] for g in self.optimizer.param_groups))
                 for key, value in found.items():
@@ -450,6 +452,6 @@ def _means(seen: dict[str, list[float]]) -> dict[str, float]:
 
 
 def repetition(ids: Sequence[int]) -> float:
-    """Share of the trigrams that stand elsewhere in the same reply; 0 for replies under 6 tokens."""
+    """Share of the trigrams that repeat an earlier one of the same reply; 0 for replies under 6 tokens."""
     grams = [tuple(ids[i : i + 3]) for i in range(len(ids) - 2)]
     return 1 - len(set(grams)) / len(grams) if len(ids) >= 6 else 0.0
