@@ -1,6 +1,6 @@
 """What `make align` must show, on each built-in base: about half an hour a base on two cores, three seeds on the first.
 
-Last results stand in the README, under "Alignment": PPO on tiny-chatglm3 falls short with the shipped kl_coef.
+Last results stand in the README, under "Alignment".
 """
 
 from __future__ import annotations
