@@ -17,8 +17,9 @@ FAMILIES = [
     )
     for name in ("llama", "qwen", "chatglm3")
 ]
+TWO_STEPS = ["train.max_steps=2", "train.warmup_steps=0", "train.effective_batch_size=4"]
 SHORT = {
-    **{stage: ["train.max_steps=2", "train.effective_batch_size=4"] for stage in ("dpo", "kto", "reward")},
+    **dict.fromkeys(("dpo", "kto", "reward"), TWO_STEPS),
     "ppo": ["train.max_steps=1", "train.effective_batch_size=8", "ppo.max_new_tokens=8", "ppo.num_mini_batches=2"],
 }
 
