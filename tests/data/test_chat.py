@@ -180,6 +180,14 @@ def test_a_template_without_an_end_of_turn_gets_one_at_the_end() -> None:
     row = chat.make_encoder(made).encode(Conversation([user("q"), assistant("a"), user("r"), assistant("b")]))
     assert row.input_ids[-1] == row.labels[-1] == made.eos_token_id
     assert made.decode([t for t in row.labels if t != -100]) == "ab</s>"
+    assert chat.scored_end(chat.make_encoder(made)) == made.eos_token_id
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "gemma3", "mistral", "phi3", "chatml"])
+def test_replies_are_scored_with_the_end_that_pairs_have(name: str) -> None:
+    _, encoder = make(name)
+    row = encoder.encode(Conversation([user("q"), assistant("a")]))
+    assert chat.scored_end(encoder) == chat.scored_ids(row, encoder.separator)[-1]
 
 
 def test_templates_whose_prompt_is_not_their_record_are_refused() -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from finetune.data.chat import make_encoder, scored_end, scored_ids
 from finetune.data.chat_glm import encode_messages, encode_weighted, glm_version, prompt_ids, reply_text, stop_ids
-from finetune.data.types import RowProblem
+from finetune.data.types import Conversation, RowProblem
 from finetune.models.chatglm_tokenizer import build_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "chatglm"
@@ -331,3 +332,12 @@ def test_what_chatglm2_cannot_hold_is_refused(chatglm2, messages, tools, reason)
     with pytest.raises(RowProblem, match=reason) as error:
         encode_messages(chatglm2, messages, tools)
     assert error.value.fix
+
+
+def test_replies_are_scored_with_the_end_that_pairs_have_but_for_separators(chatglm2, tokenizer, glm4):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for made, end in ((chatglm2, None), (tokenizer, None), (glm4, glm4.convert_tokens_to_ids("<|user|>"))):
+        encoder = make_encoder(made)
+        last = scored_ids(encoder.encode(Conversation(turns)), encoder.separator)[-1]
+        assert scored_end(encoder) == end
+        assert last == (text(made, "a")[-1] if end is None else end)
