@@ -83,7 +83,7 @@ def check(recipe: PpoRecipe) -> None:
     if model is None:
         return
     if not Path(model).exists():
-        loading.locate(checkpoint_of(model))  # says so when it is a path to nowhere
+        checkpoint_of(model)  # says so when it is a path to nowhere
         raise UserError("a reward model from a hub has a base of its own", path=model, key=key, fix=fix)
     if not is_reward_run(model) or not (Path(model) / "adapter").is_dir():
         raise UserError(

@@ -16,7 +16,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +187,14 @@ def score_pairs(model: Any, tokenizer: Any, conversations: Sequence[Conversation
 
 
 def checkpoint_of(path: str) -> ModelConfig:
-    """Of a fully trained run, or a model by itself."""
-    model = Path(path) / "model"
-    return ModelConfig(name=str(model) if model.is_dir() else path, sanity_check=False)
+    """Of a fully trained run, or a model by itself. UserError for a path to nowhere."""
+    folder = Path(path) / "model"
+    model = ModelConfig(name=str(folder) if folder.is_dir() else path, sanity_check=False)
+    try:
+        loading.locate(model)
+    except UserError as error:
+        raise UserError([replace(problem, key="reward.model") for problem in error.problems]) from None
+    return model
 
 
 def check_model(path: str) -> None:

@@ -391,5 +391,6 @@ def summary(recipe: Recipe, run: Run, weights: Path) -> None:
 def show_plan(recipe: Recipe, counts: dict[str, Any], plan: Layout, steps: str = "steps") -> None:
     """--dry-run: what would be done, as YAML that can be run."""
     print(to_yaml(recipe), end="")
-    note(f"{counts['rows']:,} rows, {counts['trained_tokens']:,} trained tokens, {counts['dropped']} dropped")
+    trained = f", {counts['trained_tokens']:,} trained tokens" if counts["trained_tokens"] else ""  # none in prompts
+    note(f"{counts['rows']:,} rows{trained}, {counts['dropped']} dropped")
     note(f"{plan.total_steps} {steps} of {plan.rows_per_pass} rows x {plan.accumulation} passes; nothing was written")

@@ -518,7 +518,7 @@ def refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ({"train": {"group_by_length": False}}, "train.group_by_length: has no effect"),
         ({"data": {"packing": True}}, "data.packing: has no effect"),
         ({"reward": {"functions": ["rules.py"]}}, "not a rule: 'rules.py'"),
-        ({"reward": {"model": "./runs/rewrad"}}, "./runs/rewrad: model.name: no such model"),
+        ({"reward": {"model": "./runs/rewrad"}}, "./runs/rewrad: reward.model: no such model"),
         ({"data": {"eval_split": 0.1}}, "data.eval_split: has no effect"),
         ({"train": {"effective_batch_size": 64}, "ppo": {"num_mini_batches": 64}}, "32 prompts are too few"),
         ({"data": {"max_length": 3}}, "no prompt is left"),
