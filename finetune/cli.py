@@ -245,6 +245,17 @@ def recipes_schema() -> None:
     show_schema()
 
 
+@recipes_app.command("explain")
+def recipes_explain(
+    key: Annotated[str | None, typer.Argument(help="A key (data.packing), or a section (data).")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All of them, as docs/recipe.md is made.")] = False,
+) -> None:
+    """What a recipe's key does: its values, its default, and where it applies."""
+    from finetune.stages.recipes import explain
+
+    explain(key, markdown)
+
+
 RecipeOption = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe file, or a shipped recipe's name.")]
 DataOption = Annotated[str | None, typer.Option("--data", help="File, folder, glob, builtin:… or hub id.")]
 StageOption = Annotated[str | None, typer.Option("--stage", help="The stage the data is for, without a recipe.")]

@@ -22,40 +22,10 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from finetune.errors import Problem, UserError
+from finetune.foreign_keys import foreign_name
 from finetune.recipe import RECIPES, R, Recipe, resource_path
 
 KeyPath = tuple[str | int, ...]
-
-# What other tools call it (LLaMA-Factory, ms-swift, axolotl, trl, unsloth) -> our key.
-FOREIGN_KEYS = {
-    "model_name_or_path": "model.name", "base_model": "model.name", "model_id": "model.name",
-    "model_path": "model.name",
-    "adapter_name_or_path": "model.adapter", "torch_dtype": "model.dtype", "bf16": "model.dtype", "fp16": "model.dtype",
-    "flash_attn": "model.attn_implementation", "attn_impl": "model.attn_implementation",
-    "finetuning_type": "adapter.method", "train_type": "adapter.method", "tuner_type": "adapter.method",
-    "peft_type": "adapter.method", "lora_rank": "adapter.r", "lora_r": "adapter.r", "rank": "adapter.r",
-    "alpha": "adapter.lora_alpha", "dropout": "adapter.lora_dropout", "lora_target": "adapter.target_modules",
-    "lora_target_modules": "adapter.target_modules", "lora_modules_to_save": "adapter.modules_to_save",
-    "additional_target": "adapter.modules_to_save", "rslora": "adapter.use_rslora", "peft_use_dora": "adapter.use_dora",
-    "dataset": "data.train", "datasets": "data.train", "train_file": "data.train", "data_path": "data.train",
-    "train_dataset": "data.train", "val_size": "data.eval_split", "val_set_size": "data.eval_split",
-    "split_dataset_ratio": "data.eval_split", "test_size": "data.eval_split", "eval_dataset": "eval.data",
-    "val_dataset": "eval.data", "cutoff_len": "data.max_length", "sequence_len": "data.max_length",
-    "max_seq_length": "data.max_length", "max_seq_len": "data.max_length", "model_max_length": "data.max_length",
-    "sample_packing": "data.packing", "pack": "data.packing", "train_on_inputs": "data.train_on",
-    "assistant_only_loss": "data.train_on", "truncation_strategy": "data.on_overlong",
-    "lr": "train.learning_rate", "epochs": "train.num_train_epochs", "num_epochs": "train.num_train_epochs",
-    "n_epochs": "train.num_train_epochs", "batch_size": "train.effective_batch_size",
-    "global_batch_size": "train.effective_batch_size", "train_batch_size": "train.effective_batch_size",
-    "micro_batch_size": "train.per_device_train_batch_size", "accumulation_steps": "train.gradient_accumulation_steps",
-    "warmup_ratio": "train.warmup_steps", "lr_scheduler": "train.lr_scheduler_type", "optimizer": "train.optim",
-    "gradient_clipping": "train.max_grad_norm", "max_norm": "train.max_grad_norm",
-    "neftune_alpha": "train.neftune_noise_alpha", "noisy_embedding_alpha": "train.neftune_noise_alpha",
-    "label_smoothing": "train.label_smoothing_factor",
-    "activation_checkpointing": "train.gradient_checkpointing", "group_by_len": "train.group_by_length",
-    "random_seed": "train.seed", "early_stopping_steps": "train.early_stopping_patience",
-    "output_dir": "output.dir", "save_dir": "output.dir", "out_dir": "output.dir", "max_tokens": "eval.max_new_tokens",
-}  # fmt: skip
 
 
 class _Loader(yaml.SafeLoader):
@@ -184,10 +154,8 @@ def suggest(key: str, section: str, stage: str) -> str:
     if section == "adapter" and key in sections[section]:  # which holds the keys of all methods
         return "it belongs to another adapter.method: leave it out"
     known = {f"{s}.{k}" if s else k for s, keys in sections.items() for k in keys}
-    foreign = FOREIGN_KEYS.get(key)
-    if foreign in known:
-        note = " (a number below 1 is a fraction)" if key == "warmup_ratio" else ""
-        return f"here it is called {foreign}{note}"
+    if (foreign := foreign_name(key, known)) is not None:
+        return foreign
     elsewhere = [s for s, keys in sections.items() if key in keys and s != section]
     if elsewhere:
         return f"it belongs into {elsewhere[0]}: {elsewhere[0]}.{key}" if elsewhere[0] else "move it to the top level"

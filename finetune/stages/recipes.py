@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from finetune import recipe_reference
 from finetune.errors import UserError
 from finetune.recipe import RECIPES
 from finetune.recipe_file import find, schema, shipped
@@ -31,6 +32,14 @@ def show_all() -> None:
 
 def show(name: str) -> None:
     print(find(name).read_text(encoding="utf-8"), end="")
+
+
+def explain(key: str | None, markdown: bool) -> None:
+    """A key or a section in words; all of them without a name."""
+    if markdown:
+        print(recipe_reference.document(), end="")
+    else:
+        print("\n".join(recipe_reference.explain(key)))
 
 
 def show_schema() -> None:
