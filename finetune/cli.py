@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune import __version__
-from finetune.errors import FinetuneError, render
+from finetune.errors import FinetuneError, UserError, render
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -22,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 models_app = typer.Typer(help="Model families: what loads, how it was tested, what is refused.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
@@ -30,9 +31,10 @@ app.add_typer(recipes_app, name="recipes")
 data_app = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-Reference = Annotated[str, typer.Option("--recipe", "-r", help="Recipe file, or the name of a shipped recipe.")]
+RecipeArgument = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="The same as --recipe.")]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe file, or a shipped recipe's name.")]
 Override = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeats.")]
-Output = Annotated[str | None, typer.Option(help="Run directory (instead of output.dir).")]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="Run directory (instead of output.dir).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results in the run directory.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the complete recipe, write nothing.")]
@@ -49,6 +51,16 @@ def _quiet() -> None:
     if not VERBOSE:
         noise.silence()
         noise.silence_bars()
+
+
+def _one_of(plain: str | None, option: str | None, name: str, usage: str) -> str:
+    """What was given as a plain argument or as the option `name`. UserError for both and for neither."""
+    if plain is not None and option is not None:
+        raise UserError(f"given twice: {plain} and {name} {option}", fix="give one of them")
+    given = option if plain is None else plain
+    if not given:
+        raise UserError(f"{name} is missing", fix=f"write {usage}")
+    return given
 
 
 def _recipe(
@@ -94,14 +106,16 @@ def _training_command(stage: str) -> Callable[..., None]:
     """`ft STAGE --recipe R`: check everything that needs no torch, then run finetune.stages.STAGE."""
 
     def command(
-        recipe: Reference,
+        plain: RecipeArgument = None,
+        recipe: RecipeOption = None,
         set_: Override = [],  # noqa: B006 (typer copies it)
         output: Output = None,
         resume: Resume = False,
         overwrite: Overwrite = False,
         dry_run: DryRun = False,
     ) -> None:
-        checked = _recipe(recipe, stage, set_, output, resume, overwrite)
+        reference = _one_of(plain, recipe, "--recipe", f"ft {stage} RECIPE")
+        checked = _recipe(reference, stage, set_, output, resume, overwrite)
         _quiet()
         importlib.import_module(f"finetune.stages.{stage}").run(checked, resume, overwrite, dry_run)
 
@@ -114,8 +128,9 @@ for _stage, _help in TRAINING.items():
 
 @app.command()
 def merge(
-    adapter: Annotated[str, typer.Option(help="Run directory or adapter folder.")],
-    output: Annotated[str, typer.Option(help="Folder of the merged model.")],
+    plain: Annotated[str | None, typer.Argument(metavar="[ADAPTER]", help="The same as --adapter.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Run directory or adapter folder.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the merged model.")] = None,
     model: Annotated[str | None, typer.Option(help="The base, for adapters that do not name it.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the base's own by default.")] = None,
     base: Annotated[str, typer.Option(help="For quantized runs: original or dequantized weights.")] = "original",
@@ -126,6 +141,9 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Merge an adapter into its base and prove that the result computes the same."""
+    usage = "ft merge ADAPTER --output FOLDER"
+    adapter = _one_of(plain, adapter, "--adapter", usage)
+    output = _one_of(None, output, "--output", usage)
     _quiet()
     from finetune.stages.merge import run
 
@@ -156,8 +174,9 @@ def evaluate(
 
 @app.command()
 def compare(
-    recipe: Reference,
-    methods: Annotated[str, typer.Option(help="Adapter methods, separated by commas.")],
+    plain: RecipeArgument = None,
+    recipe: RecipeOption = None,
+    methods: Annotated[str, typer.Option(help="Adapter methods, separated by commas.")] = "lora",
     quantization: Annotated[str, typer.Option(help="none, int8, int4, separated by commas.")] = "none",
     data_fractions: Annotated[str, typer.Option(help="Shares of the training rows, e.g. 0.125,0.25,0.5,1.")] = "1",
     set_: Override = [],  # noqa: B006
@@ -167,7 +186,8 @@ def compare(
     from finetune.recipe import SftRecipe
     from finetune.recipe_file import load
 
-    checked = load(recipe, SftRecipe, set_, output)
+    reference = _one_of(plain, recipe, "--recipe", "ft compare RECIPE --methods lora,bitfit")
+    checked = load(reference, SftRecipe, set_, output)
     _quiet()
     from finetune.stages.compare import parse, run
 
@@ -256,7 +276,6 @@ def recipes_explain(
     explain(key, markdown)
 
 
-RecipeOption = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe file, or a shipped recipe's name.")]
 DataOption = Annotated[str | None, typer.Option("--data", help="File, folder, glob, builtin:… or hub id.")]
 StageOption = Annotated[str | None, typer.Option("--stage", help="The stage the data is for, without a recipe.")]
 JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="As JSON; - is stdout.")]
@@ -298,6 +317,23 @@ def data_preview(
     preview(recipe, set_, data, model, stage, limit, json_, html)
 
 
+OTHER_COMMANDS = {
+    "train": "ft sft, ft pretrain, ft reward, ft dpo, ft kto or ft ppo",
+    "finetune": "ft sft, ft pretrain, ft reward, ft dpo, ft kto or ft ppo",
+    "rlhf": "ft dpo, ft kto, ft reward or ft ppo",
+    "rm": "ft reward",
+    "export": "ft merge",
+    "evaluate": "ft eval",
+    "infer": "ft chat, or ft eval for a file",
+    "inference": "ft chat, or ft eval for a file",
+    "predict": "ft eval",
+    "preprocess": "ft data check, or ft data preview",
+    "env": "ft doctor",
+    "version": "ft --version",
+}
+"""What other tools call it -> the command here."""
+
+
 def main() -> None:
     """Entry point: one renderer for errors, the exit codes of the contract."""
     global VERBOSE
@@ -306,7 +342,11 @@ def main() -> None:
     if arguments == ["--version"]:
         print(f"ft {__version__}")
         return
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
     try:
+        if arguments and arguments[0] in OTHER_COMMANDS:
+            raise UserError(f"no command {arguments[0]!r}", fix=OTHER_COMMANDS[arguments[0]])
         sys.exit(app(args=arguments, prog_name="ft", standalone_mode=False) or 0)
     except FinetuneError as error:
         if debug:

@@ -14,7 +14,12 @@ from finetune import __version__
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("sft",), "Missing option '--recipe'"),
+        (("sft",), "--recipe is missing → write ft sft RECIPE"),
+        (("sft", "quickstart", "--recipe", "quickstart"), "given twice: quickstart and --recipe quickstart"),
+        (("merge",), "--adapter is missing → write ft merge ADAPTER --output FOLDER"),
+        (("merge", "nowhere"), "--output is missing"),
+        (("train", "x.yaml"), "no command 'train' → ft sft"),
+        (("sftt",), "Did you mean 'sft'"),
         (("sft", "--recipe", "quickstrt"), "did you mean the shipped recipe quickstart.yaml?"),
         (("sft", "--recipe", "quickstart", "--set", "train.learning_ratee=1"), "did you mean learning_rate?"),
         (("pretrain", "--recipe", "quickstart"), "this is a recipe for `ft sft`, not `ft pretrain`"),
@@ -43,6 +48,19 @@ def test_version_and_help() -> None:
     helped = ft("--help")
     for command in ("pretrain", "sft", "merge", "eval", "chat", "doctor", "recipes"):
         assert f"\n  {command}" in helped.stdout
+
+
+@pytest.mark.parametrize("arguments", [("-h",), ("sft", "-h"), ("help",), ("help", "sft"), ("recipes", "new", "-h")])
+def test_help_however_it_is_asked_for(arguments: tuple[str, ...]) -> None:
+    done = ft(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Usage: ft")
+
+
+def test_a_recipe_is_a_plain_argument(tmp_path: Path) -> None:
+    plain = ft("sft", "quickstart", "--dry-run", cwd=tmp_path)
+    assert plain.returncode == 0, plain.stderr
+    assert plain.stdout == ft("sft", "--recipe", "quickstart", "--dry-run", cwd=tmp_path).stdout
 
 
 def test_recipes(tmp_path: Path) -> None:
