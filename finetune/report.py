@@ -35,12 +35,16 @@ PANELS: tuple[tuple[str, list[tuple[str, str, str]]], ...] = (
 )  # fmt: skip
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+LOG_FROM = 20.0  # a loss that falls by more than this shows nothing of its end on a linear axis
+
+
+def plot(rows: list[dict[str, Any]], path: Path, title: str = "") -> None:
     """Everything of PANELS that was logged, over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     def series(key: str) -> tuple[list[int], list[float]]:
         points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
@@ -56,11 +60,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for (axis, lines), panel in zip(drawn, axes[:, 0], strict=True):
         for key, label, style in lines:
             panel.plot(*series(key), style, label=label, linewidth=1.5, markersize=4)
+        values = [value for key, _, _ in lines for value in series(key)[1]]
+        if axis == "loss" and values and min(values) > 0 and max(values) > LOG_FROM * min(values):
+            panel.set_yscale("log")
         panel.set_ylabel(axis)
         panel.grid(alpha=0.3)
         if len(panel.lines) > 1 or (panel.lines and lines[0][1] != axis):
             panel.legend(frameon=False)
     axes[-1, 0].set_xlabel("step")
+    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0, 0].set_title(title, loc="left", fontsize="medium", parse_math=False)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
@@ -69,11 +78,11 @@ def write(run: Run, result: dict[str, Any]) -> None:
     """loss.png and a self-contained report.html."""
     rows = run.read_metrics()
     image = run.path / "loss.png"
-    plot(rows, image)
+    plot(rows, image, f"{run.path.name}: ft {result['stage']}, {result['steps']:,} steps")
     picture = base64.b64encode(image.read_bytes()).decode()
     recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8")
-    scalars = {k: v for k, v in result.items() if not isinstance(v, dict | list)}
-    summary = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(_show(v))}</td></tr>" for k, v in scalars.items())
+    summary = _table({k: v for k, v in result.items() if v is not None and not isinstance(v, dict | list)})
+    held_out = _table(with_intervals(result.get("eval") or {}))
     decisions = "".join(f"<li>{html.escape(str(d))}</li>" for d in result.get("decisions", []))
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(run.path.name)}</title>
@@ -81,7 +90,8 @@ def write(run: Run, result: dict[str, Any]) -> None:
 table{{border-collapse:collapse}}th{{text-align:left;font-weight:500;padding:.1rem 1.5rem .1rem 0;color:#555}}
 td{{font-variant-numeric:tabular-nums}}pre{{background:#f6f6f6;padding:1rem;overflow:auto}}img{{max-width:100%}}</style>
 <h1>{html.escape(run.path.name)}</h1>
-<table>{summary}</table>
+{summary}
+{f"<h2>Held-out</h2>{held_out}" if held_out else ""}
 {f"<h2>Decisions</h2><ul>{decisions}</ul>" if decisions else ""}
 <img alt="loss over steps" src="data:image/png;base64,{picture}">
 <h2>Recipe</h2><pre>{html.escape(recipe)}</pre>
@@ -91,5 +101,26 @@ td{{font-variant-numeric:tabular-nums}}pre{{background:#f6f6f6;padding:1rem;over
     (run.path / "report.html").write_text(page, encoding="utf-8")
 
 
-def _show(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def with_intervals(metrics: dict[str, Any]) -> dict[str, str]:
+    """Metric -> `0.933 [0.882, 0.963]`, each with its interval where it has one."""
+    found = {}
+    for name, value in metrics.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            interval = metrics.get(f"{name}_ci")
+            found[name] = shown(value) + (f" [{shown(interval[0])}, {shown(interval[1])}]" if interval else "")
+    return found
+
+
+def _table(values: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th>{html.escape(k.replace('_', ' '))}</th><td>{html.escape(shown(v))}</td></tr>"
+        for k, v in values.items()
+    )
+    return f"<table>{rows}</table>" if rows else ""
+
+
+def shown(value: Any) -> str:
+    """A number for people: four digits, whole numbers with separators."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

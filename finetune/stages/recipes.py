@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import yaml
+
 from finetune import recipe_reference
 from finetune.errors import UserError
 from finetune.recipe import RECIPES
@@ -24,10 +26,18 @@ SCHEMA_FILE = "ft-recipe.schema.json"
 
 
 def show_all() -> None:
+    """Every shipped recipe with what it needs: those for built-in bases first, then those that download theirs."""
+    groups: dict[str, list[str]] = {"": []}
     for name, path in shipped().items():
-        header = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        command, _, needs = header.partition("  ")
-        print(f"{name:32} {needs.strip() or command}")
+        text = path.read_text(encoding="utf-8")
+        command, _, needs = text.splitlines()[0].lstrip("# ").partition("  ")
+        model = str(yaml.safe_load(text)["model"]["name"])
+        download = "" if "/" not in model else f"these download {model} first"
+        groups.setdefault(download, []).append(f"{name:30} {needs.strip() or command}")
+    for download, lines in groups.items():
+        print(f"\n{download}:" if download else "on built-in bases, without a download:")
+        print("\n".join(lines))
+    print("\nft recipes show NAME prints one; --set model.name=tiny-llama runs any of them on a built-in base")
 
 
 def show(name: str) -> None:
