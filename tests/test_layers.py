@@ -21,6 +21,7 @@ LEVELS = [
     {"noise", "metrics", "progress"},
     {"run"},
     {"data", "models", "adapters", "report", "optim", "preference"},
+    {"model_card"},
     {"callbacks", "trainers"},
     {"training", "evaluation", "rl"},
     {"measuring", "alignment", "rollout", "scoring"},
