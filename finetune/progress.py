@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +29,10 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+# What learning from preferences is watched by -> its keys in the rows of DPO and KTO, and of reward models.
+PAIRS = {"margin": ("rewards/margins", "margin"), "accuracy": ("rewards/accuracies", "accuracy")}
 
 
 class Progress:
@@ -64,6 +77,11 @@ class Progress:
             parts.append(f"loss {row['loss']:.4f}")
         if "eval_loss" in row:
             parts.append(f"held-out loss {row['eval_loss']:.4f}")
+        held_out = "eval_" if "eval_loss" in row else ""
+        for name, keys in PAIRS.items():
+            value = next((row[held_out + key] for key in keys if held_out + key in row), None)
+            if value is not None:
+                parts.append(f"{name} {value:.3f}")
         if "reward_mean" in row:
             parts = [f"reward {row['reward_mean']:+.3f}", f"KL {row['kl']:.3f}", f"{row['response_length']:.0f} tokens"]
         if self.bar is None and "learning_rate" in row:
@@ -89,6 +107,40 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+QUIET = 10.0  # seconds between lines where there is no terminal
+
+
+@contextmanager
+def task(what: str, total: int | None = None, unit: str = "rows") -> Iterator[Callable[[int], None]]:
+    """Say what is being done and how far it is: `with task("tokenising", len(rows)) as advance: … advance(1)`.
+
+    On a terminal a line that goes away when it is done, with count and time left where `total` is known; elsewhere one
+    line at the start, and one every ten seconds with the count.
+    """
+    amount = "" if total is None else f" {total:,} {unit}"
+    if console.is_terminal:
+        columns = [SpinnerColumn(), TextColumn("{task.description}")]
+        columns += [] if total is None else [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)]
+        columns += [TimeElapsedColumn()] if total is None else []
+        with Bar(*columns, console=console, transient=True) as bar:
+            shown = bar.add_task(what, total=total)
+            yield lambda n: bar.advance(shown, n)
+        return
+    note(f"{what}{amount}")
+    begun = last = time.perf_counter()
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done, last
+        done += n
+        now = time.perf_counter()
+        if now - last >= QUIET and total:
+            last = now
+            note(f"{what}: {done:,}/{total:,} {unit}  ETA {duration((now - begun) / max(done, 1) * (total - done))}")
+
+    yield advance
 
 
 def samples(title: str, rows: list[tuple[str, str, float]]) -> None:
