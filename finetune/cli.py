@@ -67,11 +67,12 @@ def _recipe(
     reference: str, stage: str, overrides: list[str], output: str | None, resume: bool, overwrite: bool
 ) -> Recipe:
     """Read and check the recipe, its output directory and the rows of its data: a second instead of ten."""
+    from finetune.progress import note
     from finetune.recipe import RECIPES
     from finetune.recipe_file import load
     from finetune.run import check_inputs, check_output
 
-    recipe: Recipe = load(reference, RECIPES[stage], overrides, output)
+    recipe: Recipe = load(reference, RECIPES[stage], overrides, output, note)
     check_output(recipe.output.dir, overwrite, resume)
     if overwrite:
         check_inputs(recipe)

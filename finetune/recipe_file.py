@@ -13,17 +13,17 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from finetune.errors import Problem, UserError
 from finetune.foreign_keys import foreign_name
-from finetune.recipe import RECIPES, R, Recipe, resource_path
+from finetune.recipe import ADAPTERS, RECIPES, R, Recipe, resource_path
 
 KeyPath = tuple[str | int, ...]
 
@@ -131,6 +131,48 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> set[KeyPath]:
     return done
 
 
+def _forget_other_method(values: dict[str, Any], before: Any, overridden: AbstractSet[KeyPath]) -> list[str]:
+    """After `--set adapter.method=…`: take the keys of the recipe's own method out, in place; returns their names.
+
+    A key stays where both methods have it with the same default: it means the same in both. Keys that were set
+    themselves stay, too, and are checked as any other.
+    """
+    section = values.get("adapter")
+    if not isinstance(section, dict) or ("adapter", "method") not in overridden:
+        return []
+    old, new = ADAPTERS.get(str(before)), ADAPTERS.get(str(section.get("method")))
+    if old is None or new is None or old is new:
+        return []
+    a, b = old.model_fields, new.model_fields
+    dropped = [
+        key
+        for key in section
+        if key != "method" and ("adapter", key) not in overridden and key in a
+        and not (key in b and a[key].default == b[key].default)
+    ]  # fmt: skip
+    for key in dropped:
+        del section[key]
+    return dropped
+
+
+def _unset(values: dict[str, Any], overridden: AbstractSet[KeyPath]) -> None:
+    """`--set adapter.r=null` means the default, in place, where null is no value of the key itself."""
+    kind = RECIPES.get(str(values.get("stage")))
+    for path in overridden:
+        node: Any = values
+        classes: list[type[BaseModel]] = [] if kind is None else [kind]
+        for part in path[:-1]:
+            classes = [
+                m for c in classes if part in c.model_fields for m in _models_in(c.model_fields[part].annotation)
+            ]
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or path[-1] not in node or node[path[-1]] is not None:
+            continue
+        fields = [c.model_fields[path[-1]] for c in classes if path[-1] in c.model_fields]
+        if fields and not any(type(None) in get_args(field.annotation) for field in fields):
+            del node[path[-1]]
+
+
 def _fields(stage: str) -> dict[str, set[str]]:
     """Section -> its keys (the union over adapter methods), for suggestions."""
     sections: dict[str, set[str]] = {"": set()}
@@ -209,6 +251,8 @@ def check(
 
     def problem(key: KeyPath, message: str, fix: str | None) -> Problem:
         where: str | Path | None = path
+        if path is not None and path.parent == resource_path("recipes"):
+            where = f"shipped recipe {path.name}"  # where it is installed helps nobody
         from_set = any(key[: len(k)] == k or k[: len(key)] == key for k in overridden)
         at = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
         if from_set:
@@ -240,15 +284,33 @@ def check(
 
 
 @overload
-def load(reference: str, kind: type[R], overrides: Sequence[str] = (), output: str | None = None) -> R: ...
+def load(
+    reference: str, kind: type[R], overrides: Sequence[str] = (), output: str | None = None,
+    say: Callable[[str], None] = ...,
+) -> R: ...  # fmt: skip
 @overload
-def load(reference: str, kind: None, overrides: Sequence[str] = (), output: str | None = None) -> Recipe: ...
-def load(reference: str, kind: Any, overrides: Sequence[str] = (), output: str | None = None) -> Any:
+def load(
+    reference: str, kind: None, overrides: Sequence[str] = (), output: str | None = None,
+    say: Callable[[str], None] = ...,
+) -> Recipe: ...  # fmt: skip
+def load(
+    reference: str, kind: Any, overrides: Sequence[str] = (), output: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Any:  # fmt: skip
     """Read a recipe by path or shipped name as a `kind` of recipe (None: of any stage), apply --set and --output, and
-    check it."""
+    check it.
+
+    Args:
+        say: told what was left out of the file because of an override.
+    """
     path = find(reference)
     values, lines = _read(path)
+    section = values.get("adapter")
+    before = section.get("method", "lora") if isinstance(section, dict) else "lora"
     overridden = _override(values, overrides)
+    if dropped := _forget_other_method(values, before, overridden):
+        say(f"adapter.method={values['adapter']['method']}: left out {', '.join(dropped)}, which belong to {before}")
+    _unset(values, overridden)
     if output is not None:
         overridden |= _override(values, [f"output.dir={json.dumps(output)}"])
     stage = next((name for name, cls in RECIPES.items() if cls is kind), None)
