@@ -1,6 +1,6 @@
 # make quickstart   train, evaluate and merge the built-in base (about four minutes on 2 cores, no GPU)
 # make align        SFT, then DPO, and a reward model with PPO, on the built-in base (some 35 minutes on one core)
-# make test         the test suite
+# make test         the test suite, a process per core
 # make lint         ruff and mypy
 PYTHON ?= python3
 BIN = .venv/bin
@@ -18,7 +18,7 @@ align: .venv/installed
 	$(BIN)/python benchmarks/align.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
