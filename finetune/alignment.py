@@ -39,7 +39,7 @@ from finetune.models.heads import with_score_head
 from finetune.models.identity import fingerprint
 from finetune.models.rope import check_length
 from finetune.preference import PairCollator, ScoreCollator
-from finetune.progress import warn
+from finetune.progress import command, warn
 from finetune.recipe import (
     DpoRecipe,
     Hardware,
@@ -128,10 +128,12 @@ def merged_start(recipe: DpoRecipe | KtoRecipe, run: Run) -> ModelConfig:
     target = run.path / "start"
     if not (target / "merge.json").exists():
         assert recipe.model.adapter is not None
-        command = ["merge", "--adapter", recipe.model.adapter, "--output", str(target), "--overwrite"]
-        done = subprocess.run([sys.executable, "-m", "finetune", *command], capture_output=True, text=True)
+        arguments = ["merge", f"--adapter={recipe.model.adapter}", f"--output={target}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "finetune", *arguments], capture_output=True, text=True, errors="replace"
+        )
         if done.returncode:
-            raise RunError(f"ft {' '.join(command)} failed: {done.stderr.strip()[-400:]}")
+            raise RunError(f"{command(*arguments)} failed: {done.stderr.strip()[-400:]}")
     return recipe.model.model_copy(update={"name": str(target), "adapter": None, "revision": None})
 
 

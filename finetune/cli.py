@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune import __version__
-from finetune.errors import FinetuneError, UserError, render
+from finetune.errors import FinetuneError, UserError, explained, render, visible
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -36,7 +38,7 @@ RecipeOption = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe
 Override = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeats.")]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Run directory (instead of output.dir).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results in the run directory.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ft wrote there, once the new is complete.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the complete recipe, write nothing.")]
 Model = Annotated[str | None, typer.Option("--model", help="Built-in base, local folder or hub id.")]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="Run directory or adapter folder.")]
@@ -69,13 +71,13 @@ def _recipe(
     """Read and check the recipe, its output directory and the rows of its data: a second instead of ten."""
     from finetune.progress import note
     from finetune.recipe import RECIPES
-    from finetune.recipe_file import load
+    from finetune.recipe_file import find, load
     from finetune.run import check_inputs, check_output
 
     recipe: Recipe = load(reference, RECIPES[stage], overrides, output, note)
     check_output(recipe.output.dir, overwrite, resume)
     if overwrite:
-        check_inputs(recipe)
+        check_inputs(recipe, find(reference))
     kind_of_rows = {"sft": "sft", "reward": "preference", "dpo": "preference", "kto": "unpaired"}.get(recipe.stage)
     if kind_of_rows is not None:
         from finetune.data.dataset import screen
@@ -345,10 +347,15 @@ def main() -> None:
         return
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
+    from finetune.progress import settle_streams
+
+    settle_streams()
     try:
         if arguments and arguments[0] in OTHER_COMMANDS:
             raise UserError(f"no command {arguments[0]!r}", fix=OTHER_COMMANDS[arguments[0]])
-        sys.exit(app(args=arguments, prog_name="ft", standalone_mode=False) or 0)
+        code = app(args=arguments, prog_name="ft", standalone_mode=False) or 0
+        sys.stdout.flush()  # or a full disk is told too late for a line and an exit code of its own
+        sys.exit(code)
     except FinetuneError as error:
         if debug:
             raise
@@ -358,20 +365,34 @@ def main() -> None:
         _print_errors(["interrupted"], "yellow")
         sys.exit(130)
     except BrokenPipeError:
+        _close_stdout()
         sys.exit(0)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong arguments, in typer's own words
-            error.show()
+            said = io.StringIO()
+            error.show(file=said)
+            print(visible(said.getvalue()), end="", file=sys.stderr)
             sys.exit(error.exit_code)
         if debug:
             raise
+        if (known := explained(error)) is not None:
+            _print_errors(render(known), "red")
+            _close_stdout()
+            sys.exit(known.exit_code)
         _print_errors([f"{type(error).__name__}: {error}", "this is a bug; --debug shows the traceback"], "red")
         sys.exit(1)
 
 
 def _print_errors(lines: list[str], style: str) -> None:
-    from rich.console import Console
+    from finetune.progress import note
 
-    console = Console(stderr=True)
     for line in lines:
-        console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+        note(line, style)
+
+
+def _close_stdout() -> None:
+    """What is left to print has nowhere to go: without this Python tries again at its end, and complains."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

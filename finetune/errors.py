@@ -5,11 +5,16 @@
       RunError             exit 1: a run failed in a way that is explained (diverged, parity gate, …)
       Interrupted          exit 130: SIGINT or SIGTERM, a checkpoint was saved
 
-Everything else that escapes is a bug: exit 1, traceback with --debug. `render` is the only place that prints errors.
+`explained` makes one of these of what the machine says (a full disk, a path, memory). Everything else that escapes is a
+bug: exit 1, traceback with --debug. `render` is the only place that prints errors; `visible` is what every text goes
+through on its way to a terminal.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,12 +82,48 @@ class Interrupted(FinetuneError):
     exit_code = 130
 
 
+# Tab and newline are left: they move the cursor no farther than the text goes. Bidirectional overrides reorder a line,
+# halves of surrogate pairs cannot be encoded.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Text with its control characters written out: what rows, paths and answers hold cannot steer the terminal."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# torch (inline_container: an archive that could not be written), safetensors and arrow wrap the system's words.
+FULL_WORDS = re.compile(r"inline_container|file write failed|No space left|quota exceeded|File too large", re.I)
+MAKE_ROOM = "make room and start again; a run with a checkpoint goes on with --resume"
+
+
+def explained(error: BaseException) -> FinetuneError | None:
+    """What the machine refused, in words; None for a bug."""
+    if isinstance(error, MemoryError):
+        return RunError("out of memory: use less data at once, or a machine with more")
+    if isinstance(error, UnicodeError):
+        name = getattr(error, "encoding", None) or "the expected encoding"
+        return UserError(
+            f"text that is not {name}", fix="save it as UTF-8; for pipes and terminals PYTHONIOENCODING=utf-8"
+        )
+    if isinstance(error, OSError) and error.errno is not None and error.errno not in FULL:
+        where = error.filename if error.filename is not None else error.filename2
+        path = os.fsdecode(where) if isinstance(where, str | bytes | os.PathLike) else None
+        return UserError(os.strerror(error.errno), path=path, fix="check the path and who may write there")
+    if isinstance(error, OSError) or FULL_WORDS.search(str(error)):
+        text = next(iter(str(error).splitlines()), "") or type(error).__name__
+        full = FULL_WORDS.search(str(error)) or getattr(error, "errno", None) in FULL
+        return RunError(f"a file could not be written ({text}): {MAKE_ROOM}" if full else text)
+    return None
+
+
 MOST_LINES = 20  # a broken million-row file must not scroll the cause away
 
 
 def render(error: FinetuneError) -> list[str]:
     """The lines to print on stderr, one per problem, the tail counted instead of shown."""
-    lines = error.lines()
+    lines = [visible(line) for line in error.lines()]
     if len(lines) > MOST_LINES:
         lines = [*lines[:MOST_LINES], f"… and {len(lines) - MOST_LINES} more problems"]
     return lines

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from finetune.progress import command
 from finetune.recipe import BUILTIN_MODELS
 from finetune.report import shown, with_intervals
 
@@ -104,7 +105,7 @@ def usage(stage: str, method: str, base: str, original_layout: bool) -> list[str
     if original_layout:
         return [
             "The base is in ChatGLM's original layout, which plain transformers does not read:", "",
-            "```bash", f"ft chat --model {base} --adapter FOLDER", "```",
+            "```bash", command("chat", "--model", base, "--adapter", "FOLDER"), "```",
         ]  # fmt: skip
     builtin = (BUILTIN_MODELS / base).is_dir()
     where = f'BUILTIN_MODELS / "{base}"' if builtin else f'"{base}"'

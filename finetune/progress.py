@@ -1,7 +1,19 @@
-"""What a person sees while training: a bar on a terminal, plain lines elsewhere. Everything goes to stderr."""
+"""What a person sees: notes, warnings and a bar on stderr, results on stdout.
+
+    note, warn            a line on stderr
+    say, say_json, show   results on stdout: text, JSON, a table
+    command(…)            a command as it can be typed
+    settle_streams()      output for terminals that know fewer characters
+
+Nothing is markup here (a path may hold `[x]` or `:word:`), and control characters are shown, not obeyed.
+"""
 
 from __future__ import annotations
 
+import codecs
+import io
+import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +34,76 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-console = Console(stderr=True)
+from finetune.errors import CONTROL, visible
+
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+console = Console(stderr=True, **PLAIN)
+output = Console(**PLAIN)
+
+# What we write ourselves, for terminals that lack it.
+ALIKE = {
+    "→": "->",
+    "…": "...",
+    "█": "#",
+    "·": "-",
+    "–": "-",
+    "—": "-",
+    "─": "-",
+    "═": "=",
+    "│": "|",
+    "×": "x",
+    "±": "+-",
+}
+
+
+def alike(error: UnicodeError) -> tuple[str, int]:
+    """For codecs: a likeness of what cannot be encoded, else its number."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    return "".join(ALIKE.get(c) or c.encode("ascii", "backslashreplace").decode() for c in missing), error.end
+
+
+def settle_streams() -> None:
+    """A terminal or a pipe of any encoding (ASCII, cp936, …) takes whatever is printed."""
+    codecs.register_error("alike", alike)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="alike")
+
+
+def encodable(text: str) -> bool:
+    """Whether stdout takes it as it is."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def command(*parts: object) -> str:
+    """`ft …` as it can be typed, whatever a path holds."""
+    return shlex.join(["ft", *map(str, parts)])
+
+
+def say(text: str, end: str = "\n", flush: bool = False) -> None:
+    print(visible(text), end=end, flush=flush)
+
+
+def say_json(value: Any, indent: int | None = 2) -> None:
+    """JSON that stays JSON: what a terminal would obey or cannot show is escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    if not encodable(CONTROL.sub("", text)):
+        text = json.dumps(value, indent=indent)
+    print(CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+def show(table: Table) -> None:
+    output.print(table)
+
+
+def row(table: Table, *cells: str) -> None:
+    table.add_row(*map(visible, cells))
 
 
 def duration(seconds: float) -> str:
@@ -48,10 +129,10 @@ class Progress:
         self.begun = self.last = time.perf_counter()
         if console.is_terminal:
             self.bar = Bar(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
+                TextColumn("{task.fields[status]}", markup=False),
                 TimeRemainingColumn(compact=True),
                 console=console,
                 expand=True,
@@ -121,7 +202,7 @@ def task(what: str, total: int | None = None, unit: str = "rows") -> Iterator[Ca
     """
     amount = "" if total is None else f" {total:,} {unit}"
     if console.is_terminal:
-        columns = [SpinnerColumn(), TextColumn("{task.description}")]
+        columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False)]
         columns += [] if total is None else [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)]
         columns += [TimeElapsedColumn()] if total is None else []
         with Bar(*columns, console=console, transient=True) as bar:
@@ -150,6 +231,7 @@ def samples(title: str, rows: list[tuple[str, str, float]]) -> None:
         table.add_column(heading, no_wrap=True, justify="right" if heading == "score" else "left")
     width = max(8, (console.width - len("│  │  │ +12.34 │")) // 2)  # rich would drop the score for want of room
     for prompt, reply, score in rows:
+        prompt, reply = visible(prompt), visible(reply)
         answer = Text(" ".join(reply.split()))
         answer.truncate(width, overflow="ellipsis")
         table.add_row(Text(_end_of(" ".join(prompt.split()), width)), answer, f"{score:+.2f}")
@@ -164,10 +246,10 @@ def _end_of(text: str, width: int) -> str:
     return end if end == text else "…" + end
 
 
-def note(message: str) -> None:
+def note(message: str, style: str | None = None) -> None:
     """One line for the user."""
-    console.print(message, highlight=False, soft_wrap=True, markup=False)
+    console.print(visible(message), style=style, soft_wrap=True)
 
 
 def warn(message: str) -> None:
-    console.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+    note(f"warning: {message}", style="yellow")

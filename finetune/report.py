@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 from pathlib import Path
 from typing import Any
 
-from finetune.run import Run
+from finetune.run import Run, write_atomically
 
 # What is drawn when a run logged it: (axis, [(key of metrics.jsonl, label, line style)]).
 PANELS: tuple[tuple[str, list[tuple[str, str, str]]], ...] = (
@@ -70,7 +71,9 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str = "") -> None:
     axes[-1, 0].set_xlabel("step")
     axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0, 0].set_title(title, loc="left", fontsize="medium", parse_math=False)
-    figure.savefig(path, dpi=100)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=100)
+    write_atomically(path, image.getvalue())
     pyplot.close(figure)
 
 
@@ -98,7 +101,7 @@ td{{font-variant-numeric:tabular-nums}}pre{{background:#f6f6f6;padding:1rem;over
 <h2>Result</h2><pre>{html.escape(json.dumps(result, ensure_ascii=False, indent=2))}</pre>
 </html>
 """
-    (run.path / "report.html").write_text(page, encoding="utf-8")
+    write_atomically(run.path / "report.html", page)
 
 
 def with_intervals(metrics: dict[str, Any]) -> dict[str, str]:

@@ -3,15 +3,16 @@
     recipe.yaml  adapter/ | model/  metrics.jsonl  result.json  report.html  loss.png  checkpoints/
 
 `open_run` refuses a directory that already holds results; result.json is written last and atomically, so a directory
-without it is unfinished. A lock keeps two processes out of one directory.
+without it is unfinished. A lock keeps two processes out of one directory. --overwrite takes only what a run of ours
+wrote, known by its recipe.yaml, and keeps it in .replaced/ until the new run is finished.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from finetune import places
 from finetune.errors import Problem, UserError
-from finetune.recipe import Recipe
+from finetune.progress import warn
+from finetune.recipe import Recipe, SourceConfig
 from finetune.recipe_file import to_yaml
 
 # Everything a run writes; --overwrite removes these and nothing else.
@@ -31,6 +34,9 @@ CONTENTS = (
     "recipe.yaml", "adapter", "model", "metrics.jsonl", "result.json", "report.html", "loss.png", "checkpoints",
     "samples.jsonl", "reward.yaml", "reward", "start",
 )  # fmt: skip
+MARK = "# Written by ft: the recipe of the run in this folder, which --overwrite replaces."
+LOCK = ".lock"
+ASIDE = ".replaced"  # what --overwrite replaces, until the new run is finished
 CHECKPOINT_COMPLETE = "complete"  # written last into a checkpoint: without it the checkpoint is half-written
 
 
@@ -101,14 +107,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Whole or not at all. Never through a link: one at `path` is replaced itself."""
+    temporary = places.fresh(path)
+    try:
+        with temporary.open("xb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # halves of surrogate pairs, of rows or of file names
+        text = json.dumps(value, indent=2)
+    write_atomically(path, text + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -133,40 +150,134 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 
 def check_output(directory: str | Path, overwrite: bool, resume: bool) -> None:
-    """UserError if results would be lost. Writes nothing."""
-    run = Run(Path(directory))
-    if run.path.exists() and not run.path.is_dir():
-        raise UserError("is a file", path=run.path, key="output.dir", fix="choose another directory with --output DIR")
+    """UserError if results would be lost or written where they must not be. Writes nothing."""
+    run = Run(Path(directory).expanduser())
+    places.check_folder(run.path, "output.dir")
+    check_links(run)
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other", fix="give one of them")
     if resume:
         if run.result.exists():
             raise UserError("this run is finished, there is nothing to resume", path=run.path, fix="use --overwrite")
-        if run.last_checkpoint() is None and not run.reward.is_dir():
+        if not resumable(run):
             raise UserError("holds no complete checkpoint", path=run.checkpoints, fix="start it again with --overwrite")
-    elif not overwrite and run.result.exists():
+    elif overwrite:
+        check_ours(run)
+    elif run.result.exists() and is_ours(run):
         raise UserError(
             "already holds the results of a run", path=run.path, key="output.dir", fix="use --output DIR or --overwrite"
         )
-    elif not overwrite and run.path.exists() and any(run.path.iterdir()):
-        resumable = "--resume to go on, or " if run.last_checkpoint() or run.reward.is_dir() else ""
-        raise UserError(
-            "already holds files", path=run.path, key="output.dir",
-            fix=f"use {resumable}--overwrite to start again, or --output DIR",
-        )  # fmt: skip
+    elif run.path.exists() and any(path.name != LOCK for path in run.path.iterdir()):
+        choices = ["--resume to go on"] if resumable(run) else []
+        choices += ["--overwrite to start again"] if is_ours(run) or (run.path / ASIDE).is_dir() else []
+        choices += ["--output DIR"]
+        raise UserError("already holds files", path=run.path, key="output.dir", fix=f"use {', or '.join(choices)}")
 
 
-def check_inputs(recipe: Recipe) -> None:
-    """UserError when something that the run reads is what --overwrite would delete first."""
-    directory = Path(recipe.output.dir).resolve()
-    deleted = [directory / name for name in CONTENTS]
-    problems = [
-        Problem("would be deleted by --overwrite", path=text, key=key, fix="use --output DIR, or move it away")
-        for key, text in strings(recipe.model_dump())
-        if os.path.exists(text) and any(Path(text).resolve().is_relative_to(path) for path in deleted)
-    ]
+def resumable(run: Run) -> bool:
+    return run.last_checkpoint() is not None or run.reward.is_dir()
+
+
+def is_ours(run: Run) -> bool:
+    """Whether a run of ours, finished or not, wrote what is in this directory.
+
+    Its recipe.yaml says so, and names this directory: a copy of it says nothing about the files beside it. A finished
+    run may have been moved.
+    """
+    path = run.path / "recipe.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+        named = Path(values["output"]["dir"]).resolve() == run.path.resolve()
+        stage = values["stage"]
+    except (OSError, UnicodeError, yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError):
+        return False
+    result = places.read_json(run.result)
+    versions = result.get("versions")
+    done = result.get("stage") == stage and isinstance(versions, dict) and "ft" in versions
+    return done or (named and MARK in text)
+
+
+def check_ours(run: Run) -> None:
+    """UserError for anything that --overwrite would take and no run of ours wrote."""
+    fix = "move it away, or use --output DIR"
+    held = [name for name in CONTENTS if os.path.lexists(run.path / name)]
+    if held and not is_ours(run):
+        what = f"holds files that no run of ft wrote ({', '.join(held[:3])}{' …' if held[3:] else ''})"
+        raise UserError(what, path=run.path, key="output.dir", fix="use --output DIR")
+    aside = run.path / ASIDE
+    if os.path.lexists(aside) and not (aside.is_dir() and {path.name for path in aside.iterdir()} <= set(CONTENTS)):
+        raise UserError("is nothing that ft wrote", path=aside, key="output.dir", fix=fix)
+    # Conversions of a model are made beside its weights, and are a user's.
+    for path in (path for folder in (run.adapter, run.model) if folder.is_dir() for path in folder.iterdir()):
+        if path.suffix not in (".json", ".safetensors", ".jinja", ".model", ".md", ".txt", ".bin", ".pt"):
+            raise UserError("is nothing that a run of ft wrote", path=path, key="output.dir", fix=fix)
+
+
+def check_links(run: Run) -> None:
+    """UserError for a link where a run writes."""
+    held = [run.path / name for name in (*CONTENTS, LOCK, ASIDE)]
+    for path in (*held, *(path for folder in held if folder.is_dir() for path in folder.rglob("*"))):
+        if path.is_symlink():
+            what = "is a link, and nothing is written through links"
+            raise UserError(what, path=path, key="output.dir", fix="put the file itself there, or use --output DIR")
+
+
+def check_inputs(recipe: Recipe, reference: Path | None = None) -> None:
+    """UserError when something that the run reads is what --overwrite replaces.
+
+    Args:
+        reference: the recipe's file. The run's own recipe.yaml may be run again.
+    """
+    directory = Path(recipe.output.dir).expanduser().resolve()
+    going = [directory / name for name in (*CONTENTS, ASIDE)]
+    given = [(key, [path, path / "adapter", path / "model"]) for key, path in model_inputs(recipe)]
+    given += [(key, paths_of(pattern)) for key, pattern in data_inputs(recipe)]
+    if reference is not None and reference.resolve() != directory / "recipe.yaml":
+        given.append(("--recipe", [reference]))
+    problems = []
+    for key, paths in given:
+        whole = key in DATA_KEYS and paths[0].is_dir()  # all that is below it is read
+        read = {path.resolve() for path in (*paths, *links_in(paths[0], whole)) if os.path.exists(path)}
+        inside = any(path.is_relative_to(gone) for path in read for gone in going)
+        if inside or directory in read or (whole and read & set(directory.parents)):
+            problems.append((str(paths[0]), key))
     if problems:
-        raise UserError(problems)
+        fix = "use --output DIR, or move it away"
+        raise UserError([Problem("would be deleted by --overwrite", path=p, key=k, fix=fix) for p, k in problems])
+
+
+DATA_KEYS = ("data.train", "eval.data", "reward.train")
+
+
+def model_inputs(recipe: Recipe) -> Iterator[tuple[str, Path]]:
+    """(key, place) of the models, adapters and single files that a recipe may name; places need not exist."""
+    for key, text in strings(recipe.model_dump(include={"model", "reward"})):
+        text = text.rpartition(":")[0] if key == "reward.functions" else text
+        if text and key != "reward.train" and "\0" not in text:
+            yield key, Path(text).expanduser()
+
+
+def data_inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(key, file, folder or pattern) of all data."""
+    for key in DATA_KEYS:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(recipe, section, None), name, None)
+        for source in value if isinstance(value, list) else [value]:
+            text = source.path if isinstance(source, SourceConfig) else source
+            if isinstance(text, str) and "\0" not in text:
+                yield key, text
+
+
+def paths_of(pattern: str) -> list[Path]:
+    """The pattern itself, and what it matches."""
+    path = Path(pattern).expanduser()
+    return [path, *(Path(found) for found in glob.glob(str(path), recursive=True) if glob.has_magic(pattern))]
+
+
+def links_in(folder: Path, deep: bool) -> list[Path]:
+    """A folder of links reads what they lead to."""
+    return [path for path in folder.glob("**/*" if deep else "*") if path.is_symlink()] if folder.is_dir() else []
 
 
 def strings(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -197,28 +308,63 @@ def check_resumable(recipe: Recipe) -> None:
 
 @contextmanager
 def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Iterator[Run]:
-    """Create the directory, lock it, write recipe.yaml. Call after everything that can be checked has been checked."""
-    run = Run(Path(recipe.output.dir))
+    """Create the directory, lock it, write recipe.yaml. Call after everything that can be checked has been checked.
+
+    What is replaced waits in .replaced/: it goes when the new run is finished, and is put back when that fails before
+    it has anything to go on from.
+    """
+    run = Run(Path(recipe.output.dir).expanduser())
     check_output(run.path, overwrite, resume)
     if overwrite:
         check_inputs(recipe)
     run.path.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(run.path / ".lock", blocking=False).acquire()
+        lock = FileLock(run.path / LOCK, blocking=False).acquire()
     except Timeout:
         raise UserError("another process is writing here", path=run.path, fix="wait, or use --output DIR") from None
     with lock:
-        if overwrite:
-            for name in CONTENTS:
-                target = run.path / name
-                if target.is_dir() and not target.is_symlink():
-                    shutil.rmtree(target)
-                else:
-                    target.unlink(missing_ok=True)
-        if not resume:
-            write_atomically(run.path / "recipe.yaml", to_yaml(recipe, f"# ft {recipe.stage} --recipe recipe.yaml\n"))
-        yield run
-    (run.path / ".lock").unlink(missing_ok=True)
+        check_output(run.path, overwrite, resume)  # another process may have been here meanwhile
+        aside = run.path / ASIDE
+        try:
+            if overwrite:
+                set_aside(run)
+            if not resume:
+                header = f"# ft {recipe.stage} --recipe recipe.yaml\n{MARK}\n"
+                write_atomically(run.path / "recipe.yaml", to_yaml(recipe, header))
+            yield run
+        except BaseException:
+            if aside.is_dir() and not resumable(run):
+                put_back(run)
+            elif aside.is_dir():
+                warn(f"what this run replaces is in {aside} until it is finished")
+            raise
+        if aside.is_dir() and run.result.exists():
+            places.remove(aside)
+        (run.path / LOCK).unlink(missing_ok=True)
+
+
+def set_aside(run: Run) -> None:
+    """What is there to .replaced/, recipe.yaml last. What never replaced the run that is there already goes."""
+    aside = run.path / ASIDE
+    complete = (aside / "recipe.yaml").exists()
+    for name in sorted(CONTENTS, key=lambda name: name == "recipe.yaml"):
+        path = run.path / name
+        if complete:
+            places.remove(path)
+        elif path.exists():
+            aside.mkdir(exist_ok=True)
+            path.rename(aside / name)
+
+
+def put_back(run: Run) -> None:
+    aside = run.path / ASIDE
+    complete = (aside / "recipe.yaml").exists()
+    for name in CONTENTS:
+        if complete or (aside / name).exists():
+            places.remove(run.path / name)
+    for path in aside.iterdir():
+        path.rename(run.path / path.name)
+    aside.rmdir()
 
 
 def read_recipe(run_path: Path) -> dict[str, Any] | None:

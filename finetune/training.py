@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -38,7 +39,7 @@ from finetune.models.hardware import peak_memory_gb
 from finetune.models.identity import fingerprint, write_identity
 from finetune.models.quantization import parameter_counts
 from finetune.optim import OPTIMIZERS, scheduler_kwargs
-from finetune.progress import Progress, duration, note, warn
+from finetune.progress import Progress, command, duration, encodable, note, say, warn
 from finetune.recipe import AdaLoraAdapter, Hardware, ModelConfig, Recipe, batch_layout, resolve
 from finetune.recipe_file import to_yaml
 from finetune.run import Run
@@ -355,6 +356,7 @@ def finish(
 def shown_path(path: str | Path) -> str:
     """Relative to the working directory where that is shorter to type."""
     relative = os.path.relpath(path)
+    relative = f"./{relative}" if relative.startswith("-") else relative  # or it would be an option
     return relative if not relative.startswith("..") else str(path)
 
 
@@ -379,18 +381,20 @@ def summary(recipe: Recipe, run: Run, weights: Path) -> None:
     note(f"trained {result['trainable_parameters']:,} of {result['total_parameters']:,} parameters ({share:.2%})")
     note(f"weights {shown_path(weights)}   report {shown_path(run.path / 'report.html')}")
     name = shown_path(run.path)
-    compare = "" if recipe.stage == "reward" else " --compare-base"
-    note(f"next    ft eval {name}{compare}{'' if recipe.eval.data else ' --data FILE'}")
+    compare = [] if recipe.stage == "reward" else ["--compare-base"]
+    data = [] if recipe.eval.data else ["--data", "FILE"]
+    note(f"next    {command('eval', name, *compare, *data)}")
     if recipe.stage == "reward":
-        note(f"        ft ppo --recipe R --set reward.model={name}")
+        note(f"        {command('ppo', '--recipe', 'R', '--set', f'reward.model={name}')}")
         return
     option = "--model" if recipe.adapter.method == "full" else "--adapter"
-    note(f"        ft chat {option} {name}")
+    note(f"        {command('chat', option, name)}")
 
 
 def show_plan(recipe: Recipe, counts: dict[str, Any], plan: Layout, steps: str = "steps") -> None:
     """--dry-run: what would be done, as YAML that can be run."""
-    print(to_yaml(recipe), end="")
+    text = to_yaml(recipe)
+    say(text if encodable(text) else yaml.safe_dump(yaml.safe_load(text), sort_keys=False), end="")
     trained = f", {counts['trained_tokens']:,} trained tokens" if counts["trained_tokens"] else ""  # none in prompts
     note(f"{counts['rows']:,} rows{trained}, {counts['dropped']} dropped")
     note(f"{plan.total_steps} {steps} of {plan.rows_per_pass} rows x {plan.accumulation} passes; nothing was written")

@@ -18,7 +18,7 @@ LEVELS = [
     {"recipe"},
     {"foreign_keys"},
     {"recipe_file", "recipe_reference"},
-    {"noise", "metrics", "progress"},
+    {"noise", "metrics", "places", "progress"},
     {"run"},
     {"data", "models", "adapters", "report", "optim", "preference"},
     {"model_card"},

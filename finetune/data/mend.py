@@ -19,19 +19,17 @@ from finetune.data.audit import Audit
 from finetune.data.samples import specs
 from finetune.data.types import Row
 from finetune.errors import UserError
+from finetune.places import check_writable, fresh
 
 
 def mend(
     config: Any, out: Path, encoder: Any = None, kind: str | None = "sft", eval_data: Any = None
 ) -> tuple[int, int, Path]:
     """Write OUT (json lines) and OUT's name with .rejects.jsonl. UserError when one of them exists."""
-    rejects_file = out.with_name(f"{out.name.removesuffix('.jsonl')}.rejects.jsonl")
+    check_free(out)
     listed = specs(config)
     if len(listed) > 1:
         raise UserError("--fix takes one source", key="--fix", fix="run it once per source, with --data")
-    for file in (out, rejects_file):
-        if file.exists():
-            raise UserError("this file exists", path=file, key="--fix", fix="name a new file")
     audit = Audit(config, encoder, kind, eval_data)
     audit.listed = (sys.maxsize, sys.maxsize)
     for _ in audit.rows():
@@ -39,21 +37,41 @@ def mend(
     if audit.cut_off:
         raise UserError(audit.cut_off)
     reasons = audit.rejects()
-    parts = [file.with_name(f"{file.name}.{os.getpid()}.part") for file in (out, rejects_file)]
+    parts = [fresh(file) for file in files(out)]
     kept = 0
     out.parent.mkdir(parents=True, exist_ok=True)
-    with parts[0].open("w", encoding="utf-8") as clean, parts[1].open("w", encoding="utf-8") as rejected:
-        for row in rows_of(listed[0]):
-            why = reasons.get((row.file, row.row))
-            if why is None and row.problem is None:
-                write(clean, row.data)
-                kept += 1
-            else:
-                data = row.data if row.problem is None else row.problem.raw
-                write(rejected, {"file": row.file, "row": row.row, "reasons": why, "data": data})
-    os.replace(parts[0], out)
-    os.replace(parts[1], rejects_file)
-    return kept, len(reasons), rejects_file
+    try:
+        with parts[0].open("x", encoding="utf-8") as clean, parts[1].open("x", encoding="utf-8") as rejected:
+            for row in rows_of(listed[0]):
+                why = reasons.get((row.file, row.row))
+                if why is None and row.problem is None:
+                    write(clean, row.data)
+                    kept += 1
+                else:
+                    data = row.data if row.problem is None else row.problem.raw
+                    write(rejected, {"file": row.file, "row": row.row, "reasons": why, "data": data})
+        check_free(out)
+        for part, file in zip(parts, files(out), strict=True):
+            os.replace(part, file)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+    return kept, len(reasons), files(out)[1]
+
+
+def files(out: Path) -> tuple[Path, Path]:
+    """(clean rows, rejects)."""
+    return out, out.with_name(f"{out.name.removesuffix('.jsonl')}.rejects.jsonl")
+
+
+def check_free(out: Path) -> None:
+    """UserError when OUT cannot be written, or would replace anything."""
+    if not out.name or "\0" in str(out):
+        raise UserError("is no file", path=out, key="--fix", fix="name a new file")
+    for file in files(out):
+        if os.path.lexists(file):
+            raise UserError("this file exists", path=file, key="--fix", fix="name a new file")
+    check_writable(out.parent.resolve(), "--fix")
 
 
 def rows_of(spec: dict[str, Any]) -> Iterator[Row]:

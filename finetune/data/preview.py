@@ -15,6 +15,7 @@ from typing import Any
 from finetune.data.audit import Audit
 from finetune.data.chat import IGNORED
 from finetune.data.packing import plan
+from finetune.errors import visible
 
 
 def samples(config: Any, encoder: Any, limit: int = 10, kind: str | None = "sft") -> list[dict[str, Any]]:
@@ -85,9 +86,9 @@ def as_text(shown: list[dict[str, Any]], rows: list[list[int]] | None = None) ->
             length = sum(len(shown[i]["input_ids"]) for i in group)
             text.append(f"══ packed row {number}: {len(group)} samples, {length} tokens\n", "bold")
         for i in group:
-            text.append(f"── {heading(shown[i])}\n", "cyan")
+            text.append(f"── {visible(heading(shown[i]))}\n", "cyan")
             for trained, part in runs(shown[i]):
-                text.append(part, "bold green" if trained else "dim")
+                text.append(visible(part), "bold green" if trained else "dim")
             text.append("\n")
     return text
 

@@ -13,7 +13,7 @@ from finetune.errors import UserError
 from finetune.evaluation import stop_ids
 from finetune.families import family
 from finetune.models import hardware, loading
-from finetune.progress import note
+from finetune.progress import note, say
 from finetune.recipe import ModelConfig, compute_dtype
 
 HELP = "/reset forgets the conversation, /exit leaves"
@@ -84,7 +84,7 @@ def reply(model: object, encoder: object, prompt: list[int], temperature: float,
     try:
         for part in streamer:
             parts.append(part)
-            print(part, end="", flush=True)
+            say(part, end="", flush=True)
     except KeyboardInterrupt:
         stop.requested = True
     thread.join()

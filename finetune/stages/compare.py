@@ -13,6 +13,7 @@ recipe of the comparison, and takes no other. What cannot be is a row with its r
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import signal
@@ -29,7 +30,8 @@ import yaml
 from finetune import metrics
 from finetune.data import dataset, samples
 from finetune.errors import Interrupted, RunError, UserError
-from finetune.progress import duration, note
+from finetune.places import check_folder as check_place
+from finetune.progress import duration, note, say
 from finetune.recipe import SftRecipe
 from finetune.recipe_file import check, to_yaml
 from finetune.run import Run, changed_keys, write_atomically, write_json
@@ -113,7 +115,7 @@ def run(
     table = markdown(rows, others, scaling)
     write_atomically(folder / "compare.md", table)
     plot(rows, folder / "compare.png")
-    print(table)
+    say(table)
     if len(fractions) > 1 and not scaling:
         note("no law of loss over data: it takes three shares that all succeeded")
     note(f"written to {folder}/compare.json, compare.md, compare.png")
@@ -126,8 +128,7 @@ def run(
 def check_folder(folder: Path, recipe: SftRecipe) -> None:
     """UserError when `folder` is not a comparison, or one of another recipe: neither may be mixed or overwritten."""
     fix = "use --output DIR"
-    if folder.exists() and not folder.is_dir():
-        raise UserError("is a file", path=folder, key="--output", fix=fix)
+    check_place(folder, "--output")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not (folder / MARK).exists():
@@ -290,7 +291,7 @@ def finetune(*arguments: str) -> None:
     """
     process = subprocess.Popen(
         [sys.executable, "-m", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        errors="replace", start_new_session=True,
     )  # fmt: skip
     stopped = False
 
@@ -390,5 +391,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("share of trained parameters")
     axes.set_ylabel("held-out loss (nats per token)")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_atomically(path, image.getvalue())
     pyplot.close(figure)

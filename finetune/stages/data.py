@@ -5,18 +5,19 @@ Without a model only the structure is checked; with one (from the recipe or --mo
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from finetune.errors import UserError
-from finetune.progress import console, note
+from finetune.places import check_file, json_with
+from finetune.progress import note, say_json
+from finetune.progress import output as output_console
 from finetune.recipe import RECIPES, DataConfig, absolute
 from finetune.recipe_file import find, load, parse_value
-from finetune.run import write_json
+from finetune.run import write_atomically, write_json
 
 KINDS = {
     "pretrain": "text", "sft": "sft", "reward": "preference", "dpo": "preference", "kto": "unpaired", "ppo": "prompts",
@@ -37,6 +38,11 @@ def check(
     """Exit code: 2 when a row cannot be used, else 0."""
     from finetune.data import audit, mend
 
+    check_outputs(("--json", json_file, json_with("problems", "kinds")))
+    if fix is not None:
+        mend.check_free(Path(fix))
+        if json_file is not None and Path(json_file).resolve() in {p.resolve() for p in mend.files(Path(fix))}:
+            raise UserError("is the file of --fix", path=json_file, key="--json", fix="name another file")
     config, base, kind, held_out = settings(recipe, overrides, data, model, stage, eval_data)
     encoder = make_encoder(base) if base is not None and kind != "text" else None
     if fix is not None:
@@ -46,7 +52,7 @@ def check(
     if encoder is not None and encoder.notice is not None:
         note(encoder.notice)
     if json_file == "-":
-        print(json.dumps(report.as_json(), ensure_ascii=False, indent=2))
+        say_json(report.as_json())
     else:
         show(report)
     if json_file and json_file != "-":
@@ -66,6 +72,9 @@ def preview(
 ) -> None:
     from finetune.data import preview as views
 
+    check_outputs(("--json", json_file, json_with("samples", "template")), ("--html", html_file, is_page))
+    if json_file is not None and html_file is not None and Path(json_file).resolve() == Path(html_file).resolve():
+        raise UserError("is the file of --json", path=html_file, key="--html", fix="name another file")
     config, base, kind, _ = settings(recipe, overrides, data, model, stage, None)
     if base is None:
         raise UserError("a preview needs a tokenizer", key="--model", fix="give --model or --recipe")
@@ -77,17 +86,27 @@ def preview(
         if rows is not None:
             output["packs"] = rows
         if json_file == "-":
-            print(json.dumps(output, ensure_ascii=False))
+            say_json(output, indent=None)
         else:
             write_json(Path(json_file), output)
     if html_file is not None:
-        Path(html_file).write_text(views.as_html(shown, rows), encoding="utf-8")
+        write_atomically(Path(html_file), views.as_html(shown, rows))
         note(f"written to {html_file}")
     if json_file is None and html_file is None:
-        from rich.console import Console
-
-        Console().print(views.as_text(shown, rows), soft_wrap=True)
+        output_console.print(views.as_text(shown, rows), soft_wrap=True)
         note(f"green is trained · {encoder.origin}")
+
+
+def check_outputs(*files: tuple[str, str | None, Callable[[Path], bool]]) -> None:
+    """UserError for what cannot be written; before anything is read."""
+    for key, file, ours in files:
+        if file is not None and file != "-":
+            check_file(Path(file), key, ours)
+
+
+def is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"<title>ft data preview</title>" in file.read(200)
 
 
 def settings(
@@ -150,7 +169,7 @@ def show(report: Any) -> None:
         listed = [p for p in report.problems if p["level"] == level]
         for problem in listed[:WORST]:
             line = f"{problem['file']}, row {problem['row']}: {problem['message']}"
-            console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+            note(line, style)
         if len(listed) > WORST:
             note(f"… and {len(listed) - WORST:,} more ({level}s; --json lists them)")
     trained = f", {report.trained_tokens:,} trained tokens" if report.trained_tokens is not None else ""

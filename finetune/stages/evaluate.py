@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from finetune.data import dataset
 from finetune.data.audit import Audit, conversations
 from finetune.data.chat import make_encoder
 from finetune.data.types import Conversation
-from finetune.errors import UserError
+from finetune.errors import UserError, visible
 from finetune.evaluation import Evaluation, evaluate, split_reference
 from finetune.families import family
 from finetune.metrics import by_group, mean, paired, wilson
 from finetune.models import hardware, loading
 from finetune.models.quantization import weight_bytes
-from finetune.progress import note
+from finetune.places import check_file, json_with
+from finetune.progress import console, note, row, say, say_json
+from finetune.progress import show as show_table
 from finetune.recipe import DataConfig, EvalConfig, ModelConfig, absolute, compute_dtype
 from finetune.recipe_file import check, load
 from finetune.run import read_recipe, write_json
@@ -55,6 +55,8 @@ def run(
     seed: int = 0,
     reward: str | None = None,
 ) -> None:
+    if json_file not in (None, "-"):
+        check_file(Path(str(json_file)), "--json", json_with("runs", "comparisons"))
     if runs and all(is_reward_run(path) for path in runs):
         results = [evaluate_reward(path, data, limit) for path in runs]
         comparisons = [compare(results[0], other, "preference_accuracy") for other in results[1:]]
@@ -97,7 +99,7 @@ def report(
         "comparisons": comparisons,
     }
     if json_file == "-":
-        print(json.dumps(output, ensure_ascii=False, indent=2))
+        say_json(output)
     else:
         show(results, comparisons, "".join(f", {name} {value}" for name, value in sampled.items()))
     if json_file and json_file != "-":
@@ -211,7 +213,7 @@ def evaluate_target(target: Target, rows: Sequence[Any], temperature: float = 0.
     model = loading.load_model(target.model, dtype, machine)
     if target.adapter is not None:
         model = loading.attach_adapter(model, target.adapter, target.model)
-    with Console(stderr=True).status(f"{target.name}: {len(rows)} rows"):
+    with console.status(Text(visible(f"{target.name}: {len(rows)} rows"))):
         limits = (target.eval.max_new_tokens, target.eval.batch_size)
         result = evaluate(target.name, model, encoder, rows, *limits, temperature=temperature, seed=seed)
     result.metrics["weights_gb"] = weight_bytes(model) / 1e9
@@ -245,22 +247,22 @@ def show(results: Sequence[Evaluation], comparisons: Sequence[dict[str, Any]], t
     """The table and the comparisons, to stdout; `title` goes on after the number of rows."""
     names = list(dict.fromkeys(k for r in results for k, v in r.metrics.items() if isinstance(v, float)))
     fields = list(dict.fromkeys(f for r in results for f in r.metrics.get("fields", {})))
-    table = Table(title=f"held-out, n={results[0].n}{title}", title_justify="left")
+    table = Table(title=visible(f"held-out, n={results[0].n}{title}"), title_justify="left")
     if len(results) > WIDE:
         for heading in ("", *(n.replace("_", " ") for n in names)):
-            table.add_column(heading, justify="right" if heading else "left")
+            table.add_column(visible(heading), justify="right" if heading else "left")
         for result in results:
-            table.add_row(result.name, *(cell(result, name) for name in names))
+            row(table, result.name, *(cell(result, name) for name in names))
     else:
         for heading in ("", *(r.name for r in results)):
-            table.add_column(heading, justify="right" if heading else "left")
+            table.add_column(visible(heading), justify="right" if heading else "left")
         for name in names:
-            table.add_row(name.replace("_", " "), *(cell(r, name) for r in results))
+            row(table, name.replace("_", " "), *(cell(r, name) for r in results))
         for field in fields:
-            table.add_row(f"  {field}", *(f"{r.metrics.get('fields', {}).get(field, 0.0):.3f}" for r in results))
-    Console(file=sys.stdout).print(table)
+            row(table, f"  {field}", *(f"{r.metrics.get('fields', {}).get(field, 0.0):.3f}" for r in results))
+    show_table(table)
     for item in comparisons:
         low, high = item["ci"]
         counts = f"{item['wins']} better, {item['losses']} worse, {item['ties']} same"
         name = item["metric"].replace("_", " ")
-        print(f"{item['b']} - {item['a']}, {name}: {item['difference']:+.3f} [{low:+.3f}, {high:+.3f}], {counts}")
+        say(f"{item['b']} - {item['a']}, {name}: {item['difference']:+.3f} [{low:+.3f}, {high:+.3f}], {counts}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from finetune import places
 from finetune.adapters.limits import check_merge
 from finetune.adapters.merge import largest_difference, logits_of, merge_in_float32
 from finetune.data.chat import make_encoder
@@ -44,13 +45,13 @@ def run(
     base: str = "original",
     layout: str = "hf",
 ) -> None:
-    target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
-        raise UserError("already holds files", path=target, key="--output", fix="choose another folder, or --overwrite")
+    target = Path(output).expanduser()
+    check_target(target, overwrite)
     if dtype is not None and dtype not in TOLERANCE:
         raise UserError(f"unknown dtype {dtype!r}", key="--dtype", fix=f"one of {', '.join(TOLERANCE)}")
     folder = loading.adapter_folder(adapter)
     config, trained = loading.configs_of(folder, model)
+    check_apart(target, folder, loading.folder(config))
     if base not in ("original", "dequantized") or (base == "dequantized" and trained.quantization is None):
         fix = "one of original, dequantized" if trained.quantization else "it was trained on the original weights"
         raise UserError(f"no {base!r} base to merge into", path=folder, key="--base", fix=fix)
@@ -84,11 +85,8 @@ def run(
         adapted = loading.attach_adapter(_base(config, trained, base, torch.float32), folder, config)
     merged = merge_in_float32(adapted).to(kind)
 
-    # Written beside the target and renamed when proven: a failed merge leaves nothing that looks like a model.
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    # A failed merge leaves nothing that looks like a model, and the one before stays until this one is proven.
+    with places.built_beside(target, "--output", lambda: written_names(target, overwrite)) as part:
         merged.generation_config.eos_token_id = stop_ids(merged, encoder)
         merged.generation_config.pad_token_id = tokenizer.pad_token_id
         if layout == "chatglm":
@@ -101,13 +99,8 @@ def run(
             report["diff_to_trained_model"], _ = largest_difference(as_trained, logits_of(merged, samples))
         origin = {"base": config.name, "base_weights": base, "quantization": trained.quantization}
         report = {**origin, "format": layout, "adapter": str(folder), "method": method, "dtype": dtype, **report}
-        write_json(part / "merge.json", {**report, "versions": versions()})
-        if target.exists():
-            shutil.rmtree(target)
-        part.rename(target)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        files = sorted({path.name for path in part.iterdir()} - {places.UNFINISHED} | {REPORT})
+        write_json(part / REPORT, {**report, "versions": versions(), "files": files})
     note(f"merged {method} into {config.name} ({base} weights, {dtype}): {target}")
     if as_trained is not None:
         gap = report["diff_to_trained_model"]
@@ -117,6 +110,41 @@ def run(
         f"({report['relative_diff']:.2%} of the largest logit, tolerance {report['tolerance']:.2%}); "
         f"the adapter itself moves logits by up to {report['adapter_effect']:.3g}"
     )
+
+
+REPORT = "merge.json"
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """UserError when something that no merge wrote stands at `target`, or a merge without `overwrite`."""
+    places.check_folder(target, "--output", here=False)
+    places.check_part(target, "--output")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    made = places.read_json(target / REPORT)
+    ours = "adapter" in made and isinstance(made.get("versions"), dict) and "ft" in made["versions"]
+    if not (ours and overwrite):
+        fix = "choose another folder" + (", or --overwrite" if ours else "")
+        raise UserError("already holds files", path=target, key="--output", fix=fix)
+
+
+def written_names(target: Path, overwrite: bool) -> Collection[str]:
+    """What the merge at `target` wrote."""
+    check_target(target, overwrite)
+    files = places.read_json(target / REPORT).get("files")
+    if isinstance(files, list):
+        return files
+    kinds = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py")  # before it was noted
+    return [path.name for path in target.iterdir() if path.suffix in kinds]
+
+
+def check_apart(target: Path, *inputs: Path) -> None:
+    """UserError when `target` is or holds something that is read."""
+    full = target.resolve()
+    for path in (path.resolve() for path in inputs):
+        if full == path or full in path.parents:
+            what = f"is what is merged, or holds it ({path})"
+            raise UserError(what, path=target, key="--output", fix="choose a folder of its own")
 
 
 def check_layout(layout: str, values: dict[str, Any], name: str) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 
 from finetune.families import FAMILIES, NAMES, REFUSED, TESTED, Refused
+from finetune.progress import output as console
 from finetune.recipe import BUILTIN_MODELS
 
 HONEST = (
@@ -29,7 +29,6 @@ def show(markdown: bool = False) -> None:
     if markdown:
         print(document(), end="")
         return
-    console = Console()
     table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
     for column in ("model_type", "family", "models", "tested"):
         table.add_column(column, overflow="fold")
@@ -38,14 +37,14 @@ def show(markdown: bool = False) -> None:
     console.print(table)
     console.print()
     for kind in kinds():
-        console.print(f"{kind:8} {TESTED[kind]}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{kind:8} {TESTED[kind]}", soft_wrap=True)
     rest = "any other causal language model of transformers goes through the same door, with the same checks"
-    console.print(f"\nnot tested: {rest}\n\n{HONEST}\n", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\nnot tested: {rest}\n\n{HONEST}\n", soft_wrap=True)
     console.print("refused:")
     for refused in refusals():
-        console.print(f"  {refused.name}: {refused.why}; {refused.instead}", highlight=False, soft_wrap=True)
+        console.print(f"  {refused.name}: {refused.why}; {refused.instead}", soft_wrap=True)
     bases = ", ".join(sorted(path.parent.name for path in BUILTIN_MODELS.glob("*/config.json")))
-    console.print(f"\nbuilt-in bases: {bases or 'none'}", highlight=False)
+    console.print(f"\nbuilt-in bases: {bases or 'none'}")
 
 
 def document() -> str:

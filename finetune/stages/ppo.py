@@ -19,6 +19,7 @@ from finetune.errors import Interrupted, Problem, RunError, UserError
 from finetune.models import hardware
 from finetune.models.rope import check_length
 from finetune.ppo import Ppo, rollouts
+from finetune.progress import command as told
 from finetune.progress import note
 from finetune.recipe import (
     DataConfig,
@@ -176,5 +177,5 @@ def train_reward(recipe: RewardRecipe, run: Run) -> str:
         raise RunError(f"the process that trains the reward model was ended by signal {-code}; go on with --resume")
     if code:
         error = UserError if code == 2 else RunError
-        raise error(f"the reward model could not be trained (ft reward --recipe {path})")
+        raise error(f"the reward model could not be trained ({told('reward', '--recipe', path)})")
     return str(run.reward)

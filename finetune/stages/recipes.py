@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import yaml
 
 from finetune import recipe_reference
 from finetune.errors import UserError
+from finetune.places import check_file, json_with
+from finetune.progress import command, say, say_json
 from finetune.recipe import RECIPES
 from finetune.recipe_file import find, schema, shipped
+from finetune.run import write_atomically
 
 TEMPLATE = """\
 # ft {stage} --recipe {path}
@@ -30,45 +34,46 @@ def show_all() -> None:
     groups: dict[str, list[str]] = {"": []}
     for name, path in shipped().items():
         text = path.read_text(encoding="utf-8")
-        command, _, needs = text.splitlines()[0].lstrip("# ").partition("  ")
+        run_with, _, needs = text.splitlines()[0].lstrip("# ").partition("  ")
         model = str(yaml.safe_load(text)["model"]["name"])
         download = "" if "/" not in model else f"these download {model} first"
-        groups.setdefault(download, []).append(f"{name:30} {needs.strip() or command}")
+        groups.setdefault(download, []).append(f"{name:30} {needs.strip() or run_with}")
     for download, lines in groups.items():
-        print(f"\n{download}:" if download else "on built-in bases, without a download:")
-        print("\n".join(lines))
-    print("\nft recipes show NAME prints one; --set model.name=tiny-llama runs any of them on a built-in base")
+        say(f"\n{download}:" if download else "on built-in bases, without a download:")
+        say("\n".join(lines))
+    say("\nft recipes show NAME prints one; --set model.name=tiny-llama runs any of them on a built-in base")
 
 
 def show(name: str) -> None:
-    print(find(name).read_text(encoding="utf-8"), end="")
+    say(find(name).read_text(encoding="utf-8"), end="")
 
 
 def explain(key: str | None, markdown: bool) -> None:
     """A key or a section in words; all of them without a name."""
     if markdown:
-        print(recipe_reference.document(), end="")
+        say(recipe_reference.document(), end="")
     else:
-        print("\n".join(recipe_reference.explain(key)))
+        say("\n".join(recipe_reference.explain(key)))
 
 
 def show_schema() -> None:
-    print(json.dumps(schema(), ensure_ascii=False, indent=2))
+    say_json(schema())
 
 
 def new(path: str, stage: str, model: str, data: str) -> None:
     """Write a recipe and the schema beside it; an existing file is never replaced."""
     target = Path(path)
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError("exists already", path=target, fix="choose another name")
     if stage not in RECIPES:
         raise UserError(f"unknown stage {stage!r}", key="--stage", fix=f"one of {', '.join(RECIPES)}")
-    if not target.parent.is_dir():
-        raise UserError("no such folder", path=target.parent, fix="make it first")
+    beside = target.parent / SCHEMA_FILE
+    check_file(target, "PATH", lambda _: False)
+    check_file(beside, "PATH", json_with("$schema", "$defs"))
     adapter = "adapter: {method: lora, r: 16, lora_alpha: 32}\n" if stage != "pretrain" else ""
     text = TEMPLATE.format(
         stage=stage, path=path, model=model, data=data, adapter=adapter, name=target.stem, schema=SCHEMA_FILE
     )
-    target.write_text(text, encoding="utf-8")
-    (target.parent / SCHEMA_FILE).write_text(json.dumps(schema(), ensure_ascii=False, indent=2), encoding="utf-8")
-    print(f"wrote {target} and {target.parent / SCHEMA_FILE}; now run ft {stage} --recipe {target} --dry-run")
+    write_atomically(target, text)
+    write_atomically(beside, json.dumps(schema(), ensure_ascii=False, indent=2))
+    say(f"wrote {target} and {beside}; now run {command(stage, '--recipe', target, '--dry-run')}")
