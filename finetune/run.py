@@ -198,6 +198,9 @@ def is_ours(run: Run) -> bool:
     return done or (named and MARK in text)
 
 
+WEIGHTS = ("", ".json", ".safetensors", ".jinja", ".model", ".bin", ".pt")  # what lies in adapter/ and model/
+
+
 def check_ours(run: Run) -> None:
     """UserError for anything that --overwrite would take and no run of ours wrote."""
     fix = "move it away, or use --output DIR"
@@ -208,9 +211,9 @@ def check_ours(run: Run) -> None:
     aside = run.path / ASIDE
     if os.path.lexists(aside) and not (aside.is_dir() and {path.name for path in aside.iterdir()} <= set(CONTENTS)):
         raise UserError("is nothing that ft wrote", path=aside, key="output.dir", fix=fix)
-    # Conversions of a model are made beside its weights, and are a user's.
+    # Conversions of a model are made beside its weights, and are a user's; so are notes.
     for path in (path for folder in (run.adapter, run.model) if folder.is_dir() for path in folder.iterdir()):
-        if path.suffix not in (".json", ".safetensors", ".jinja", ".model", ".md", ".txt", ".bin", ".pt"):
+        if path.suffix not in WEIGHTS and path.name not in ("README.md", "vocab.txt", "merges.txt"):
             raise UserError("is nothing that a run of ft wrote", path=path, key="output.dir", fix=fix)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from finetune.errors import UserError
-from finetune.recipe import SftRecipe
-from finetune.recipe_file import check
-from finetune.run import Run, changed_keys, check_output, check_resumable, open_run
+from finetune.errors import RunError, UserError
+from finetune.recipe import Recipe, SftRecipe
+from finetune.recipe_file import check, to_yaml
+from finetune.run import ASIDE, CONTENTS, Run, changed_keys, check_inputs, check_output, check_resumable, open_run
 
 
 def recipe(folder: Path, **train: object) -> SftRecipe:
@@ -84,3 +86,203 @@ def test_metrics_of_repeated_steps_are_dropped(tmp_path: Path) -> None:
         run.append_metrics({"step": step})
     run.forget_after(2)
     assert [row["step"] for row in run.read_metrics()] == [1, 2]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def finished(folder: Path, **files: str) -> None:
+    """A run of ours, with files `folder__name`."""
+    with open_run(recipe(folder)) as run:
+        for name, text in files.items():
+            path = run.path / name.replace("__", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        run.finish({"stage": "sft"})
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_overwrite_takes_nothing_of_a_folder_that_is_no_run(tmp_path: Path, name: str, kind: str) -> None:
+    mine = tmp_path / name if kind == "file" else tmp_path / name / "mine.txt"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(UserError, match="no run of ft wrote"), open_run(recipe(tmp_path), overwrite=True):
+        pass
+    assert contents(tmp_path) == {str(mine.relative_to(tmp_path)): b"mine"}
+
+
+def test_a_recipe_in_a_folder_does_not_make_it_a_run(tmp_path: Path) -> None:
+    """A user's own, also one that `ft recipes new` wrote or that is the copy of a run's."""
+    finished(tmp_path / "run")
+    copied = (tmp_path / "run" / "recipe.yaml").read_text()
+    project = tmp_path / "project"
+    (project / "model").mkdir(parents=True)
+    (project / "model" / "mine").write_text("mine")
+    own = to_yaml(recipe(project), "# ft sft --recipe recipe.yaml\n")
+    for text in (copied, own, "", "- 1", "{", "output: x"):
+        (project / "recipe.yaml").write_text(text)
+        with pytest.raises(UserError, match="no run of ft wrote"), open_run(recipe(project), overwrite=True):
+            pass
+        assert contents(project) == {"model/mine": b"mine", "recipe.yaml": text.encode()}
+
+
+def test_a_moved_run_is_still_a_run(tmp_path: Path) -> None:
+    finished(tmp_path / "run", adapter__x="old")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with open_run(recipe(tmp_path / "moved"), overwrite=True) as run:
+        run.finish({"stage": "sft"})
+    assert set(contents(tmp_path / "moved")) == {"recipe.yaml", "result.json"}
+
+
+def attempt(folder: Path, overwrite: bool) -> None:
+    """A run that fails before its first checkpoint."""
+    with open_run(recipe(folder, seed=7), overwrite=overwrite) as run:
+        assert (folder / ASIDE / "adapter" / "x").exists() == overwrite
+        run.samples.write_text("new")
+        raise RunError("no weights")
+
+
+def test_an_unfinished_run_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(RunError):
+        attempt(folder, overwrite=False)
+    assert (folder / "samples.jsonl").exists()
+    with open_run(recipe(folder), overwrite=True) as run:
+        run.finish({"stage": "sft"})
+    assert set(contents(folder)) == {"recipe.yaml", "result.json"}
+
+
+def test_a_conversion_beside_the_weights_is_not_taken(tmp_path: Path) -> None:
+    finished(tmp_path / "run", model__config="{}", **{"model__x.gguf": "mine"})
+    (tmp_path / "run" / "model" / "config").unlink()
+    with pytest.raises(UserError, match=r"x\.gguf"), open_run(recipe(tmp_path / "run"), overwrite=True):
+        pass
+
+
+def test_the_old_run_goes_when_the_new_one_is_finished(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    finished(folder, adapter__x="old")
+    before = contents(folder)
+    with pytest.raises(RunError):
+        attempt(folder, overwrite=True)
+    assert contents(folder) == {**before, ".lock": b""}  # nothing to go on from: as if it had not been tried
+
+    def with_checkpoint(error: bool, **how: bool) -> None:
+        with open_run(recipe(folder, seed=7), **how) as run:
+            checkpoint = run.checkpoints / "checkpoint-1"
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            (checkpoint / "complete").touch()
+            if error:
+                raise RunError("NaN")
+            run.finish({"stage": "sft"})
+
+    for _ in range(2):  # the second replaces an unfinished one: the finished one is still there
+        with pytest.raises(RunError):
+            with_checkpoint(error=True, overwrite=True)
+        assert (folder / ASIDE / "adapter" / "x").read_text() == "old"
+        assert not (folder / "adapter").exists()
+    with_checkpoint(error=False, resume=True)
+    assert not (folder / ASIDE).exists()
+
+
+INPUTS = {
+    "model.name": "run/model", "model.adapter": "run", "model.chat_template": "run/adapter/t.jinja",
+    "data.train": "run/adapter/*.jsonl", "eval.data": ".", "reward.model": "run/reward",
+    "reward.functions": "run/start/rule.py:f", "reward.train": "run/samples.jsonl",
+}  # fmt: skip
+
+
+def reading(folder: Path, key: str, value: Any) -> Recipe:
+    stage = "ppo" if key.startswith("reward") else "sft"
+    values: dict[str, Any] = {
+        "version": 1, "stage": stage, "model": {"name": "m"}, "data": {"train": "d"}, "output": {"dir": str(folder)},
+        **({"reward": {}} if stage == "ppo" else {}),
+    }  # fmt: skip
+    section, _, name = key.partition(".")
+    values.setdefault(section, {})[name] = value
+    return check(values, stage)
+
+
+@pytest.mark.parametrize("key", INPUTS)
+@pytest.mark.parametrize("spelling", ["as it is", "through a link"])
+def test_inputs_are_never_replaced(tmp_path: Path, key: str, spelling: str) -> None:
+    finished(
+        tmp_path / "run", adapter__adapter_config="{}", model__config="{}", reward__x="", samples="", start__rule="",
+        **{"adapter__t.jinja": "", "adapter__rows.jsonl": "", "start__rule.py": "", "samples.jsonl": ""},
+    )  # fmt: skip
+    (tmp_path / "link").symlink_to(tmp_path)
+    text = str(tmp_path / ("link" if spelling == "through a link" else "") / INPUTS[key])
+    value: Any = [text] if key == "reward.functions" else text
+    read = reading(tmp_path / "run", key, value)
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError, match="would be deleted by --overwrite") as caught:
+        check_inputs(read)
+    assert [problem.key for problem in caught.value.problems] == [key]
+    with pytest.raises(UserError), open_run(read, overwrite=True):
+        pass
+    assert contents(tmp_path / "run") == before
+    check_inputs(reading(tmp_path / "other", key, value) if key != "eval.data" else recipe(tmp_path / "other"))
+
+
+def test_a_folder_of_links_reads_what_they_lead_to(tmp_path: Path) -> None:
+    finished(tmp_path / "run", **{"model__w.safetensors": "x"})
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "w.safetensors").symlink_to(tmp_path / "run" / "model" / "w.safetensors")
+    for key in ("model.name", "data.train"):
+        with pytest.raises(UserError, match="would be deleted"):
+            check_inputs(reading(tmp_path / "run", key, str(base)))
+
+
+def test_the_recipe_file_is_an_input(tmp_path: Path) -> None:
+    finished(tmp_path / "run", **{"start__r.yaml": "mine"})
+    check_inputs(recipe(tmp_path / "run"), tmp_path / "run" / "recipe.yaml")  # its own, which is written again
+    with pytest.raises(UserError, match="--recipe: would be deleted"):
+        check_inputs(recipe(tmp_path / "run"), tmp_path / "run" / "start" / "r.yaml")
+
+
+@pytest.mark.parametrize("name", [*CONTENTS, ".lock", ASIDE, "adapter/x", "checkpoints/checkpoint-1"])
+def test_a_run_holds_no_links(tmp_path: Path, name: str) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "x").write_text("mine")
+    finished(tmp_path / "run")
+    link = tmp_path / "run" / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(mine)
+    for how in ({"overwrite": True}, {"resume": True}, {}):
+        with pytest.raises(UserError, match="is a link"), open_run(recipe(tmp_path / "run"), **how):
+            pass
+    assert link.is_symlink()
+    assert contents(mine) == {"x": b"mine"}
+
+
+def test_the_directory_is_looked_at_again_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes find it empty; the second gets the lock when the first is finished."""
+    from finetune import run as module
+
+    folder, looked = tmp_path / "run", 0
+    original = module.check_output
+
+    def first_is_faster(*arguments: Any) -> None:
+        nonlocal looked
+        original(*arguments)
+        looked += 1
+        if looked == 1:
+            finished(folder, adapter__x="first")
+
+    monkeypatch.setattr(module, "check_output", first_is_faster)
+    with pytest.raises(UserError, match="already holds"), open_run(recipe(folder)):
+        pass
+    assert (folder / "adapter" / "x").read_text() == "first"
+
+
+def test_advice_is_what_works(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(UserError) as caught:
+        check_output(tmp_path, overwrite=False, resume=False)
+    assert caught.value.problems[0].fix == "use --output DIR"
+    assert os.listdir(tmp_path) == ["x"]

@@ -1,0 +1,168 @@
+"""Where results go: nothing foreign is replaced, nothing is written through a link, nothing appears half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from finetune import places
+from finetune.errors import UserError
+from finetune.places import built_beside, check_file, check_folder, json_with
+from finetune.run import write_atomically, write_json
+
+
+def test_no_place_for_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, home = tmp_path / "work" / "here", tmp_path / "home"
+    for folder in (work, home):
+        folder.mkdir(parents=True)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(home)
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(home))
+    places_ = ["/", "/.", "..", "../..", str(home), "~", str(tmp_path / "file"), str(tmp_path / "file" / "run"), "a\0b"]
+    for text in (*places_, str(tmp_path / "link"), str(tmp_path / "lost")):
+        with pytest.raises(UserError) as caught:
+            check_folder(Path(text).expanduser(), "output.dir")
+        assert caught.value.problems[0].key == "output.dir", text
+    check_folder(Path("."), "output.dir")
+    with pytest.raises(UserError, match="other things"):
+        check_folder(Path("."), "--output", here=False)
+    check_folder(tmp_path / "new" / "run", "output.dir")
+    assert not (tmp_path / "new").exists()
+
+
+def test_read_only_places_are_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # for root every place is writable
+    for check in (
+        lambda: check_folder(tmp_path / "a" / "b", "output.dir"),
+        lambda: check_file(tmp_path / "x", "k", bool),
+    ):
+        with pytest.raises(UserError, match="cannot be written to"):
+            check()
+
+
+def test_output_files(tmp_path: Path) -> None:
+    ours = json_with("runs", "comparisons")
+    (tmp_path / "ours.json").write_text(json.dumps({"runs": [], "comparisons": [], "data": ""}))
+    (tmp_path / "empty.json").touch()
+    for name in ("ours.json", "empty.json", "new.json"):
+        check_file(tmp_path / name, "--json", ours)
+    (tmp_path / "mine.json").write_text('{"runs": []}')
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+    (tmp_path / "link.json").symlink_to(tmp_path / "ours.json")
+    (tmp_path / "lost.json").symlink_to(tmp_path / "nowhere.json")
+    wrong = {
+        "mine.json": "nothing that ft wrote", "rows.jsonl": "nothing that ft wrote", "link.json": "is a link",
+        "lost.json": "is a link", "nowhere/new.json": "no such folder", "mine.json/new.json": "no such folder",
+        "": "is no file",
+    }  # fmt: skip
+    for name, message in wrong.items():
+        with pytest.raises(UserError, match=message):
+            check_file(tmp_path / name, "--json", ours)
+    with pytest.raises(UserError, match="is no file"):
+        check_file(Path("/dev/null"), "--json", ours)
+
+
+def test_nothing_is_written_through_links(tmp_path: Path) -> None:
+    """Not through one at the file, nor at any name beside it."""
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("x.json", "x.json.part", f"x.json.{os.getpid()}.part"):
+        (out / name).symlink_to(mine)
+    (out / "y.json.part").write_text("mine, too")
+    write_json(out / "x.json", {"a": 1})
+    write_json(out / "y.json", {"a": "\ud800"})
+    assert mine.read_text() == "mine"
+    assert (out / "y.json.part").read_text() == "mine, too"
+    assert json.loads((out / "x.json").read_text()) == {"a": 1}
+    assert json.loads((out / "y.json").read_text()) == {"a": "\ud800"}
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_text("before")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "x", "after")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_text() == "before"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def build(target: Path, *files: str, going: tuple[str, ...] = ()) -> None:
+    with built_beside(target, "--output", lambda: going) as part:
+        assert names(part) == [places.UNFINISHED]
+        for file in files:
+            (part / file).write_text("new")
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "merged"
+    build(target, "a", "b")
+    assert names(target) == ["a", "b"]
+    (target / "mine.gguf").write_text("mine")
+    build(target, "a", "c", going=("a", "b"))
+    assert names(target) == ["a", "c", "mine.gguf"]
+    assert (target / "mine.gguf").read_text() == "mine"
+    assert names(tmp_path / "deep") == ["merged"]
+
+
+def test_the_old_folder_stays_until_the_new_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "merged"
+    build(target, "a")
+    (target / "a").write_text("old")
+    (target / "b").write_text("mine")
+
+    def unproven() -> None:
+        with built_beside(target, "--output", lambda: ("a",)) as part:
+            (part / "a").write_text("new")
+            assert (target / "a").read_text() == "old"
+            raise RuntimeError("not proven")
+
+    with pytest.raises(RuntimeError, match="not proven"):
+        unproven()
+    with pytest.raises(UserError, match="under names that it needs now"):
+        build(target, "a", "b", going=("a",))
+    assert [names(tmp_path), names(target), (target / "b").read_text()] == [["merged"], ["a", "b"], "mine"]
+    assert (target / "a").read_text() == "old"
+
+
+def test_only_an_unfinished_folder_of_ours_is_built_in(tmp_path: Path) -> None:
+    target, part = tmp_path / "merged", tmp_path / "merged.part"
+    part.mkdir()
+    (part / "mine").write_text("mine")
+    with pytest.raises(UserError, match="is in the way"):
+        build(target, "a")
+    assert (part / "mine").read_text() == "mine"
+    part.rename(tmp_path / "elsewhere")
+    part.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is in the way"):
+        build(target, "a")
+    assert names(tmp_path / "elsewhere") == ["mine"]
+    part.unlink()
+    part.mkdir()  # as a kill leaves it
+    for name in (places.UNFINISHED, "half.safetensors"):
+        (part / name).touch()
+    build(target, "a")
+    assert names(target) == ["a"]
+
+
+def test_two_processes_do_not_build_the_same_folder(tmp_path: Path) -> None:
+    target = tmp_path / "merged"
+    with built_beside(target, "--output", tuple) as part:
+        (part / "a").touch()
+        with pytest.raises(UserError, match="another process"):
+            build(target, "b")
+    assert names(target) == ["a"]
