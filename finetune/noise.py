@@ -6,7 +6,9 @@ import logging
 import os
 import warnings
 
-LIBRARIES = ("trl", "peft", "accelerate", "datasets", "torch", "bitsandbytes", "huggingface_hub", "transformers")
+LIBRARIES = (
+    "trl", "peft", "accelerate", "datasets", "torch", "bitsandbytes", "huggingface_hub", "transformers", "matplotlib",
+)  # fmt: skip
 
 
 def silence() -> None:

@@ -295,3 +295,15 @@ def test_long_reading_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_counts_can_be_written_as_json(tmp_path: Path) -> None:
     json.dumps(load(write(tmp_path / "x.jsonl", make_rows(2)), eval_split=1).counts)
+
+
+def test_a_cache_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a home that cannot be written to, the cache lives as long as the process."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert store.cache_folder.__wrapped__() == tmp_path / "cache" / "finetune"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/cache")
+    found = store.cache_folder.__wrapped__()
+    assert found.is_dir()
+    assert found.name.startswith("ft-cache-")

@@ -71,7 +71,66 @@ def test_results_are_not_overwritten(recipe: Recipe, tmp_path: Path) -> None:
     merged(run.path, tmp_path / "merged")
     with pytest.raises(UserError, match="already holds files"):
         merged(run.path, tmp_path / "merged")
-    merged(run.path, tmp_path / "merged", overwrite=True)
+    (tmp_path / "merged" / "model.gguf").write_text("mine")
+    files = {path.name for path in (tmp_path / "merged").iterdir()}
+    report = merged(run.path, tmp_path / "merged", overwrite=True)
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == files == {*report["files"], "model.gguf"}  # type: ignore[misc]
+    assert (tmp_path / "merged" / "model.gguf").read_text() == "mine"
+
+
+def snapshot(folder: Path) -> dict[str, object]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else p.is_symlink() for p in folder.rglob("*")}
+
+
+def test_overwrite_takes_nothing_that_no_merge_wrote(
+    recipe: Recipe, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Foreign folders, the run itself, what holds it, the base, links; and a foreign folder where it would be built."""
+    run = train(recipe())
+    project, place = tmp_path / "project", tmp_path / "place"
+    for folder in (project, place, tmp_path / "new.part"):
+        folder.mkdir()
+        (folder / "mine").write_text("mine")
+    (place / "merge.json").write_text('{"models": [], "merge_method": "slerp"}')  # another tool's
+    (tmp_path / "link").symlink_to(project)
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(project)
+    before, of_base = snapshot(tmp_path), snapshot(base)
+    targets = [project, place, run.path, run.adapter, run.checkpoints, tmp_path, base, base.parent, "/", ".", "..", "~"]
+    for target in (*targets, tmp_path / "link", tmp_path / "lost", tmp_path / "new", place / "mine"):
+        for overwrite in (True, False):
+            with pytest.raises(UserError) as caught:
+                merged(run.path, Path(target), overwrite=overwrite)
+            assert caught.value.problems[0].key == "--output", target
+    assert snapshot(tmp_path) == before
+    assert snapshot(base) == of_base
+
+
+def test_a_merge_is_no_place_for_what_is_merged(recipe: Recipe, tmp_path: Path) -> None:
+    """The base is an earlier merge, and would be replaced by its own child."""
+    first = train(recipe())
+    merged(first.path, tmp_path / "merged")
+    second = train(recipe(model={"name": str(tmp_path / "merged")}, output={"dir": str(tmp_path / "second")}))
+    before = snapshot(tmp_path / "merged")
+    with pytest.raises(UserError, match="is what is merged"):
+        merged(second.path, tmp_path / "merged", overwrite=True)
+    assert snapshot(tmp_path / "merged") == before
+
+
+def test_a_failed_merge_leaves_the_one_before(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train(recipe())
+    merged(run.path, tmp_path / "merged")
+    before = snapshot(tmp_path / "merged")
+
+    def unproven(*_: object) -> None:
+        assert snapshot(tmp_path / "merged") == before
+        raise RunError("differs")
+
+    monkeypatch.setattr(merge, "prove", unproven)
+    with pytest.raises(RunError, match="differs"):
+        merged(run.path, tmp_path / "merged", overwrite=True)
+    assert snapshot(tmp_path / "merged") == before
+    assert [path.name for path in tmp_path.iterdir() if "merged." in path.name] == []
 
 
 def test_other_base_is_refused(recipe: Recipe, base: Path, tmp_path: Path) -> None:
