@@ -158,3 +158,33 @@ def test_a_disk_that_fills_while_training(recipe: Any, tmp_path: Path) -> None:
     assert "matplotlib" not in said
     assert not (tmp_path / "run" / "result.json").exists()
     assert not list((tmp_path / "run").rglob("complete"))
+
+
+def test_output_files_are_checked_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a model or data is looked for: neither is there."""
+    from finetune.stages import data, evaluate, recipes
+
+    monkeypatch.chdir(tmp_path)
+    mine = write_rows(tmp_path / "mine.jsonl", [{"text": "mine"}])
+    for file, message in {"nowhere/x": "no such folder", str(mine): "nothing that ft wrote", ".": "is no file"}.items():
+        with pytest.raises(UserError, match=f"--json: .*{message}"):
+            evaluate.run(["no-run"], None, None, None, None, False, None, file)
+        with pytest.raises(UserError, match=f"--json: .*{message}"):
+            data.check(None, [], "no-data", None, None, None, None, file)
+        with pytest.raises(UserError, match=f"--json: .*{message}"):
+            data.preview(None, [], "no-data", "no-model", None, 5, file, None)
+        with pytest.raises(UserError, match=f"--html: .*{message}"):
+            data.preview(None, [], "no-data", "no-model", None, 5, None, file)
+    with pytest.raises(UserError, match="this file exists"):
+        data.check(None, [], "no-data", None, None, None, str(mine), None)
+    with pytest.raises(UserError, match="is the file of --fix"):
+        data.check(None, [], "no-data", None, None, None, "a.jsonl", "a.rejects.jsonl")
+    with pytest.raises(UserError, match="no such folder"):
+        recipes.new("nowhere/r.yaml", "sft", "tiny-llama", "d")
+    (tmp_path / recipes.SCHEMA_FILE).write_text("mine")
+    (tmp_path / "lost.yaml").symlink_to(tmp_path / "elsewhere.yaml")
+    for name in ("r.yaml", "lost.yaml"):
+        with pytest.raises(UserError):
+            recipes.new(name, "sft", "tiny-llama", "d")
+    assert mine.read_text() == '{"text": "mine"}\n'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ft-recipe.schema.json", "lost.yaml", "mine.jsonl"]
