@@ -32,7 +32,7 @@ from finetune.recipe_file import to_yaml
 # Everything a run writes; --overwrite removes these and nothing else.
 CONTENTS = (
     "recipe.yaml", "adapter", "model", "metrics.jsonl", "result.json", "report.html", "loss.png", "checkpoints",
-    "samples.jsonl", "reward.yaml", "reward", "start",
+    "samples.jsonl", "reward.yaml", "reward", "start", "start.part",
 )  # fmt: skip
 MARK = "# Written by ft: the recipe of the run in this folder, which --overwrite replaces."
 LOCK = ".lock"
