@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from finetune.data.types import Message, RowProblem
+from finetune.json_text import decode
 
 ROLES = {
     "system": "system", "developer": "system",
@@ -227,6 +228,6 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
 
 def parse_json(text: str, what: str, kind: str) -> Any:
     try:
-        return json.loads(text)
+        return decode(text)
     except ValueError as error:
         raise RowProblem(kind, f"{what}: not JSON ({error})", "write valid JSON") from None
