@@ -1,8 +1,8 @@
 """JSON as it is read from people's files: strict, and bounded.
 
-    decode(text) -> value      ValueError for what is no JSON, NaN, a key that occurs twice, nesting beyond DEPTH
-    too_deep(value)            whether lists and objects are nested beyond DEPTH
-    same(a, b)                 equality of JSON values: true is not 1
+decode(text) -> value      ValueError for what is no JSON, NaN, a key that occurs twice, nesting beyond DEPTH
+too_deep(value)            whether lists and objects are nested beyond DEPTH
+same(a, b)                 equality of JSON values: true is not 1
 """
 
 from __future__ import annotations

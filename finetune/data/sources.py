@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.data.readers import SUFFIXES, read_file, without_nulls
+from finetune.data.nulls import without_nulls
+from finetune.data.readers import SUFFIXES, read_file
 from finetune.data.types import Row
 from finetune.errors import UserError
 from finetune.recipe import SourceConfig, resource_path
