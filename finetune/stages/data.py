@@ -35,7 +35,7 @@ def check(
     json_file: str | None,
 ) -> int:
     """Exit code: 2 when a row cannot be used, else 0."""
-    from finetune.data import audit, mend
+    from finetune.data import audit, mend, samples, sources
 
     config, base, kind, held_out = settings(recipe, overrides, data, model, stage, eval_data)
     encoder = make_encoder(base) if base is not None and kind != "text" else None
@@ -45,6 +45,8 @@ def check(
     report = audit.check(config, encoder, kind=kind, eval_data=held_out)
     if encoder is not None and encoder.notice is not None:
         note(encoder.notice)
+    for line in sources.left_out(samples.specs(config), offer=held_out is None):
+        note(line)
     if json_file == "-":
         print(json.dumps(report.as_json(), ensure_ascii=False, indent=2))
     else:
