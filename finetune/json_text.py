@@ -8,6 +8,7 @@ same(a, b)                 equality of JSON values: true is not 1
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 DEPTH = 100  # what is nested deeper ends in a RecursionError somewhere: in a template, in json.dumps, in a comparison
@@ -15,6 +16,13 @@ DEPTH = 100  # what is nested deeper ends in a RecursionError somewhere: in a te
 
 def no_constant(name: str) -> None:
     raise json.JSONDecodeError(f"{name} is no JSON number", "", 0)
+
+
+def finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise json.JSONDecodeError(f"{digits[:20]} is too large a number", "", 0)
+    return value
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -26,7 +34,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-DECODER = json.JSONDecoder(parse_constant=no_constant, object_pairs_hook=unique)
+DECODER = json.JSONDecoder(parse_constant=no_constant, parse_float=finite, object_pairs_hook=unique)
 
 
 def decode(text: str) -> Any:

@@ -69,13 +69,13 @@ class JsonItems:
             except json.JSONDecodeError as error:
                 # Cut off by the end of the chunk, or really wrong? An error well before the end is real.
                 cut = error.pos >= len(self.buffer) - 16 or error.msg.startswith("Unterminated string")
-                size = len(self.buffer) - self.at
+                size, offset = len(self.buffer) - self.at, error.pos - self.at  # `more` moves the buffer
                 if cut and self.bounded and size > LIMIT:
                     raise too_long() from None
                 while cut and len(self.buffer) - self.at < 2 * size + CHUNK and self.more():
                     pass
                 if not cut or len(self.buffer) - self.at == size:
-                    raise self.problem(f"not valid JSON: {reason(error)}", error.pos) from None
+                    raise self.problem(f"not valid JSON: {reason(error)}", self.at + offset) from None
             except ValueError as error:
                 raise self.problem(f"not valid JSON: {reason(error)}", self.at) from None
 

@@ -122,7 +122,9 @@ def read_csv(stream: IO[bytes], name: str, delimiter: str | None) -> Iterator[Ro
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     try:
         header_line = text.readline(LIMIT)
-        if delimiter is None:
+        if header_line.lower().startswith("sep="):  # how Excel is told
+            delimiter, header_line = header_line[4:5], text.readline(LIMIT)
+        elif delimiter is None or delimiter not in header_line:
             delimiter = max(",;\t|", key=header_line.count)
         lines = csv.reader(itertools.chain([header_line], text), delimiter=delimiter, strict=True)
         columns = [column.strip() for column in next(lines)]
@@ -218,13 +220,13 @@ def one_per_line(start: bytes) -> bool:
     text = start.decode("utf-8", "replace")
     try:
         _, end = DECODER.raw_decode(text)
+        return "\n" not in text[:end] and text[end:].partition("\n")[0].strip()[:1] not in ("{", "[")
     except json.JSONDecodeError as error:
         # An object over several lines is read on to the end of what was looked at; a broken line breaks at its end.
         cut = error.pos >= len(text) - 16 or error.msg.startswith("Unterminated string")
         return not newline or (not cut and line.strip() != b"{")
     except (ValueError, RecursionError):
         return line.strip() != b"{"
-    return not text[:end].count("\n")
 
 
 def decoded(line: bytes) -> str:
@@ -241,7 +243,8 @@ def parse_line(line: bytes) -> dict[str, Any]:
     try:
         value = decode(text)
     except ValueError as error:
-        what, column = reason(error), f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        what = reason(error)
+        column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) and error.doc else ""
         if what == "nested too deeply":
             raise RowProblem("malformed_json", what, "remove the line") from None
         raise RowProblem("malformed_json", f"not valid JSON: {what}{column}", "mend or remove the line") from None

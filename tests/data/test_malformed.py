@@ -67,7 +67,7 @@ CASES: list[tuple[str, str, str | bytes, dict[str, Any], list[str]]] = [
     ("list of texts", "x.json", '["a", "b"]', {}, ['FILE, row 1: the row is text, not an object → write {"column": value, …}', 'FILE, row 2: the row is text, not an object → write {"column": value, …}']),
     ("list with a number", "x.json", '[{"instruction": "i", "output": "o"}, 7]', {}, ['FILE, row 2: the row is a number, not an object → write {"column": value, …}']),
     ("half surrogate pair", "x.jsonl", rows(U, '{"role": "assistant", "content": "a \\ud83d b"}'), {}, ['FILE, row 2: turn 2: half a surrogate pair (\\ud83d) → mend the \\u escapes']),
-    ("not a number", "x.jsonl", GOOD + '{"messages": NaN}\n', {}, ['FILE, row 2: not valid JSON: NaN is no JSON number at column 1 → mend or remove the line']),
+    ("not a number", "x.jsonl", GOOD + '{"messages": NaN}\n', {}, ['FILE, row 2: not valid JSON: NaN is no JSON number → mend or remove the line']),
     ("nested too deeply", "x.jsonl", GOOD + '{"messages": ' + '[' * 100_000 + "\n", {}, ['FILE, row 2: nested too deeply → remove the line']),
     ("list nested too deeply", "x.json", '[{"text": ' + '[' * 100_000, {}, ['FILE, row 1, line 1: nested too deeply → mend the file']),
     # csv
