@@ -71,7 +71,7 @@ def text_of(value: Any, where: str) -> str:
 def text_of_part(part: dict[str, Any], where: str) -> str:
     """The text of one content part, whoever's: {type, text}, {type, value}, {type, content}, {type, text: {value}}."""
     kind = part.get("type", "text")
-    found = [key for key in ("text", "value", "content", kind) if part.get(key) is not None]
+    found = [key for key in dict.fromkeys(("text", "value", "content", kind)) if part.get(key) is not None]
     if not found and not any(key in part for key in ("text", "value", "content")):
         have = ", ".join(sorted(map(str, part)))
         what = f"{where}: a content part of type {kind!r} holds no text (its keys: {have})"
