@@ -127,7 +127,7 @@ class SourceConfig(Section):
     name: str | None = None
     """Configuration of a hub dataset."""
     split: str | None = None
-    """Split of a hub dataset or folder (train when unset)."""
+    """Split of a hub dataset (train when unset)."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     format: str | None = None

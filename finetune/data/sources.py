@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import glob
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -115,27 +116,35 @@ def files_of(path: str | Path, split: str | None = None) -> list[Path]:
 
 def splits_in(text: str) -> dict[str, list[Path]] | None:
     """The files of a folder or pattern by split, "" for those whose name says none; None for a single file."""
+    root = root_of(text)
+    if root is None:
+        return None
+    if root == Path(text).expanduser():
+        files = data_files(root)
+        if not files:
+            raise UserError("the folder holds no data files", path=text, fix="name a file, or another folder")
+    else:
+        found = (Path(f) for f in glob.glob(str(Path(text).expanduser()), recursive=True))
+        files = sorted(f for f in found if f.is_file())
+        if not files:
+            raise UserError("no file matches this pattern", path=text, fix="check data.train")
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        where = str(file.relative_to(root)).lower()  # where the folder itself lies says nothing
+        name = next((name for name, word in SPLITS.items() if word.search(where)), "")
+        groups.setdefault(name, []).append(file)
+    return groups
+
+
+def root_of(text: str) -> Path | None:
+    """The folder, or what stands before the first wildcard of a pattern; None for anything else."""
     place = Path(text).expanduser()
     if text.startswith("builtin:") or place.is_file():
         return None
     if place.is_dir():
-        root, files = place, data_files(place)
-        if not files:
-            raise UserError("the folder holds no data files", path=text, fix="name a file, or another folder")
-    elif glob.has_magic(text):
-        fixed = next(i for i, part in enumerate(place.parts) if glob.has_magic(part))
-        root = Path(*place.parts[:fixed])
-        files = sorted(Path(f) for f in glob.glob(str(place), recursive=True) if Path(f).is_file())
-        if not files:
-            raise UserError("no file matches this pattern", path=text, fix="check data.train")
-    else:
-        return None
-    groups: dict[str, list[Path]] = {}
-    for file in files:
-        where = str(file.relative_to(root)).lower()
-        name = next((name for name, word in SPLITS.items() if word.search(where)), "")
-        groups.setdefault(name, []).append(file)
-    return groups
+        return place
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), place.parts))
+    return Path(*fixed) if len(fixed) < len(place.parts) else None
 
 
 def data_files(folder: Path) -> list[Path]:
@@ -163,16 +172,17 @@ def listed_files(state: Path) -> list[str]:
 def chosen(groups: dict[str, list[Path]], split: str | None, path: str) -> list[Path]:
     """The files of a split. UserError when there are none."""
     if split is not None:
-        every = sorted(file for files in groups.values() for file in files)
-        wanted = next((name for name, word in SPLITS.items() if word.fullmatch(split.lower())), "")
-        named = [f for f in every if split in f.parts or f.name.split(".")[0].split("-")[0] == split]
-        if found := named or groups.get(wanted, []) if wanted else named:
-            return found
+        root = root_of(path) or Path()
+        every = sorted((f.relative_to(root), f) for files in groups.values() for f in files)
+        wanted = next((name for name, word in SPLITS.items() if word.fullmatch(split.lower())), split)
+        named = [f for at, f in every if split in at.parts or at.name.split(".")[0].split("-")[0] == split]
+        if matching := named or groups.get(wanted):
+            return matching
         have = ", ".join(sorted(filter(None, groups))) or "none"
         raise UserError(f"no split {split!r} (splits: {have})", path=path, fix="name one of them")
     if found := groups.get("train") or groups.get(""):
         return found
-    if glob.has_magic(path):  # asked for by name
+    if not Path(path).expanduser().is_dir():  # a pattern: asked for by name
         return sorted(file for files in groups.values() for file in files)
     what = f"no file to train on, only {' and '.join(sorted(groups))} data"
     raise UserError(what, path=path, fix="name the file itself")
@@ -206,7 +216,7 @@ def left_out(listed: list[dict[str, Any]], offer: bool) -> list[str]:
                  for name, files in sorted(rest.items(), reverse=True)]  # fmt: skip
         held = rest.get("validation") or rest.get("test")
         fix = ""
-        if offer and held and "*" not in path:
+        if offer and held:
             where = shlex.quote(str(held[0]) if len(held) == 1 else path)
             fix = f"; for figures on held-out rows: --set eval.data={where}"
         lines.append(f"{path}: {len(used)} of its files are trained, not its {', '.join(names)}{fix}")

@@ -92,6 +92,18 @@ def test_a_folder_of_held_out_rows_is_not_trained(tmp_path: Path) -> None:
         prompts(tmp_path / "test.jsonl", "test")
 
 
+def test_where_the_folder_lies_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "test" / "train"
+    folder.mkdir(parents=True)
+    lay(folder, {"a.jsonl": "train", "val.jsonl": "validation"})
+    monkeypatch.chdir(folder)
+    for path in (folder, f"{folder}/*.jsonl", ".", "*.jsonl"):
+        assert prompts(path) == {"a.jsonl"}
+        assert prompts(path, "val") == {"val.jsonl"}
+        with pytest.raises(UserError, match=r"no split 'test' \(splits: validation\)"):
+            prompts(path, "test")
+
+
 def test_folders_of_save_to_disk(tmp_path: Path) -> None:
     datasets.disable_progress_bars()
     tables = {
