@@ -219,7 +219,7 @@ def left_out(listed: list[dict[str, Any]], offer: bool) -> list[str]:
         if offer and held:
             where = shlex.quote(str(held[0]) if len(held) == 1 else path)
             fix = f"; for figures on held-out rows: --set eval.data={where}"
-        lines.append(f"{path}: {len(used)} of its files are trained, not its {', '.join(names)}{fix}")
+        lines.append(f"{path}: trained without its {', '.join(names)}{fix}")
     return lines
 
 

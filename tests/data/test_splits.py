@@ -69,7 +69,7 @@ def test_what_is_not_trained_is_named_and_offered(tmp_path: Path) -> None:
     data = dataset.load_sft(DataConfig(train=str(folder)), encoder())
     assert data.counts["rows"] == 1
     offer = f"; for figures on held-out rows: --set eval.data='{folder / 'validation.jsonl'}'"
-    line = f"{folder}: 1 of its files are trained, not its validation (validation.jsonl), test (test.jsonl)"
+    line = f"{folder}: trained without its validation (validation.jsonl), test (test.jsonl)"
     assert line + offer in data.warnings
     held = str(folder / "validation.jsonl")
     assert line in dataset.load_sft(DataConfig(train=str(folder)), encoder(), eval_data=held).warnings
@@ -78,7 +78,7 @@ def test_what_is_not_trained_is_named_and_offered(tmp_path: Path) -> None:
     assert line + offer in shown.output.replace("\n", "")
     assert sources.left_out(
         [{"path": held}, {"path": "builtin:tickets/train"}, {"path": str(folder / "*n.jsonl")}], True
-    ) == [f"{folder}/*n.jsonl: 1 of its files are trained, not its validation (validation.jsonl)"]
+    ) == [f"{folder}/*n.jsonl: trained without its validation (validation.jsonl){offer}"]
 
 
 def test_a_folder_of_held_out_rows_is_not_trained(tmp_path: Path) -> None:
