@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from finetune.json_text import same, too_deep
+
 Z95 = 1.959964
 
 
@@ -31,15 +33,15 @@ def json_fields(prediction: str, reference: str) -> dict[str, bool] | None:
     if expected is None:
         return None
     given = _object(prediction) or {}
-    return {key: key in given and given[key] == value for key, value in expected.items()}
+    return {key: key in given and same(given[key], value) for key, value in expected.items()}
 
 
 def _object(text: str) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # also numbers of thousands of digits
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and not too_deep(value) else None
 
 
 def mean(values: Sequence[float]) -> float:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "finetune"
 
 # A module may import from lower levels; within a level only from its own package.
 LEVELS = [
-    {"errors"},
+    {"errors", "json_text"},
     {"families"},
     {"recipe"},
     {"foreign_keys"},

@@ -33,6 +33,19 @@ def test_json_fields_needs_an_object() -> None:
     assert metrics.json_fields('{"a": 1}', '{"a": null}') == {"a": False}
 
 
+def test_json_fields_tells_true_from_one() -> None:
+    assert metrics.json_fields('{"a": true, "b": [0], "c": 1.0}', '{"a": 1, "b": [false], "c": 1}') == {
+        "a": False, "b": False, "c": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["[" * 500 + "]" * 500, "[" * 100_000, "1" * 5000, '{"a":' * 200 + "1" + "}" * 200])
+def test_json_fields_of_what_a_model_may_write(value: str) -> None:
+    text = f'{{"a": {value}}}'
+    assert metrics.json_fields(text, '{"a": 1}') == {"a": False}
+    assert metrics.json_fields('{"a": 1}', text) is None
+
+
 def test_by_group() -> None:
     groups = ["b", None, "a", "b"]
     assert metrics.by_group([1.0, 0.0, 0.0, 0.0], groups) == {"a": [0.0], "b": [1.0, 0.0]}

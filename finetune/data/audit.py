@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data import checks, leakage
+from finetune.data import checks, leakage, sources
 from finetune.data.chat import IGNORED, Encoded
 from finetune.data.report import CONTROL, Report, histogram, language
 from finetune.data.samples import Item, all_text, as_held_out, identity, prompt_text, read_samples, specs
@@ -285,7 +285,7 @@ class Audit:
 
     def warnings(self) -> list[str]:
         """One line per kind of warning, for the start of a training run."""
-        lines = []
+        lines = sources.left_out(specs(self.config), offer=self._held is None)
         told = {"duplicates": "duplicate rows", "leaked": "rows whose prompt is in the held-out data"}
         told |= {
             "truncated": "rows cut to data.max_length",
@@ -350,7 +350,7 @@ class Audit:
             return None
         prompts, places = [], []
         for spec in specs(eval_data):
-            for item in read_samples(spec, as_held_out(self.config), None):
+            for item in read_samples(sources.held_out(spec), as_held_out(self.config), None):
                 if item.sample is not None:
                     prompts.append(prompt_text(item.sample))
                     places.append(f"{item.file}, row {item.row}")

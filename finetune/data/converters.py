@@ -6,8 +6,9 @@ import difflib
 import re
 from typing import Any
 
-from finetune.data.messages import answer_text, kind_of, parse_tools, text_of, to_messages
+from finetune.data.messages import answer_text, is_parts, is_plain, kind_of, parse_tools, text_of, to_messages
 from finetune.data.types import Conversation, Message, Preference, RowProblem, Text, Unpaired
+from finetune.json_text import decode, same
 
 Fields = dict[str, Any]
 
@@ -19,6 +20,16 @@ def is_turns(value: Any) -> bool:
         and isinstance(value[0], dict)
         and ("role" in value[0] or "from" in value[0])
     )
+
+
+def listed(value: Any) -> Any:
+    """The list that a text spells, where only a list makes sense; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            return decode(value)
+        except ValueError:
+            return value
+    return value
 
 
 def field(row: Fields, *names: str) -> Any:
@@ -60,6 +71,20 @@ def tools_of(row: Fields) -> list[dict[str, Any]] | None:
     return parse_tools(maybe(row, "tools", "functions"))
 
 
+def lifted(row: Fields, *lists: list[Message]) -> list[dict[str, Any]] | None:
+    """The row's tools, also where a turn holds them, which loses them."""
+    tools = tools_of(row)
+    for messages in lists:
+        for i, message in enumerate(messages):
+            if "tools" in message:
+                messages[i] = message = dict(message)
+                found = parse_tools(message.pop("tools"))
+                if tools and found and not same(tools, found):
+                    raise RowProblem("bad_tools", "different tools in one row", "write them once, in the column tools")
+                tools = tools or found
+    return tools
+
+
 def as_prompt(value: Any, column: str) -> list[Message]:
     """A prompt: text becomes one user turn, a list is a list of turns."""
     if isinstance(value, list) and (is_turns(value) or not value):
@@ -73,6 +98,8 @@ def as_answer(value: Any, column: str) -> list[Message]:
         return to_messages([value], column)
     if isinstance(value, list) and is_turns(value):
         return to_messages(value, column)
+    if is_parts(value):
+        return to_messages([{"role": "assistant", "content": value}], column)
     return [{"role": "assistant", "content": answer_text(value, column)}]
 
 
@@ -144,13 +171,9 @@ def self_instruct(row: Fields) -> list[Conversation]:
 def turns(row: Fields) -> list[Conversation]:
     column = "conversations" if "conversations" in row else "messages"
     messages = to_messages(field(row, column), column)
-    if len(row) == 1 and not (messages and "tools" in messages[0]):
+    if len(row) == 1 and is_plain(messages):
         return [Conversation(messages)]
-    tools = tools_of(row)
-    if messages and messages[0].get("tools"):
-        first = dict(messages[0])
-        tools = tools or parse_tools(first.pop("tools"))
-        messages[0] = first
+    tools = lifted(row, messages)
     return [Conversation(with_system(row, messages), tools)]
 
 
@@ -180,14 +203,15 @@ def split_answers(prompt: list[Message], chosen: list[Message], rejected: list[M
     """Full transcripts share their beginning: what both begin with moves into the prompt."""
     if not prompt:
         shared = 0
-        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        while shared < min(len(chosen), len(rejected)) - 1 and same(chosen[shared], rejected[shared]):
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         if not prompt:
             raise RowProblem("no_shared_prompt", "chosen and rejected have no common beginning", "add a prompt column")
     else:
-        chosen, rejected = (a[len(prompt) :] if a[: len(prompt)] == prompt else a for a in (chosen, rejected))
-    return Preference(with_system(row, prompt), chosen, rejected, tools_of(row))
+        chosen, rejected = (a[len(prompt) :] if same(a[: len(prompt)], prompt) else a for a in (chosen, rejected))
+    tools = lifted(row, prompt, chosen, rejected)
+    return Preference(with_system(row, prompt), chosen, rejected, tools)
 
 
 def preference_pair(row: Fields) -> list[Preference]:
@@ -199,6 +223,7 @@ def preference_pair(row: Fields) -> list[Preference]:
         return [split_answers([], transcript(chosen), transcript(str(rejected)), row)]
     elif prompt is None:
         messages = []
+        chosen, rejected = listed(chosen), listed(rejected)  # a csv file has only text for them
         if not is_turns(chosen):
             field(row, "prompt")
     else:
@@ -264,11 +289,10 @@ def numbers(values: Any) -> bool:
 
 
 def unpaired(row: Fields) -> list[Unpaired]:
-    label = field(row, "label", "kto_tag")
-    if isinstance(label, str) and label.strip().lower() in LABELS:
-        label = LABELS[label.strip().lower()]
-    if not isinstance(label, bool) and label not in (0, 1):
-        raise RowProblem("bad_label", f"label is {label!r}", "use true (good) or false (bad)")
+    given = field(row, "label", "kto_tag")
+    label = label_of(given)
+    if label is None:
+        raise RowProblem("bad_label", f"label is {given!r}", "use true (good) or false (bad)")
     column = next((c for c in ("messages", "conversations") if c in row), None)
     if column:
         messages = to_messages(row[column], column)
@@ -281,19 +305,20 @@ def unpaired(row: Fields) -> list[Unpaired]:
     else:
         prompt = as_prompt(field(row, "prompt", "question"), "prompt")
         completion = as_answer(field(row, "completion", "response", "answer"), "completion")
-    return [Unpaired(with_system(row, prompt), completion, bool(label), tools_of(row))]
+    tools = lifted(row, prompt, completion)
+    return [Unpaired(with_system(row, prompt), completion, label, tools)]
 
 
-LABELS = {
-    "true": True,
-    "false": False,
-    "good": True,
-    "bad": False,
-    "desirable": True,
-    "undesirable": False,
-    "1": True,
-    "0": False,
-}
+GOOD = ("true", "good", "desirable", "yes", "y", "t", "positive", "chosen", "like", "1", "+1", "1.0")
+BAD = ("false", "bad", "undesirable", "no", "n", "f", "negative", "rejected", "dislike", "0", "0.0", "-1", "-1.0")
+LABELS = {**dict.fromkeys(GOOD, True), **dict.fromkeys(BAD, False)}
+
+
+def label_of(value: Any) -> bool | None:
+    """Whether a label says good or bad, as people write it; None when it is no label."""
+    if isinstance(value, bool | int | float):
+        return value == 1 if value in (0, 1, -1) else None
+    return LABELS.get(value.strip().lower()) if isinstance(value, str) else None
 
 
 def raw_text(row: Fields) -> list[Text]:

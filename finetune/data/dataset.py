@@ -150,10 +150,10 @@ def cache_file(config: Any, encoder: Any, eval_data: Any, seed: int, folder: Pat
     """Where the tokenised rows of this very configuration are kept; None for small or remote data."""
     if not getattr(config, "cache", False):
         return None
-    listed = specs(config) + (specs(eval_data) if eval_data is not None else [])
+    listed = specs(config) + [sources.held_out(spec) for spec in specs(eval_data) if eval_data is not None]
     if any(sources.is_hub(spec) or spec.get("source") == "modelscope" for spec in listed):
         return None
-    files = [file for spec in listed for file in sources.files_of(spec["path"])]
+    files = [file for spec in listed for file in sources.files_of(spec["path"], spec.get("split"))]
     if folder is None and sum(file.stat().st_size for file in files) < store.LARGE:
         return None
     settings = (
@@ -170,7 +170,8 @@ def screen(config: Any, kind: str) -> None:
     listed = specs(config)
     if any(sources.is_hub(spec) or spec.get("source") == "modelscope" for spec in listed):
         return
-    if sum(file.stat().st_size for spec in listed for file in sources.files_of(spec["path"])) < store.LARGE:
+    files = [file for spec in listed for file in sources.files_of(spec["path"], spec.get("split"))]
+    if sum(file.stat().st_size for file in files) < store.LARGE:
         load_samples(config, kind)
 
 
@@ -188,7 +189,7 @@ def load_eval_rows(spec: Any, config: Any = None, *, encoder: Any = None) -> lis
     rows: list[Conversation] = []
     errors: list[Problem] = []
     columns = as_held_out(config)
-    for source in specs(spec):
+    for source in map(sources.held_out, specs(spec)):
         for item in read_samples(source, columns):
             if item.problem is not None:
                 errors.append(problem_of(item.file, item.row, item.problem))
@@ -201,7 +202,7 @@ def load_eval_rows(spec: Any, config: Any = None, *, encoder: Any = None) -> lis
                 bad = [problem] if isinstance(problem, RowProblem) else []
             errors += [problem_of(item.file, item.row, f) for f in bad]
             if not bad:
-                group = formats.rename(item.data, source.get("columns") or columns.columns).get("group")
+                group = formats.shaped(item.data, source.get("columns") or columns.columns).get("group")
                 named = isinstance(group, str | int | float) and group != ""  # a list or an object names no group
                 rows.append(replace(item.sample, group=str(group)) if named else item.sample)
     if errors:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from finetune.data.converters import (
-    LABELS,
     PAIRS,
     RANKED,
     Fields,
     alpaca,
     inputs_targets,
     is_turns,
+    label_of,
+    listed,
     preference_pair,
     prompt_completion,
     question_answer,
@@ -43,12 +44,6 @@ class Format(NamedTuple):
     """A shipped file of this format."""
 
 
-def is_label(value: Any) -> bool:
-    return (
-        value in (0, 1) if isinstance(value, bool | int) else isinstance(value, str) and value.strip().lower() in LABELS
-    )
-
-
 def is_ranked(row: Fields) -> bool:
     listed = any(isinstance(row.get(n), list) and len(row[n]) > 1 and not is_turns(row[n]) for n in RANKED)
     return listed and any(n in row for n in ("prompt", "question", "query", "instruction")) and "instances" not in row
@@ -59,7 +54,7 @@ UNPAIRED = (*TURNS, "completion", "response", "output", "answer")
 
 
 def is_unpaired(row: Fields) -> bool:
-    return is_label(row.get("label", row.get("kto_tag"))) and any(column in row for column in UNPAIRED)
+    return label_of(row.get("label", row.get("kto_tag"))) is not None and any(column in row for column in UNPAIRED)
 
 
 def has(*names: str) -> Callable[[Fields], bool]:
@@ -69,7 +64,7 @@ def has(*names: str) -> Callable[[Fields], bool]:
 FORMATS: dict[str, Format] = {
     "preference": Format(
         "preference", has("chosen", "rejected"), preference_pair,
-        "[prompt|conversations|instruction], chosen, rejected, [system], [tools]",
+        "[prompt|conversations|instruction], chosen (or chosen_messages), rejected, [system], [tools]",
         "a better and a worse answer: text, turns, sharegpt turns, or two full transcripts without a prompt",
         "preference.jsonl",
     ),
@@ -145,9 +140,26 @@ def rename(row: Fields, columns: Mapping[str, str] | None) -> Fields:
     return out
 
 
+LISTED = {*TURNS, "history", "instances", *RANKED, "scores", "ratings", "ranks", "ranking"} - {"output"}
+"""Columns of lists. Text there is JSON, from a csv file or written by those who keep every column text."""
+PEERS = {"chosen_messages": "chosen", "rejected_messages": "rejected"}
+
+
+def shaped(row: Fields, columns: Mapping[str, str] | None = None) -> Fields:
+    """The row under the names of the formats, lists as lists."""
+    row = rename(row, columns)
+    changed: Fields = {}
+    for name, value in row.items():
+        if name in LISTED and type(value) is str:
+            changed[name] = listed(value)
+        elif name in PEERS and PEERS[name] not in row:
+            changed[PEERS[name]] = value
+    return {**row, **changed} if changed else row
+
+
 def detect(rows: Iterable[Fields], columns: Mapping[str, str] | None = None) -> str:
     """The first format that recognises most of these rows (a sample is enough). UserError when none does."""
-    renamed = [rename(row, columns) for row in rows]
+    renamed = [shaped(row, columns) for row in rows]
     counts = {name: sum(map(form.recognise, renamed)) for name, form in FORMATS.items()}
     best = max(counts, key=lambda name: counts[name])
     if not counts[best]:
@@ -164,7 +176,7 @@ def detect(rows: Iterable[Fields], columns: Mapping[str, str] | None = None) -> 
 
 def convert_all(row: Fields, name: str, columns: Mapping[str, str] | None = None) -> list[Any]:
     """All samples of one row (seed tasks and ranked lists hold several). Raises RowProblem."""
-    return FORMATS[name].convert(rename(row, columns) if columns else row)
+    return FORMATS[name].convert(shaped(row, columns))
 
 
 def convert(row: Fields, name: str, columns: Mapping[str, str] | None = None) -> Sample:

@@ -1,4 +1,4 @@
-"""A json list read item by item, holding one chunk and one item in memory."""
+"""Json read value by value, holding one chunk and one row in memory."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from typing import Any
 from finetune.data.messages import kind_of
 from finetune.data.types import Row, RowProblem
 from finetune.errors import UserError
+from finetune.json_text import DECODER, DEPTH, reason, too_deep
 
 CHUNK = 1 << 20
-LISTS = ("data", "rows", "train", "examples")
+LIMIT = 16 << 20  # one row: longer than any context; more is a file that broke, or no rows at all
+LISTS = frozenset(("data", "rows", "train", "examples"))
+ROW = frozenset(("messages", "conversations", "instruction", "prompt", "question", "query", "input", "text", "chosen"))
+"""Columns that only a row has: a list beside one of them is a column of that row."""
 
 
 class JsonItems:
-    """Parses a json list item by item, holding one chunk and one item in memory."""
+    """The rows of a text of one or more json values: lists of rows, rows one after another, {"data": [rows]}."""
 
-    def __init__(self, text: Any, name: str) -> None:
-        self.text, self.name = text, name
+    def __init__(self, text: Any, name: str, bounded: bool = True) -> None:
+        self.text, self.name, self.bounded = text, name, bounded
         self.buffer, self.at, self.line, self.done = "", 0, 1, False
+        self.begun = False  # a row was begun that is not yet given
 
     def more(self) -> bool:
         """Read on, forgetting what was used. False at the end of the file."""
@@ -41,56 +46,77 @@ class JsonItems:
             if self.at < len(self.buffer) or not self.more():
                 return self.buffer[self.at : self.at + 1]
 
+    def problem(self, what: str, at: int) -> RowProblem:
+        line = self.line + self.buffer.count("\n", 0, max(at, self.at))
+        return RowProblem("malformed_json", what, "mend the file", line)
+
     def value(self) -> Any:
         """The json value that starts here."""
+        self.begun = True
         while True:
             try:
                 value, end = DECODER.raw_decode(self.buffer, self.at)
                 if end < len(self.buffer) or not self.more():
+                    brackets = self.buffer.count("[", self.at, end) + self.buffer.count("{", self.at, end)
+                    if brackets > DEPTH and too_deep(value, DEPTH if self.bounded else DEPTH + 2):
+                        raise self.problem("nested too deeply", self.at)
+                    if self.bounded and end - self.at > LIMIT:
+                        raise too_long()
                     self.at = end
                     return value
             except RecursionError:
-                raise RowProblem("malformed_json", "nested too deeply", "mend the file", self.line) from None
+                raise self.problem("nested too deeply", self.at) from None
             except json.JSONDecodeError as error:
                 # Cut off by the end of the chunk, or really wrong? An error well before the end is real.
                 cut = error.pos >= len(self.buffer) - 16 or error.msg.startswith("Unterminated string")
-                size = len(self.buffer) - self.at
+                size, offset = len(self.buffer) - self.at, error.pos - self.at  # `more` moves the buffer
+                if cut and self.bounded and size > LIMIT:
+                    raise too_long() from None
                 while cut and len(self.buffer) - self.at < 2 * size + CHUNK and self.more():
                     pass
                 if not cut or len(self.buffer) - self.at == size:
-                    line = self.line + self.buffer.count("\n", 0, error.pos)
-                    raise RowProblem(
-                        "malformed_json", f"not valid JSON: {short(error)}", "mend the file", line
-                    ) from None
+                    raise self.problem(f"not valid JSON: {reason(error)}", self.at + offset) from None
+            except ValueError as error:
+                raise self.problem(f"not valid JSON: {reason(error)}", self.at) from None
+
+    def items(self) -> Iterator[Any]:
+        """The items of the list that starts here."""
+        self.at += 1
+        number = 0
+        while self.peek() != "]" or number:
+            yield self.value()
+            number += 1
+            mark = self.peek()
+            if mark == "]":
+                break
+            if mark != ",":
+                what = "expected ',' or ']'" if mark else "the list has no closing ']'"
+                raise self.problem(f"not valid JSON: {what} after item {number}", self.at)
+            self.at += 1
+            self.peek()
+        self.at += 1
+
+    def values(self) -> Iterator[Any]:
+        while mark := self.peek():
+            if mark == "[":
+                yield from self.items()
+            else:
+                value = self.value()
+                inner = rows_inside(value) if isinstance(value, dict) else None
+                yield from [value] if inner is None else inner
 
     def __iter__(self) -> Iterator[Row]:
-        number = 1
+        number = 0
         try:
-            if self.peek() == "{":
-                value = self.value()
-                for number, item in enumerate(rows_inside(value) or [value], 1):
-                    yield item_row(item, self.name, number)
-                return
-            self.at += 1
-            if self.peek() == "]":
-                raise UserError("the list is empty", path=self.name, fix="name a file with rows")
-            while True:
-                yield item_row(self.value(), self.name, number)
-                mark = self.peek()
-                if mark == "]":
-                    return
-                if mark != ",":
-                    line = self.line + self.buffer.count("\n", 0, self.at)
-                    what = "expected ',' or ']'" if mark else "the list has no closing ']'"
-                    raise RowProblem(
-                        "malformed_json", f"not valid JSON: {what} after item {number}", "mend the file", line
-                    )
-                self.at += 1
-                number += 1
-                self.peek()
+            for number, item in enumerate(self.values(), 1):
+                self.begun = False
+                yield item_row(item, self.name, number)
         except RowProblem as problem:
             problem.ends_file = True
-            yield Row({}, self.name, number, problem)
+            yield Row({}, self.name, max(1, number + self.begun), problem)
+            return
+        if not number:
+            raise UserError("the list is empty", path=self.name, fix="name a file with rows")
 
 
 def item_row(item: Any, name: str, number: int) -> Row:
@@ -102,14 +128,9 @@ def item_row(item: Any, name: str, number: int) -> Row:
 
 def rows_inside(value: dict[str, Any]) -> list[Any] | None:
     """The list of rows in {"data": [...]} and the like, None when the object itself is the row."""
-    return next((value[n] for n in LISTS if is_rows(value.get(n))), None) if len(value) <= 3 else None
-
-
-def no_constant(name: str) -> None:
-    raise json.JSONDecodeError(f"{name} is no JSON number", "", 0)
-
-
-DECODER = json.JSONDecoder(parse_constant=no_constant)
+    if LISTS.isdisjoint(value) or len(value) > 3 or not ROW.isdisjoint(value):
+        return None
+    return next((value[n] for n in value if n in LISTS and is_rows(value[n])), None)
 
 
 def is_rows(value: Any) -> bool:
@@ -119,8 +140,8 @@ def is_rows(value: Any) -> bool:
     )
 
 
-def short(error: ValueError) -> str:
-    return error.msg.removesuffix(" at") if isinstance(error, json.JSONDecodeError) else str(error)
+def too_long() -> RowProblem:
+    return RowProblem("too_long", f"a row of over {LIMIT >> 20} MB", "split it, or remove it")
 
 
 def recode(data: bytes) -> str:

@@ -6,10 +6,12 @@ Everything here raises RowProblem with a message that names the turn, counted fr
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from finetune.data.types import Message, RowProblem
+from finetune.json_text import decode
 
 ROLES = {
     "system": "system", "developer": "system",
@@ -34,8 +36,16 @@ def is_plain(messages: Iterable[Message]) -> bool:
     return True
 
 
+TEXT_PARTS = ("text", "input_text", "output_text")
+REASONING_PARTS = ("reasoning", "thinking")
+CALL_PARTS = ("tool_call", "tool_calls", "function_call", "tool_use")
+MEDIA_PARTS = (
+    "image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "file",
+)  # fmt: skip
+
+
 def text_of(value: Any, where: str) -> str:
-    """A content field as one string: strings as they are, OpenAI content parts joined, None as empty."""
+    """A content field as one string: strings as they are, content parts joined, None as empty."""
     if isinstance(value, str):
         return value
     if value is None:
@@ -45,15 +55,64 @@ def text_of(value: Any, where: str) -> str:
         for part in value:
             if isinstance(part, str):
                 raise RowProblem("wrong_type", f"{where} is a list of texts", "make it one string")
-            if isinstance(part, dict) and part.get("type", "text") in ("text", "input_text", "output_text"):
-                parts.append(text_of(part.get("text", part.get("content")), where))
+            if isinstance(part, dict) and part.get("type", "text") in TEXT_PARTS:
+                parts.append(text_of_part(part, where))
             else:
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 raise RowProblem(
                     "unsupported_content", f"{where}: a content part of type {kind!r}", "keep text parts only"
                 )
         return "".join(parts)
+    if isinstance(value, dict) and value.get("type") in TEXT_PARTS:
+        return text_of_part(value, where)
     raise RowProblem("wrong_type", f"{where} is {kind_of(value)}, not text", "make it a string")
+
+
+def text_of_part(part: dict[str, Any], where: str) -> str:
+    """The text of one content part, whoever's: {type, text}, {type, value}, {type, content}, {type, text: {value}}."""
+    kind = part.get("type", "text")
+    found = [key for key in dict.fromkeys(("text", "value", "content", kind)) if part.get(key) is not None]
+    if not found and not any(key in part for key in ("text", "value", "content")):
+        have = ", ".join(sorted(map(str, part)))
+        what = f"{where}: a content part of type {kind!r} holds no text (its keys: {have})"
+        raise RowProblem("unsupported_content", what, "write {type: text, text: …}")
+    texts = [text_of(v.get("value") if isinstance(v, dict) else v, where) for v in (part[key] for key in found)]
+    if len(set(texts)) > 1:
+        what = f"{where}: a content part with different texts under {' and '.join(found)}"
+        raise RowProblem("unsupported_content", what, "keep one of them")
+    return texts[0] if texts else ""
+
+
+def spread(turn: dict[str, Any], parts: list[dict[str, Any]], role: str, where: str) -> dict[str, Any]:
+    """The turn with its content parts under the keys where other formats have them: its text as content, reasoning,
+    tool calls, tools."""
+    texts: list[Any] = []
+    thoughts: list[str] = []
+    calls: list[Any] = []
+    tools: list[Any] = []
+    for part in parts:
+        kind = part.get("type", "text")
+        if kind in REASONING_PARTS and role == "assistant":
+            thoughts.append(text_of_part(part, where))
+        elif kind in CALL_PARTS and role == "assistant":
+            named = {
+                "name": part.get("name"),
+                "arguments": part.get("arguments", part.get("input")),
+                "id": part.get("id"),
+            }
+            calls += parse_calls(part.get("value", part.get(kind, named)), where)
+        elif kind == "tools":
+            tools += parse_tools(part.get("value", part.get("tools"))) or []
+        else:
+            texts.append(part)
+    out = {key: value for key, value in turn.items() if key not in ("content", "value", "text")}
+    for key, found in (("reasoning_content", "\n".join(thoughts)), ("tool_calls", calls), ("tools", tools)):
+        if found and out.get(key):
+            what = f"{where}: {key} both as a content part and as a key of the turn"
+            raise RowProblem("unsupported_content", what, "keep one of them")
+        if found:
+            out[key] = found
+    return {**out, "content": text_of(texts, where)}
 
 
 def kind_of(value: Any) -> str:
@@ -77,6 +136,8 @@ def to_messages(turns: Any, column: str) -> list[Message]:
     Turns are {from, value}, {role, content} or {role, text}; function_call turns become assistant messages with
     tool_calls; ChatGLM3's {role: tool, name, parameters, observation} becomes a call and its result.
     """
+    if isinstance(turns, str) and turns.lstrip()[:1] == "[":
+        turns = parse_json(turns, column, "wrong_type")
     if not isinstance(turns, list):
         raise RowProblem(
             "wrong_type", f"{column} is {kind_of(turns)}, not a list of turns", "make it a list of {role, content}"
@@ -114,10 +175,13 @@ def convert_turn(turn: dict[str, Any], where: str, messages: list[Message]) -> N
     raw = turn["content"] if "content" in turn else turn.get("value", turn.get("text", MISSING))
     if raw is MISSING and not turn.get("tool_calls") and not turn.get("function_call"):
         raise RowProblem("missing_content", f"{where} has no content", "add content (or value)")
+    if is_parts(raw) and (role != "tool" or all(p["type"] in (*TEXT_PARTS, *MEDIA_PARTS) for p in raw)):
+        turn = spread(turn, raw, role, where)
+        raw = turn["content"]
     if role == "function_call":
         message: Message = {"role": "assistant", "content": "", "tool_calls": parse_calls(raw, where)}
     else:
-        if role == "tool" and isinstance(raw, dict | list) and not is_parts(raw):
+        if role == "tool" and isinstance(raw, dict | list):
             raw = json.dumps(raw, ensure_ascii=False)
         message = {
             "role": role,
@@ -148,14 +212,14 @@ def extras(turn: dict[str, Any], message: Message, where: str) -> None:
     for key in FLAGS:
         if turn.get(key) is not None:
             message["train"] = loss_flag(turn[key], f"{where}, {key}")
-    if isinstance(turn.get("tools"), list) and turn["tools"]:
-        message["tools"] = turn["tools"]  # ChatGLM3 writes them into the system turn
+    if turn.get("tools"):
+        message["tools"] = parse_tools(turn["tools"])  # ChatGLM3 writes them into the system turn
 
 
 def loss_flag(value: Any, where: str) -> bool | float:
     if isinstance(value, bool):
         return value
-    if isinstance(value, int | float) and value >= 0:
+    if isinstance(value, int | float) and 0 <= value < math.inf:
         return bool(value) if value in (0, 1) else float(value)
     raise RowProblem("bad_loss_flag", f"{where} is {value!r}", "use true, false or a weight of at least 0")
 
@@ -227,6 +291,6 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
 
 def parse_json(text: str, what: str, kind: str) -> Any:
     try:
-        return json.loads(text)
+        return decode(text)
     except ValueError as error:
         raise RowProblem(kind, f"{what}: not JSON ({error})", "write valid JSON") from None

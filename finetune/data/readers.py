@@ -2,8 +2,8 @@
 
     read_file(path) -> Iterator[Row]        json list, json lines, csv, tsv, parquet, arrow, text; gzip and zstd
 
-Everything is read as a stream: a million rows need no more memory than a few. What cannot be read comes as a Row with
-its `problem`, so that all problems of a file are reported at once.
+Everything is read as a stream: a million rows need no more memory than a few, and one row no more than LIMIT. What
+cannot be read comes as a Row with its `problem`, so that all problems of a file are reported at once.
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from finetune.data.json_items import CHUNK, DECODER, JsonItems, item_row, recode, rows_inside, short
+from finetune.data.json_items import CHUNK, LIMIT, LISTS, JsonItems, item_row, recode, rows_inside, too_long
 from finetune.data.messages import kind_of
+from finetune.data.nulls import without_nulls
 from finetune.data.types import Row, RowProblem
 from finetune.errors import UserError
+from finetune.json_text import DECODER, DEPTH, decode, reason, too_deep
 
 SUFFIXES = {
     ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".text", ".parquet", ".arrow", ".feather", ".gz", ".zst",
@@ -58,30 +62,47 @@ def unpacked(path: Path, head: bytes) -> Any:
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), CHUNK)
     if head.startswith(b"PK\x03\x04"):
         raise UserError("a zip archive or an Excel file", path=str(path), fix="unpack it, or export it as csv")
-    return path.open("rb")
+    return path.open("rb", HEAD)
+
+
+HEAD = 1 << 16
+# {"version": "1.0", "data": [{…}, …]}: one value that is the whole file, of any size.
+WHOLE = re.compile(rb'\{[^\[{]*"(?:%s)"\s*:\s*\[\s*\{' % "|".join(sorted(LISTS)).encode())
 
 
 def read_text_file(stream: IO[bytes], name: str) -> Iterator[Row]:
     """Json, csv or plain text."""
-    head: bytes = stream.peek(65536)[:65536]  # type: ignore[attr-defined]
+    head: bytes = stream.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start:
+        if head and stream.read().strip():
+            raise UserError("the file begins with much white space", path=name, fix="remove it")
         raise UserError("the file is empty", path=name, fix="name a file with rows")
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or is_utf16(start[:1024]):
         raise UserError("UTF-16 text", path=name, fix="convert it: iconv -f utf-16 -t utf-8")
     kinds = [s for s in Path(name).suffixes if s.lower() not in (".gz", ".zst")]
     suffix = kinds[-1].lower() if kinds else ""
     if looks_like_json(start, suffix):
-        if start[:1] == b"[" or (start[:1] == b"{" and not one_per_line(start)):
-            yield from JsonItems(codecs.getreader("utf-8-sig")(stream), name)
+        whole = bool(WHOLE.match(start))
+        if start[:1] == b"[" or (start[:1] == b"{" and (whole or not one_per_line(start))):
+            yield from JsonItems(codecs.getreader("utf-8-sig")(stream), name, bounded=not whole)
         else:
             yield from read_json_lines(stream, name)
-    elif suffix in (".csv", ".tsv"):
-        yield from read_csv(stream, name, "\t" if suffix == ".tsv" else None)
     elif b"\x00" in start[:1024]:
         raise UserError("not a data file (binary content)", path=name, fix=f"use one of {', '.join(sorted(SUFFIXES))}")
+    elif suffix in (".csv", ".tsv"):
+        yield from read_csv(stream, name, "\t" if suffix == ".tsv" else None)
     else:
         yield from read_lines(stream, name)
+
+
+def is_utf16(start: bytes) -> bool:
+    """UTF-16 without its mark: every second byte of its ASCII characters is zero."""
+    for zeros, others in ((start[::2], start[1::2]), (start[1::2], start[::2])):
+        beside = bytes(b for zero, b in zip(zeros, others, strict=False) if not zero)
+        if len(beside) > 1 and 0 not in others and all(31 < b < 127 or b in b"\t\r\n" for b in beside):
+            return True
+    return False
 
 
 def looks_like_json(start: bytes, suffix: str) -> bool:
@@ -95,28 +116,31 @@ def looks_like_json(start: bytes, suffix: str) -> bool:
 
 
 def read_csv(stream: IO[bytes], name: str, delimiter: str | None) -> Iterator[Row]:
-    """Row numbers count data rows from 1; cells that hold a json list or object are parsed, empty ones left out."""
-    csv.field_size_limit(1 << 30)
+    """Row numbers count data rows from 1; every cell is text, empty ones are left out."""
+    csv.field_size_limit(LIMIT)
     number = 0
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     try:
-        header_line = text.readline()
-        if delimiter is None:
+        header_line = text.readline(LIMIT)
+        if header_line.lower().startswith("sep="):  # how Excel is told
+            delimiter, header_line = header_line[4:5], text.readline(LIMIT)
+        elif delimiter is None or delimiter not in header_line:
             delimiter = max(",;\t|", key=header_line.count)
-        header = next(csv.reader([header_line], delimiter=delimiter))
-        columns = [column.strip() for column in header]
+        lines = csv.reader(itertools.chain([header_line], text), delimiter=delimiter, strict=True)
+        columns = [column.strip() for column in next(lines)]
         if len(set(columns)) < len(columns):
             raise UserError("a column name occurs twice", path=name, line=1, fix="give every column its own name")
-        for number, cells in enumerate(csv.reader(text, delimiter=delimiter, strict=True), 1):
+        for number, cells in enumerate(lines, 1):
             if not cells:
                 continue
             if len(cells) != len(columns):
                 what = f"{len(cells)} cells, but the header has {len(columns)}"
                 yield Row({}, name, number, RowProblem("malformed_csv", what, "quote cells that hold the delimiter"))
                 continue
-            yield Row({c: cell_value(v) for c, v in zip(columns, cells, strict=True) if v != ""}, name, number)
+            yield Row({c: v for c, v in zip(columns, cells, strict=True) if v != ""}, name, number)
     except csv.Error as error:
-        yield last_row(name, number + 1, RowProblem("malformed_csv", f"not valid csv: {error}", "mend the quotes"))
+        what = f"a cell of over {LIMIT >> 20} MB" if "field limit" in str(error) else str(error)
+        yield last_row(name, number + 1, RowProblem("malformed_csv", f"not valid csv: {what}", "mend the quotes"))
     except UnicodeDecodeError as error:
         yield last_row(name, number + 1, RowProblem("not_utf8", "not UTF-8", recode(error.object)))
     finally:
@@ -126,15 +150,6 @@ def read_csv(stream: IO[bytes], name: str, delimiter: str | None) -> Iterator[Ro
 def last_row(name: str, number: int, problem: RowProblem) -> Row:
     problem.ends_file = True
     return Row({}, name, number, problem)
-
-
-def cell_value(cell: str) -> Any:
-    if cell[:1] in ("[", "{") and cell[-1:] in ("]", "}"):
-        try:
-            return json.loads(cell)
-        except ValueError:
-            return cell
-    return cell
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
@@ -171,39 +186,52 @@ def first_line(error: Exception) -> str:
 def from_batches(batches: Any, name: str) -> Iterator[Row]:
     number = 0
     for batch in batches:
+        large = batch.nbytes > LIMIT
         for record in batch.to_pylist():
             number += 1
-            yield Row(without_nulls(record), name, number)
+            problem = too_long() if large and len(str(record)) > LIMIT else None
+            yield Row({} if problem else without_nulls(record), name, number, problem)
 
 
-def without_nulls(value: Any) -> Any:
-    """Columnar files fill every field of every turn, with null where there was none."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
+def lines_of(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Every line with its number; of one that is too long only the beginning, which is longer than LIMIT."""
+    for number in itertools.count(1):
+        line = rest = stream.readline(LIMIT + 1)
+        if not line:
+            return
+        while len(line) > LIMIT and rest and not rest.endswith(b"\n"):
+            rest = stream.readline(LIMIT)
+        yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
 
 def read_lines(stream: IO[bytes], name: str) -> Iterator[Row]:
     """Plain text: every line that is not blank is a document."""
-    for number, line in enumerate(stream, 1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+    for number, line in lines_of(stream):
         if line.strip():
             try:
-                yield Row({"text": decode(line).rstrip("\r\n")}, name, number)
+                yield Row({"text": decoded(line).rstrip("\r\n")}, name, number)
             except RowProblem as problem:
                 yield Row({}, name, number, problem)
 
 
 def one_per_line(start: bytes) -> bool:
-    """Whether a file that begins with an object is json lines: its first line is a whole value, or too long to tell."""
+    """Whether a file that begins with an object is json lines: its first line is a whole value, or broken in itself."""
     line, newline, _ = start.partition(b"\n")
-    return not newline or line.rstrip().endswith(b"}") or len(line) > 2
+    text = start.decode("utf-8", "replace")
+    try:
+        _, end = DECODER.raw_decode(text)
+        return "\n" not in text[:end] and text[end:].partition("\n")[0].strip()[:1] not in ("{", "[")
+    except json.JSONDecodeError as error:
+        # An object over several lines is read on to the end of what was looked at; a broken line breaks at its end.
+        cut = error.pos >= len(text) - 16 or error.msg.startswith("Unterminated string")
+        return not newline or (not cut and line.strip() != b"{")
+    except (ValueError, RecursionError):
+        return line.strip() != b"{"
 
 
-def decode(line: bytes) -> str:
+def decoded(line: bytes) -> str:
+    if len(line) > LIMIT:
+        raise too_long()
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -211,16 +239,15 @@ def decode(line: bytes) -> str:
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
-    text = decode(line)
+    text = decoded(line)
     try:
-        value = DECODER.decode(text.strip())
-    except RecursionError:
-        raise RowProblem("malformed_json", "nested too deeply", "remove the line") from None
+        value = decode(text)
     except ValueError as error:
-        column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise RowProblem(
-            "malformed_json", f"not valid JSON: {short(error)}{column}", "mend or remove the line"
-        ) from None
+        what = reason(error)
+        column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) and error.doc else ""
+        if what == "nested too deeply":
+            raise RowProblem("malformed_json", what, "remove the line") from None
+        raise RowProblem("malformed_json", f"not valid JSON: {what}{column}", "mend or remove the line") from None
     if not isinstance(value, dict):
         raise RowProblem("not_an_object", f"the row is {kind_of(value)}, not an object", 'write {"column": value, …}')
     return value
@@ -229,25 +256,30 @@ def parse_line(line: bytes) -> dict[str, Any]:
 def read_json_lines(stream: IO[bytes], name: str) -> Iterator[Row]:
     """Row numbers are line numbers; blank lines are skipped."""
     scan = DECODER.scan_once  # type: ignore[attr-defined]
-    for number, line in enumerate(stream, 1):
-        try:
-            # The fast way, a third quicker than json.loads; what goes wrong here is looked at again for its message.
-            text = line.decode()
-            value, end = scan(text, 0)
-            if type(value) is dict and not text[end:].strip():
-                inner = rows_inside(value) if number == 1 else None
-                if inner is None:
-                    yield Row(value, name, number)
-                else:
-                    yield from (item_row(item, name, n) for n, item in enumerate(inner, 1))
-                continue
-        except (ValueError, StopIteration, RecursionError):
-            pass
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip():
+    more = 0  # rows beyond the lines: of a line that holds a list of rows
+    for number, line in lines_of(stream):
+        value = None
+        if len(line) <= LIMIT:
             try:
-                yield Row(parse_line(line), name, number)
+                # The fast way; what goes wrong here is looked at again for its message.
+                text = line.decode()
+                value, end = scan(text, 0)
+                deep = line.count(b"[") + line.count(b"{") > DEPTH and too_deep(value)
+                if deep or type(value) is not dict or text[end:].strip():
+                    value = None
+            except (ValueError, StopIteration, RecursionError):
+                pass
+        if value is not None:
+            inner = rows_inside(value)
+            if inner is None:
+                yield Row(value, name, number + more)
+            else:
+                yield from (item_row(item, name, n) for n, item in enumerate(inner, number + more))
+                more += len(inner) - 1
+        elif line.strip():
+            try:
+                yield Row(parse_line(line), name, number + more)
             except RowProblem as problem:
-                problem.raw = line.decode("utf-8", "replace").rstrip("\r\n")
-                yield Row({}, name, number, problem)
+                if len(line) <= LIMIT:
+                    problem.raw = line.decode("utf-8", "replace").rstrip("\r\n")
+                yield Row({}, name, number + more, problem)

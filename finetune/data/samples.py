@@ -19,6 +19,7 @@ import xxhash
 
 from finetune.data import formats, sources
 from finetune.data.messages import is_plain
+from finetune.data.nulls import filled, without_nulls
 from finetune.data.types import Conversation, Preference, Row, RowProblem, Sample, Text, Unpaired
 from finetune.errors import UserError
 
@@ -61,6 +62,7 @@ def read_samples(spec: Any, config: Any, kind: str | None = "sft", *, seed: int 
     head = list(itertools.islice(rows, SNIFFED))
     name = spec.get("format") or getattr(config, "format", None)
     name = checked_format(name, head, columns, kind, str(spec["path"]))
+    exported = filled(row.data for row in head)
     limit = spec.get("max_samples") or getattr(config, "max_samples", None)
     everything: Iterator[Row] = itertools.chain(head, rows)
     if limit is not None:
@@ -71,7 +73,9 @@ def read_samples(spec: Any, config: Any, kind: str | None = "sft", *, seed: int 
         data, file, number, problem = row
         if problem is None:
             try:
-                for sample in convert(formats.rename(data, columns) if columns else data):
+                if exported:
+                    data = without_nulls(data)
+                for sample in convert(formats.shaped(data, columns)):
                     yield Item(file, number, sample, None, weight, data)
                 continue
             except RowProblem as found:

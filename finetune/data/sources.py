@@ -1,7 +1,11 @@
 """Rows from wherever they are: files, folders, globs, shipped samples, hub datasets.
 
     read_rows(spec) -> Iterator[Row]        what cannot be read comes as a Row with `problem`, so that all are reported
-    files_of(path) -> list[Path]            the local files a spec names
+    files_of(path, split) -> list[Path]     the local files a spec names
+    held_out(spec) -> spec                  of a folder with splits, the one that is not trained
+    left_out(specs) -> list[str]            what of the folders is not trained, in words
+
+A folder (or pattern) whose files have names of splits is a dataset: its train split is what is trained.
 
 A spec is a string, or a dict: path and, where they apply, name, split, revision, source (hub or modelscope), weight,
 filter, max_samples, format, columns.
@@ -12,19 +16,31 @@ from __future__ import annotations
 import difflib
 import glob
 import importlib
+import itertools
+import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.data.readers import SUFFIXES, read_file, without_nulls
+from finetune.data.nulls import without_nulls
+from finetune.data.readers import SUFFIXES, read_file
 from finetune.data.types import Row
 from finetune.errors import UserError
+from finetune.json_text import same
 from finetune.recipe import SourceConfig, resource_path
 
 Spec = str | Path | dict[str, Any] | SourceConfig
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SKIPPED = {".md", ".py", ".sh", ".lock", ".html", ".png"}
+# What a part of a path says about its rows, as the hub reads it; test before validation before train, so that
+# train/test_2.jsonl is not trained.
+SPLITS = {
+    "test": re.compile(r"(?<![a-z])(test(ing)?|held[-_]?out|holdout)(set)?(?![a-z])|测试"),
+    "validation": re.compile(r"(?<![a-z])(valid(ation)?|val|dev(elopment)?|eval(uation)?)(set)?(?![a-z])|验证"),
+    "train": re.compile(r"(?<![a-z])train(ing)?(set)?(?![a-z])|训练"),
+}
 
 
 def read_rows(spec: Spec, *, streaming: bool = False) -> Iterator[Row]:
@@ -36,7 +52,7 @@ def read_rows(spec: Spec, *, streaming: bool = False) -> Iterator[Row]:
         yield from filtered(read_hub(spec, streaming), spec.get("filter"))
         return
     else:
-        files = files_of(spec["path"])
+        files = files_of(spec["path"], spec.get("split"))
     for file in files:
         yield from filtered(read_file(file), spec.get("filter"))
 
@@ -54,16 +70,21 @@ def filtered(rows: Iterator[Row], wanted: dict[str, Any] | None) -> Iterator[Row
         return
     sets = {column: value if isinstance(value, list) else [value] for column, value in wanted.items()}
     for row in rows:
-        if row.problem is not None or all(row.data.get(column) in values for column, values in sets.items()):
+        found = ((row.data.get(column), values) for column, values in sets.items())
+        if row.problem is not None or all(any(same(value, v) for v in values) for value, values in found):
             yield row
 
 
 def is_hub(spec: dict[str, Any]) -> bool:
-    """A hub id: asked for by `source: hub` or a split, or a name of the form owner/name that is no local path."""
+    """A hub id: asked for by `source: hub` or a configuration, or a name like owner/name that is no local path."""
     path = str(spec["path"])
-    if spec.get("source") == "hub" or any(spec.get(key) for key in ("name", "split", "revision")):
-        return True
+    if spec.get("source") is not None:
+        return bool(spec["source"] == "hub")
     place = Path(path).expanduser()
+    if any(spec.get(key) for key in ("name", "revision")):
+        return True
+    if spec.get("split"):
+        return not (place.exists() or glob.has_magic(path) or path.startswith("builtin:"))
     exists = place.exists() or (place.parent.is_dir() and place.parent != Path())
     return (
         bool(HUB_ID.fullmatch(path))
@@ -73,34 +94,133 @@ def is_hub(spec: dict[str, Any]) -> bool:
     )
 
 
-def files_of(path: str | Path) -> list[Path]:
-    """The files a path, folder, glob or `builtin:` name stands for, sorted. UserError with the nearest name if none."""
+def files_of(path: str | Path, split: str | None = None) -> list[Path]:
+    """The files a path, folder, glob or `builtin:` name stands for, sorted; of a dataset those of `split`, or of its
+    train split. UserError with the nearest name if none."""
     text = str(path)
+    groups = splits_in(text)
+    if groups is not None:
+        return chosen(groups, split, text)
+    if split is not None:
+        raise UserError(f"one file has no split {split!r}", path=text, fix="name a folder, or leave `split` out")
     if text.startswith("builtin:"):
         return [builtin(text.removeprefix("builtin:"))]
     place = Path(text).expanduser()
     if place.is_file():
         return [place]
-    if place.is_dir():
-        files = sorted(f for f in place.rglob("*") if f.is_file() and f.suffix not in SKIPPED and not hidden(f, place))
-        if not files:
-            raise UserError("the folder holds no data files", path=text, fix="name a file, or another folder")
-        return files
-    if glob.has_magic(text):
-        files = sorted(Path(f) for f in glob.glob(str(place), recursive=True) if Path(f).is_file())
-        if not files:
-            raise UserError("no file matches this pattern", path=text, fix="check data.train")
-        return files
     names = [f.name for f in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, names, n=1)
     hint = "check the path (paths are relative to the working directory)"
     raise UserError("no such file", path=text, fix=f"did you mean {place.parent / near[0]}?" if near else hint)
 
 
+def splits_in(text: str) -> dict[str, list[Path]] | None:
+    """The files of a folder or pattern by split, "" for those whose name says none; None for a single file."""
+    root = root_of(text)
+    if root is None:
+        return None
+    if root == Path(text).expanduser():
+        files = data_files(root)
+        if not files:
+            raise UserError("the folder holds no data files", path=text, fix="name a file, or another folder")
+    else:
+        found = (Path(f) for f in glob.glob(str(Path(text).expanduser()), recursive=True))
+        files = sorted(f for f in found if f.is_file())
+        if not files:
+            raise UserError("no file matches this pattern", path=text, fix="check data.train")
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        where = str(file.relative_to(root)).lower()  # where the folder itself lies says nothing
+        name = next((name for name, word in SPLITS.items() if word.search(where)), "")
+        groups.setdefault(name, []).append(file)
+    return groups
+
+
+def root_of(text: str) -> Path | None:
+    """The folder, or what stands before the first wildcard of a pattern; None for anything else."""
+    place = Path(text).expanduser()
+    if text.startswith("builtin:") or place.is_file():
+        return None
+    if place.is_dir():
+        return place
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), place.parts))
+    return Path(*fixed) if len(fixed) < len(place.parts) else None
+
+
+def data_files(folder: Path) -> list[Path]:
+    """What of a folder is data: not what hub downloads and save_to_disk write beside it."""
+    files = [f for f in folder.rglob("*") if f.is_file() and f.suffix not in SKIPPED and not hidden(f, folder)]
+    saved = {state.parent: listed_files(state) for state in folder.rglob("state.json")}
+    files = sorted(f for f in files if f.name in (saved.get(f.parent) or [f.name]))
+    return [f for f in files if f.suffix.lower() in SUFFIXES] or files
+
+
 def hidden(file: Path, folder: Path) -> bool:
     """Names that begin with . or _ (and what hub downloads write beside the data) are no data."""
-    own = {"dataset_info.json", "dataset_infos.json", "state.json"}
+    own = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
     return file.name in own or any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+
+
+def listed_files(state: Path) -> list[str]:
+    """The files that datasets' save_to_disk says are the data; beside them lie caches of whoever worked with it."""
+    try:
+        return [str(entry["filename"]) for entry in json.loads(state.read_bytes())["_data_files"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
+def chosen(groups: dict[str, list[Path]], split: str | None, path: str) -> list[Path]:
+    """The files of a split. UserError when there are none."""
+    if split is not None:
+        root = root_of(path) or Path()
+        every = sorted((f.relative_to(root), f) for files in groups.values() for f in files)
+        wanted = next((name for name, word in SPLITS.items() if word.fullmatch(split.lower())), split)
+        named = [f for at, f in every if split in at.parts or at.name.split(".")[0].split("-")[0] == split]
+        if matching := named or groups.get(wanted):
+            return matching
+        have = ", ".join(sorted(filter(None, groups))) or "none"
+        raise UserError(f"no split {split!r} (splits: {have})", path=path, fix="name one of them")
+    if found := groups.get("train") or groups.get(""):
+        return found
+    if not Path(path).expanduser().is_dir():  # a pattern: asked for by name
+        return sorted(file for files in groups.values() for file in files)
+    what = f"no file to train on, only {' and '.join(sorted(groups))} data"
+    raise UserError(what, path=path, fix="name the file itself")
+
+
+def held_out(spec: Spec) -> dict[str, Any]:
+    """The spec of held-out rows: of a dataset folder its validation split, or its test split, if it has one."""
+    spec = as_dict(spec)
+    if not spec.get("split") and not is_hub(spec) and spec.get("source") != "modelscope":
+        groups = splits_in(str(spec["path"])) or {}
+        split = next((name for name in ("validation", "test") if name in groups), None)
+        return {**spec, "split": split} if split else spec
+    return spec
+
+
+def left_out(listed: list[dict[str, Any]], offer: bool) -> list[str]:
+    """A line for every source of which only a split is trained; `offer` says how to measure on the others."""
+    lines = []
+    for spec in listed:
+        path = str(spec["path"])
+        if path == "builtin:world" or spec.get("split") or is_hub(spec) or spec.get("source") == "modelscope":
+            continue
+        groups = splits_in(path)
+        if groups is None:
+            continue
+        used = chosen(groups, None, path)
+        rest = {name: files for name, files in groups.items() if files != used and not set(files) <= set(used)}
+        if not rest:
+            continue
+        names = [f"{name or 'other files'} ({', '.join(f.name for f in files[:3])}{', …' * (len(files) > 3)})"
+                 for name, files in sorted(rest.items(), reverse=True)]  # fmt: skip
+        held = rest.get("validation") or rest.get("test")
+        fix = ""
+        if offer and held:
+            where = shlex.quote(str(held[0]) if len(held) == 1 else path)
+            fix = f"; for figures on held-out rows: --set eval.data={where}"
+        lines.append(f"{path}: trained without its {', '.join(names)}{fix}")
+    return lines
 
 
 def builtin(name: str) -> Path:
@@ -149,6 +269,4 @@ def modelscope_files(spec: dict[str, Any]) -> list[Path]:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         fix = "check the id and the network, or download the files and give the folder"
         raise UserError(f"the ModelScope dataset cannot be loaded: {reason}", path=path, fix=fix) from None
-    files = files_of(folder)
-    split = spec.get("split")
-    return [f for f in files if split in f.stem] or files if split else files
+    return files_of(folder, spec.get("split"))

@@ -36,7 +36,7 @@ def check(
     json_file: str | None,
 ) -> int:
     """Exit code: 2 when a row cannot be used, else 0."""
-    from finetune.data import audit, mend
+    from finetune.data import audit, mend, samples, sources
 
     check_outputs(("--json", json_file, json_with("problems", "kinds")))
     if fix is not None:
@@ -51,6 +51,8 @@ def check(
     report = audit.check(config, encoder, kind=kind, eval_data=held_out)
     if encoder is not None and encoder.notice is not None:
         note(encoder.notice)
+    for line in sources.left_out(samples.specs(config), offer=held_out is None):
+        note(line)
     if json_file == "-":
         say_json(report.as_json())
     else:

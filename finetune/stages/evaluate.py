@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from finetune.data import dataset
+from finetune.data import dataset, sources
 from finetune.data.audit import Audit, conversations
 from finetune.data.chat import make_encoder
 from finetune.data.types import Conversation
@@ -24,7 +24,7 @@ from finetune.models.quantization import weight_bytes
 from finetune.places import check_file, json_with
 from finetune.progress import console, note, row, say, say_json
 from finetune.progress import show as show_table
-from finetune.recipe import DataConfig, EvalConfig, ModelConfig, absolute, compute_dtype
+from finetune.recipe import DataConfig, EvalConfig, ModelConfig, SourceConfig, absolute, compute_dtype
 from finetune.recipe_file import check, load
 from finetune.run import read_recipe, write_json
 from finetune.scoring import RewardModel, is_reward_run
@@ -70,6 +70,8 @@ def run(
     if compare_base:
         bases = {t.model.name: t for t in targets if t.adapter is not None or t.name != t.model.name}
         targets = [Target("base", t.model, None, t.data, t.eval) for t in bases.values()] + targets
+    if split := sources.held_out(absolute(held_out)).get("split"):
+        note(f"{held_out}: its {split} split")
     rows = dataset.load_eval_rows(absolute(held_out), targets[0].data)[: limit or targets[0].eval.limit]
     rows = with_few_groups(rows)
     variants = [[quantized(target, kind) for kind in kinds] for target in targets] if kinds else [targets]
@@ -113,7 +115,8 @@ def evaluate_reward(path: str, data: str | None, limit: int | None) -> Evaluatio
     held_out = data or recipe.eval.data
     if held_out is None:
         raise UserError("no held-out pairs", key="eval.data", fix="set it in the recipe, or give --data FILE")
-    audit = Audit(DataConfig(train=absolute(held_out), columns=recipe.data.columns), None, "preference")
+    rows = SourceConfig(**sources.held_out(absolute(held_out)))
+    audit = Audit(DataConfig(train=rows, columns=recipe.data.columns), None, "preference")
     items = [item for item, _ in audit.rows(0)][: limit or recipe.eval.limit]
     audit.settle()
     machine = hardware.detect()

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from finetune import actors, alignment, training
-from finetune.data import pairs, prompts
+from finetune.data import pairs, prompts, sources
 from finetune.errors import Interrupted, Problem, RunError, UserError
 from finetune.models import hardware
 from finetune.models.rope import check_length
@@ -27,6 +27,7 @@ from finetune.recipe import (
     PpoRecipe,
     RewardModelConfig,
     RewardRecipe,
+    SourceConfig,
     TrainConfig,
     a_step,
     batch_layout,
@@ -53,7 +54,8 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         raise UserError(what, key="ppo.num_mini_batches", fix="lower it, or give more prompts")
     held_out = []
     if recipe.eval.data is not None:
-        section = DataConfig(train=recipe.eval.data, columns=recipe.data.columns, max_length=recipe.data.max_length)
+        held = SourceConfig(**sources.held_out(recipe.eval.data))
+        section = DataConfig(train=held, columns=recipe.data.columns, max_length=recipe.data.max_length)
         held_out = prompts.load_prompts(section, parts.encoder).rows[: recipe.eval.limit]
     folder = Run(Path(recipe.output.dir))
     judge = reward_recipe(recipe, folder) if recipe.reward.train is not None else None

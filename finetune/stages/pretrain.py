@@ -25,7 +25,8 @@ from transformers import (
 
 from finetune import training
 from finetune.adapters.build import apply
-from finetune.data import raw, world
+from finetune.data import raw, sources, world
+from finetune.data.samples import specs
 from finetune.errors import UserError
 from finetune.models import chatglm_export, chatglm_tokenizer, hardware, initial, loading, tiny
 from finetune.recipe import ModelConfig, PretrainRecipe, resolve
@@ -80,7 +81,7 @@ def run(raw_recipe: PretrainRecipe, resume: bool = False, overwrite: bool = Fals
 
     training.start(recipe)
     model = apply(_model(recipe, tokenizer, machine), recipe.adapter)
-    notes = training.announce([], plan.total_steps)
+    notes = training.announce(sources.left_out(specs(recipe.data), offer=False), plan.total_steps)
 
     with open_run(recipe, overwrite, resume) as folder:
         trainer = _make_trainer(recipe, folder, model, train, held_out, plan, machine)

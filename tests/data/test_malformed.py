@@ -63,11 +63,11 @@ CASES: list[tuple[str, str, str | bytes, dict[str, Any], list[str]]] = [
     ("bare newline in a string", "x.jsonl", GOOD + '{"messages": "a\nb"}\n', {}, ['FILE, row 2: not valid JSON: Unterminated string starting at column 14 → mend or remove the line', 'FILE, row 3: not valid JSON: Expecting value at column 1 → mend or remove the line']),
     ("list without end", "x.json", '[\n{"instruction": "i", "output": "o"}\n', {}, ["FILE, row 1, line 3: not valid JSON: the list has no closing ']' after item 1 → mend the file"]),
     ("list without comma", "x.json", '[\n{"instruction": "i", "output": "o"}\n{"instruction": "i", "output": "o"}]', {}, ["FILE, row 1, line 3: not valid JSON: expected ',' or ']' after item 1 → mend the file"]),
-    ("list, broken item", "x.json", '[\n{"instruction": "i", "output": "o"},\n{"instruction" "i"}\n]', {}, ["FILE, row 2, line 4: not valid JSON: Expecting ':' delimiter → mend the file"]),
+    ("list, broken item", "x.json", '[\n{"instruction": "i", "output": "o"},\n{"instruction" "i"}\n]', {}, ["FILE, row 2, line 3: not valid JSON: Expecting ':' delimiter → mend the file"]),
     ("list of texts", "x.json", '["a", "b"]', {}, ['FILE, row 1: the row is text, not an object → write {"column": value, …}', 'FILE, row 2: the row is text, not an object → write {"column": value, …}']),
     ("list with a number", "x.json", '[{"instruction": "i", "output": "o"}, 7]', {}, ['FILE, row 2: the row is a number, not an object → write {"column": value, …}']),
     ("half surrogate pair", "x.jsonl", rows(U, '{"role": "assistant", "content": "a \\ud83d b"}'), {}, ['FILE, row 2: turn 2: half a surrogate pair (\\ud83d) → mend the \\u escapes']),
-    ("not a number", "x.jsonl", GOOD + '{"messages": NaN}\n', {}, ['FILE, row 2: not valid JSON: NaN is no JSON number at column 1 → mend or remove the line']),
+    ("not a number", "x.jsonl", GOOD + '{"messages": NaN}\n', {}, ['FILE, row 2: not valid JSON: NaN is no JSON number → mend or remove the line']),
     ("nested too deeply", "x.jsonl", GOOD + '{"messages": ' + '[' * 100_000 + "\n", {}, ['FILE, row 2: nested too deeply → remove the line']),
     ("list nested too deeply", "x.json", '[{"text": ' + '[' * 100_000, {}, ['FILE, row 1, line 1: nested too deeply → mend the file']),
     # csv

@@ -94,10 +94,40 @@ def test_columnar_files_do_not_fill_turns_with_nulls(tmp_path: Path) -> None:
     assert [row.data for row in read_rows(tmp_path / "x.parquet")] == rows
 
 
-def test_csv_cells_may_hold_json(tmp_path: Path) -> None:
+def test_csv_cells_hold_json_where_a_list_is_meant(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
-    path.write_text('messages,id\n"[{""role"": ""user"", ""content"": ""[x""}]",[broken\n', encoding="utf-8")
-    assert next(read_rows(path)).data == {"messages": [{"role": "user", "content": "[x"}], "id": "[broken"}
+    turns = [user("[x"), assistant("{}")]
+    cell = json.dumps(turns).replace('"', '""')
+    path.write_text(f'messages,id\n"{cell}",[broken\n', encoding="utf-8")
+    assert next(read_rows(path)).data == {"messages": json.dumps(turns), "id": "[broken"}
+    assert only(path).messages == turns
+    path.write_text(f'talk,id\n"{cell}",3\n', encoding="utf-8")
+    assert only(path, columns={"messages": "talk"}).messages == turns
+    path.write_text(f'chosen,rejected\n"{cell}","{cell.replace("{}", "no")}"\n', encoding="utf-8")
+    assert only(path, "preference").rejected == [assistant("no")]
+    path.write_text('prompt,responses,scores\nq,"[""a"", ""b""]","[1, 2]"\n', encoding="utf-8")
+    assert only(path, "preference").chosen == [assistant("b")]
+    path.write_text('messages\n"[{""role"": ""user"",}]"\n', encoding="utf-8")
+    item = next(read_samples(path, DataConfig(train="-", format="messages")))
+    assert "messages: not JSON (Expecting property name" in str(item.problem)
+
+
+def only(path: Path, kind: str = "sft", **settings: Any) -> Any:
+    """The sample of a file with one row."""
+    (item,) = read_samples(path, DataConfig(train="-", **settings), kind)
+    assert item.problem is None
+    return item.sample
+
+
+@pytest.mark.parametrize("cell", [
+    '{"name": "Ann", "age": 20}', "[1, 2]", '[{"role": "user", "content": "n0"}]', '[{"role": "tech"}]', '["a", "b"]',
+    '[{"role": "assistant", "content": "n0"}]', "42", "true", "null",
+])  # fmt: skip
+@pytest.mark.parametrize("header", ["prompt,completion", "instruction,output", "question,answer", "inputs,targets"])
+def test_csv_cells_that_look_like_json_are_text_where_text_is_meant(tmp_path: Path, cell: str, header: str) -> None:
+    quoted = '"' + cell.replace('"', '""') + '"'
+    (tmp_path / "x.csv").write_text(f"{header}\n{quoted},{quoted}\n", encoding="utf-8")
+    assert only(tmp_path / "x.csv").messages == [user(cell), assistant(cell)]
 
 
 def test_a_long_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
