@@ -31,7 +31,16 @@ def json_fields(prediction: str, reference: str) -> dict[str, bool] | None:
     if expected is None:
         return None
     given = _object(prediction) or {}
-    return {key: key in given and given[key] == value for key, value in expected.items()}
+    return {key: key in given and same(given[key], value) for key, value in expected.items()}
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal as JSON: 1 is 1.0, but true is not 1, at any depth."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
 
 
 def _object(text: str) -> dict[str, Any] | None:
