@@ -139,9 +139,14 @@ class Audit:
         return good
 
     def _note_control(self, item: Item, text: str) -> None:
-        hit = self._control.search(text)
+        found = self._control.search(text)
+        hit = None if found is None else found[0]
+        guard = getattr(self.encoder, "guard", None)
+        if hit is not None and guard is not None:  # names like <think> are tokens where the assistant writes them
+            messages = [m for c in conversations(item.sample).values() for m in c.messages]
+            hit = next((token for m in messages for token in guard.found(m["content"], m["role"])), None)
         if hit is not None:
-            what = f"{hit[0]!r} in the content looks like a control token; it is trained as plain text"
+            what = f"{hit!r} in the content looks like a control token; it is trained as plain text"
             self._note("warning", item, checks.Finding("warning", "control_token", what))
 
     def _describe(self, items: list[Item], texts: list[str]) -> None:
