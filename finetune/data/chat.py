@@ -95,7 +95,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, family: Any = None) -> None:
         self.tokenizer = tokenizer
         self.template, self.origin = templates.choose(tokenizer, family)
-        templates.check(self.template, tokenizer)
+        templates.check(self.template, tokenizer, self.origin)
         self.notice = None if tokenizer.chat_template else f"chat format: {self.origin}"
         self.variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self.annotated = templates.annotated(self.template, self.variables)

@@ -113,11 +113,11 @@ def failed_in(template: Any, error: Exception) -> str:
     return f"{template.name}, {line}" if template.name else line
 
 
-def check(template: str, tokenizer: Any) -> None:
+def check(template: str, tokenizer: Any, origin: str) -> None:
     """UserError, with file and line, for a template that is none or that fails on the plainest conversations."""
     import jinja2
 
-    file = template_file(tokenizer)
+    file = template_file(tokenizer) if tokenizer.chat_template else origin
     fix = "mend it, or set model.chat_template"
     try:
         compiled(template).name = file
