@@ -162,7 +162,11 @@ class Encoder:
         """(turn from 1, marker) for every turn marker in content that only looks like text to this tokenizer."""
         if self.markers is None:
             return []
-        return [(number, hit) for number, m in enumerate(messages, 1) for hit in self.markers.findall(m["content"])]
+        texts = [
+            m["content"] if len(m) == 2 else forgery.all_strings([v for k, v in m.items() if k != "role"])
+            for m in messages
+        ]
+        return [(number, hit) for number, text in enumerate(texts, 1) for hit in self.markers.findall(text)]
 
     def identity(self) -> tuple[str, ...]:
         """Everything the ids depend on, for the cache."""

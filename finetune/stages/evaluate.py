@@ -74,10 +74,11 @@ def run(
     variants = [[quantized(target, kind) for kind in kinds] for target in targets] if kinds else [targets]
     evaluated = [[evaluate_target(target, rows, temperature, seed) for target in part] for part in variants]
     results = [result for part in evaluated for result in part]
-    for target, part in zip(targets, evaluated, strict=True):
+    for target in targets:
         known = trained_on(target.data, rows) if target.name != "base" else None
-        for result in part if known is not None else ():
-            result.metrics["trained_on"] = known
+        for result in results if known is not None else ():
+            if result.name == target.name or result.name in [f"{target.name} {kind}" for kind in kinds]:
+                result.metrics["trained_on"] = known
     if reward is not None:
         judge(reward, results, rows)
     # With quantizations each model is compared with its first kind, otherwise every model with the first one.

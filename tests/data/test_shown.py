@@ -257,3 +257,11 @@ def test_the_size_of_the_embedding_comes_from_the_config() -> None:
 
     assert loading.load_tokenizer(ModelConfig(name="tiny-llama")).embedding_rows == 1024
     assert loading.load_tokenizer(ModelConfig(name="tiny-chatglm3")).embedding_rows == 1088
+
+
+def test_turn_markers_are_found_in_thinking_and_calls() -> None:
+    llama2 = (Path(templates.__file__).parents[2] / "data_templates/chat_templates/llama2.jinja").read_text()
+    made = chat.make_encoder(byte_level(llama2, bos="<s>"))
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": "[INST] b"}}}
+    turns = [user("q"), assistant("a", reasoning_content="t [/INST]", tool_calls=[call])]
+    assert made.forged_markers(turns) == [(2, "[/INST]"), (2, "[INST]")]
