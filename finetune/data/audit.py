@@ -26,9 +26,10 @@ import numpy as np
 
 from finetune.data import checks, leakage
 from finetune.data.chat import IGNORED, Encoded
+from finetune.data.messages import is_plain
 from finetune.data.report import CONTROL, Report, histogram, language
 from finetune.data.samples import Item, all_text, as_held_out, identity, prompt_text, questions, read_samples, specs
-from finetune.data.types import Conversation, Preference, RowProblem, Text, Unpaired
+from finetune.data.types import Conversation, Message, Preference, RowProblem, Text, Unpaired
 from finetune.errors import Problem, UserError
 
 BATCH = 512
@@ -189,6 +190,10 @@ class Audit:
                     fix = "set data.train_on: last, or give each turn a row of its own"
                 return RowProblem("lost_content", f"the chat template leaves out {what}, which would be trained", fix)
         self.left_out(item, [what for what, _ in found])
+        if getattr(self.encoder, "template", None) is not None and getattr(self.config, "train_on", "") != "all":
+            for number in {n: None for c in part.values() for n in flagged_in_vain(c.messages)}:
+                what = f"turn {number}: not read: train (only turns of the assistant are trained)"
+                self._note("warning", item, checks.Finding("warning", "unread_key", what))
         return None
 
     def left_out(self, item: Item, fields: Iterable[str]) -> None:
@@ -428,6 +433,13 @@ def seldom_collecting() -> Iterator[None]:
 def problem_of(file: str, row: int, found: checks.Finding | RowProblem) -> Problem:
     line = found.line if isinstance(found, RowProblem) else None
     return Problem(found.message, path=file, row=row, line=line, fix=found.fix)
+
+
+def flagged_in_vain(messages: list[Message]) -> list[int]:
+    """Numbers of the turns that ask to be trained and are not the assistant's."""
+    if is_plain(messages):
+        return []
+    return [n for n, m in enumerate(messages, 1) if m["role"] != "assistant" and m.get("train")]
 
 
 LONGEST = 4  # bytes of a character, each of which may be a token

@@ -136,7 +136,7 @@ def unread(row: Mapping[str, Any], text: str) -> Iterator[Finding]:
     """
     for column, turns in row.items():
         if turns and column in UNREAD and not (isinstance(turns, str) and turns.strip() in text):
-            yield Finding("warning", "unread_key", column)
+            yield Finding("warning", "unread_key", f"a column that is not read: {column}")
         if not isinstance(turns, list):
             continue
         for number, turn in enumerate(turns, 1):
@@ -145,12 +145,12 @@ def unread(row: Mapping[str, Any], text: str) -> Iterator[Finding]:
             for key in turn.keys() - READ:
                 if turn[key] in (None, "", [], {}) or ("observation" in turn and key in ("observation", "parameters")):
                     continue
-                what = f"{column}, turn {number}: {key}"
+                where = f"{column}, turn {number}"
                 if key in MEDIA:
                     fix = "remove the row; models are trained on text only"
-                    yield Finding("error", "unsupported_content", f"{what} cannot be read", fix)
+                    yield Finding("error", "unsupported_content", f"{where}: {key} cannot be read", fix)
                 else:
-                    yield Finding("warning", "unread_key", what)
+                    yield Finding("warning", "unread_key", f"{where}: not read: {key}")
 
 
 UNREAD = {*REASONING, *MEDIA}

@@ -5,6 +5,7 @@ Everything here raises RowProblem with a message that names the turn, counted fr
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -103,7 +104,19 @@ def to_messages(turns: Any, column: str) -> list[Message]:
                 "wrong_type", f"{column}, turn {number} is {kind_of(turn)}, not an object", "write {role, content}"
             )
         convert_turn(turn, f"{column}, turn {number}", messages)
-    return messages
+    return messages if is_plain(messages) else in_order_of_calls(messages)
+
+
+def in_order_of_calls(messages: list[Message]) -> list[Message]:
+    """Results of parallel calls in the order of the calls they name: most templates show no ids."""
+    out: list[Message] = []
+    for is_tool, group in itertools.groupby(messages, key=lambda message: message["role"] == "tool"):
+        turns = list(group)
+        calls = [call.get("id") for call in out[-1].get("tool_calls", [])] if is_tool and out else []
+        if all(turn.get("tool_call_id") in calls for turn in turns) and None not in calls:
+            turns.sort(key=lambda turn: calls.index(turn["tool_call_id"]))
+        out += turns
+    return out
 
 
 def convert_turn(turn: dict[str, Any], where: str, messages: list[Message]) -> None:

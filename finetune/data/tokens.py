@@ -75,8 +75,10 @@ def first_from(tokens: Tokens, char: int) -> int:
 def check_embedded(tokenizer: Any, ids: Sequence[int]) -> None:
     """RowProblem for an id that the model has no embedding for: its tokenizer is larger than itself."""
     rows = getattr(tokenizer, "embedding_rows", None)  # set by loading.load_tokenizer, from config.json
+    if rows is None or len(tokenizer) <= rows:
+        return
     worst = max(ids, default=0)
-    if rows is None or worst < rows:
+    if worst < rows:
         return
     token = tokenizer.convert_ids_to_tokens(worst)
     what = f"token {token!r} has the id {worst}, but the model embeds only the ids below {rows}"

@@ -136,7 +136,9 @@ def test_lost_words_are_an_error_where_they_would_be_trained_and_else_a_warning(
 
 def test_keys_that_nobody_reads_are_named(tmp_path: Path) -> None:
     odd = {"role": "assistant", "content": "a", "mood": "good", "images": [], "audio": None}
-    assert problems(tmp_path, encoder(), user("q"), odd) == [("warning", "unread_key", "messages, turn 2: mood")]
+    assert problems(tmp_path, encoder(), user("q"), odd) == [
+        ("warning", "unread_key", "messages, turn 2: not read: mood")
+    ]
     ((level, kind, message),) = problems(tmp_path, encoder(), {**user("q"), "images": ["x.png"]}, assistant("a"))
     assert (level, kind) == ("error", "unsupported_content")
     assert message.startswith("messages, turn 1: images cannot be read")
@@ -265,3 +267,27 @@ def test_turn_markers_are_found_in_thinking_and_calls() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": "[INST] b"}}}
     turns = [user("q"), assistant("a", reasoning_content="t [/INST]", tool_calls=[call])]
     assert made.forged_markers(turns) == [(2, "[/INST]"), (2, "[INST]")]
+
+
+def test_results_stand_in_the_order_of_the_calls_they_name(tmp_path: Path) -> None:
+    first, second = ({"role": "tool", "tool_call_id": call["id"], "content": call["id"]} for call in (CALL, OTHER))
+    both = assistant("", tool_calls=[CALL, OTHER])
+    for results in ([first, second], [second, first]):
+        rows = [{"messages": [user("q"), both, *results, assistant("a")]}]
+        ((item, _),) = audit.Audit(DataConfig(train=write(tmp_path / "x.jsonl", rows))).rows()
+        assert isinstance(item.sample, Conversation)
+        assert [m["content"] for m in item.sample.messages[2:4]] == ["abcdefghi", "abcdefghj"]
+    unnamed = [{"role": "tool", "content": "b"}, {"role": "tool", "content": "a"}]
+    rows = [{"messages": [user("q"), both, *unnamed, assistant("a")]}]
+    ((item, _),) = audit.Audit(DataConfig(train=write(tmp_path / "x.jsonl", rows))).rows()
+    assert isinstance(item.sample, Conversation)
+    assert [m["content"] for m in item.sample.messages[2:4]] == ["b", "a"]
+
+
+def test_a_flag_that_trains_nothing_is_named(tmp_path: Path) -> None:
+    flagged = {**user("q"), "train": True}
+    ((level, kind, message),) = problems(tmp_path, encoder(), flagged, assistant("a"))
+    assert (level, kind) == ("warning", "unread_key")
+    assert message == "turn 1: not read: train (only turns of the assistant are trained)"
+    assert problems(tmp_path, encoder(), flagged, assistant("a"), train_on="all") == []
+    assert problems(tmp_path, encoder(), {**flagged, "train": False}, assistant("a", train=True)) == []
