@@ -33,7 +33,7 @@ class Evaluation:
     correct: list[float] = field(repr=False)
     """Exact match per row (0 or 1), in the order of the data, for paired comparisons."""
     losses: list[float] = field(default_factory=list, repr=False)
-    """Mean negative log-likelihood per token of each row's reference."""
+    """Mean negative log-likelihood per token of each row's reference, where it is trained."""
     rewards: list[float] = field(default_factory=list, repr=False)
     """Score of each answer by a reward model, where one was asked."""
     groups: list[str | None] = field(default_factory=list, repr=False)
@@ -182,10 +182,11 @@ def evaluate(
     """Exact match with a 95% interval, per-field accuracy of JSON answers, loss and perplexity of the references.
 
     Where rows have groups, exact match also of each: `exact_match/GROUP`, `exact_match/GROUP_ci`, and `groups`, the
-    number of rows.
+    number of rows. Rows whose last turn is not trained have no loss: `rows_without_loss` counts them.
     """
     asked = [split_reference(c) for c in conversations]
     prompts = [encoder.prompt_ids(c.messages, c.tools) for c, _ in asked]
+    encoded = [encoder.encode(c, "last") for c, (_, r) in zip(conversations, asked, strict=True) if r is not None]
     begun = time.perf_counter()
     predictions = generate(model, encoder, prompts, max_new_tokens, batch_size, on_batch, temperature, seed)
     seconds = time.perf_counter() - begun
@@ -211,13 +212,16 @@ def evaluate(
         if fields:
             values["field_accuracy"] = metrics.mean([v for column in fields.values() for v in column])
             values["fields"] = {key: metrics.mean(column) for key, column in fields.items()}
-        encoded = [encoder.encode(c, "last") for c, r in zip(conversations, references, strict=True) if r is not None]
         scored = score(model, [(e.input_ids, e.labels) for e in encoded], encoder.tokenizer.pad_token_id, batch_size)
-        loss = sum(total for total, _ in scored) / max(1, sum(count for _, count in scored))
-        losses = [total / max(1, count) for total, count in scored]
-        values["loss"] = loss
-        values["loss_ci"] = list(metrics.ratio_interval([t for t, _ in scored], [c for _, c in scored]))
-        values["perplexity"] = metrics.perplexity(loss)
+        scored = [(total, count) for total, count in scored if count]  # none where the last turn is not trained
+        losses = [total / count for total, count in scored]
+        if scored:
+            loss = sum(total for total, _ in scored) / sum(count for _, count in scored)
+            values["loss"] = loss
+            values["loss_ci"] = list(metrics.ratio_interval([t for t, _ in scored], [c for _, c in scored]))
+            values["perplexity"] = metrics.perplexity(loss)
+        if len(scored) < len(encoded):
+            values["rows_without_loss"] = len(encoded) - len(scored)
     written = sum(len(encoder.tokenizer.encode(p, add_special_tokens=False)) + 1 for p in predictions)
     values["tokens_per_second"] = written / max(seconds, 1e-9)
     return Evaluation(name, len(conversations), values, predictions, correct, losses, groups=groups)

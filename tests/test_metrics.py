@@ -98,3 +98,11 @@ def test_doubling_has_an_interval_around_the_truth() -> None:
     truth = 5 / 2000**0.5 - 5 / 4000**0.5
     assert result["ci"][0] < truth < result["ci"][1]
     assert result["ci"][0] < result["gain"] < result["ci"][1]
+
+
+def test_true_is_not_one_in_json() -> None:
+    reference = '{"paid": true, "count": 1, "deep": [{"ok": false}], "share": 1.0}'
+    right = '{"paid": true, "count": 1.0, "deep": [{"ok": false}], "share": 1}'
+    wrong = '{"paid": 1, "count": true, "deep": [{"ok": 0}], "share": true}'
+    assert metrics.json_fields(right, reference) == dict.fromkeys(("paid", "count", "deep", "share"), True)
+    assert metrics.json_fields(wrong, reference) == dict.fromkeys(("paid", "count", "deep", "share"), False)

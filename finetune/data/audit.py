@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import itertools
 import operator
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -25,14 +26,16 @@ import numpy as np
 
 from finetune.data import checks, leakage, sources
 from finetune.data.chat import IGNORED, Encoded
+from finetune.data.messages import is_plain
 from finetune.data.report import CONTROL, Report, histogram, language
-from finetune.data.samples import Item, all_text, as_held_out, identity, prompt_text, read_samples, specs
-from finetune.data.types import Conversation, Preference, RowProblem, Text, Unpaired
+from finetune.data.samples import Item, all_text, as_held_out, identity, prompt_text, questions, read_samples, specs
+from finetune.data.types import Conversation, Message, Preference, RowProblem, Text, Unpaired
 from finetune.errors import Problem, UserError
 
 BATCH = 512
 LISTED = 1000  # warnings that are kept one by one; the counts are always complete
 LISTED_ERRORS = 20_000  # likewise for rows with errors
+SHORT = re.compile(r"^.*: |^the chat template leaves out (the )?| of turn \d+$")  # what a warning counts as
 Encoding = Encoded | dict[str, Encoded] | None
 """What a row became: a conversation's ids, or those of the answers of a pair by name."""
 
@@ -44,6 +47,7 @@ class Audit:
         self.problems: list[tuple[str, str, int, checks.Finding | RowProblem]] = []
         self.listed = (LISTED, LISTED_ERRORS)
         self.kinds: Counter[str] = Counter()
+        self.named: dict[str, Counter[str]] = {"unread_key": Counter(), "lost_content": Counter()}
         self.bad_rows: set[tuple[str, int]] = set()
         self.cut_off: list[Problem] = []  # files that could not be read to their end
         names = ("rows", "used", "dropped", "truncated", "cut_away", "duplicates", "leaked", "tokens", "trained_tokens")
@@ -102,7 +106,7 @@ class Audit:
                     self.cut_off.append(problem_of(item.file, item.row, item.problem))
                 continue
             usable, text = True, all_text(sample)
-            for finding in checks.check(sample, text):
+            for finding in itertools.chain(checks.check(sample, text), checks.unread(item.data, text)):
                 if finding.kind == "no_answer":
                     if self.kind == "prompts":
                         continue
@@ -120,7 +124,14 @@ class Audit:
         if self._held is not None:
             index, places = self._held
             prompts = [prompt_text(item.sample) for item in good]  # type: ignore[arg-type]
-            for row, match, similarity in index.search(prompts):
+            leaks = index.search(prompts)
+            known = {row for row, *_ in leaks}
+            for row, item in enumerate(good):
+                match = index.questions.get(questions(item.sample))  # type: ignore[arg-type]
+                if match is not None and row not in known:
+                    what = f"the question is in the held-out data ({places[match]}), under another system turn"
+                    self._note("warning", item, checks.Finding("warning", "same_question", what))
+            for row, match, similarity in leaks:
                 self.counts["leaked"] += 1
                 how = "is in the held-out data" if similarity == 1 else f"is {similarity:.0%} in the held-out data"
                 what = f"the prompt {how} ({places[match]})"
@@ -129,9 +140,14 @@ class Audit:
         return good
 
     def _note_control(self, item: Item, text: str) -> None:
-        hit = self._control.search(text)
+        found = self._control.search(text)
+        hit = None if found is None else found[0]
+        guard = getattr(self.encoder, "guard", None)
+        if hit is not None and guard is not None:  # names like <think> are tokens where the assistant writes them
+            messages = [m for c in conversations(item.sample).values() for m in c.messages]
+            hit = next((token for m in messages for token in guard.found(m["content"], m["role"])), None)
         if hit is not None:
-            what = f"{hit[0]!r} in the content looks like a control token; it is trained as plain text"
+            what = f"{hit!r} in the content looks like a control token; it is trained as plain text"
             self._note("warning", item, checks.Finding("warning", "control_token", what))
 
     def _describe(self, items: list[Item], texts: list[str]) -> None:
@@ -154,6 +170,7 @@ class Audit:
         for item, part in zip(items, parts, strict=True):
             encoded = dict(zip(part, results, strict=False))  # as many of the results as the part has names
             problem = next((e for e in encoded.values() if isinstance(e, RowProblem)), None) or self._forged(part)
+            problem = problem or self._lost(item, part, encoded)
             if problem is not None:
                 self._note("error", item, problem)
                 continue
@@ -161,6 +178,28 @@ class Audit:
             if kept is not None:
                 self.counts["used"] += 1
                 yield item, kept.get("", kept)
+
+    def _lost(self, item: Item, part: dict[str, Conversation], encoded: dict[str, Encoded]) -> RowProblem | None:
+        """What the chat template leaves out: an error where it would be trained, elsewhere a warning."""
+        found = dict.fromkeys(lost for row in encoded.values() for lost in row.lost)
+        for what, trained in found:
+            if trained:
+                last = any(what.endswith(f" {len(c.messages)}") for c in part.values())
+                fix = "set model.chat_template to one with a place for it, or take it out of the row"
+                if "thinking" in what and not last:
+                    fix = "set data.train_on: last, or give each turn a row of its own"
+                return RowProblem("lost_content", f"the chat template leaves out {what}, which would be trained", fix)
+        self.left_out(item, [what for what, _ in found])
+        if getattr(self.encoder, "template", None) is not None and getattr(self.config, "train_on", "") != "all":
+            for number in {n: None for c in part.values() for n in flagged_in_vain(c.messages)}:
+                what = f"turn {number}: not read: train (only turns of the assistant are trained)"
+                self._note("warning", item, checks.Finding("warning", "unread_key", what))
+        return None
+
+    def left_out(self, item: Item, fields: Iterable[str]) -> None:
+        for field in fields:
+            what = f"the chat template leaves out {field}"
+            self._note("warning", item, checks.Finding("warning", "lost_content", what))
 
     def _forged(self, part: dict[str, Conversation]) -> RowProblem | None:
         """Turn markers that are plain text to the tokenizer, written in content."""
@@ -211,7 +250,8 @@ class Audit:
             self.counts["dropped"] += 1
             self._note("warning", item, checks.Finding("warning", "overlong", f"{what}: left out"))
             return None
-        labels = row.labels[: self.limit]
+        end = whole(self.encoder.tokenizer, row.input_ids, int(self.limit or length))
+        labels = row.labels[:end]
         kept = len(labels) - labels.count(IGNORED)
         if not kept:
             self.counts["cut_away"] += 1
@@ -221,7 +261,7 @@ class Audit:
         self.counts["truncated"] += 1
         what += f": cut at the end, {trained - kept} of {trained} trained tokens lost"
         self._note("warning", item, checks.Finding("warning", "overlong", what, "raise data.max_length"))
-        return Encoded(row.input_ids[: self.limit], labels, row.weights and row.weights[: self.limit]), kept
+        return Encoded(row.input_ids[:end], labels, row.weights and row.weights[:end]), kept
 
     # --- the outcome ---
 
@@ -232,6 +272,8 @@ class Audit:
 
     def _note(self, level: str, item: Item, finding: checks.Finding | RowProblem) -> None:
         self.kinds[finding.kind] += 1
+        if level == "warning" and finding.kind in self.named:
+            self.named[finding.kind][SHORT.sub("", finding.message)] += 1
         if level == "error":
             self.bad_rows.add((item.file, item.row))
             if len(self.bad_rows) > self.listed[1]:
@@ -298,9 +340,16 @@ class Audit:
         for name, what in told.items():
             if self.counts[name]:
                 lines.append(f"{self.counts[name]:,} {what}")
-        for kind, what in {"control_token": "rows with control tokens in content (trained as plain text)"}.items():
+        told = {"control_token": "rows with control tokens in content (trained as plain text)"}
+        told |= {"same_question": "rows whose question is in the held-out data, under another system turn"}
+        for kind, what in told.items():
             if self.kinds[kind]:
                 lines.append(f"{self.kinds[kind]:,} {what}")
+        told = {"unread_key": "keys that are not read", "lost_content": "fields that the chat template leaves out"}
+        for kind, what in told.items():
+            if self.kinds[kind]:
+                names = [name for name, _ in self.named[kind].most_common(6)]
+                lines.append(f"{self.kinds[kind]:,} {what}: {', '.join([*names[:5], *('…' for _ in names[5:])])}")
         if self.bad_rows:
             lines.append(f"{len(self.bad_rows):,} rows left out: they cannot be used")
         return lines
@@ -348,13 +397,14 @@ class Audit:
         """The held-out prompts and their places."""
         if eval_data is None:
             return None
-        prompts, places = [], []
+        prompts, asked, places = [], [], []
         for spec in specs(eval_data):
             for item in read_samples(sources.held_out(spec), as_held_out(self.config), None):
                 if item.sample is not None:
                     prompts.append(prompt_text(item.sample))
+                    asked.append(questions(item.sample))
                     places.append(f"{item.file}, row {item.row}")
-        return leakage.Index(prompts), places
+        return leakage.Index(prompts, asked), places
 
 
 def check(
@@ -383,6 +433,24 @@ def seldom_collecting() -> Iterator[None]:
 def problem_of(file: str, row: int, found: checks.Finding | RowProblem) -> Problem:
     line = found.line if isinstance(found, RowProblem) else None
     return Problem(found.message, path=file, row=row, line=line, fix=found.fix)
+
+
+def flagged_in_vain(messages: list[Message]) -> list[int]:
+    """Numbers of the turns that ask to be trained and are not the assistant's."""
+    if is_plain(messages):
+        return []
+    return [n for n, m in enumerate(messages, 1) if m["role"] != "assistant" and m.get("train")]
+
+
+LONGEST = 4  # bytes of a character, each of which may be a token
+
+
+def whole(tokenizer: Any, ids: list[int], end: int) -> int:
+    """`end`, or the place before it where no character is cut in half."""
+    for place in range(end, max(end - LONGEST, 0), -1):
+        if not tokenizer.decode(ids[max(place - 2 * LONGEST, 0) : place]).endswith("\ufffd"):
+            return place
+    return end
 
 
 def conversations(sample: Any) -> dict[str, Conversation]:

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from finetune.data import chat_glm, forgery, templates
+from finetune.data import chat_glm, forgery, shown, templates
 from finetune.data.forgery import Guard
 from finetune.data.glm_encoder import GlmEncoder
 from finetune.data.messages import is_plain
-from finetune.data.tokens import ByLength, Tokens, first_from
+from finetune.data.tokens import ByLength, Tokens, check_embedded, first_from
 from finetune.data.types import IGNORED, Conversation, Encoded, Message, RowProblem, attempted
 
 
@@ -41,6 +41,7 @@ class Plan:
     """The template writes no end of turn after the last reply."""
     last_weight: float = 1.0
     """Weight of the last reply."""
+    lost: tuple[tuple[str, bool], ...] = ()
 
 
 def make_encoder(tokenizer: Any, family: Any = None) -> Encoder | GlmEncoder:
@@ -94,6 +95,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, family: Any = None) -> None:
         self.tokenizer = tokenizer
         self.template, self.origin = templates.choose(tokenizer, family)
+        templates.check(self.template, tokenizer, self.origin)
         self.notice = None if tokenizer.chat_template else f"chat format: {self.origin}"
         self.variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self.annotated = templates.annotated(self.template, self.variables)
@@ -105,7 +107,10 @@ class Encoder:
         self.end_id = self.stop_ids[0] if self.stop_ids else None
         self.markers = self._markers()
         self._verified: set[Any] = set()
+        self.losses = shown.Losses(self._shown, shown.tags_of(self.template))
         self._fast = getattr(tokenizer, "backend_tokenizer", None) is not None
+        plainest = templates.attempt(self.template, [templates.U, templates.A], None, self.variables)
+        check_embedded(tokenizer, [*self.stop_ids, *self._tokenize([plainest or ""])[0].ids])  # once, not for every row
 
     # --- what callers use ---
 
@@ -149,13 +154,19 @@ class Encoder:
         """Ids of the conversation so far and the header of the assistant's turn, for generation."""
         messages, tools, _, mark = self._guarded(*self._expressible(messages, tools))
         text = templates.render(self.template, messages, tools, self.variables, prompt=True)
-        return self._tokenize([text])[0].ids if mark is None else self.guard.tokens(text, mark).ids
+        ids = self._tokenize([text])[0].ids if mark is None else self.guard.tokens(text, mark).ids
+        check_embedded(self.tokenizer, ids)
+        return ids
 
     def forged_markers(self, messages: list[Message]) -> list[tuple[int, str]]:
         """(turn from 1, marker) for every turn marker in content that only looks like text to this tokenizer."""
         if self.markers is None:
             return []
-        return [(number, hit) for number, m in enumerate(messages, 1) for hit in self.markers.findall(m["content"])]
+        texts = [
+            m["content"] if len(m) == 2 else forgery.all_strings([v for k, v in m.items() if k != "role"])
+            for m in messages
+        ]
+        return [(number, hit) for number, text in enumerate(texts, 1) for hit in self.markers.findall(text)]
 
     def identity(self) -> tuple[str, ...]:
         """Everything the ids depend on, for the cache."""
@@ -166,6 +177,10 @@ class Encoder:
 
     def plan(self, conversation: Conversation, train_on: str = "assistant") -> Plan:
         """The text and what is trained in it."""
+        lost = self.losses.of(conversation.messages, conversation.tools)
+        trained = (
+            {i for i, weight in turn_weights(conversation.messages, train_on).items() if weight} if lost else set()
+        )
         messages, tools = self._expressible(conversation.messages, conversation.tools)
         weights = turn_weights(messages, train_on)
         messages, tools, content, mark = self._guarded(messages, tools)
@@ -175,9 +190,14 @@ class Encoder:
         ranges = [(*spans[i], weights[i]) for i in sorted(spans)]
         if train_on == "all" and any(from_tool(m) for m in messages):
             ranges += [(start, end, 0.0) for start, end in self._tool_output(text, messages, tools, content)]
-        return Plan(text, ranges, mark, train_on == "all", unfinished, weights.get(last, 1.0))
+        return Plan(
+            text, ranges, mark, train_on == "all", unfinished, weights.get(last, 1.0), shown.told(lost, trained)
+        )
 
     # --- steps ---
+
+    def _shown(self, messages: list[Message], tools: Any) -> str | None:
+        return templates.attempt(self.template, *self._expressible(messages, tools), self.variables)
 
     def _expressible(self, messages: list[Message], tools: Any) -> tuple[list[Message], Any]:
         """Tools as text where the template would leave them out silently."""
@@ -325,7 +345,8 @@ class Encoder:
                 weights.append(weight)
             if weight:
                 turns[-1] = (turns[-1][0], len(ids))
-        return Encoded(ids, labels, weights, turns)
+        check_embedded(self.tokenizer, ids)
+        return Encoded(ids, labels, weights, turns, plan.lost)
 
     def _markers(self) -> re.Pattern[str] | None:
         """The turn markers that the template writes as plain text."""

@@ -87,7 +87,7 @@ def encode_weighted(
     `train_on` is assistant, last or all; a message's own `train` (a flag or weight) goes before it.
     Raises RowProblem for what the format cannot hold.
     """
-    wanted = _weights(messages, train_on)
+    wanted = turn_weights(messages, train_on)
     if glm_version(tokenizer) == 2:
         return _encode_rounds(tokenizer, messages, tools, wanted, float(train_on == "all"))
     ids = _prefix(tokenizer)
@@ -109,7 +109,7 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return text.strip()
 
 
-def _weights(messages: Sequence[Message], train_on: str) -> list[float]:
+def turn_weights(messages: Sequence[Message], train_on: str) -> list[float]:
     """Loss weight of each message. Tool output has none, whatever its `train` says."""
     replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     chosen = {

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from finetune.data.forgery import all_strings
-from finetune.data.messages import is_plain
+from finetune.data.messages import MEDIA, READ, REASONING, is_plain
 from finetune.data.types import Conversation, Message, Preference, Sample, Text, Unpaired
 
 
@@ -87,8 +87,8 @@ def turn_order(messages: list[Message], answered: bool = True) -> list[Finding]:
     for number, message in enumerate(messages, 1):
         role = message["role"]
         if before not in FOLLOWS[role]:
-            what = order_message(number, role, before)
-            found.append(Finding("error", "wrong_order", what, "mend the order of the turns"))
+            what, fix = order_message(number, role, before), order_fix(message, before, messages[number - 2])
+            found.append(Finding("error", "wrong_order", what, fix))
             if role == "system":
                 continue  # one complaint is enough: judge the next turn by the one before
         if not message["content"].strip() and blank(message):
@@ -112,6 +112,48 @@ def order_message(number: int, role: str, before: str) -> str:
     if not before or before == "system":
         return f"turn {number}: the conversation begins with the {role}"
     return f"turn {number}: {role} after {before}"
+
+
+def order_fix(message: Message, before: str, previous: Message) -> str:
+    role = message["role"]
+    if role == "system":
+        return "move it to the beginning, or into the user's turn"
+    if role == before == "assistant":
+        if message.get("tool_calls") or previous.get("tool_calls"):
+            return "write them as one turn: parallel calls are one turn with several tool_calls"
+        return "join the two into one turn, or add the user's turn between them"
+    if role == before:
+        return "join the two into one turn, or add the answer between them"
+    if role == "tool":
+        return "put the assistant's turn with the call before it"
+    return "add the user's turn before it, or remove it"
+
+
+def unread(row: Mapping[str, Any], text: str) -> Iterator[Finding]:
+    """What a row says and nobody reads: keys of turns that mean nothing here, columns with thinking or images.
+
+    `text` is all that was read; the message of a warning ends with the key.
+    """
+    for column, turns in row.items():
+        if turns and column in UNREAD and not (isinstance(turns, str) and turns.strip() in text):
+            yield Finding("warning", "unread_key", f"a column that is not read: {column}")
+        if not isinstance(turns, list):
+            continue
+        for number, turn in enumerate(turns, 1):
+            if not isinstance(turn, dict) or len(turn) == 2 or not ("role" in turn or "from" in turn):
+                continue
+            for key in turn.keys() - READ:
+                if turn[key] in (None, "", [], {}) or ("observation" in turn and key in ("observation", "parameters")):
+                    continue
+                where = f"{column}, turn {number}"
+                if key in MEDIA:
+                    fix = "remove the row; models are trained on text only"
+                    yield Finding("error", "unsupported_content", f"{where}: {key} cannot be read", fix)
+                else:
+                    yield Finding("warning", "unread_key", f"{where}: not read: {key}")
+
+
+UNREAD = {*REASONING, *MEDIA}
 
 
 def blank_turn(number: int, message: Message) -> Iterable[Finding]:

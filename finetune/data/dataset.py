@@ -123,6 +123,7 @@ def split(table: Any, weighted: bool, config: Any, counts: dict[str, int], warni
     times[held] = 0
     rows = table.select_columns(columns)
     counts = {**counts, "eval_rows": int(held.sum())}
+    warnings = [*warnings, *uneven(held, config.eval_split)]
     if not times.any():
         raise UserError("every row is held out", key="data.eval_split", fix="hold out fewer rows")
     train = rows if (times == 1).all() else rows.select(np.repeat(np.arange(len(times)), times))
@@ -139,10 +140,23 @@ def held_out(hashes: np.ndarray, share: float | int | None) -> np.ndarray:
     return hashes <= limit
 
 
+def uneven(held: np.ndarray, share: float | int | None) -> list[str]:
+    """A warning where much more or less was held out than was asked."""
+    if not share or not len(held):
+        return []
+    wanted, got = share * len(held) if isinstance(share, float) else share, int(held.sum())
+    if got and abs(got - wanted) <= 5 * max(1.0, wanted) ** 0.5:
+        return []
+    return [f"data.eval_split holds out {got:,} of {len(held):,} rows: rows with the same first question stay together"]
+
+
 def times_used(hashes: np.ndarray, repeat: np.ndarray) -> np.ndarray:
     """How often each row is used: weight 2.5 is twice, and for half of the rows, by hash, once more."""
     whole = np.floor(repeat).astype(np.int64)
-    mixed = (hashes * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)  # not the bits that choose the held-out rows
+    order = np.argsort(hashes, kind="stable")
+    again = np.empty(len(hashes), np.uint64)  # 0, 1, 2, … for the rows of one question, which differ in this
+    again[order] = np.arange(len(hashes)) - np.searchsorted(hashes[order], hashes[order], "left")
+    mixed = ((hashes + again) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)  # not the bits that hold rows out
     return whole + (mixed / 2.0**53 < repeat - whole)
 
 

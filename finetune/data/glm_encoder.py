@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.data import chat_glm
+from finetune.data import chat_glm, shown
+from finetune.data.tokens import check_embedded
 from finetune.data.types import IGNORED, Conversation, Encoded, Message, RowProblem, attempted
 
 
@@ -21,12 +22,20 @@ class GlmEncoder:
         self.separator: int | None = tokenizer.eos_token_id
         self.stop_ids: list[int] = chat_glm.stop_ids(tokenizer)
         self.end_id = chat_glm.end_id(tokenizer)
+        self.losses = shown.Losses(self._shown)
 
     def encode(self, conversation: Conversation, train_on: str = "assistant") -> Encoded:
         messages, tools = conversation.messages, conversation.tools
         ids, weights = chat_glm.encode_weighted(self.tokenizer, messages, tools, train_on)
+        check_embedded(self.tokenizer, ids)
         labels = [token if weight else IGNORED for token, weight in zip(ids, weights, strict=True)]
-        return Encoded(ids, labels, weights if set(weights) - {0, 1} else None)
+        lost = self.losses.of(messages, tools)
+        trained = {i for i, weight in enumerate(chat_glm.turn_weights(messages, train_on)) if weight}
+        return Encoded(ids, labels, weights if set(weights) - {0, 1} else None, lost=shown.told(lost, trained))
+
+    def _shown(self, messages: list[Message], tools: Any) -> str | None:
+        ids = attempted(chat_glm.encode_messages, self.tokenizer, messages, tools)
+        return None if isinstance(ids, RowProblem) else str(self.tokenizer.decode(ids[0]))
 
     def encode_batch(
         self, conversations: Sequence[Conversation], train_on: str = "assistant"
@@ -49,4 +58,6 @@ class GlmEncoder:
         return (self.tokenizer.backend_tokenizer.to_str(), repr(chat_glm.glm_version(self.tokenizer)))
 
     def prompt_ids(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        return list(chat_glm.prompt_ids(self.tokenizer, messages, tools))
+        ids = list(chat_glm.prompt_ids(self.tokenizer, messages, tools))
+        check_embedded(self.tokenizer, ids)
+        return ids

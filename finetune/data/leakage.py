@@ -57,7 +57,12 @@ def windows(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Index:
-    def __init__(self, prompts: Sequence[str]) -> None:
+    def __init__(self, prompts: Sequence[str], questions: Sequence[str] = ()) -> None:
+        """questions: what samples.questions says of the same rows."""
+        self.questions: dict[str, int] = {}
+        for row, question in enumerate(questions):
+            if question:
+                self.questions.setdefault(question, row)
         self.exact: dict[int, int] = {}
         for row, prompt in enumerate(prompts):
             self.exact.setdefault(folded(prompt), row)

@@ -5,6 +5,7 @@ Everything here raises RowProblem with a message that names the turn, counted fr
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -24,7 +25,13 @@ ROLES = {
 }  # fmt: skip
 PLAIN = {name: role for name, role in ROLES.items() if role != "function_call"}
 FLAGS = ("train", "loss", "weight", "loss_weight", "training")
-KEPT = ("name", "tool_call_id", "metadata", "reasoning_content")
+KEPT = ("name", "tool_call_id", "metadata")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+READ = {
+    "role", "from", "content", "value", "text", "tool_calls", "function_call", "tools", *KEPT, *FLAGS, *REASONING,
+}  # fmt: skip
+"""The keys of a turn that mean something; `checks.turn_keys` names the others."""
 
 
 def is_plain(messages: Iterable[Message]) -> bool:
@@ -158,7 +165,19 @@ def to_messages(turns: Any, column: str) -> list[Message]:
                 "wrong_type", f"{column}, turn {number} is {kind_of(turn)}, not an object", "write {role, content}"
             )
         convert_turn(turn, f"{column}, turn {number}", messages)
-    return messages
+    return messages if is_plain(messages) else in_order_of_calls(messages)
+
+
+def in_order_of_calls(messages: list[Message]) -> list[Message]:
+    """Results of parallel calls in the order of the calls they name: most templates show no ids."""
+    out: list[Message] = []
+    for is_tool, group in itertools.groupby(messages, key=lambda message: message["role"] == "tool"):
+        turns = list(group)
+        calls = [call.get("id") for call in out[-1].get("tool_calls", [])] if is_tool and out else []
+        if all(turn.get("tool_call_id") in calls for turn in turns) and None not in calls:
+            turns.sort(key=lambda turn: calls.index(turn["tool_call_id"]))
+        out += turns
+    return out
 
 
 def convert_turn(turn: dict[str, Any], where: str, messages: list[Message]) -> None:
@@ -179,7 +198,8 @@ def convert_turn(turn: dict[str, Any], where: str, messages: list[Message]) -> N
         turn = spread(turn, raw, role, where)
         raw = turn["content"]
     if role == "function_call":
-        message: Message = {"role": "assistant", "content": "", "tool_calls": parse_calls(raw, where)}
+        calls = (turn.get("tool_calls") or turn.get("function_call")) if raw is MISSING else raw
+        message: Message = {"role": "assistant", "content": "", "tool_calls": parse_calls(calls, where)}
     else:
         if role == "tool" and isinstance(raw, dict | list):
             raw = json.dumps(raw, ensure_ascii=False)
@@ -193,7 +213,18 @@ def convert_turn(turn: dict[str, Any], where: str, messages: list[Message]) -> N
                 message["tool_calls"] = parse_calls(calls, where)
     if len(turn) > 2:
         extras(turn, message, where)
+    if role == "function_call" and messages and joins(messages[-1], message):
+        # Calls in a row are parallel calls, and what was said just before them belongs to the same turn.
+        before = messages.pop()
+        calls = [*before.get("tool_calls", []), *message["tool_calls"]]
+        message = {**before, **message, "content": before["content"], "tool_calls": calls}
     messages.append(message)
+
+
+def joins(before: Message, call: Message) -> bool:
+    """Whether a call is part of the turn before it."""
+    one_thought = "reasoning_content" not in call or "reasoning_content" not in before
+    return before["role"] == "assistant" and before.get("train") == call.get("train") and one_thought
 
 
 MISSING = object()
@@ -209,6 +240,12 @@ def extras(turn: dict[str, Any], message: Message, where: str) -> None:
         value = turn.get(key)
         if value is not None and value != "":
             message[key] = text_of(value, f"{where}, {key}")
+    for key in REASONING:
+        if turn.get(key) is not None and (text := text_of(turn[key], f"{where}, {key}")).strip():
+            if message.get("reasoning_content", text) != text:
+                what = f"{where}: two different texts of thinking, one of them under {key!r}"
+                raise RowProblem("two_thoughts", what, "keep one of them")
+            message["reasoning_content"] = text
     for key in FLAGS:
         if turn.get(key) is not None:
             message["train"] = loss_flag(turn[key], f"{where}, {key}")

@@ -15,7 +15,7 @@ import numpy as np
 
 from finetune.data.audit import Audit
 from finetune.data.chat import IGNORED, Encoded, scored_ids
-from finetune.data.dataset import SftData, held_out
+from finetune.data.dataset import SftData, held_out, uneven
 from finetune.data.samples import content_hash
 from finetune.data.types import Unpaired
 from finetune.errors import UserError
@@ -73,4 +73,5 @@ def _split(rows: list[dict[str, Any]], hashes: list[int], config: Any, audit: Au
         raise UserError("no row is left to train on", key="data.train", fix="give more rows, or hold out fewer")
     parts = [[row for row, out in zip(rows, held, strict=True) if bool(out) is wanted] for wanted in (False, True)]
     train, test = (datasets.Dataset.from_list(part) if part else None for part in parts)
-    return SftData(train, test, {**dict(audit.counts), "eval_rows": int(held.sum())}, audit.warnings())
+    warnings = [*audit.warnings(), *uneven(held, config.eval_split)]
+    return SftData(train, test, {**dict(audit.counts), "eval_rows": int(held.sum())}, warnings)

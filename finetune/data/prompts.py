@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.data.audit import Audit
+from finetune.data.shown import told
 from finetune.data.types import Conversation, Message, Preference, RowProblem, Text, Unpaired, attempted
 from finetune.errors import UserError
 
@@ -61,6 +62,7 @@ def load_prompts(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = 
         if isinstance(ids, RowProblem):
             audit.refuse(item, ids)
             continue
+        audit.left_out(item, [what for what, _ in told(encoder.losses.of(messages, sample.tools), set())])
         rows.append(Prompt(ids, messages, sample.tools, {**item.data, "reference": reference}))
     audit.settle()
     if not rows:

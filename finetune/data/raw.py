@@ -10,8 +10,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 
-from finetune.data import formats, sources
-from finetune.data.types import RowProblem
+from finetune.data import formats, samples, sources
+from finetune.data.types import RowProblem, Text
 from finetune.errors import UserError
 from finetune.recipe import DataConfig, SourceConfig
 
@@ -51,12 +51,12 @@ def _texts(source: str | SourceConfig, data: DataConfig) -> Iterator[str]:
         try:
             if row.problem is not None:
                 raise row.problem
-            samples = formats.convert_all(row.data, name, data.columns)
+            found = formats.convert_all(row.data, name, data.columns)
         except RowProblem as problem:
             if data.on_error == "stop" or problem.ends_file:
                 raise UserError(problem.message, path=row.file, row=row.row, fix=problem.fix) from None
             continue
-        for sample in samples:
+        for sample in found:
             yield sample.text
 
 
@@ -83,10 +83,12 @@ def pack(texts: Iterable[str], encode: Encode, length: int, separator: Sequence[
 
 def held_out(texts: Iterable[str], share: float | int) -> tuple[list[str], Iterator[str]]:
     """(held-out texts, the others) of a text stream. A share is drawn by content hash among the first 10,000 texts,
-    a number is taken from them likewise; the same text always falls on the same side."""
+    a number is taken from them likewise; the same text, up to case and spacing, always falls on the same side."""
     stream = iter(texts)
     first = list(islice(stream, 10_000))
     count = share if isinstance(share, int) else max(1, round(share * len(first)))
-    chosen = sorted(range(len(first)), key=lambda i: zlib.crc32(first[i].encode()))[: min(count, len(first) // 2)]
-    held = {first[i] for i in chosen}
-    return [text for text in first if text in held], (text for text in chain(first, stream) if text not in held)
+    keys = [samples.question(Text(text)) for text in first]
+    order = sorted(range(len(first)), key=lambda i: zlib.crc32(keys[i].encode("utf-8", "surrogatepass")))
+    held = {keys[i] for i in order[: min(count, len(first) // 2)]}
+    rest = (text for text in chain(first, stream) if samples.question(Text(text)) not in held)
+    return [text for text, key in zip(first, keys, strict=True) if key in held], rest

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import unicodedata
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -137,9 +138,35 @@ def prompt_text(sample: Sample) -> str:
     return "\x1e".join([m["content"] for m in messages if m["role"] != "assistant"])
 
 
+def question(sample: Sample) -> str:
+    """The user's first turn without case, spacing, width and closing punctuation: equal for what is the same question,
+    whatever the system turn says and however far the conversation goes on."""
+    if isinstance(sample, Text):
+        text = sample.text
+    else:
+        messages = sample.messages if isinstance(sample, Conversation) else sample.prompt
+        first = next((m["content"] for m in messages if m["role"] == "user"), None)
+        text = prompt_text(sample) if first is None else first
+    return folded(text)
+
+
+def questions(sample: Sample) -> str:
+    """All turns of the user, likewise; "" where there are none."""
+    if isinstance(sample, Text):
+        return ""
+    messages = sample.messages if isinstance(sample, Conversation) else sample.prompt
+    return "\x1e".join([folded(m["content"]) for m in messages if m["role"] == "user"])
+
+
+def folded(text: str) -> str:
+    text = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    short = "".join(text.casefold().split())
+    return short.rstrip(".!?。…") or short
+
+
 def content_hash(sample: Sample) -> int:
-    """64 bits over the prompt, the same on every machine; equal prompts fall on the same side of a split."""
-    return xxhash.xxh3_64_intdigest(prompt_text(sample).encode("utf-8", "surrogatepass"))
+    """64 bits over the question, the same on every machine; equal questions fall on the same side of a split."""
+    return xxhash.xxh3_64_intdigest(question(sample).encode("utf-8", "surrogatepass"))
 
 
 def identity(sample: Sample) -> int:

@@ -11,10 +11,13 @@ from __future__ import annotations
 import functools
 import json
 import re
+import traceback
+from pathlib import Path
 from typing import Any
 
 from finetune.data.messages import is_plain
 from finetune.data.types import Message, RowProblem
+from finetune.errors import UserError
 from finetune.recipe import resource_path
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -28,6 +31,7 @@ def shipped() -> dict[str, str]:
 
 
 def compiled(template: str) -> Any:
+    """The template, ready to be rendered; jinja2's TemplateSyntaxError where it is none."""
     # transformers' own environment (sandbox, filters): a private name, but the only way to be sure of rendering what
     # apply_chat_template renders. Cached there by template.
     from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -94,10 +98,51 @@ def rendered(template: Any, messages: list[Message], tools: Any, variables: Vari
             template.environment, template.name, template.blocks, {**shared, **variables, **given}, True, shared
         )
         return "".join(template.root_render_func(context))
-    except (jinja2.exceptions.TemplateError, TypeError, AttributeError, KeyError) as error:
+    except Exception as error:  # a template is a program, and raises whatever Python does
         fix = "change the row's turns, or set model.chat_template"
-        what = f"the chat template refuses this conversation: {error}"
-        raise RowProblem("template_refused", what, fix) from None
+        if type(error) is jinja2.exceptions.TemplateError:  # its own raise_exception
+            raise RowProblem("template_refused", f"the chat template refuses this conversation: {error}", fix) from None
+        what = f"the chat template fails in {failed_in(template, error)} ({type(error).__name__}: {error})"
+        raise RowProblem("template_failed", what, fix) from None
+
+
+def failed_in(template: Any, error: Exception) -> str:
+    """The template's file, where `check` has told it, and the line that raised."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+    line = f"line {template.get_corresponding_lineno(lines[-1]) if lines else 1}"
+    return f"{template.name}, {line}" if template.name else line
+
+
+def check(template: str, tokenizer: Any, origin: str) -> None:
+    """UserError, with file and line, for a template that is none or that fails on the plainest conversations."""
+    import jinja2
+
+    file = template_file(tokenizer) if tokenizer.chat_template else origin
+    fix = "mend it, or set model.chat_template"
+    try:
+        compiled(template).name = file
+    except jinja2.exceptions.TemplateSyntaxError as error:
+        what = f"the chat template is not valid: {error.message}"
+        raise UserError(what, path=file, line=error.lineno, key="model.chat_template", fix=fix) from None
+    problems = []
+    for messages in ([U, A], [U], [turn("system", "s1"), U, A]):
+        try:
+            render(template, messages, None, dict(tokenizer.special_tokens_map))
+            return
+        except RowProblem as problem:
+            problems.append(problem)
+    if all(problem.kind == "template_failed" for problem in problems):
+        raise UserError(problems[0].message, key="model.chat_template", fix=fix)
+
+
+def template_file(tokenizer: Any) -> str:
+    """Where the tokenizer's template stands, as far as it is known."""
+    folder = Path(str(tokenizer.name_or_path))
+    given = getattr(tokenizer, "template_file", None)
+    if given is not None:
+        return str(given)
+    known = (folder / "chat_template.jinja", folder / "tokenizer_config.json")
+    return str(next((file for file in known if file.is_file()), folder))
 
 
 def render_spans(

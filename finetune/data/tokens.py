@@ -9,6 +9,7 @@ first_from(tokens, char)  number of the first token that begins at a place or be
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,3 +70,16 @@ def first_from(tokens: Tokens, char: int) -> int:
     if token is None:  # white space that its token does not own, or the end
         return bisect_left([start for start, _ in tokens.offsets], char)
     return token if tokens.token_to_chars(token)[0] >= char else token + 1
+
+
+def check_embedded(tokenizer: Any, ids: Sequence[int]) -> None:
+    """RowProblem for an id that the model has no embedding for: its tokenizer is larger than itself."""
+    rows = getattr(tokenizer, "embedding_rows", None)  # set by loading.load_tokenizer, from config.json
+    if rows is None or len(tokenizer) <= rows:
+        return
+    worst = max(ids, default=0)
+    if worst < rows:
+        return
+    token = tokenizer.convert_ids_to_tokens(worst)
+    what = f"token {token!r} has the id {worst}, but the model embeds only the ids below {rows}"
+    raise RowProblem("unknown_token", what, "use the tokenizer that belongs to the model, or resize its embedding")

@@ -86,6 +86,8 @@ class Encoded:
     """Loss weight per token, only when a turn asked for one other than 0 and 1."""
     turns: list[tuple[int, int]] = field(default_factory=list)
     """Token ranges of the trained turns."""
+    lost: tuple[tuple[str, bool], ...] = ()
+    """(what of the conversation the ids do not hold, whether it would have been trained)."""
 
 
 def attempted(function: Any, *arguments: Any) -> Any:

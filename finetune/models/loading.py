@@ -104,13 +104,20 @@ def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTraine
     """
     config = read_config(model)
     if is_chatglm_layout(config):  # its own code cannot run here, and is never run
-        return build_tokenizer(fetch(sources.weights(model), sources.hub_revision(model)))
+        glm = build_tokenizer(fetch(sources.weights(model), sources.hub_revision(model)))
+        glm.embedding_rows = embedding_rows(config)
+        return glm
     tokenizer = _tokenizer(model, config)
+    tokenizer.embedding_rows = embedding_rows(config)
     if model.chat_template is not None:
         path = Path(model.chat_template)
         if not path.is_file():
             raise UserError("no such file", path=path, key="model.chat_template", fix="give a Jinja file")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot be read: {error}", path=path, key="model.chat_template") from None
+        tokenizer.template_file = str(path)  # so that what is wrong with it can be told with its place
     elif adapter is not None:
         tokenizer.chat_template = locked_template(adapter) or tokenizer.chat_template
     tokenizer.padding_side = "left"
@@ -120,6 +127,12 @@ def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTraine
         # pad == eos hides the end of turn from the loss in many trainers: generation then never stops.
         tokenizer.pad_token = _unused_token(tokenizer)
     return tokenizer
+
+
+def embedding_rows(config: dict[str, Any]) -> int | None:
+    """How many ids the model knows, by its config.json."""
+    parts = [config, config.get("text_config") or {}]
+    return next((part[key] for part in parts for key in ("padded_vocab_size", "vocab_size") if part.get(key)), None)
 
 
 def _tokenizer(model: ModelConfig, config: dict[str, Any]) -> PreTrainedTokenizerBase:

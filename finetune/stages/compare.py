@@ -322,7 +322,7 @@ def scaling_laws(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"method": m, "quantization": q, **metrics.doubling([r["rows"] for r in g], [r["row_losses"] for r in g])}
         for (m, q), g in groups.items()
-        if len({r["rows"] for r in g}) >= 3
+        if len({r["rows"] for r in g}) >= 3 and all(r["row_losses"] for r in g)
     ]
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from finetune.data import dataset, sources
 from finetune.data.audit import Audit, conversations
 from finetune.data.chat import make_encoder
+from finetune.data.seen import trained_on
 from finetune.data.types import Conversation
 from finetune.errors import UserError, visible
 from finetune.evaluation import Evaluation, evaluate, split_reference
@@ -77,11 +78,16 @@ def run(
     variants = [[quantized(target, kind) for kind in kinds] for target in targets] if kinds else [targets]
     evaluated = [[evaluate_target(target, rows, temperature, seed) for target in part] for part in variants]
     results = [result for part in evaluated for result in part]
+    for target in targets:
+        known = trained_on(target.data, rows) if target.name != "base" else None
+        for result in results if known is not None else ():
+            if result.name == target.name or result.name in [f"{target.name} {kind}" for kind in kinds]:
+                result.metrics["trained_on"] = known
     if reward is not None:
         judge(reward, results, rows)
     # With quantizations each model is compared with its first kind, otherwise every model with the first one.
     metrics = ["exact_match", *(f"exact_match/{group}" for group in results[0].metrics.get("groups", ()))]
-    metrics += ["loss"] if kinds else []
+    metrics += ["loss"] if kinds and all(r.losses for r in results) else []
     comparisons = [compare(part[0], other, m) for part in evaluated for other in part[1:] for m in metrics]
     if reward is not None:
         comparisons += [compare(part[0], other, "reward") for part in evaluated for other in part[1:]]
@@ -130,6 +136,8 @@ def evaluate_reward(path: str, data: str | None, limit: int | None) -> Evaluatio
         values[f"preference_accuracy/{group}"] = mean(column)
         values[f"preference_accuracy/{group}_ci"] = list(wilson(int(sum(column)), len(column)))
     values["margin"] = mean([a - b for a, b in zip(*scores, strict=True)])
+    known = trained_on(recipe.data, [item.sample for item in items if item.sample is not None])
+    values |= {} if known is None else {"trained_on": known}
     return Evaluation(Path(path).name or path, len(items), values, [], right, groups=groups)
 
 
@@ -250,7 +258,8 @@ def show(results: Sequence[Evaluation], comparisons: Sequence[dict[str, Any]], t
     """The table and the comparisons, to stdout; `title` goes on after the number of rows."""
     names = list(dict.fromkeys(k for r in results for k, v in r.metrics.items() if isinstance(v, float)))
     fields = list(dict.fromkeys(f for r in results for f in r.metrics.get("fields", {})))
-    table = Table(title=visible(f"held-out, n={results[0].n}{title}"), title_justify="left")
+    seen = {r.name: r.metrics["trained_on"] for r in results if r.metrics.get("trained_on")}
+    table = Table(title=visible(f"{'' if seen else 'held-out, '}n={results[0].n}{title}"), title_justify="left")
     if len(results) > WIDE:
         for heading in ("", *(n.replace("_", " ") for n in names)):
             table.add_column(visible(heading), justify="right" if heading else "left")
@@ -264,6 +273,8 @@ def show(results: Sequence[Evaluation], comparisons: Sequence[dict[str, Any]], t
         for field in fields:
             row(table, f"  {field}", *(f"{r.metrics.get('fields', {}).get(field, 0.0):.3f}" for r in results))
     show_table(table)
+    for name, count in seen.items():
+        say(f"{name} was trained on {count} of these {results[0].n} rows: its figures are not held-out")
     for item in comparisons:
         low, high = item["ci"]
         counts = f"{item['wins']} better, {item['losses']} worse, {item['ties']} same"

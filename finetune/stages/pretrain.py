@@ -27,6 +27,7 @@ from finetune import training
 from finetune.adapters.build import apply
 from finetune.data import raw, sources, world
 from finetune.data.samples import specs
+from finetune.data.tokens import check_embedded
 from finetune.errors import UserError
 from finetune.models import chatglm_export, chatglm_tokenizer, hardware, initial, loading, tiny
 from finetune.recipe import ModelConfig, PretrainRecipe, resolve
@@ -121,7 +122,10 @@ def _blocks(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple
     separator = _separator(tokenizer)
 
     def encode(text: str) -> list[int]:
-        return cast(list[int], tokenizer.encode(text, add_special_tokens=False))
+        ids = cast(list[int], tokenizer.encode(text, add_special_tokens=False))
+        if recipe.model.config is None:
+            check_embedded(tokenizer, ids)
+        return ids
 
     def packed(texts: Iterator[str]) -> Iterator[list[int]]:
         return raw.pack(texts, encode, data.max_length, separator)

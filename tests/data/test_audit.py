@@ -234,3 +234,29 @@ def test_half_a_character_can_be_taken_out(tmp_path: Path) -> None:
     path.write_text(json.dumps(make_rows(1)[0]) + '\n{"messages": [{"role": "user", "content": "\\ud83d"}]}\n')
     mend.mend(DataConfig(train=str(path)), tmp_path / "y.jsonl")
     assert "\\ud83d" in (tmp_path / "y.rejects.jsonl").read_text()
+
+
+def test_the_same_question_under_another_system_turn_is_told(tmp_path: Path) -> None:
+    held = write(tmp_path / "held.jsonl", [{"messages": [system("A"), user("Why is it so?"), assistant("a")]}])
+    rows = [
+        {"messages": [system("B, and at length."), user("why is it so"), assistant("b")]},
+        {"messages": [system("A"), user("Why is it so?"), assistant("c")]},
+        {"messages": [user("Why is it not?"), assistant("d")]},
+    ]
+    made = audit.Audit(DataConfig(train=write(tmp_path / "x.jsonl", rows)), None, "sft", held)
+    assert len(list(made.rows())) == 3
+    assert [(row, found.kind) for _, _, row, found in made.problems] == [(1, "same_question"), (2, "leakage")]
+    assert "1 rows whose question is in the held-out data, under another system turn" in made.warnings()
+    assert made.counts["leaked"] == 1
+    assert list(made.rejects()) == [(held.replace("held", "x"), 2)]  # --fix takes out what is surely the same
+
+
+def test_the_assistants_own_tags_are_no_forged_tokens(tmp_path: Path) -> None:
+    from test_templates import make
+
+    rows = [
+        {"messages": [user("q"), assistant("<think>\nt\n</think>\n\na")]},
+        {"messages": [user("<think> q"), assistant("a")]},
+    ]
+    found = audit.check(DataConfig(train=write(tmp_path / "x.jsonl", rows)), make("qwen3")[1]).problems
+    assert [(p["row"], p["kind"]) for p in found] == [(2, "control_token")]

@@ -134,7 +134,10 @@ def test_bases_without_a_template() -> None:
     assert plain.decode(made.prompt_ids([user("q")])) == "User: q\n\nAssistant:"
     from finetune.families import Family
 
-    assert chat.make_encoder(plain, Family("x", template="llama2.jinja")).template == templates.shipped()["llama2"]
+    llama2 = Family("x", template="llama2.jinja")
+    assert chat.make_encoder(byte_level(None, bos="<s>"), llama2).template == templates.shipped()["llama2"]
+    with pytest.raises(UserError, match=r"the shipped template llama2.jinja .*'bos_token' is undefined"):
+        chat.make_encoder(plain, llama2)
 
 
 def test_control_tokens_tell_the_template_of_a_base_without_one() -> None:

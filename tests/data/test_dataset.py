@@ -307,3 +307,74 @@ def test_a_cache_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = store.cache_folder.__wrapped__()
     assert found.is_dir()
     assert found.name.startswith("ft-cache-")
+def sides(path: str, **settings: Any) -> tuple[set[str], set[str]]:
+    """(train, held out): what stands in the brackets of each row's question."""
+    data = load(path, **settings)
+    train, held = (
+        {encoder().tokenizer.decode(row["input_ids"]).split("[")[1].split("]")[0] for row in rows}
+        for rows in (data.train, data.eval or [])
+    )
+    return train, held
+
+
+def test_the_same_question_in_other_words_of_the_system_stays_on_one_side(tmp_path: Path) -> None:
+    """With another system turn, spacing, case, width or closing mark, and however far the conversation goes on."""
+
+    def row(number: int, form: int) -> dict[str, Any]:
+        asked = f"What is [{number}]"
+        forms = [
+            [user(asked), assistant("a")],
+            [system("Be kind."), user(asked), assistant("b")],
+            [user(f"{asked} "), assistant("c")],
+            [user(f"  what  IS [{number}] ?"), assistant("d")],
+            [user(f"Ｗhat is [{number}]。"), assistant("e")],
+            [system("Be short."), user(asked), assistant("f"), user("And why?"), assistant("g")],
+        ]
+        return {"messages": forms[form]}
+
+    rows = [row(number, form) for number in range(60) for form in range(6)]
+    for share in (0.3, 40):
+        train, held = sides(write(tmp_path / "x.jsonl", rows), eval_split=share)
+        assert held
+        assert not train & held
+
+
+def test_rows_of_one_question_are_not_all_taken_or_left_by_a_weight(tmp_path: Path) -> None:
+    rows = [{"messages": [user("go on"), assistant(f"answer {i}")]} for i in range(400)]
+    data = load([SourceConfig(path=write(tmp_path / "x.jsonl", rows), weight=0.5)])
+    assert 150 < len(data.train) < 250
+
+
+def test_a_split_that_is_far_from_what_was_asked_is_told(tmp_path: Path) -> None:
+    same = write(tmp_path / "x.jsonl", [{"messages": [user("go on"), assistant(f"answer {i}")]} for i in range(400)])
+    assert load(same, eval_split=0.05).warnings == [
+        "data.eval_split holds out 0 of 400 rows: rows with the same first question stay together"
+    ]
+    assert load(write(tmp_path / "y.jsonl", make_rows(400)), eval_split=0.05).warnings == []
+
+
+def test_truncation_never_trains_half_a_character(tmp_path: Path) -> None:
+    rows = [{"messages": [user("q"), assistant(word * 40)]} for word in ("你", "é", "🙂", "a你")]
+    path = write(tmp_path / "x.jsonl", rows)
+    for length in range(40, 48):
+        for row in load(path, max_length=length).train:
+            assert length - 3 <= len(row["input_ids"]) <= length
+            assert "\ufffd" not in encoder().tokenizer.decode(row["input_ids"])
+            assert len(row["labels"]) == len(row["input_ids"])
+
+
+def test_a_row_whose_only_trained_token_is_half_a_character_is_left_out(tmp_path: Path) -> None:
+    row = {"messages": [user("q"), assistant("你好")]}
+    start = len(encoder().prompt_ids([user("q")]))
+    data = load(write(tmp_path / "x.jsonl", [*make_rows(30), row]), max_length=200)
+    assert data.counts["cut_away"] == 0
+    from finetune.data.audit import Audit
+
+    found = Audit(DataConfig(train=write(tmp_path / "y.jsonl", [row]), max_length=start + 2), encoder())
+    assert list(found.rows()) == []
+    assert found.counts["cut_away"] == 1
+
+
+def test_a_replacement_character_of_the_user_is_no_half_character(tmp_path: Path) -> None:
+    row = {"messages": [user("q"), assistant("\ufffd" * 40)]}
+    assert len(load(write(tmp_path / "x.jsonl", [row]), max_length=44).train[0]["input_ids"]) > 40

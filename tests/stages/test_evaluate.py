@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ft, train
+from conftest import ft, train, write_rows
 
 from finetune.errors import UserError
 from finetune.stages import evaluate
@@ -226,3 +226,44 @@ def test_no_held_out_data(recipe: Recipe) -> None:
     run = train(recipe())
     with pytest.raises(UserError, match=r"no held-out data.*--data"):
         evaluate.run([str(run.path)], None, None, None, None, False, None, None)
+
+
+def test_rows_whose_last_turn_is_not_trained_have_no_loss(base: Path, tmp_path: Path) -> None:
+    """They count neither as 0 nor as perfect: the loss is that of the other rows alone."""
+    from finetune.data import dataset
+
+    def row(number: int, **more: object) -> dict[str, object]:
+        answer = {"role": "assistant", "content": f"answer {number}", **more}
+        return {"messages": [{"role": "user", "content": f"q {number}"}, answer]}
+
+    (target,) = evaluate.find_targets([], None, str(base), None)
+    target = evaluate.Target("x", target.model, None, target.data, target.eval.model_copy(update={"max_new_tokens": 2}))
+
+    def measured(*rows: dict[str, object]) -> evaluate.Evaluation:
+        path = write_rows(tmp_path / "rows.jsonl", list(rows))
+        return evaluate.evaluate_target(target, dataset.load_eval_rows(str(path), target.data))
+
+    alone, mixed = measured(row(1)), measured(row(1), row(2, train=False), row(3, weight=0))
+    assert mixed.metrics["loss"] == pytest.approx(alone.metrics["loss"], rel=1e-4)
+    assert mixed.losses == pytest.approx(alone.losses, rel=1e-4)
+    assert (mixed.n, mixed.metrics["rows_without_loss"]) == (3, 2)
+    none = measured(row(1, train=False))
+    assert "loss" not in none.metrics
+    assert "perplexity" not in none.metrics
+    assert none.losses == []
+
+
+def test_a_run_on_its_own_training_rows_is_not_called_held_out(
+    recipe: Recipe, rows: Path, held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = train(recipe(eval={"max_new_tokens": 2})).path, tmp_path / "eval.json"
+    evaluate.run([str(run)], None, None, None, str(rows), True, 8, str(file))
+    base, tuned = (result["metrics"] for result in json.loads(file.read_text())["runs"])
+    assert tuned["trained_on"] == 8
+    assert "trained_on" not in base
+    shown = capsys.readouterr().out
+    assert "run was trained on 8 of these 8 rows: its figures are not held-out" in shown
+    assert "held-out, n=" not in shown
+    evaluate.run([str(run)], None, None, None, str(held_out), False, 2, str(file))
+    assert json.loads(file.read_text())["runs"][0]["metrics"]["trained_on"] == 0
+    assert "held-out, n=2" in capsys.readouterr().out
