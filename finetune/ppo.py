@@ -392,9 +392,11 @@ class Ppo:
         np.random.seed(drawn % 2**32)
         prompts = self.prompts_of(self.state.step)
         rollout = self.collect(prompts)
+        steps = self.steps
         found = self.update(rollout, proof)
         rate = self.scheduler.get_last_lr()[0]
-        self.scheduler.step()
+        if self.steps > steps:  # or loss scaling has left all of them out
+            self.scheduler.step()
         self.state.step += 1
         lengths = rollout.replies.mask.sum(1)
         row = {
