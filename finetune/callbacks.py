@@ -108,8 +108,11 @@ class Ranks(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         ranks.plan(model, self.section, state.max_steps)
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        ranks.allocate(model, state.global_step + 1)
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        if not skipped(optimizer):  # its gradients are no numbers
+            ranks.allocate(model, state.global_step + 1)
 
 
 class Guard(TrainerCallback):
