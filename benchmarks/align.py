@@ -70,7 +70,7 @@ def main() -> None:
         kl = seconds = ""
         if path is not None:
             seconds = f"{read(path / 'result.json')['seconds']:.0f} s"
-            rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+            rows = [json.loads(line) for line in (path / "metrics.jsonl").open(encoding="utf-8")]
             kl = f"{rows[-1]['kl']:.2f}" if "kl" in rows[-1] else ""
         cells = [share(metrics, f"exact_match/{group}") for group in GROUPS]
         table.add_row(name, *cells, f"{metrics['reward']:+.2f}", kl, seconds)

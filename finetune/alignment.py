@@ -110,11 +110,12 @@ def run_stage(
         training.show_plan(recipe, data.counts, plan)
         return
 
+    inputs = training.known_inputs(recipe, parts.tokenizer, parts.encoder.template, resume)
     notes = training.announce(data.warnings, plan.total_steps, too_long)
     with open_run(recipe, overwrite, resume) as folder:
         training.start(recipe)
         model, base, trainer = make(recipe, folder, parts, data, plan, machine)
-        outcome = training.fit(trainer, folder, resume)
+        outcome = training.fit(trainer, folder, resume, inputs)
         weights = training.save(recipe, folder, model, parts.tokenizer, parts.encoder.template, base)
         if (reason := look(folder)) is not None:
             warn(reason)

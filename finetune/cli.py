@@ -361,7 +361,12 @@ def main() -> None:
             raise
         _print_errors(render(error), "yellow" if error.exit_code == 130 else "red")
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as error:
+        if isinstance(error.__cause__, EOFError):  # typer takes every EOFError for Ctrl-D
+            if debug:
+                raise
+            _print_bug(error.__cause__)
+            sys.exit(1)
         _print_errors(["interrupted"], "yellow")
         sys.exit(130)
     except BrokenPipeError:
@@ -379,8 +384,12 @@ def main() -> None:
             _print_errors(render(known), "red")
             _close_stdout()
             sys.exit(known.exit_code)
-        _print_errors([f"{type(error).__name__}: {error}", "this is a bug; --debug shows the traceback"], "red")
+        _print_bug(error)
         sys.exit(1)
+
+
+def _print_bug(error: BaseException) -> None:
+    _print_errors([f"{type(error).__name__}: {error}", "this is a bug; --debug shows the traceback"], "red")
 
 
 def _print_errors(lines: list[str], style: str) -> None:

@@ -29,9 +29,9 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from finetune import rl
 from finetune.actors import Actors
-from finetune.adapters.proof import Proof
+from finetune.adapters.proof import Proof, check_finite
 from finetune.adapters.seats import seated
-from finetune.callbacks import Guard
+from finetune.callbacks import Guard, check_scale
 from finetune.data.chat import scored_end
 from finetune.data.prompts import Prompt
 from finetune.errors import RunError
@@ -94,15 +94,18 @@ class Ppo:
     def __init__(
         self, recipe: PpoRecipe, run: Run, actors: Actors, encoder: Any, prompts: Sequence[Prompt],
         held_out: Sequence[Prompt], scorers: dict[str, Scorer], arguments: dict[str, Any], rows: int,
+        inputs: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
             scorers: rules by name, beside the reward model of `actors`.
             arguments: transformers' TrainingArguments; rows: per forward pass.
+            inputs: what the run reads, by content, for its checkpoints.
         """
         self.recipe, self.config, self.run, self.actors, self.encoder = recipe, recipe.ppo, run, actors, encoder
         self.prompts, self.held_out, self.scorers = prompts, held_out, scorers
-        self.rows = rows
+        self.rows, self.inputs = rows, inputs or {}
+        self.steps = self.left_out = 0  # steps of the optimizer, and those that loss scaling has left out
         self.pad = encoder.tokenizer.pad_token_id
         judge = actors.judge
         own = judge.encoder if judge is not None else None
@@ -284,6 +287,11 @@ class Ppo:
             raise RunError(f"the gradient became {norm} at step {self.state.step + 1}: lower train.learning_rate")
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if math.isfinite(norm):
+            self.steps += 1
+        else:
+            self.left_out += 1
+            check_scale(self.scaler, self.state.step + 1)
         self.optimizer.zero_grad()
         return norm
 
@@ -334,11 +342,12 @@ class Ppo:
         self.guard, progress, proof = Guard(), Progress("ppo"), Proof(self.module, PATIENCE)
         self.guard.on_train_begin(None, None, None)
         progress.start(self.total, self.state.step)
-        begun = time.perf_counter()
+        begun = time.perf_counter() - self.state.seconds
         try:
             while self.state.step < self.total and not self.guard.stopped:
                 row = self.step(proof)
                 self.state.losses.append(row["loss"])
+                self.state.seconds = time.perf_counter() - begun
                 row["tokens_per_second"] = progress.rate(row.pop("tokens"))
                 progress.step(self.state.step)
                 logged = self.state.step % self.recipe.train.logging_steps == 0 or self.state.step in (1, self.total)
@@ -358,6 +367,11 @@ class Ppo:
         finally:
             progress.stop()
             self.guard.on_train_end(None, None, None)
+        if self.finished:
+            if self.left_out and not self.steps:
+                what = f"loss scaling has left out all {self.left_out} steps: nothing was trained"
+                raise RunError(f"{what}; set model.dtype: bfloat16 or float32")
+            check_finite(self.weights().items(), "at the end")
         result = {
             "trained": proof.finish() if self.finished and proof.seen else None, "train_loss": mean(self.state.losses),
             "steps": self.state.step, "seconds": round(time.perf_counter() - begun, 2),
@@ -378,9 +392,11 @@ class Ppo:
         np.random.seed(drawn % 2**32)
         prompts = self.prompts_of(self.state.step)
         rollout = self.collect(prompts)
+        steps = self.steps
         found = self.update(rollout, proof)
         rate = self.scheduler.get_last_lr()[0]
-        self.scheduler.step()
+        if self.steps > steps:  # or loss scaling has left all of them out
+            self.scheduler.step()
         self.state.step += 1
         lengths = rollout.replies.mask.sum(1)
         row = {
@@ -434,12 +450,15 @@ class Ppo:
 
     def save(self) -> None:
         """A checkpoint between rollouts, complete or not there."""
-        weights = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        save_checkpoint(self.run, self.state, weights, self._stateful(), self.recipe.train.save_total_limit)
+        keep = self.recipe.train.save_total_limit
+        save_checkpoint(self.run, self.state, self.weights(), self._stateful(), keep, self.inputs)
 
     def load(self, folder: Path) -> None:
-        weights = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        self.state = load_checkpoint(folder, weights, self._stateful())
+        self.state = load_checkpoint(folder, self.weights(), self._stateful())
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What is trained, by name."""
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
 
     def _stateful(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune.adapters.proof import check_finite
 from finetune.errors import RunError
 from finetune.metrics import mean
 from finetune.progress import warn
 from finetune.recipe import PpoConfig
-from finetune.run import CHECKPOINT_COMPLETE, Run, write_json
+from finetune.run import Run, complete, rotate, write_json
 
 DEGENERATE = 3  # rollouts in a row that must look bad before a run is stopped
 FAR = 2  # rollouts in a row over max_kl: the estimator's tail is heavy, one unlikely token can be 20 nats
@@ -62,6 +63,7 @@ class State:
     losses: list[float] = field(default_factory=list)
     before: list[float] = field(default_factory=list)
     """Scores of the held-out prompts before training."""
+    seconds: float = 0.0
 
 
 class Degenerate(RunError):
@@ -115,15 +117,20 @@ def degeneration(row: Mapping[str, Any], first: Mapping[str, float]) -> list[str
 
 
 def save_checkpoint(
-    run: Run, state: State, weights: Mapping[str, torch.Tensor], stateful: Mapping[str, Any], keep: int
-) -> None:
+    run: Run, state: State, weights: Mapping[str, torch.Tensor], stateful: Mapping[str, Any], keep: int,
+    inputs: Mapping[str, str],
+) -> None:  # fmt: skip
     """checkpoints/checkpoint-STEP, complete or not there; older ones over `keep` go.
 
     Args:
         weights: what is trained, by name; stateful: optimizer, scheduler, … by name.
+        inputs: what the run reads, by content.
     """
+    check_finite(weights.items(), f"at step {state.step}")
     folder = run.checkpoints / f"checkpoint-{state.step}"
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)  # what a kill or a damaged checkpoint has left
+    folder.mkdir(parents=True)
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     save_file(copies, folder / "trainable.safetensors")
     random: dict[str, Any] = {"cpu": torch.get_rng_state()}
@@ -131,12 +138,8 @@ def save_checkpoint(
         random["cuda"] = torch.cuda.get_rng_state_all()
     torch.save({**{k: v.state_dict() for k, v in stateful.items()}, "random": random}, folder / "optimizer.pt")
     write_json(folder / "state.json", asdict(state))
-    (folder / CHECKPOINT_COMPLETE).touch()
-    found = sorted(run.checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    done = [path for path in found if (path / CHECKPOINT_COMPLETE).exists()]
-    for old in found:
-        if old not in done[-keep:]:  # also what a kill has left half-written
-            shutil.rmtree(old)
+    complete(folder, inputs=dict(inputs))
+    rotate(run.checkpoints, keep)
 
 
 @torch.no_grad()

@@ -11,8 +11,13 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 import platform
+import shutil
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +43,12 @@ MARK = "# Written by ft: the recipe of the run in this folder, which --overwrite
 LOCK = ".lock"
 ASIDE = ".replaced"  # what --overwrite replaces, until the new run is finished
 CHECKPOINT_COMPLETE = "complete"  # written last into a checkpoint: without it the checkpoint is half-written
+SUMMED_BELOW = 1 << 26  # files of a checkpoint up to 64 MiB have a checksum; of larger ones the size is known
+# What a recipe may name by another path when a run goes on: it is the content that must be the same.
+PLACES = (
+    "output.dir", "model.name", "model.adapter", "model.tokenizer", "model.chat_template", "data.train", "eval.data",
+    "reward.model", "reward.train", "reward.functions",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,10 +85,34 @@ class Run:
     def result(self) -> Path:
         return self.path / "result.json"
 
+    def complete_checkpoints(self) -> list[Path]:
+        """Newest first."""
+        return [path for path in checkpoints_of(self.checkpoints) if (path / CHECKPOINT_COMPLETE).exists()]
+
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""
-        found = [p for p in self.checkpoints.glob("checkpoint-*") if (p / CHECKPOINT_COMPLETE).exists()]
-        return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+        return next(iter(self.complete_checkpoints()), None)
+
+    def usable_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint that can be read; what is wrong with newer ones is said. None without any.
+
+        UserError when there are some and none can be read.
+        """
+        found = self.complete_checkpoints()
+        reasons: list[str] = []
+        for path in found:
+            if (reason := damage(path)) is None:
+                for broken, why in zip(found, reasons, strict=False):
+                    warn(f"{broken} is damaged ({why}): going on from {path.name}")
+                    (broken / CHECKPOINT_COMPLETE).unlink()  # from now on it is as if half-written
+                return path
+            reasons.append(reason)
+        if found:
+            fix = "start again with --overwrite"
+            raise UserError(
+                [Problem(f"is damaged ({why})", path, fix=fix) for path, why in zip(found, reasons, strict=True)]
+            )
+        return None
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         append_lines(self.metrics, [row])
@@ -86,25 +121,129 @@ class Run:
         return read_lines(self.metrics)
 
     def forget_after(self, step: int) -> None:
-        """Drop the metrics and samples of steps that a resumed run will take again."""
+        """Drop the metrics and samples of steps that a resumed run will take again, and lines that a kill cut off."""
         for path in (self.metrics, self.samples):
             if path.exists():
-                rows = [row for row in read_lines(path) if row["step"] <= step]
-                write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                rows = [row for row in read_lines(path) if row.get("step", 0) <= step]
+                write_atomically(path, "".join(map(as_line, rows)))
 
     def finish(self, result: dict[str, Any]) -> None:
         write_json(self.result, {**result, "versions": versions()})
 
 
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Every checkpoint-STEP in it, complete or not, newest first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+
+
+def complete(checkpoint: Path, **known: Any) -> None:
+    """Mark a checkpoint in which everything is, with what is in it and what has to be known to go on."""
+    files = {str(p.relative_to(checkpoint)): _size(p) for p in sorted(checkpoint.rglob("*")) if p.is_file()}
+    files.pop(CHECKPOINT_COMPLETE, None)
+    write_json(checkpoint / CHECKPOINT_COMPLETE, {"files": files, **known})
+
+
+def known_of(checkpoint: Path) -> dict[str, Any]:
+    """What `complete` was told; nothing of checkpoints of earlier versions."""
+    try:
+        found = json.loads((checkpoint / CHECKPOINT_COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def rotate(folder: Path, keep: int, best: str | None = None) -> None:
+    """Keep the newest `keep` complete checkpoints of a folder, and the best one; also half-written ones go.
+
+    To be called when a new one is complete: then there is never a moment without one.
+    """
+    found = checkpoints_of(folder)
+    done = [path for path in found if (path / CHECKPOINT_COMPLETE).exists()]
+    for old in found:
+        if old not in done[:keep] and (old not in done or old.name != best) and not old.is_symlink():
+            shutil.rmtree(old)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a complete checkpoint; None when all of it can be read."""
+    files = known_of(checkpoint).get("files")
+    if files is None:
+        if (checkpoint / CHECKPOINT_COMPLETE).stat().st_size:
+            return f"{CHECKPOINT_COMPLETE} cannot be read"
+        ours = {"state.json"} if (checkpoint / "state.json").exists() else {"trainer_state.json", "scheduler.pt"}
+        files = dict.fromkeys({"optimizer.pt"} | ours | {p.name for p in checkpoint.iterdir() if p.is_file()})
+        files.pop(CHECKPOINT_COMPLETE)
+        if not any(name.endswith((".safetensors", ".bin")) for name in files):
+            return "it holds no weights"
+    for name, size in sorted(files.items()):
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if size is not None and size != _size(path):
+            return f"{name} is not what was written"
+        if not _readable(path):
+            return f"{name} cannot be read"
+    return None
+
+
+def _size(path: Path) -> list[int]:
+    """[bytes, checksum of small files]"""
+    size = path.stat().st_size
+    return [size, zlib.crc32(path.read_bytes())] if size <= SUMMED_BELOW else [size]
+
+
+def _readable(path: Path) -> bool:
+    """Whether a file is whole, as far as its form tells."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix in (".pt", ".pth"):
+            zipfile.ZipFile(path).close()  # its directory stands at the end
+        elif path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                header = json.loads(file.read(length := struct.unpack("<Q", file.read(8))[0]))
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+            return path.stat().st_size == 8 + length + max(ends, default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, zipfile.BadZipFile):
+        return False
+    return True
+
+
 def append_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(map(as_line, rows))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of our own JSON lines. What a kill or a full disk has cut off is left out.
+
+    A line ends at a newline only: texts may hold U+2028, at which str.splitlines would cut.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def as_line(row: dict[str, Any]) -> str:
+    return json.dumps(strict(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def strict(value: Any) -> Any:
+    """The same with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -120,11 +259,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, ensure_ascii=False, indent=2)
+    text = json.dumps(strict(value), ensure_ascii=False, indent=2, allow_nan=False)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # halves of surrogate pairs, of rows or of file names
-        text = json.dumps(value, indent=2)
+        text = json.dumps(strict(value), indent=2, allow_nan=False)
     write_atomically(path, text + "\n")
 
 
@@ -296,10 +435,21 @@ def strings(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def check_resumable(recipe: Recipe) -> None:
-    """UserError naming the keys in which `recipe` differs from the one that the unfinished run was started with."""
+    """UserError naming the keys in which `recipe` differs from the one that the unfinished run was started with.
+
+    Where the checkpoint knows the content of what is read, a path may be another: see `check_unchanged`.
+    """
     path = Path(recipe.output.dir) / "recipe.yaml"
-    old = yaml.safe_load(path.read_text(encoding="utf-8"))
-    keys = changed_keys(old, yaml.safe_load(to_yaml(recipe)))
+    try:
+        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        old = None
+    if not isinstance(old, dict):
+        raise UserError("cannot be read", path=path, fix="start again with --overwrite") from None
+    new = yaml.safe_load(to_yaml(recipe))
+    if inputs_of(Run(path.parent)):
+        old, new = without_places(old), without_places(new)
+    keys = changed_keys(old, new)
     if keys:
         raise UserError(
             [
@@ -307,6 +457,42 @@ def check_resumable(recipe: Recipe) -> None:
                 for key in keys
             ]
         )
+
+
+def without_places(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values without the paths of what is known by its content; what else a source says stays."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, list):
+            return [kept(item) for item in value]
+        return {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else bool(value)
+
+    found = dict(values)
+    for place in PLACES:
+        section, _, key = place.partition(".")
+        if key in (found.get(section) or {}):
+            found[section] = {**found[section], key: kept(found[section][key])}
+    return found
+
+
+def inputs_of(run: Run) -> dict[str, str]:
+    """{key: digest of its content} of what the unfinished run was started with, as its newest checkpoint says."""
+    last = run.last_checkpoint()
+    return known_of(last).get("inputs") or {} if last is not None else {}
+
+
+def check_unchanged(recipe: Recipe, inputs: dict[str, str]) -> None:
+    """UserError naming what has another content now than when the unfinished run was started."""
+    before = inputs_of(Run(Path(recipe.output.dir)))
+    values = dict(strings(recipe.model_dump()))
+    what, fix = "has another content than when the run to resume was started", "restore it, or use --output DIR"
+    problems = [
+        Problem(what, path=values.get(key), key=key, fix=fix)
+        for key in sorted(before.keys() | inputs.keys() if before else [])
+        if before.get(key) != inputs.get(key)
+    ]
+    if problems:
+        raise UserError(problems)
 
 
 @contextmanager
@@ -331,9 +517,9 @@ def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> I
         try:
             if overwrite:
                 set_aside(run)
-            if not resume:
-                header = f"# ft {recipe.stage} --recipe recipe.yaml\n{MARK}\n"
-                write_atomically(run.path / "recipe.yaml", to_yaml(recipe, header))
+            # Also when it goes on: what it reads may lie elsewhere now.
+            header = f"# ft {recipe.stage} --recipe recipe.yaml\n{MARK}\n"
+            write_atomically(run.path / "recipe.yaml", to_yaml(recipe, header))
             yield run
         except BaseException:
             if aside.is_dir() and not resumable(run):

@@ -14,11 +14,13 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -55,8 +57,11 @@ def load_rule(spec: str) -> Scorer:
     assert module_spec.loader is not None
     module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)  # as dataclasses want it
     try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
+        with kept_running():
+            module_spec.loader.exec_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit is no Exception
         what = f"cannot be imported ({type(error).__name__}: {error})"
         raise UserError(what, path=path, key="reward.functions", fix="mend the file") from error
     function = getattr(module, name, None)
@@ -73,12 +78,33 @@ def load_rule(spec: str) -> Scorer:
         columns["messages"] = [p.messages for p in prompts]
         columns = {key: values for key, values in columns.items() if takes_all or key in parameters}
         try:
-            values = function(prompts=[p.text for p in prompts], completions=list(replies), **columns)
-        except Exception as error:
+            with kept_running():
+                values = function(prompts=[p.text for p in prompts], completions=list(replies), **columns)
+                return checked(values, len(replies), spec)  # inside: it may be computed as it is read
+        except (RunError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # sys.exit is no Exception, and a run must not end as if it were done
             raise RunError(f"{spec} failed: {type(error).__name__}: {error}") from error
-        return checked(values, len(replies), spec)
 
     return score
+
+
+@contextmanager
+def kept_running() -> Iterator[None]:
+    """Within, os._exit of this process is an exception, as sys.exit is: a rule must not end a run as if it were done.
+    A rule that took the function at its import keeps this one."""
+    leave, own = os._exit, os.getpid()
+
+    def instead(status: int) -> NoReturn:
+        if os.getpid() != own:  # the child of a fork, which has to end so
+            leave(status)
+        raise SystemExit(f"os._exit({status})")
+
+    os._exit = instead
+    try:
+        yield
+    finally:
+        os._exit = leave
 
 
 def checked(values: Any, n: int, source: str) -> list[float]:

@@ -1,14 +1,17 @@
 """trl's trainers with what they lack: rows that are token ids already, an order that can be resumed, muon, LoRA+, …
 
 `Extras` is mixed into each trainer: the order of samples depends on (seed, epoch) alone, so that a resumed run sees
-exactly the batches of an uninterrupted one; the optimizers of `optim`; loss scaling on CPUs; state that checkpoints of
-peft leave out.
+exactly the batches of an uninterrupted one; the optimizers of `optim`; loss scaling on CPUs; checkpoints that are
+complete or not there and hold all that a resumed run needs; held-out figures that no batch size changes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +20,19 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.utils.data import Sampler
+from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetune.adapters import ranks
+from finetune.adapters.proof import check_finite, trained
 from finetune.adapters.seats import copy_adapter, named
-from finetune.adapters.state import load_state
+from finetune.adapters.state import load_state, save_state
+from finetune.errors import RunError
 from finetune.optim import MuonWithAdamW, OrderedSampler, faster_b, muon_split
 from finetune.preference import orpo_loss, simpo_loss
 from finetune.recipe import DpoConfig, TrainConfig
-from finetune.run import write_json
+from finetune.run import complete, damage, known_of, rotate, write_json
 
 REFERENCE_FREE = ("simpo", "orpo")
 
@@ -41,6 +47,11 @@ class Extras:
     model: Any
     args: Any
     accelerator: Any
+    control: Any
+    batches: list[Any]
+    """What was seen of each batch of held-out rows."""
+    _metrics: dict[str, dict[str, list[float]]]
+    _total_train_tokens: int
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
@@ -52,6 +63,7 @@ class Extras:
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        self._metrics = {"train": {}, "eval": {}}  # of trl, whose trainers replace it
         if self.args.fp16 and self.args.device.type == "cpu":
             # accelerate drops autocast and loss scaling for fp16 on CPUs without a word; with them the path that
             # T4 and V100 take runs here, too.
@@ -76,13 +88,135 @@ class Extras:
             return loss
         return loss + ranks.penalty(self.model) / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
 
+    # --- checkpoints ---
+
+    inputs: dict[str, str] = {}  # noqa: RUF012 (replaced, never changed)
+    """{key: digest of its content} of what the run reads."""
+    begun = 0.0
+    """When training began, less what it had taken before it was stopped."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Complete or not there; older ones go when it is there. RunError when there is nothing good to keep."""
+        folder = self._checkpoint(self.state.global_step)  # type: ignore[attr-defined]
+        check_finite(trained(self.model), f"at step {self.state.global_step}")  # type: ignore[attr-defined]
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)  # what a kill or a damaged checkpoint has left
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        if self.args.should_save:
+            save_state(self.model, folder)
+            best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
+            complete(folder, inputs=self.inputs, counters=self._counters())
+            rotate(folder.parent, self.recipe_train.save_total_limit, best and Path(best).name)
+
+    def _checkpoint(self, step: int) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{step}"
+
+    def _counters(self) -> dict[str, Any]:
+        """What transformers and trl count in memory only."""
+        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
+        return {
+            "loss": self._total_loss_scalar, "loss_since": float(self._tr_loss),
+            "logged_at": self._globalstep_last_logged, "tokens": self._total_train_tokens,
+            "metrics": dict(self._metrics["train"]),
+            "patience": [stopper.early_stopping_patience_counter for stopper in self._stoppers()],
+            "best": best and Path(best).name, "seconds": time.perf_counter() - self.begun,
+        }  # fmt: skip
+
+    def count_on(self, checkpoint: Path) -> None:
+        """From where the run stood at a checkpoint; called when transformers has set everything to zero."""
+        known = known_of(checkpoint).get("counters")
+        if known is None:
+            return
+        self._total_loss_scalar, self._initial_global_step = known["loss"], 0
+        self._tr_loss = torch.tensor(known["loss_since"], device=self.args.device)
+        self._globalstep_last_logged, self._total_train_tokens = known["logged_at"], known["tokens"]
+        self._metrics["train"].update({key: list(values) for key, values in known["metrics"].items()})
+        self.begun -= known["seconds"]
+        for stopper, counter in zip(self._stoppers(), known["patience"], strict=False):
+            stopper.early_stopping_patience_counter = counter
+        best = known["best"] and Path(self.args.output_dir) / known["best"]  # the run may lie elsewhere now
+        self.state.best_model_checkpoint = str(best) if best and best.is_dir() else None  # type: ignore[attr-defined]
+
+    def _stoppers(self) -> list[Any]:
+        callbacks = self.callback_handler.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing when all steps are taken: transformers looks only after one more."""
+        patient = all(c.early_stopping_patience_counter < c.early_stopping_patience for c in self._stoppers())
+        if self.state.global_step < self.state.max_steps and patient:  # type: ignore[attr-defined]
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+        else:
+            self.control.should_training_stop = True
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not load_state(self.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
-        if not load_state(self.model, Path(self.state.best_model_checkpoint)):  # type: ignore[attr-defined]
+        best = Path(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
+        if (reason := damage(best)) is not None:
+            raise RunError(f"the best checkpoint {best} is damaged: {reason}")
+        if not load_state(self.model, best):
             super()._load_best_model()  # type: ignore[misc]
+
+    # --- every step ---
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """A step with a loss or gradient that is no number is logged, at which `Recorder` stops the run."""
+        norm = 0.0 if grad_norm is None or self.accelerator.optimizer_step_was_skipped else float(grad_norm)
+        if not math.isfinite(float(tr_loss) + norm):
+            self.control.should_log = True
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)  # type: ignore[misc]
+
+    # --- held-out rows ---
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        found = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        logged = self._metrics["eval"]
+        values = {"loss": float(found[0]), **{key: float(values[-1]) for key, values in logged.items()}}
+        logged.clear()
+        self.batches.append({key: (value, self.weight(key, inputs)) for key, value in values.items()})
+        return found
+
+    def weight(self, key: str, inputs: dict[str, Any]) -> float:
+        """What a batch's figure is a mean over: its trained tokens."""
+        labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][..., 1:]
+        return float((labels != -100).sum())
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Every figure over all held-out rows at once, not the mean of what the batches have."""
+        self.batches = []
+        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        figures = self.figures()
+        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = figures.pop("loss")
+        self._metrics["eval"].update({key: [value] for key, value in figures.items()})
+        return output
+
+    def figures(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for key in dict.fromkeys(key for batch in self.batches for key in batch):
+            values = [batch[key] for batch in self.batches if key in batch and batch[key][1]]
+            if key == "num_tokens":
+                found[key] = self._total_train_tokens
+            elif key in ("min_reward", "max_reward"):
+                found[key] = (min if key == "min_reward" else max)(value for value, _ in values)
+            else:
+                total = sum(weight for _, weight in values)
+                found[key] = sum(value * weight for value, weight in values) / total if total else math.nan
+        return found
+
+
+class CountOn(TrainerCallback):
+    """Begins the count of a run, or takes it up where its checkpoint stood."""
+
+    def __init__(self, trainer: Any, checkpoint: Path | None) -> None:
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.begun = time.perf_counter()
+        if self.checkpoint is not None:
+            self.trainer.count_on(self.checkpoint)
 
 
 class Collator(DataCollatorForLanguageModeling):
@@ -220,6 +354,15 @@ class Dpo(Extras, _PairDpo):
 
     length_columns = ("chosen_ids", "rejected_ids")
 
+    def weight(self, key: str, inputs: dict[str, Any]) -> float:
+        """Pairs, or the tokens that a figure is a mean over."""
+        chosen, rejected = inputs["completion_mask"][:, 1:].chunk(2)
+        tokens = {
+            "mean_token_accuracy": chosen.sum(), "logits/chosen": chosen.sum(), "logits/rejected": rejected.sum(),
+            "entropy": chosen.sum() + rejected.sum(),
+        }  # fmt: skip
+        return float(tokens.get(key, len(chosen)))
+
 
 class _TokenKto(KTOTrainer):
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
@@ -233,8 +376,49 @@ class Kto(Extras, _TokenKto):
 
     length_columns = ("prompt_ids", "completion_ids")
 
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Log-probabilities row by row: the KL term of held-out rows is a mean over all of them, not over a batch."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        mask = inputs["completion_mask"][:, 1:]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            kept = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+            output = model(**kept, labels=labels, use_cache=False, fused_lm_head=True)
+            kl = self._compute_kl_logps(model, inputs)
+            reference = self.model if self.ref_model is None else self.ref_model
+            ref, ref_kl = self.compute_ref_log_probs(reference, inputs)
+        seen = [part[:, -mask.shape[1] :] for part in (output.log_probs, output.entropy, output.mean_logits)]
+        logps, entropy, logits = ((part * mask).sum(1).double().cpu() for part in seen)
+        self.batches.append(
+            {
+                "logps": logps, "entropy": entropy, "logits": logits, "tokens": mask.sum(1).cpu(),
+                "ratio": logps - ref.double().cpu(), "kl": (kl - ref_kl).double().cpu(),
+                "good": torch.as_tensor(inputs["label"]).bool().cpu(),
+            }
+        )  # fmt: skip
+        return None, None, None
+
+    def figures(self) -> dict[str, float]:
+        rows = {key: torch.cat([batch[key] for batch in self.batches]) for key in self.batches[0]}
+        good, kl, ratio = rows["good"], rows["kl"].mean().clamp(min=0), rows["ratio"]
+        weights = torch.where(good, self.desirable_weight, self.undesirable_weight)
+        losses = weights * (1 - torch.sigmoid(self.beta * torch.where(good, ratio - kl, kl - ratio)))
+        found = {"loss": losses.mean(), "kl": kl, "entropy": rows["entropy"].sum() / rows["tokens"].sum()}
+        for name, side in (("chosen", good), ("rejected", ~good)):
+            if side.any():
+                found[f"rewards/{name}"] = self.beta * ratio[side].mean()
+                found[f"logps/{name}"] = rows["logps"][side].mean()
+                found[f"logits/{name}"] = rows["logits"][side].sum() / rows["tokens"][side].sum()
+        if good.any() and not good.all():
+            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        return {**{key: float(value) for key, value in found.items()}, "num_tokens": self._total_train_tokens}
+
 
 class Reward(Extras, RewardTrainer):
     """Rows of chosen_ids and rejected_ids; the model has one output."""
 
     length_columns = ("chosen_ids", "rejected_ids")
+
+    def weight(self, key: str, inputs: dict[str, Any]) -> float:
+        """Pairs."""
+        return len(inputs["input_ids"]) / 2

@@ -6,10 +6,12 @@ trl with a few additions (`trainers`); what happens beside training is in `callb
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,9 @@ from finetune.adapters import limits, soft_prompts
 from finetune.adapters.build import adapter_config
 from finetune.adapters.build import save as save_adapter
 from finetune.adapters.limits import AnyRecipe
-from finetune.callbacks import Checkpoints, Guard, Proven, Ranks, Recorder
+from finetune.adapters.proof import check_finite, trained
+from finetune.callbacks import Guard, Proven, Ranks, Recorder
+from finetune.data import raw, sources
 from finetune.errors import Interrupted, RunError
 from finetune.models import loading
 from finetune.models.hardware import peak_memory_gb
@@ -42,8 +46,8 @@ from finetune.optim import OPTIMIZERS, scheduler_kwargs
 from finetune.progress import Progress, command, duration, encodable, note, say, warn
 from finetune.recipe import AdaLoraAdapter, Hardware, ModelConfig, Recipe, batch_layout, resolve
 from finetune.recipe_file import to_yaml
-from finetune.run import Run
-from finetune.trainers import Collator, Sft
+from finetune.run import Run, check_unchanged, known_of
+from finetune.trainers import Collator, CountOn, Sft
 
 FEW_UPDATES = 50  # below this a learning-rate schedule has hardly begun
 
@@ -131,7 +135,7 @@ def arguments(recipe: Recipe, run: Run, plan: Layout, hardware: Hardware, has_ev
         "prediction_loss_only": True,  # accumulated logits are how evaluation runs out of memory
         "save_strategy": "steps" if train.save_steps else "epoch",
         "save_steps": train.save_steps or 500,
-        "save_total_limit": train.save_total_limit,
+        "save_total_limit": None,  # `trainers.Extras` takes old ones away, once the new one is complete
         "load_best_model_at_end": train.load_best_model_at_end and has_eval,
         "metric_for_best_model": "eval_loss" if train.load_best_model_at_end and has_eval else None,
         "greater_is_better": False if train.load_best_model_at_end and has_eval else None,
@@ -182,7 +186,7 @@ def pad_multiple(hardware: Hardware) -> int:
 
 def callbacks(recipe: Recipe, run: Run, has_eval: bool) -> list[TrainerCallback]:
     """What happens beside training, for any trainer."""
-    found: list[TrainerCallback] = [Recorder(run, Progress(recipe.stage)), Checkpoints(), Guard(), Proven()]
+    found: list[TrainerCallback] = [Recorder(run, Progress(recipe.stage)), Guard(), Proven()]
     if isinstance(recipe.adapter, AdaLoraAdapter):
         found.append(Ranks(recipe.adapter))
     if recipe.train.early_stopping_patience and has_eval:
@@ -230,30 +234,125 @@ def memory_advice(length: str) -> Iterator[None]:
                        f"train.gradient_checkpointing: true, or a shorter {length}") from None  # fmt: skip
 
 
-def fit(trainer: SFTTrainer, run: Run, resume: bool) -> dict[str, Any]:
-    """Train; returns what result.json says about it. Interrupted after a signal, with a checkpoint on disk."""
-    checkpoint = run.last_checkpoint() if resume else None
+def known_inputs(recipe: Recipe, tokenizer: Any, template: str | None, resume: bool) -> dict[str, str]:
+    """{key: digest} of what a run reads, by content: base, tokenizer, template, adapter and data.
+
+    UserError naming what is not as it was, when the run is to go on.
+    """
+    model, found = recipe.model, {}
+    fresh = getattr(model, "config", None) is not None  # a new model
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    base = "" if fresh else fingerprint(loading.folder(model))
+    found["model.tokenizer" if fresh else "model.name"] = digest([base, vocabulary])
+    if template is not None:
+        found["model.chat_template"] = digest([template])
+    if model.adapter is not None:
+        found["model.adapter"] = digest(_weights(loading.adapter_folder(model.adapter)))
+    found["data.train"] = digest(_rows(recipe.data.train))
+    if recipe.eval.data is not None:
+        found["eval.data"] = digest(_rows(recipe.eval.data))
+    if recipe.stage == "ppo":
+        found |= _reward_inputs(recipe.reward)
+    if resume:
+        check_unchanged(recipe, found)
+    return found
+
+
+def _reward_inputs(reward: Any) -> dict[str, str]:
+    """Pairs, the reward model where it is on this machine, and the rules' files."""
+    found = {}
+    if reward.train is not None:
+        found["reward.train"] = digest(_rows(reward.train))
+    if reward.model is not None:
+        adapter = loading.find_adapter(reward.model)
+        place = Path(reward.model).expanduser()
+        folder = adapter or next((p for p in (place / "model", place) if p.is_dir()), None)
+        found["reward.model"] = digest([reward.model] if folder is None else _weights(folder))
+    if reward.functions:
+        rules = [rule.rpartition(":")[::2] for rule in reward.functions]
+        found["reward.functions"] = digest(part for file, name in rules for part in (Path(file).read_bytes(), name))
+    return found
+
+
+def digest(parts: Iterable[str | bytes]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        found.update(len(data).to_bytes(8, "little") + data)
+    return found.hexdigest()
+
+
+def _weights(folder: Path) -> Iterator[str | bytes]:
+    """Of a model or an adapter."""
+    files = sorted(folder.glob("adapter_*"))
+    yield from (file.read_bytes() for file in files)
+    if not files:
+        yield fingerprint(folder)
+
+
+def _rows(data: Any) -> Iterator[str | bytes]:
+    """What sources hold: the bytes of their files, or the rows of a hub."""
+    for source in data if isinstance(data, list) else [data]:
+        spec = sources.as_dict(source)
+        if str(spec["path"]) == raw.WORLD:
+            yield raw.WORLD
+        elif sources.is_hub(spec) or spec.get("source") == "modelscope":
+            yield from (repr(row.data) for row in sources.read_rows(source))
+        else:
+            for file in sources.files_of(spec["path"]):
+                with file.open("rb") as stream:
+                    yield from iter(lambda stream=stream: stream.read(1 << 22), b"")  # type: ignore[misc]
+
+
+def fit(trainer: SFTTrainer, run: Run, resume: bool, inputs: dict[str, str] | None = None) -> dict[str, Any]:
+    """Train; returns what result.json says about it. Interrupted after a signal, with a checkpoint on disk.
+
+    inputs: what the run reads, of `known_inputs`; it is kept in the checkpoints.
+    """
+    checkpoint = run.usable_checkpoint() if resume else None
     if checkpoint is not None:
         run.forget_after(int(checkpoint.name.rpartition("-")[2]))
-    guard = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Guard))
+    trainer.inputs = inputs or {}
+    trainer.add_callback(CountOn(trainer, checkpoint))
+    found = trainer.callback_handler.callbacks
+    guard, proven, recorder = (next(c for c in found if isinstance(c, kind)) for kind in (Guard, Proven, Recorder))
+    recorder.tokens = known_of(checkpoint).get("counters", {}).get("tokens", 0) if checkpoint is not None else 0
     try:
         with memory_advice("data.max_length"):
             output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            step = trainer.state.global_step
+            if guard.stopped:
+                raise Interrupted(f"stopped at step {step}; checkpoint saved in {run.checkpoints}; go on with --resume")
+            if proven.left_out and not proven.steps:
+                what = f"loss scaling has left out all {proven.left_out} steps: nothing was trained"
+                raise RunError(f"{what}; take more steps, or set model.dtype: bfloat16 or float32")
+            check_finite(trained(trainer.model), "at the end")
+            held_out = of_the_saved_weights(trainer, run)
     finally:
         guard.restore()  # a trainer that raises calls no on_train_end
-    if guard.stopped:
-        step = trainer.state.global_step
-        raise Interrupted(f"stopped at step {step}; checkpoint saved in {run.checkpoints}; go on with --resume")
-    proven = next((c for c in trainer.callback_handler.callbacks if isinstance(c, Proven)), None)
     return {
-        "trained": proven.proof.finish() if proven is not None and proven.proof is not None else None,
+        "trained": proven.proof.finish() if proven.proof is not None and proven.proof.seen else None,
         "train_loss": output.training_loss,
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch or 0.0, 4),
-        "seconds": round(output.metrics["train_runtime"], 2),
+        "seconds": round(time.perf_counter() - trainer.begun, 2),
         "seen_tokens": int(trainer.state.num_input_tokens_seen or trainer._total_train_tokens),
         "best_checkpoint": trainer.state.best_model_checkpoint,
+        "eval": held_out,
     }
+
+
+def of_the_saved_weights(trainer: Any, run: Run) -> dict[str, float]:
+    """The evaluation of the weights that the model holds now: the best or the last; {} without held-out rows."""
+    if trainer.eval_dataset is None:
+        return {}
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    step = int(best.rpartition("-")[2]) if best else trainer.state.global_step
+    rows = [row for row in run.read_metrics() if row.get("step") == step and "eval_loss" in row]
+    row = rows[-1] if rows else trainer.evaluate()
+    timed = ("_runtime", "_per_second", "_time")
+    return {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_") and not k.endswith(timed)}
 
 
 def start(recipe: Recipe) -> None:
@@ -319,7 +418,9 @@ def save(
     if template is not None:
         tokenizer.chat_template = template
     if recipe.adapter.method == "full":
-        model.to(getattr(torch, recipe.model.dtype)).save_pretrained(run.model)
+        model.to(getattr(torch, recipe.model.dtype))
+        check_finite(model.named_parameters(), f"in {recipe.model.dtype}")
+        model.save_pretrained(run.model)
         tokenizer.save_pretrained(run.model)
         return run.model
     save_adapter(model, run.adapter)
@@ -333,13 +434,11 @@ def finish(
 ) -> dict[str, Any]:
     """loss.png, report.html and, last, result.json."""
     trainable, total = parameter_counts(trainer.model)
-    held_out = [row for row in run.read_metrics() if "eval_loss" in row]
     result = {
         "stage": recipe.stage,
         "status": "done",
+        "eval": {},
         **outcome,
-        "eval": outcome.get("eval")
-        or ({k.removeprefix("eval_"): v for k, v in held_out[-1].items() if k.startswith("eval_")} if held_out else {}),
         "trainable_parameters": trainable,
         "total_parameters": total,
         "trained_tokens": counts["trained_tokens"],

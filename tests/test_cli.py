@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ft
 
-from finetune import __version__
+from finetune import __version__, cli
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,19 @@ def test_doctor() -> None:
     assert done.returncode == 0, done.stderr
     for word in ("torch", "device", "precision", "built-in bases"):
         assert word in done.stdout
+
+
+def test_a_file_that_ends_too_early_is_no_interrupt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """typer makes an Abort of every EOFError."""
+
+    def cut_off() -> None:
+        raise EOFError("Ran out of input")
+
+    monkeypatch.setattr("finetune.stages.doctor.run", cut_off)
+    monkeypatch.setattr("sys.argv", ["ft", "doctor"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    assert "EOFError: Ran out of input" in capsys.readouterr().err

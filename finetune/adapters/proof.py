@@ -107,5 +107,17 @@ class Proof:
         }
 
 
+def check_finite(weights: Iterable[tuple[str, torch.Tensor]], when: str) -> None:
+    """RunError that names the weights in which a number is none any more."""
+    broken = [name for name, tensor in weights if not bool(tensor.isfinite().all())]
+    if broken:
+        advice = "lower train.learning_rate, look at the data with `ft data check`, or set model.dtype: float32"
+        raise RunError(f"weights are not finite {when}: {names(broken)}: {advice}")
+
+
+def trained(model: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
 def names(found: list[str]) -> str:
     return ", ".join(sorted(found)[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")

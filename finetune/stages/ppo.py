@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from finetune import actors, alignment, training
+from finetune.callbacks import HANGUP, at_terminal, leave, stopping
 from finetune.data import pairs, prompts, sources
 from finetune.errors import Interrupted, Problem, RunError, UserError
 from finetune.models import hardware
@@ -69,6 +70,9 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         training.show_plan(recipe, data.counts, plan, f"rollouts of {batch} prompts; updates")
         return
 
+    inputs = training.known_inputs(recipe, parts.tokenizer, parts.encoder.template, resume)
+    if judge is not None and resume and trained(folder):
+        training.known_inputs(judge, parts.tokenizer, parts.encoder.template, resume)
     fewer = None if batch == recipe.train.effective_batch_size else f"{len(data.rows)} prompts: rollouts are of {batch}"
     updates = plan.total_steps * recipe.ppo.num_ppo_epochs * recipe.ppo.num_mini_batches
     notes = training.announce(data.warnings, updates, too_long, fewer)
@@ -78,9 +82,12 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         cast = actors.build(recipe, parts, machine, reward)
         training.start(recipe)  # the same replies however many models were drawn
         arguments = training.arguments(recipe, folder, plan, machine, has_eval=False)
-        trainer = Ppo(recipe, folder, cast, parts.encoder, data.rows, held_out, scorers, arguments, plan.rows_per_pass)
+        rows = plan.rows_per_pass
+        trainer = Ppo(
+            recipe, folder, cast, parts.encoder, data.rows, held_out, scorers, arguments, rows, inputs
+        )  # fmt: skip
         with training.memory_advice("ppo.max_new_tokens"):
-            outcome = trainer.train(folder.last_checkpoint() if resume else None)
+            outcome = trainer.train(folder.usable_checkpoint() if resume else None)
         if not trainer.finished:
             where = f"checkpoint saved in {folder.checkpoints}; go on with --resume"
             raise Interrupted(f"stopped at step {trainer.state.step}; {where}")
@@ -149,13 +156,19 @@ def trained(run: Run) -> bool:
 
 
 def passing_signals(command: list[str]) -> int:
-    """Exit code of a command that gets every Ctrl-C and SIGTERM of this process, once, and the time it wants to end.
+    """Exit code of a command that gets the signals that stop this process, once, and the time it wants to end.
 
     subprocess.run gives it a quarter of a second after Ctrl-C; a step may take longer, and the checkpoint comes after.
     """
     child = subprocess.Popen(command, process_group=0)  # or the terminal's Ctrl-C would reach it a second time
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda received, _: child.send_signal(received)) for number in numbers]
+    numbers, terminals = stopping(), at_terminal()
+
+    def passed_on(number: int, frame: Any) -> None:
+        if number == HANGUP:
+            leave(terminals)
+        child.send_signal(number)
+
+    before = [signal.signal(number, passed_on) for number in numbers]
     try:
         return child.wait()
     finally:

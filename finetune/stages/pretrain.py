@@ -80,13 +80,14 @@ def run(raw_recipe: PretrainRecipe, resume: bool = False, overwrite: bool = Fals
         training.show_plan(recipe, counts, plan)
         return
 
+    inputs = training.known_inputs(recipe, tokenizer, None, resume)
     training.start(recipe)
     model = apply(_model(recipe, tokenizer, machine), recipe.adapter)
     notes = training.announce(sources.left_out(specs(recipe.data), offer=False), plan.total_steps)
 
     with open_run(recipe, overwrite, resume) as folder:
         trainer = _make_trainer(recipe, folder, model, train, held_out, plan, machine)
-        outcome = training.fit(trainer, folder, resume)
+        outcome = training.fit(trainer, folder, resume, inputs)
         if recipe.model.config is not None:
             initial.separate_unseen(model, train.ids)
         weights = _save(recipe, folder, model, tokenizer)

@@ -36,6 +36,7 @@ def run(raw: SftRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         training.show_plan(recipe, data.counts, plan)
         return
 
+    inputs = training.known_inputs(recipe, tokenizer, encoder.template, resume)
     training.start(recipe)
     base = loading.load_model(recipe.model, training.weights_dtype(recipe), machine)
     loading.refuse_training(base, recipe.model.name)
@@ -51,7 +52,7 @@ def run(raw: SftRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
 
     with open_run(recipe, overwrite, resume) as folder:
         trainer = training.make_trainer(recipe, folder, model, tokenizer, rows, data.eval, plan, machine)
-        outcome = training.fit(trainer, folder, resume)
+        outcome = training.fit(trainer, folder, resume, inputs)
         weights = training.save(recipe, folder, model, tokenizer, encoder.template)
         training.finish(recipe, folder, trainer, outcome, data.counts, notes)
         training.summary(recipe, folder, weights)

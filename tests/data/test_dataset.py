@@ -307,6 +307,8 @@ def test_a_cache_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = store.cache_folder.__wrapped__()
     assert found.is_dir()
     assert found.name.startswith("ft-cache-")
+
+
 def sides(path: str, **settings: Any) -> tuple[set[str], set[str]]:
     """(train, held out): what stands in the brackets of each row's question."""
     data = load(path, **settings)
