@@ -38,7 +38,7 @@ from finetune.errors import RunError
 from finetune.evaluation import decode, seeded, stop_ids
 from finetune.metrics import mean, paired
 from finetune.models.hardware import peak_memory_gb
-from finetune.optim import OrderedSampler, faster_b, scheduler_kwargs
+from finetune.optim import OrderedSampler, faster_b, is_matrix, scheduler_kwargs
 from finetune.ppo_state import Degenerate, State, load_checkpoint, save_checkpoint, watch
 from finetune.progress import Progress, samples
 from finetune.recipe import PpoRecipe
@@ -127,10 +127,10 @@ class Ppo:
         own = [p for p in policy.model.parameters() if p.requires_grad and id(p) not in theirs]
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, policy.model)
         rate = self.config.value_learning_rate or train.learning_rate
-        groups = []
+        groups, decays = [], {id(p) for n, p in self.module.named_parameters() if is_matrix(n, p)}
         for parameters, lr in ((own, train.learning_rate), (values, rate)):
             for matrices, decay in ((True, train.weight_decay), (False, 0.0)):
-                if part := [p for p in parameters if (p.ndim > 1) is matrices]:
+                if part := [p for p in parameters if (id(p) in decays) is matrices]:
                     groups.append({"params": part, "lr": lr, "weight_decay": decay})
         self.optimizer = kind(groups, **options)
         if (ratio := getattr(self.recipe.adapter, "loraplus_lr_ratio", None)) is not None:
