@@ -69,6 +69,9 @@ def check(recipe: DpoRecipe | KtoRecipe | RewardRecipe | PpoRecipe) -> Parts:
     limits.check(recipe)
     config = loading.read_config(recipe.model)
     limits.check_base(recipe, config)
+    if recipe.stage == "reward" and recipe.data.train_on != "assistant":
+        what = "has no effect in ft reward: an answer is scored at its end"
+        raise UserError(what, key="data.train_on", fix="leave it out")
     if recipe.model.adapter is None:
         if getattr(getattr(recipe, recipe.stage), "start", "continue") == "merge":
             key = f"{recipe.stage}.start"

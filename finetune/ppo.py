@@ -32,7 +32,6 @@ from finetune.actors import Actors
 from finetune.adapters.proof import Proof
 from finetune.adapters.seats import seated
 from finetune.callbacks import Guard
-from finetune.data.chat import scored_end
 from finetune.data.prompts import Prompt
 from finetune.errors import RunError
 from finetune.evaluation import decode, seeded, stop_ids
@@ -52,10 +51,11 @@ from finetune.rollout import (
     response_logits,
     sample,
     support,
+    together,
     token_values,
 )
 from finetune.run import Run, append_lines
-from finetune.scoring import Scorer, checked, score_rows
+from finetune.scoring import Scorer, answered, checked, scored_reply
 
 EVALUATION_SEED = 20_000
 PATIENCE = 50  # updates within which every gradient must have been non-zero: rewards may be equal at first
@@ -104,9 +104,6 @@ class Ppo:
         self.prompts, self.held_out, self.scorers = prompts, held_out, scorers
         self.rows = rows
         self.pad = encoder.tokenizer.pad_token_id
-        judge = actors.judge
-        own = judge.encoder if judge is not None else None
-        self.reads_ids = own is not None and own.identity() == encoder.identity()
         self.stops = stop_ids(actors.policy.model, encoder)
         c = recipe.ppo
         self.sampling = Sampling(c.max_new_tokens, c.temperature, c.top_k, c.top_p)
@@ -182,14 +179,17 @@ class Ppo:
         actors, parts = self.actors, {}
         if actors.reward is not None:
             assert actors.reward_head is not None
-            read, found = replies.judged(scored_end(self.encoder)), list[float]()
+            rows = [scored_reply(self.encoder, c) for c in answered(prompts, texts)]
+            ends = [[row[-1]] for row in rows]  # the last token is where the score stands
+            read = together([row[:-1] for row in rows], ends, self.stops, self.pad, self.device)
+            found = list[float]()
             with torch.no_grad(), self.autocast(), seated(actors.reward) as model:
                 model.train()
                 for index in self.chunks(torch.arange(len(replies), device=self.device)):
                     found += end_scores(model, actors.reward_head, read.rows(index)).tolist()
             parts["model"] = (next(source), checked(found, len(replies), "the reward model"))
         elif actors.judge is not None:
-            parts["model"] = (next(source), self._judged(prompts, replies, texts))
+            parts["model"] = (next(source), actors.judge.score(prompts, texts))
         for name, scorer in self.scorers.items():
             parts[name] = (next(source), scorer(prompts, texts))
         sums = [sum(w * values[i] for w, values in parts.values()) for i in range(len(texts))]
@@ -197,15 +197,6 @@ class Ppo:
         if bad is not None:
             raise RunError(f"the reward of reply {texts[bad][:60]!r} is {sums[bad]}: lower reward.weights")
         return sums, {name: values for name, (_, values) in parts.items()}
-
-    def _judged(self, prompts: Sequence[Prompt], replies: Replies, texts: Sequence[str]) -> list[float]:
-        judge = self.actors.judge
-        assert judge is not None
-        if not self.reads_ids:
-            return judge.score(prompts, texts)
-        read = replies.judged(scored_end(self.encoder))
-        rows = [ids[m.bool()].tolist() for ids, m in zip(read.ids, read.attention, strict=True)]
-        return checked(score_rows(judge.model, rows, self.pad), len(rows), judge.name)
 
     @torch.no_grad()
     def collect(self, prompts: Sequence[Prompt]) -> Rollout:

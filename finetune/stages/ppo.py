@@ -132,6 +132,7 @@ def reward_recipe(recipe: PpoRecipe, run: Run) -> RewardRecipe:
     data = section.model_copy(
         update={
             "train": given.train, "format": None, "columns": None, "max_length": longest, "packing": False,
+            "train_on": "assistant",
             "eval_split": 0.05,  # its accuracy on these pairs says whether PPO has anything to follow
         }
     )  # fmt: skip
