@@ -113,7 +113,8 @@ def run_stage(
     notes = training.announce(data.warnings, plan.total_steps, too_long)
     with open_run(recipe, overwrite, resume) as folder:
         training.start(recipe)
-        model, base, trainer = make(recipe, folder, parts, data, plan, machine)
+        with training.memory_advice("data.max_length"):  # the reference's pass comes with the trainer
+            model, base, trainer = make(recipe, folder, parts, data, plan, machine)
         outcome = training.fit(trainer, folder, resume)
         weights = training.save(recipe, folder, model, parts.tokenizer, parts.encoder.template, base)
         if (reason := look(folder)) is not None:

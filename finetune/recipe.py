@@ -418,7 +418,7 @@ class TrainConfig(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this norm; 0 switches it off."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay on matrices (not on biases and norms)."""
+    """Decoupled weight decay on matrices (not on biases, norms, and the vectors and scales of adapters)."""
     optim: Optimizer = "adamw"
     """Optimizer. muon: orthogonalised momentum on matrices, AdamW on the rest."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9

@@ -27,6 +27,7 @@ from finetune.adapters import ranks
 from finetune.adapters.seats import copy_adapter, named
 from finetune.adapters.state import load_state
 from finetune.errors import UserError
+from finetune.models.quantization import is_quantized
 from finetune.optim import MuonWithAdamW, OrderedSampler, decayed, faster_b, muon_split
 from finetune.preference import mismatched, orpo_loss, simpo_loss
 from finetune.recipe import DpoConfig, TrainConfig
@@ -114,6 +115,15 @@ def unrounded(model: Any) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad = True
+
+
+def as_measured(model: Any, training: bool) -> None:
+    """For a pass of the reference: nothing is dropped at random, and quantized layers compute as they do for the policy
+    it is compared with. Those of int8 compute otherwise in training."""
+    model.eval()
+    for module in model.modules():
+        if is_quantized(module):
+            module.train(training)
 
 
 class RowMeans:
@@ -235,13 +245,14 @@ class _PairDpo(DPOTrainer):
         """Once per content: pairs, reference and precision make the name of the file they are kept in."""
         if self.recipe_dpo.loss_type in REFERENCE_FREE:
             return dataset
-        digest = hashlib.sha256(self.reference.encode())
+        digest = hashlib.sha256(f"{self.reference} {name}".encode())
         for row in dataset:
             digest.update(repr(sorted(row.items())).encode())
         file = self.cache / f"{digest.hexdigest()}.json"
         if file.is_file():
             columns = json.loads(file.read_text(encoding="utf-8"))
         else:
+            as_measured(self.model, training=name == "train")
             done = super()._precompute_ref_logps(dataset, name, batch_size)
             columns = {key: list(done[key]) for key in ("ref_chosen_logps", "ref_rejected_logps")}
             self.cache.mkdir(parents=True, exist_ok=True)
@@ -338,7 +349,7 @@ class _TokenKto(KTOTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         batches, count = super().get_batch_samples(*args, **kwargs)
-        self.model.train()  # as in the passes: int8 computes otherwise in eval mode
+        as_measured(self.model, training=True)
         self.measure_kl(batches)
         return batches, count
 

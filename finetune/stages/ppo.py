@@ -59,7 +59,7 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
     if judge is not None and (overwrite or not trained(folder)):
         pairs.load_pairs(judge.data, parts.encoder, to_score=True)  # what is wrong with them is said now
     longest = max(len(row.ids) for row in data.rows) + recipe.ppo.max_new_tokens
-    too_long = check_length(parts.config, recipe.model, longest)
+    too_long = check_length(parts.config, recipe.model, longest, "ppo.max_new_tokens")
     batch, per_epoch, total = rollouts(recipe, len(data.rows))
     plan = training.Layout(*batch_layout(*a_step(recipe), machine), per_epoch, total)
     if dry_run:

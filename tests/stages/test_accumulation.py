@@ -11,8 +11,9 @@ import yaml
 from conftest import write_rows
 
 from finetune import alignment, training
+from finetune.data.chat import make_encoder
 from finetune.errors import UserError
-from finetune.models import hardware
+from finetune.models import hardware, loading
 from finetune.preference import mismatched
 from finetune.recipe import DpoLoss
 from finetune.recipe_file import check
@@ -214,3 +215,54 @@ def test_kto_wants_another_prompt(base: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(UserError, match="same prompt"):
         made(recipe_of(base, "kto", data={"train": str(file)}), tmp_path)
+
+
+def smoothed(trainer: Any, weights: bool, smoothing: float) -> float:
+    """Of all training rows in float64: (1 - s) nll + s mean over the vocabulary, by weight, per trained token."""
+    total, count = 0.0, 0
+    for row in trainer.train_dataset:
+        with torch.no_grad():
+            logits = trainer.model(input_ids=torch.tensor([row["input_ids"]])).logits[0, -len(row["input_ids"]) : -1]
+        logps = logits.double().log_softmax(-1)
+        for place, label in enumerate(row["labels"][1:]):
+            if label != -100:
+                weight = row["weights"][place + 1] if weights else 1.0
+                total -= weight * ((1 - smoothing) * logps[place, label] + smoothing * logps[place].mean()).item()
+                count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_label_smoothing_holds_with_weights(base: Path, tmp_path: Path, weights: bool, method: str) -> None:
+    """In training, in any layout, and in evaluation; with virtual tokens before the text, too."""
+    from finetune.adapters.build import apply
+    from finetune.data import dataset
+
+    turns = (
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "first", "weight": 0.5}] if weights else []
+    )
+    rows = [
+        {"messages": [*turns, {"role": "user", "content": f"b{i}"}, {"role": "assistant", "content": "x" * (i + 1)}]}
+        for i in range(6)
+    ]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    sections = {"data": {"train": str(file)}, "adapter": {"method": method}}
+    recipe = training.resolved(
+        recipe_of(base, "sft", train={"max_steps": 1, "label_smoothing_factor": 0.2}, **sections), hardware.detect()
+    )
+    machine = hardware.detect()
+    tokenizer = loading.load_tokenizer(recipe.model)
+    data = dataset.load_sft(recipe.data, make_encoder(tokenizer))
+    assert ("weights" in data.train.column_names) is weights
+    for per_pass, passes in ((6, 1), (4, 2)):
+        training.start(recipe)
+        model = apply(loading.load_model(recipe.model, torch.float32, machine), recipe.adapter, tokenizer)
+        plan = training.Layout(per_pass, passes, 1, 1)
+        trainer = training.make_trainer(recipe, Run(tmp_path), model, tokenizer, data.train, data.train, plan, machine)
+        assert step(trainer, passes)[0] == pytest.approx(smoothed(trainer, weights, 0.2), abs=1e-4)
+    batch = next(iter(trainer.get_eval_dataloader(data.train.select(range(4)))))
+    trainer.model.eval()
+    whole, _, _ = trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+    trainer.train_dataset = data.train.select(range(4))
+    assert whole.item() == pytest.approx(smoothed(trainer, weights, 0.2), abs=1e-4)
