@@ -72,6 +72,9 @@ def check(recipe: DpoRecipe | KtoRecipe | RewardRecipe | PpoRecipe) -> Parts:
     if recipe.stage == "reward" and recipe.data.train_on != "assistant":
         what = "has no effect in ft reward: an answer is scored at its end"
         raise UserError(what, key="data.train_on", fix="leave it out")
+    if recipe.stage == "kto" and recipe.data.train_on == "all":
+        what = "KTO measures its KL term on other prompts' answers, and with `all` a prompt is part of the answer"
+        raise UserError(what, key="data.train_on", fix="leave it out")
     if recipe.model.adapter is None:
         if getattr(getattr(recipe, recipe.stage), "start", "continue") == "merge":
             key = f"{recipe.stage}.start"

@@ -213,6 +213,8 @@ def test_kl_is_measured_on_answers_to_other_prompts(
 def test_kto_wants_another_prompt(base: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "p", "completion": f"answer {i}", "label": bool(i % 2)} for i in range(4)]
     file = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match=r"data\.train_on.*part of the answer"):
+        made(recipe_of(base, "kto", data={"train_on": "all"}), tmp_path)
     with pytest.raises(UserError, match="same prompt"):
         made(recipe_of(base, "kto", data={"train": str(file)}), tmp_path)
 
