@@ -69,6 +69,12 @@ def check(recipe: DpoRecipe | KtoRecipe | RewardRecipe | PpoRecipe) -> Parts:
     limits.check(recipe)
     config = loading.read_config(recipe.model)
     limits.check_base(recipe, config)
+    if recipe.stage == "reward" and recipe.data.train_on != "assistant":
+        what = "has no effect in ft reward: an answer is scored at its end"
+        raise UserError(what, key="data.train_on", fix="leave it out")
+    if recipe.stage == "kto" and recipe.data.train_on == "all":
+        what = "KTO measures its KL term on other prompts' answers, and with `all` a prompt is part of the answer"
+        raise UserError(what, key="data.train_on", fix="leave it out")
     if recipe.model.adapter is None:
         if getattr(getattr(recipe, recipe.stage), "start", "continue") == "merge":
             key = f"{recipe.stage}.start"
@@ -102,10 +108,7 @@ def run_stage(
     data = load(recipe, parts)
     too_long = check_length(parts.config, recipe.model, training.longest_row(data.train))
     plan = training.layout(recipe, len(data.train), len(data.train), machine)
-    if recipe.stage == "kto" and plan.rows_per_pass < 2:
-        what = "KTO's KL term is measured on the other rows of a forward pass, and this one is alone in it"
-        key = "train.per_device_train_batch_size"
-        raise UserError(what, key=key, fix="set it to 2 or more, with a shorter data.max_length if memory is short")
+    check_step(recipe, plan)
     if dry_run:
         training.show_plan(recipe, data.counts, plan)
         return
@@ -114,7 +117,8 @@ def run_stage(
     notes = training.announce(data.warnings, plan.total_steps, too_long)
     with open_run(recipe, overwrite, resume) as folder:
         training.start(recipe)
-        model, base, trainer = make(recipe, folder, parts, data, plan, machine)
+        with training.memory_advice("data.max_length"):  # the reference's pass comes with the trainer
+            model, base, trainer = make(recipe, folder, parts, data, plan, machine)
         outcome = training.fit(trainer, folder, resume, inputs)
         weights = training.save(recipe, folder, model, parts.tokenizer, parts.encoder.template, base)
         if (reason := look(folder)) is not None:
@@ -122,6 +126,18 @@ def run_stage(
             notes.append(reason)
         training.finish(recipe, folder, trainer, outcome, data.counts, notes)
         training.summary(recipe, folder, weights)
+
+
+def check_step(recipe: DpoRecipe | KtoRecipe | RewardRecipe, plan: training.Layout) -> None:
+    """UserError for an objective that needs several rows beside each other, where there is one."""
+    if recipe.stage == "kto" and plan.rows_per_pass * plan.accumulation < 2:
+        what = "KTO's KL term is measured on the other rows of a step, and one is alone in it"
+        raise UserError(what, key="train.effective_batch_size", fix="set it to 2 or more")
+    if isinstance(recipe, DpoRecipe) and recipe.dpo.loss_type in trainers.SORTED and plan.accumulation > 1:
+        rows = plan.rows_per_pass * plan.accumulation
+        what = f"{recipe.dpo.loss_type} sorts the pairs of a step, and a pass holds {plan.rows_per_pass} of {rows}"
+        fix = f"set it to {rows} and train.gradient_accumulation_steps to 1, or use another dpo.loss_type"
+        raise UserError(what, key="train.per_device_train_batch_size", fix=fix)
 
 
 def merged_start(recipe: DpoRecipe | KtoRecipe, run: Run) -> ModelConfig:
@@ -174,7 +190,9 @@ def reward_model(recipe: RewardRecipe, parts: Parts, machine: Hardware) -> Any:
     return model
 
 
-REFERENCE_VERSION = "2"  # of what is kept: 1 had other references where an adapter was continued
+# Of what is kept: 1 had other references where an adapter was continued, 2 rounded adapters on quantized bases and one
+# name for every precision of `full`.
+REFERENCE_VERSION = "3"
 
 
 def moves_reference(section: Any) -> bool:
@@ -183,8 +201,9 @@ def moves_reference(section: Any) -> bool:
 
 
 def reference_key(recipe: DpoRecipe | KtoRecipe, base: ModelConfig) -> str:
-    """What identifies the reference: base, quantization, and the adapter it starts from."""
+    """What identifies the reference: base, quantization, precision, and the adapter it starts from."""
     parts = [REFERENCE_VERSION, fingerprint(loading.folder(base)), str(base.quantization), base.quantization_type]
+    parts += [recipe.model.dtype, str(training.weights_dtype(recipe))]  # what computes, and what holds the weights
     parts += [str(base.rope_scaling), str(base.attn_implementation)]
     if base.adapter is not None:
         parts.append(fingerprint_of_adapter(loading.adapter_folder(base.adapter)))
@@ -207,11 +226,9 @@ def dpo_trainer(
     """trl's DPOTrainer with the recipe's objective."""
     dpo = recipe.dpo
     loss = "sigmoid" if dpo.loss_type in trainers.REFERENCE_FREE else dpo.loss_type
-    weighted = dpo.sft_weight > 0 and dpo.loss_type not in trainers.REFERENCE_FREE
     config = DPOConfig(
         **training.arguments(recipe, run, plan, machine, data.eval is not None),
-        loss_type=[loss, "sft"] if weighted else [loss],
-        loss_weights=[1.0, dpo.sft_weight] if weighted else None,
+        loss_type=[loss],
         beta=dpo.beta,
         label_smoothing=dpo.label_smoothing,
         precompute_ref_log_probs=True,
@@ -246,15 +263,15 @@ def kto_trainer(
         undesirable_weight=kto.undesirable_weight,
         max_length=None,
     )
-    with trainers.own_reference(model, copy):
-        trainer = trainers.Kto(
-            model=model,
-            args=config,
-            train_dataset=data.train,
-            eval_dataset=data.eval,
-            processing_class=parts.tokenizer,
-            callbacks=training.callbacks(recipe, run, data.eval is not None),
-        )
+    trainer = trainers.Kto(
+        copy=copy,
+        model=model,
+        args=config,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=parts.tokenizer,
+        callbacks=training.callbacks(recipe, run, data.eval is not None),
+    )
     return training.finish_setup(trainer, recipe)
 
 

@@ -25,7 +25,7 @@ from finetune.data.chat import make_encoder
 from finetune.errors import UserError
 from finetune.families import family
 from finetune.models import hardware, loading
-from finetune.recipe import ModelConfig, SftRecipe
+from finetune.recipe import ModelConfig, SftRecipe, compute_dtype
 from finetune.recipe_file import check
 from finetune.run import write_json
 
@@ -41,9 +41,10 @@ def measure(where: Path) -> dict[str, Any]:
     architecture = loading.read_config(recipe.model)["model_type"]
     encoder = make_encoder(loading.load_tokenizer(recipe.model), family(architecture))
     rows = dataset.load_eval_rows(recipe.eval.data, recipe.data)[: recipe.eval.limit]
-    prompts = [encoder.prompt_ids(evaluation.split_reference(row)[0].messages) for row in rows[:PROMPTS]]
+    asked = [evaluation.split_reference(row)[0] for row in rows[:PROMPTS]]
+    prompts = [encoder.prompt_ids(conversation.messages, conversation.tools) for conversation in asked]
 
-    kind = getattr(torch, recipe.model.dtype if recipe.model.dtype != "auto" else "float32")
+    kind = getattr(torch, compute_dtype(recipe.model.dtype, machine))  # `auto` as training resolves it
     base = loading.load_model(recipe.model, kind, machine)
     generation = (recipe.eval.max_new_tokens, recipe.eval.batch_size)
     if not (where / "result.json").exists():

@@ -22,6 +22,20 @@ OPTIMIZERS = {
 }
 
 
+# peft's vectors and scales, whatever their shape: IA3's, DoRA's magnitudes, AdaLoRA's singular values, VeRA's.
+SCALES = ("ia3_l", "lora_magnitude_vector", "lora_E", "vera_lambda_b", "vera_lambda_d")
+
+
+def is_matrix(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether a parameter is a matrix (or a stack of them), and no bias, norm, vector or scale."""
+    return parameter.ndim > 1 and not name.endswith("bias") and not set(SCALES) & set(name.split("."))
+
+
+def decayed(model: torch.nn.Module) -> list[str]:
+    """Names of the parameters that weight decay reaches: matrices."""
+    return [name for name, parameter in model.named_parameters() if is_matrix(name, parameter)]
+
+
 class OrderedSampler(Sampler[int]):
     """A shuffled order that depends on (seed, epoch) only; with `group` > 1, samples of like length stand together.
 
@@ -113,8 +127,8 @@ def muon_split(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[t
     others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_matrix = parameter.ndim == 2 and id(parameter) not in embeddings and "lm_head" not in name
-            (matrices if is_matrix else others).append(parameter)
+            inner = parameter.ndim == 2 and id(parameter) not in embeddings and "lm_head" not in name
+            (matrices if inner and is_matrix(name, parameter) else others).append(parameter)
     return matrices, others
 
 

@@ -32,13 +32,12 @@ from finetune.actors import Actors
 from finetune.adapters.proof import Proof, check_finite
 from finetune.adapters.seats import seated
 from finetune.callbacks import Guard, check_scale
-from finetune.data.chat import scored_end
 from finetune.data.prompts import Prompt
 from finetune.errors import RunError
 from finetune.evaluation import decode, seeded, stop_ids
 from finetune.metrics import mean, paired
 from finetune.models.hardware import peak_memory_gb
-from finetune.optim import OrderedSampler, faster_b, scheduler_kwargs
+from finetune.optim import OrderedSampler, faster_b, is_matrix, scheduler_kwargs
 from finetune.ppo_state import Degenerate, State, load_checkpoint, save_checkpoint, watch
 from finetune.progress import Progress, samples
 from finetune.recipe import PpoRecipe
@@ -52,10 +51,11 @@ from finetune.rollout import (
     response_logits,
     sample,
     support,
+    together,
     token_values,
 )
 from finetune.run import Run, append_lines
-from finetune.scoring import Scorer, checked, score_rows
+from finetune.scoring import Scorer, answered, checked, scored_reply
 
 EVALUATION_SEED = 20_000
 PATIENCE = 50  # updates within which every gradient must have been non-zero: rewards may be equal at first
@@ -107,9 +107,6 @@ class Ppo:
         self.rows, self.inputs = rows, inputs or {}
         self.steps = self.left_out = 0  # steps of the optimizer, and those that loss scaling has left out
         self.pad = encoder.tokenizer.pad_token_id
-        judge = actors.judge
-        own = judge.encoder if judge is not None else None
-        self.reads_ids = own is not None and own.identity() == encoder.identity()
         self.stops = stop_ids(actors.policy.model, encoder)
         c = recipe.ppo
         self.sampling = Sampling(c.max_new_tokens, c.temperature, c.top_k, c.top_p)
@@ -130,10 +127,10 @@ class Ppo:
         own = [p for p in policy.model.parameters() if p.requires_grad and id(p) not in theirs]
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, policy.model)
         rate = self.config.value_learning_rate or train.learning_rate
-        groups = []
+        groups, decays = [], {id(p) for n, p in self.module.named_parameters() if is_matrix(n, p)}
         for parameters, lr in ((own, train.learning_rate), (values, rate)):
             for matrices, decay in ((True, train.weight_decay), (False, 0.0)):
-                if part := [p for p in parameters if (p.ndim > 1) is matrices]:
+                if part := [p for p in parameters if (id(p) in decays) is matrices]:
                     groups.append({"params": part, "lr": lr, "weight_decay": decay})
         self.optimizer = kind(groups, **options)
         if (ratio := getattr(self.recipe.adapter, "loraplus_lr_ratio", None)) is not None:
@@ -185,14 +182,17 @@ class Ppo:
         actors, parts = self.actors, {}
         if actors.reward is not None:
             assert actors.reward_head is not None
-            read, found = replies.judged(scored_end(self.encoder)), list[float]()
+            rows = [scored_reply(self.encoder, c) for c in answered(prompts, texts)]
+            ends = [[row[-1]] for row in rows]  # the last token is where the score stands
+            read = together([row[:-1] for row in rows], ends, self.stops, self.pad, self.device)
+            found = list[float]()
             with torch.no_grad(), self.autocast(), seated(actors.reward) as model:
                 model.train()
                 for index in self.chunks(torch.arange(len(replies), device=self.device)):
                     found += end_scores(model, actors.reward_head, read.rows(index)).tolist()
             parts["model"] = (next(source), checked(found, len(replies), "the reward model"))
         elif actors.judge is not None:
-            parts["model"] = (next(source), self._judged(prompts, replies, texts))
+            parts["model"] = (next(source), actors.judge.score(prompts, texts))
         for name, scorer in self.scorers.items():
             parts[name] = (next(source), scorer(prompts, texts))
         sums = [sum(w * values[i] for w, values in parts.values()) for i in range(len(texts))]
@@ -200,15 +200,6 @@ class Ppo:
         if bad is not None:
             raise RunError(f"the reward of reply {texts[bad][:60]!r} is {sums[bad]}: lower reward.weights")
         return sums, {name: values for name, (_, values) in parts.items()}
-
-    def _judged(self, prompts: Sequence[Prompt], replies: Replies, texts: Sequence[str]) -> list[float]:
-        judge = self.actors.judge
-        assert judge is not None
-        if not self.reads_ids:
-            return judge.score(prompts, texts)
-        read = replies.judged(scored_end(self.encoder))
-        rows = [ids[m.bool()].tolist() for ids, m in zip(read.ids, read.attention, strict=True)]
-        return checked(score_rows(judge.model, rows, self.pad), len(rows), judge.name)
 
     @torch.no_grad()
     def collect(self, prompts: Sequence[Prompt]) -> Rollout:

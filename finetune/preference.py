@@ -2,6 +2,7 @@
 
     simpo_loss, orpo_loss       pure functions of log-probabilities, tested against float64 values
     PairCollator                pairs of token ids -> one batch, chosen rows first; ScoreCollator for reward models
+    mismatched(prompts)         for each row another one with another prompt, for KTO's KL term
     stuck(rows)                 a loss that stands where it began, with the likely cause
 
 Everything else is trl's: DPOTrainer, KTOTrainer and RewardTrainer underneath.
@@ -9,6 +10,7 @@ Everything else is trl's: DPOTrainer, KTOTrainer and RewardTrainer underneath.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +94,28 @@ class ScoreCollator:
         batch = PairCollator(self.pad_token_id, self.pad_to_multiple_of)(rows)
         del batch["completion_mask"]
         return {**batch, "margin": torch.full((len(rows),), self.margin)}
+
+
+def mismatched(prompts: Sequence[Any]) -> list[int] | None:
+    """For each row the number of another one whose prompt is another; None where all prompts are one.
+
+    Every row is taken once, as KTO's estimate wants (Ethayarajh et al. 2024: the answers of the batch, to other
+    prompts), unless more than half of the rows share one prompt.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(repr(prompt), []).append(i)
+    if len(groups) < 2:
+        return None
+    order = [i for group in sorted(groups.values(), key=len, reverse=True) for i in group]
+    most = max(map(len, groups.values()))
+    found = [0] * len(order)
+    for place, i in enumerate(order):
+        found[i] = order[place - most]
+    for place, i in enumerate(order[:most]):  # of a group of more than half, some would meet their own prompt
+        if prompts[found[i]] == prompts[i]:
+            found[i] = order[most + place % (len(order) - most)]
+    return found
 
 
 def stuck(rows: list[dict[str, Any]]) -> str | None:

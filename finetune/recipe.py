@@ -418,7 +418,7 @@ class TrainConfig(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this norm; 0 switches it off."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay on matrices (not on biases and norms)."""
+    """Decoupled weight decay on matrices (not on biases, norms, and the vectors and scales of adapters)."""
     optim: Optimizer = "adamw"
     """Optimizer. muon: orthogonalised momentum on matrices, AdamW on the rest."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -525,6 +525,10 @@ DpoLoss = Literal[
 ]  # fmt: skip
 
 
+SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
+"""The losses that dpo.label_smoothing changes."""
+
+
 class DpoConfig(Section):
     loss_type: DpoLoss = "sigmoid"
     """The objective; simpo (arXiv:2405.14734) and orpo (arXiv:2403.07691) need no reference model."""
@@ -532,9 +536,10 @@ class DpoConfig(Section):
     """How strongly the policy is held to the reference (sigmoid and kin); the scale of the log-odds (orpo) or of the
     mean log-probabilities (simpo, usually 2 to 2.5)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Assumed share of wrongly labelled pairs."""
+    """Assumed share of wrongly labelled pairs, of robust, exo_pair, aot and aot_unpaired; refused with the others."""
     sft_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the chosen answers' negative log-likelihood added to the loss (RPO, arXiv:2404.19733)."""
+    """Weight of the chosen answers' negative log-likelihood added to the loss (RPO, arXiv:2404.19733): the mean over an
+    answer's tokens, averaged over the pairs."""
     simpo_gamma: Annotated[float, Field(ge=0)] = 0.5
     """Target margin of simpo, as a share of beta."""
     start: Literal["continue", "merge"] = "continue"
@@ -543,6 +548,11 @@ class DpoConfig(Section):
 
     @model_validator(mode="after")
     def _smoothed(self) -> DpoConfig:
+        if self.label_smoothing and self.loss_type not in SMOOTHED:
+            fix = f"leave it out, or set dpo.loss_type: robust (with effect in {', '.join(SMOOTHED)})"
+            raise ValueError(f"dpo.label_smoothing: has no effect on {self.loss_type}; {fix}")
+        if self.simpo_gamma != DpoConfig.model_fields["simpo_gamma"].default and self.loss_type != "simpo":
+            raise ValueError(f"dpo.simpo_gamma: has no effect on {self.loss_type}; leave it out")
         if self.loss_type == "exo_pair" and not self.label_smoothing:
             raise ValueError("dpo.label_smoothing: exo_pair takes its logarithm; set it above 0, for example 0.001")
         return self

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,18 +66,6 @@ class Replies:
         """[B, T] where the logits of each reply token stand in `ids`: one before the token itself."""
         t = torch.arange(self.tokens.shape[1], device=self.ids.device)
         return (self.prompt_lengths[:, None] - 1 + t).clamp(max=self.ids.shape[1] - 1)
-
-    def judged(self, end: int | None) -> Replies:
-        """As a reward model is trained to read them: whatever token a reply was ended by, it is replaced by `end`, the
-        one that pairs are encoded with, or left out (None; see `data.chat.scored_length`)."""
-        ids, attention = self.ids.clone(), self.attention.clone()
-        rows = self.ended.nonzero()[:, 0]
-        last = attention[rows].sum(1) - 1
-        if end is not None:
-            ids[rows, last] = end
-        else:
-            attention[rows, last] = 0
-        return replace(self, ids=ids, attention=attention)
 
     def text_ids(self, row: int, stops: Sequence[int]) -> list[int]:
         """The reply's tokens without the end token."""

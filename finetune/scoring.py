@@ -4,6 +4,8 @@ Scorer                      (prompts, replies) -> one number per reply
 load_rule(spec)             file.py:function as a scorer
 RewardModel.load(path)      a run of `ft reward`, or any sequence-classification model with one output
 check_model(path)           what cannot be one, before anything is loaded
+answered(prompts, replies)  prompts and replies as conversations
+scored_reply(encoder, …)    what is read of a conversation to score its reply, wherever it is scored
 score_rows(model, rows, …)  scores of encoded texts
 is_reward_run(path)
 """
@@ -25,9 +27,9 @@ from typing import Any, NoReturn
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from finetune.data.chat import make_encoder, scored_ids
+from finetune.data.chat import make_encoder, scored_end, scored_ids
 from finetune.data.prompts import Prompt
-from finetune.data.types import Conversation
+from finetune.data.types import Conversation, RowProblem, attempted
 from finetune.errors import RunError, UserError
 from finetune.families import ENCODER, family, refused
 from finetune.models import loading, sources
@@ -121,6 +123,29 @@ def checked(values: Any, n: int, source: str) -> list[float]:
     return numbers
 
 
+def answered(prompts: Sequence[Prompt], replies: Sequence[str]) -> list[Conversation]:
+    """Each prompt with its reply. An empty reply is no turn to encode; a blank one is scored in its place."""
+    return [
+        Conversation([*p.messages, {"role": "assistant", "content": reply or " "}], p.tools)
+        for p, reply in zip(prompts, replies, strict=True)
+    ]
+
+
+def scored_reply(encoder: Any, conversation: Conversation) -> list[int]:
+    """A conversation that ends with a reply as a reward model reads it: as `ft reward` reads its pairs.
+
+    That is the text with the end of turn, also of a reply that was cut off: without it the score would stand at a token
+    where none was ever trained. What the template cannot write is put behind the prompt as it is.
+    """
+    found = attempted(encoder.encode, conversation, "last")
+    if not isinstance(found, RowProblem):
+        return scored_ids(found, encoder.separator)
+    *before, reply = conversation.messages
+    ids = encoder.tokenizer.encode(str(reply["content"]), add_special_tokens=False)
+    end = scored_end(encoder)
+    return [*encoder.prompt_ids(before, conversation.tools), *ids, *([] if end is None else [end])]
+
+
 def is_reward_run(path: str) -> bool:
     recipe = read_recipe(Path(path)) if Path(path).is_dir() else None
     return recipe is not None and recipe.get("stage") == "reward"
@@ -175,15 +200,10 @@ class RewardModel:
 
     def ids(self, conversation: Conversation) -> list[int]:
         """A conversation that ends with a reply, up to where it is scored."""
-        return scored_ids(self.encoder.encode(conversation, "last"), self.encoder.separator)
+        return scored_reply(self.encoder, conversation)
 
     def score(self, prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float]:
-        # An empty reply is no turn to encode; a blank one is scored in its place.
-        turns = [
-            [*p.messages, {"role": "assistant", "content": reply or " "}]
-            for p, reply in zip(prompts, replies, strict=True)
-        ]
-        return self.scores([Conversation(t, p.tools) for t, p in zip(turns, prompts, strict=True)])
+        return self.scores(answered(prompts, replies))
 
     def scores(self, conversations: Sequence[Conversation]) -> list[float]:
         if self.encoder is None:

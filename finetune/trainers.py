@@ -2,7 +2,8 @@
 
 `Extras` is mixed into each trainer: the order of samples depends on (seed, epoch) alone, so that a resumed run sees
 exactly the batches of an uninterrupted one; the optimizers of `optim`; loss scaling on CPUs; checkpoints that are
-complete or not there and hold all that a resumed run needs; held-out figures that no batch size changes.
+complete or not there and hold all that a resumed run needs; held-out figures that no batch size changes. `RowMeans`
+gives every row of a step the same weight, however the step is cut into passes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -28,13 +32,16 @@ from finetune.adapters import ranks
 from finetune.adapters.proof import check_finite, trained
 from finetune.adapters.seats import copy_adapter, named
 from finetune.adapters.state import load_state, save_state
-from finetune.errors import RunError
-from finetune.optim import MuonWithAdamW, OrderedSampler, faster_b, muon_split
-from finetune.preference import orpo_loss, simpo_loss
+from finetune.errors import RunError, UserError
+from finetune.models.quantization import is_quantized
+from finetune.optim import MuonWithAdamW, OrderedSampler, decayed, faster_b, muon_split
+from finetune.preference import mismatched, orpo_loss, simpo_loss
 from finetune.recipe import DpoConfig, TrainConfig
 from finetune.run import complete, damage, known_of, rotate, write_json
 
 REFERENCE_FREE = ("simpo", "orpo")
+SORTED = ("aot", "aot_unpaired")
+"""Losses between the sorted margins of all pairs that are in a pass."""
 
 
 class Extras:
@@ -53,6 +60,10 @@ class Extras:
     _metrics: dict[str, dict[str, list[float]]]
     _total_train_tokens: int
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with unrounded(kwargs["model"]):
+            super().__init__(*args, **kwargs)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
         columns = zip(*(dataset[name] for name in self.length_columns), strict=True)
@@ -69,6 +80,9 @@ class Extras:
             # T4 and V100 take runs here, too.
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        return decayed(model)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.recipe_train.optim == "muon" and self.optimizer is None:
@@ -219,6 +233,56 @@ class CountOn(TrainerCallback):
             self.trainer.count_on(self.checkpoint)
 
 
+@contextmanager
+def unrounded(model: Any) -> Iterator[None]:
+    """While a trainer of trl is made: what is trained on a quantized base keeps its float32.
+
+    trl casts it to bfloat16, which cannot be undone: a policy that goes on from an adapter would begin elsewhere than
+    that adapter, and DPO's reference pass would see the rounded one. It passes over what does not require a gradient.
+    """
+    quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    trained = [p for p in model.parameters() if p.requires_grad] if quantized else []
+    for parameter in trained:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad = True
+
+
+def as_measured(model: Any, training: bool) -> None:
+    """For a pass of the reference: nothing is dropped at random, and quantized layers compute as they do for the policy
+    it is compared with. Those of int8 compute otherwise in training."""
+    model.eval()
+    for module in model.modules():
+        if is_quantized(module):
+            module.train(training)
+
+
+class RowMeans:
+    """Mixed in before a trainer whose loss of a pass is a mean over its rows.
+
+    transformers averages over the passes of a step, so that a row of a short last pass would weigh more than others.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], int]:
+        batches, _ = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        return batches, sum(len(batch["input_ids"]) for batch in batches)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean over the pass's rows, as its share of the mean over the step's."""
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        if num_items_in_batch is None:
+            return loss
+        share = len(inputs["input_ids"]) / num_items_in_batch
+        return (loss[0] * share, loss[1]) if return_outputs else loss * share
+
+
 class Collator(DataCollatorForLanguageModeling):
     """trl's, with the loss weights of turns where the data has them."""
 
@@ -236,17 +300,30 @@ class _WeightedSft(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """trl's loss; with weights the sum of weight x negative log-likelihood over the number of trained tokens."""
-        weights = inputs.pop("weights", None)
-        if weights is None:
+        """trl's loss; with weights the sum of weight x negative log-likelihood over the number of trained tokens.
+
+        Label smoothing is done here with and without weights: trl's own takes no weights, and no virtual tokens.
+        """
+        weights, smoothing = inputs.pop("weights", None), self.args.label_smoothing_factor
+        if weights is None and not smoothing:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        weights = weights[:, 1:].to(outputs.log_probs)
-        losses = -outputs.log_probs[:, -weights.shape[1] :] * weights
+        labels = inputs["labels"][:, 1:]
+        trained = labels != -100
+        if smoothing:
+            given = {key: value for key, value in inputs.items() if key != "labels"}
+            outputs = model(**given, use_cache=False)
+            logits = outputs.logits[:, -labels.shape[1] - 1 : -1].float()
+            every = logits.log_softmax(-1)
+            right = every.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+            logps = ((1 - smoothing) * right + smoothing * every.mean(-1)) * trained
+        else:
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+            logps = outputs.log_probs[:, -labels.shape[1] :]
+        losses = -logps if weights is None else -logps * weights[:, 1:].to(logps)
         if self.model.training:
             self._total_train_tokens += int(inputs["labels"].numel())
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        loss = losses.sum() / (outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch)
+        loss = losses.sum() / (trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -263,7 +340,11 @@ def own_reference(model: Any, copy: bool) -> Iterator[None]:
     there is none, and the base with the adapter off is the reference, without the memory.
     """
     if copy and isinstance(model, PeftModel):
-        copy_adapter(model, "default", "ref")
+        try:
+            copy_adapter(model, "default", "ref")
+        except UserError as error:  # what seats advises is for PPO
+            problems = [replace(problem, fix="set dpo.start or kto.start: merge") for problem in error.problems]
+            raise UserError(problems) from None
         for parameter in named(model, "ref").values():
             parameter.requires_grad_(False)
     find = getattr(model, "get_parameter", None)
@@ -298,13 +379,14 @@ class _PairDpo(DPOTrainer):
         """Once per content: pairs, reference and precision make the name of the file they are kept in."""
         if self.recipe_dpo.loss_type in REFERENCE_FREE:
             return dataset
-        digest = hashlib.sha256(f"{self.reference} {self.model.dtype}".encode())
+        digest = hashlib.sha256(f"{self.reference} {name}".encode())
         for row in dataset:
             digest.update(repr(sorted(row.items())).encode())
         file = self.cache / f"{digest.hexdigest()}.json"
         if file.is_file():
             columns = json.loads(file.read_text(encoding="utf-8"))
         else:
+            as_measured(self.model, training=name == "train")
             done = super()._precompute_ref_logps(dataset, name, batch_size)
             columns = {key: list(done[key]) for key in ("ref_chosen_logps", "ref_rejected_logps")}
             self.cache.mkdir(parents=True, exist_ok=True)
@@ -315,7 +397,7 @@ class _PairDpo(DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self.recipe_dpo.loss_type not in REFERENCE_FREE:
-            return super()._compute_loss(model, inputs, return_outputs)
+            return self._with_sft(model, inputs, return_outputs)
         completion = inputs["completion_mask"]
         labels = inputs["input_ids"].masked_fill(completion == 0, -100)
         kept = {k: inputs[k] for k in ("input_ids", "attention_mask")}
@@ -334,6 +416,26 @@ class _PairDpo(DPOTrainer):
         self._record(rewards, chosen, rejected, inputs["attention_mask"])
         return losses.mean()
 
+    def _with_sft(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """trl's objective and, weighted, each chosen answer's mean negative log-likelihood, averaged over the pairs.
+
+        trl's own `sft` is a mean over the tokens of a pass: pairs with long answers would weigh more, and every way to
+        cut a step into passes would have another loss.
+        """
+        if not self.recipe_dpo.sft_weight:
+            return super()._compute_loss(model, inputs, return_outputs)
+        seen = []
+
+        def looked_at(**kwargs: Any) -> Any:
+            seen.append(model(**kwargs))
+            return seen[-1]
+
+        loss = super()._compute_loss(looked_at, inputs, return_outputs)
+        chosen = inputs["completion_mask"][:, 1:].chunk(2)[0]
+        logps = seen[0].log_probs[:, -chosen.shape[1] :].chunk(2)[0].sum(1)
+        sft = -(logps / chosen.sum(1)).mean() * self.recipe_dpo.sft_weight
+        return (loss[0] + sft, loss[1]) if return_outputs else loss + sft
+
     def _record(self, rewards: tuple[Any, Any], chosen: Any, rejected: Any, attention: Any) -> None:
         """The same names that trl logs."""
         mode = "train" if self.model.training else "eval"
@@ -349,7 +451,7 @@ class _PairDpo(DPOTrainer):
             self._metrics[mode][name].append(value.mean().item())
 
 
-class Dpo(Extras, _PairDpo):
+class Dpo(Extras, RowMeans, _PairDpo):
     """Rows of chosen_ids, chosen_mask, rejected_ids, rejected_mask."""
 
     length_columns = ("chosen_ids", "rejected_ids")
@@ -365,13 +467,85 @@ class Dpo(Extras, _PairDpo):
 
 
 class _TokenKto(KTOTrainer):
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        """trl pairs each prompt with another answer of its batch for the KL term; so do these rows, already encoded."""
-        answers = dataset["completion_ids"]
-        return dataset.add_column("KL_completion_ids", [answers[-1], *answers[:-1]])
+    """trl's KTO, with a KL term that is the same however a step is cut into passes: measured on all its rows, before
+    the first pass, on answers to other prompts of the same step."""
+
+    def __init__(self, *, copy: bool, **kwargs: Any) -> None:
+        """
+        Args:
+            copy: as for DPO.
+        """
+        args = kwargs["args"]
+        rows = args.per_device_train_batch_size
+        args.per_device_train_batch_size = max(2, rows)  # trl wants two rows in a pass, as it measures KL there
+        model = kwargs["model"]
+        if not isinstance(model, PeftModel):  # trl would load the base anew, without what the recipe says of it
+            kwargs["ref_model"] = deepcopy(model).requires_grad_(False)
+        with own_reference(model, copy):
+            super().__init__(**kwargs)
+        self.args.per_device_train_batch_size = self._train_batch_size = rows
+        self.precompute_ref_logps = True  # `measure_kl` puts the reference's log-probabilities into every batch
+        self.kl = torch.zeros(1)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        as_measured(self.model, training=True)
+        self.measure_kl(batches)
+        return batches, count
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = self._prepare_inputs(inputs)
+        self.measure_kl([inputs])
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def measure_kl(self, batches: list[dict[str, Any]]) -> None:
+        """The KL estimate of the rows of these batches, and the reference's log-probabilities in each of them."""
+        prompts, answers = [], []
+        for batch in batches:
+            for ids, real, completion in zip(
+                *(batch[key].tolist() for key in ("input_ids", "attention_mask", "completion_mask")), strict=True
+            ):
+                start = completion.index(1)
+                prompts.append(ids[:start])
+                answers.append(ids[start : sum(real)])
+        others = self._answers_to_others(prompts, answers)
+        ratios, at = [], 0
+        for batch in batches:
+            count = len(batch["label"])
+            rows = [
+                {"prompt_ids": prompt, "KL_completion_ids": other, "label": True}
+                for prompt, other in zip(prompts[at : at + count], others[at : at + count], strict=True)
+            ]
+            at += count
+            mixed = {k: v.to(batch["label"].device) for k, v in self.data_collator(rows).items() if k != "label"}
+            both = {**batch, **mixed}
+            batch["ref_logps"], reference = self.compute_ref_log_probs(self.ref_model or self.model, both)
+            batch["ref_KL_logps"] = torch.zeros_like(self.kl)
+            with torch.no_grad(), self.accelerator.autocast():
+                ratios.append(super()._compute_kl_logps(self.model, both) - reference)
+        self.kl = torch.cat(ratios).mean()[None]
+
+    def _answers_to_others(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[int]]:
+        """For each prompt the answer to another one: of the same rows or, where they all have one prompt, of others."""
+        order = mismatched(prompts)
+        if order is not None:
+            return [answers[i] for i in order]
+        draw, rows = Random(self.args.seed * 1_000_003 + self.state.global_step), self.train_dataset
+        found: list[list[int]] = []
+        while len(found) < len(prompts):
+            row = rows[draw.randrange(len(rows))]
+            if row["prompt_ids"] != prompts[0]:  # there are some: `load_unpaired` asks for two prompts
+                found.append(row["completion_ids"])
+        return found
+
+    def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        return self.kl  # trl takes `ref_KL_logps` off, which are 0, and then the mean
 
 
-class Kto(Extras, _TokenKto):
+class Kto(Extras, RowMeans, _TokenKto):
     """Rows of prompt_ids, completion_ids, label."""
 
     length_columns = ("prompt_ids", "completion_ids")
@@ -414,7 +588,7 @@ class Kto(Extras, _TokenKto):
         return {**{key: float(value) for key, value in found.items()}, "num_tokens": self._total_train_tokens}
 
 
-class Reward(Extras, RewardTrainer):
+class Reward(Extras, RowMeans, RewardTrainer):
     """Rows of chosen_ids and rejected_ids; the model has one output."""
 
     length_columns = ("chosen_ids", "rejected_ids")

@@ -15,7 +15,7 @@ import numpy as np
 
 from finetune.data.audit import Audit
 from finetune.data.chat import IGNORED, Encoded, scored_ids
-from finetune.data.dataset import SftData, held_out, uneven
+from finetune.data.dataset import SftData, held_out, times_used, uneven
 from finetune.data.samples import content_hash
 from finetune.data.types import Unpaired
 from finetune.errors import UserError
@@ -26,7 +26,9 @@ def load_pairs(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = No
 
     to_score: as a reward model reads them, up to where each answer is scored.
     """
-    rows, hashes, audit = [], [], Audit(config, encoder, "preference", eval_data)
+    if to_score:  # the score stands at the end of the answer, whatever else could carry loss
+        config = config.model_copy(update={"train_on": "last"})
+    rows, hashes, weights, audit = [], [], [], Audit(config, encoder, "preference", eval_data)
     for item, encoded in audit.rows(seed):
         assert isinstance(encoded, dict)
         row: dict[str, list[int]] = {}
@@ -36,13 +38,14 @@ def load_pairs(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = No
             row[f"{name}_ids"], row[f"{name}_mask"] = ids, mask(found)[: len(ids)]
         rows.append(row)
         hashes.append(content_hash(item.sample))  # type: ignore[arg-type]
+        weights.append(item.weight)
     audit.settle()
-    return _split(rows, hashes, config, audit)
+    return _split(rows, hashes, weights, config, audit)
 
 
 def load_unpaired(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = None) -> SftData:
     """Labelled answers; pairs are read as one good and one bad answer. UserError with every problem of every row."""
-    rows, hashes, audit = [], [], Audit(config, encoder, "unpaired", eval_data)
+    rows, hashes, weights, audit = [], [], [], Audit(config, encoder, "unpaired", eval_data)
     for item, encoded in audit.rows(seed):
         assert isinstance(encoded, Encoded)
         assert isinstance(item.sample, Unpaired)
@@ -50,13 +53,15 @@ def load_unpaired(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any =
         ids = encoded.input_ids
         rows.append({"prompt_ids": ids[:start], "completion_ids": ids[start:], "label": item.sample.label})
         hashes.append(content_hash(item.sample))
+        weights.append(item.weight)
     audit.settle()
-    # trl's KL term gives each prompt the answer of the row before it, which must not be the other answer of its pair.
-    order = sorted(range(len(rows)), key=lambda i: not rows[i]["label"])
-    data = _split([rows[i] for i in order], [hashes[i] for i in order], config, audit)
+    data = _split(rows, hashes, weights, config, audit)
     if len(set(data.train["label"])) < 2:
         good = "good" if data.train[0]["label"] else "bad"
         raise UserError(f"every answer is labelled {good}", key="data.train", fix="KTO needs good and bad answers")
+    if len({tuple(ids) for ids in data.train["prompt_ids"]}) < 2:
+        what = "every answer is to the same prompt, and KTO's KL term is measured on answers to others"
+        raise UserError(what, key="data.train", fix="give rows with other prompts, too")
     return data
 
 
@@ -65,13 +70,17 @@ def mask(encoded: Encoded) -> list[int]:
     return [int(label != IGNORED) for label in encoded.labels]
 
 
-def _split(rows: list[dict[str, Any]], hashes: list[int], config: Any, audit: Audit) -> SftData:
+def _split(rows: list[dict[str, Any]], hashes: list[int], weights: list[float], config: Any, audit: Audit) -> SftData:
+    """Rows held out by content; the others as often as the weight of their source says."""
     import datasets
 
-    held = held_out(np.asarray(hashes, np.uint64), config.eval_split)
-    if not rows or held.all():
+    marks = np.asarray(hashes, np.uint64)
+    held, times = held_out(marks, config.eval_split), times_used(marks, np.asarray(weights))
+    times[held] = 0
+    if not times.any():
         raise UserError("no row is left to train on", key="data.train", fix="give more rows, or hold out fewer")
-    parts = [[row for row, out in zip(rows, held, strict=True) if bool(out) is wanted] for wanted in (False, True)]
-    train, test = (datasets.Dataset.from_list(part) if part else None for part in parts)
+    used = [rows[i] for i in np.repeat(np.arange(len(rows)), times)]
+    kept = [rows[i] for i in np.flatnonzero(held)]
+    train, test = (datasets.Dataset.from_list(part) if part else None for part in (used, kept))
     warnings = [*audit.warnings(), *uneven(held, config.eval_split)]
     return SftData(train, test, {**dict(audit.counts), "eval_rows": int(held.sum())}, warnings)

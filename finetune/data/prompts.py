@@ -8,7 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from finetune.data.audit import Audit
+from finetune.data.dataset import times_used
+from finetune.data.samples import content_hash
 from finetune.data.shown import told
 from finetune.data.types import Conversation, Message, Preference, RowProblem, Text, Unpaired, attempted
 from finetune.errors import UserError
@@ -43,7 +47,7 @@ def load_prompts(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = 
     UserError with every problem of every row.
     """
     audit = Audit(config, None, "prompts", eval_data)
-    rows, too_long = [], 0
+    rows, marks, too_long = [], [], 0
     for item, _ in audit.rows(seed):
         sample = item.sample
         if isinstance(sample, Text):
@@ -64,7 +68,12 @@ def load_prompts(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = 
             continue
         audit.left_out(item, [what for what, _ in told(encoder.losses.of(messages, sample.tools), set())])
         rows.append(Prompt(ids, messages, sample.tools, {**item.data, "reference": reference}))
+        marks.append((content_hash(sample), item.weight))
     audit.settle()
+    if marks:  # the weight of a source
+        hashes, weights = zip(*marks, strict=True)
+        times = times_used(np.asarray(hashes, np.uint64), np.asarray(weights))
+        rows = [rows[i] for i in np.repeat(np.arange(len(rows)), times)]
     if not rows:
         raise UserError("no prompt is left", key="data.max_length", fix=f"raise it: {too_long} are longer")
     warnings = audit.warnings()

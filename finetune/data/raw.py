@@ -6,11 +6,16 @@ pack(documents, …)         -> blocks of exactly max_length tokens
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 
+import numpy as np
+
 from finetune.data import formats, samples, sources
+from finetune.data.dataset import times_used
+from finetune.data.samples import content_hash
 from finetune.data.types import RowProblem, Text
 from finetune.errors import UserError
 from finetune.recipe import DataConfig, SourceConfig
@@ -31,7 +36,16 @@ def documents(data: DataConfig, seed: int, total: int) -> Iterator[str]:
 
             yield from world.documents(seed, total)
         else:
-            yield from _texts(source, data)
+            weight = sources.as_dict(source).get("weight", 1.0)
+            for passed in range(math.ceil(weight)):  # a whole pass after the other: the order of the text stays
+                for text in _texts(source, data):
+                    if weight >= passed + 1 or _times(text, weight) > passed:
+                        yield text
+
+
+def _times(text: str, weight: float) -> int:
+    """How often the weight of its source uses a text, as in every stage."""
+    return int(times_used(np.asarray([content_hash(Text(text))], np.uint64), np.asarray([weight]))[0])
 
 
 def _texts(source: str | SourceConfig, data: DataConfig) -> Iterator[str]:

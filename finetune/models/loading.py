@@ -395,7 +395,7 @@ def attach_adapter(
 
     Args:
         adjust: last word on peft's config, e.g. for an adapter that goes on under a score head.
-        more: weights that the adjusted adapter has and the folder lacks.
+        more: weights for what the adjusted adapter has and the folder lacks; its own stay.
     """
     from peft import PeftConfig, PeftModel
 
@@ -410,6 +410,6 @@ def attach_adapter(
             if adapter != Path(scratch):
                 shutil.copy(adapter / "adapter_config.json", scratch)
             adapter = Path(scratch)
-            save_file({**weights, **more}, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_file({**more, **weights}, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
         options = {} if adjust is None else {"config": adjust(PeftConfig.from_pretrained(str(adapter)))}
         return PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable, **options)

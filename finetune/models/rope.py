@@ -80,9 +80,12 @@ LEARNED = ("gpt2", "opt", "gpt_neo", "gpt_bigcode", "openai-gpt", "biogpt", "xgl
 """Positions are rows of a table: there is nothing behind its end."""
 
 
-def check_length(config: Mapping[str, Any], model: ModelConfig, longest: int) -> str | None:
+def check_length(config: Mapping[str, Any], model: ModelConfig, longest: int, replies: str | None = None) -> str | None:
     """A warning when the longest sample has more tokens than the base was made for; UserError where that is the end of
-    its table of positions."""
+    its table of positions.
+
+    replies: where `longest` counts a sampled reply, too, the key of that reply's length.
+    """
     scaling, name = model.rope_scaling, model.name
     known = next((int(config[key]) for key in LENGTHS if config.get(key)), None)
     if known is None or config.get("model_type") == "bloom" or config.get("alibi"):
@@ -92,10 +95,12 @@ def check_length(config: Mapping[str, Any], model: ModelConfig, longest: int) ->
         limit = round((scaling.original_max_position_embeddings or known) * scaling.factor)
     if longest <= limit:
         return None
+    shorter = f"set data.max_length: {limit}," if replies is None else f"set it and {replies} to {limit} together,"
     if config["model_type"] in LEARNED:
         raise UserError(
             f"a sample has {longest} tokens, this model has {limit} positions", path=name, key="data.max_length",
-            fix=f"set data.max_length: {limit}, or use a model with rotary positions",
+            fix=f"{shorter} or use a model with rotary positions",
         )  # fmt: skip
-    advice = f"set {KEY}: {{rope_type: yarn, factor: {-(-longest // limit)}}}, or a smaller data.max_length"
+    keys = " or ".join(["data.max_length", *([replies] if replies else [])])
+    advice = f"set {KEY}: {{rope_type: yarn, factor: {-(-longest // limit)}}}, or a smaller {keys}"
     return f"the longest sample has {longest} tokens, {name} was made for {limit}: {advice}"

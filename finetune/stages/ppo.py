@@ -63,7 +63,7 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
     if judge is not None and (overwrite or not trained(folder)):
         pairs.load_pairs(judge.data, parts.encoder, to_score=True)  # what is wrong with them is said now
     longest = max(len(row.ids) for row in data.rows) + recipe.ppo.max_new_tokens
-    too_long = check_length(parts.config, recipe.model, longest)
+    too_long = check_length(parts.config, recipe.model, longest, "ppo.max_new_tokens")
     batch, per_epoch, total = rollouts(recipe, len(data.rows))
     plan = training.Layout(*batch_layout(*a_step(recipe), machine), per_epoch, total)
     if dry_run:
@@ -142,6 +142,7 @@ def reward_recipe(recipe: PpoRecipe, run: Run) -> RewardRecipe:
     data = section.model_copy(
         update={
             "train": given.train, "format": None, "columns": None, "max_length": longest, "packing": False,
+            "train_on": "assistant",
             "eval_split": 0.05,  # its accuracy on these pairs says whether PPO has anything to follow
         }
     )  # fmt: skip

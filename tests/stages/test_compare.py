@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_rows
 
+from finetune import measuring
 from finetune.errors import Interrupted, RunError, UserError
-from finetune.recipe import SftRecipe, SourceConfig
-from finetune.recipe_file import load
+from finetune.recipe import Hardware, SftRecipe, SourceConfig, resolve
+from finetune.recipe_file import load, to_yaml
 from finetune.stages import compare
 
 Recipes = Callable[..., Path]
@@ -60,6 +62,38 @@ def test_a_comparison_from_start_to_end(
     other = checked.model_copy(update={"train": checked.train.model_copy(update={"max_steps": 5})})
     with pytest.raises(UserError, match=r"other values of train\.max_steps"):
         compare.run(other, *lists, str(folder))
+
+
+def test_base_and_jobs_are_measured_alike(checked: SftRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dtype: auto` is what training makes of it, also for the base; prompts hold the rows' tools."""
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+    turns = [{"role": "user", "content": "hot?"}, {"role": "assistant", "content": "yes"}]
+    held_out = write_rows(tmp_path / "tools.jsonl", [{"messages": turns, "tools": tools}])
+    seen: dict[str, Any] = {}
+
+    def load_model(config: Any, dtype: Any, *_: Any) -> None:
+        seen["dtype"] = dtype
+        raise RunError("seen enough")
+
+    def prompt_ids(self: Any, messages: Any, given: Any = None) -> list[int]:
+        seen["tools"] = given
+        return [1]
+
+    monkeypatch.setattr("finetune.models.loading.load_model", load_model)
+    monkeypatch.setattr("finetune.data.chat.Encoder.prompt_ids", prompt_ids)
+    monkeypatch.setattr("finetune.models.hardware.detect", lambda: Hardware(bf16=True))
+    raw = checked.model_copy(
+        update={
+            "model": checked.model.model_copy(update={"dtype": "auto"}),
+            "eval": checked.eval.model_copy(update={"data": str(held_out)}),
+        }
+    )
+    for recipe in (raw, resolve(raw, Hardware(bf16=True))):  # of the base, and of a job
+        (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+        with pytest.raises(RunError, match="seen enough"):
+            measuring.measure(tmp_path)
+        assert str(seen["dtype"]) == "torch.bfloat16"
+        assert seen["tools"][0]["function"]["name"] == "weather"
 
 
 def test_folders_of_others_are_left_alone(checked: SftRecipe, tmp_path: Path) -> None:

@@ -254,6 +254,19 @@ def test_a_start_that_rewrites_the_base_rewrites_it_once(
     torch.testing.assert_close(tuned, bare, atol=1e-4, rtol=0)
 
 
+def test_advice_is_for_the_stage(aligned: Write, recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that cannot be is advised on by DPO's keys, not by PPO's."""
+    sft = train(recipe(train={"max_steps": 1}))
+
+    def refuse(*_: Any) -> None:
+        raise UserError("cannot stand twice on one base", key="adapter.method", fix="set ppo.models: separate")
+
+    monkeypatch.setattr("finetune.trainers.copy_adapter", refuse)
+    with pytest.raises(UserError, match=r"cannot stand twice.*dpo\.start") as caught:
+        run(aligned(model={"adapter": str(sft.path)}))
+    assert "ppo" not in str(caught.value)
+
+
 def test_adalora_cannot_stand_twice(aligned: Write, recipe: Write, tmp_path: Path) -> None:
     path = recipe(train={"max_steps": 12})
     values = yaml.safe_load(path.read_text())
@@ -290,10 +303,13 @@ def test_resume_is_exact(aligned: Write, tmp_path: Path) -> None:
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_kto_wants_two_rows_per_pass(aligned: Write, unpaired: Path) -> None:
-    alone = aligned("kto", data={"train": str(unpaired)}, train={"per_device_train_batch_size": 1})
+def test_kto_wants_two_rows_per_step(aligned: Write, unpaired: Path) -> None:
+    """In one pass or in two."""
+    alone = aligned("kto", data={"train": str(unpaired)}, train={"effective_batch_size": 1})
     with pytest.raises(UserError, match=r"alone in it.*set it to 2"):
         run(alone)
+    settings = {"per_device_train_batch_size": 1, "effective_batch_size": 2, "max_steps": 2}
+    assert len(logged(run(aligned("kto", data={"train": str(unpaired), "eval_split": 4}, train=settings)), "loss")) == 2
 
 
 def test_kto_learns(aligned: Write, unpaired: Path) -> None:

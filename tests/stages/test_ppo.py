@@ -27,6 +27,7 @@ from finetune.data.pairs import load_pairs
 from finetune.data.prompts import Prompt
 from finetune.data.types import Conversation
 from finetune.errors import Interrupted, RunError, UserError
+from finetune.evaluation import decode
 from finetune.models import hardware
 from finetune.ppo import Ppo
 from finetune.recipe import DataConfig, PpoRecipe
@@ -175,6 +176,38 @@ def test_chatglm_replies_are_scored_before_their_end(
             scores, _ = self.score(prompts, together([p.ids for p in prompts], replies, [stop], 0, "cpu"), texts)
             assert scores == pytest.approx(judge.score(prompts, texts), abs=1e-5)
             assert scores == pytest.approx(score_rows(judge.model, ids, 0), abs=1e-5)
+        looked.append(models)
+        raise RunError("seen enough")
+
+    monkeypatch.setattr(Ppo, "train", look)
+    with pytest.raises(RunError, match="seen enough"):
+        run_ppo(ppo_recipe(tmp_path, base, reward=only_model(reward), ppo={"models": models}))
+    assert looked
+
+
+@pytest.mark.parametrize("models", ["shared", "separate"])
+def test_a_reply_has_one_score_everywhere(
+    tmp_path: Path, base: Path, rewarded: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch, models: str
+) -> None:
+    """Ended, cut off, within white space, empty: as `ft eval --reward` scores the text and `ft reward` reads a pair."""
+    reward = rewarded("lora")
+    judge = RewardModel.load(str(reward.path), torch.float32, hardware.detect())
+    looked = []
+
+    def look(self: Ppo, resume: Path | None) -> dict[str, Any]:
+        encode, stop = self.encoder.tokenizer.encode, self.encoder.end_id
+        prompts = self.prompts_of(0)[:4]
+        replies = [[*encode("yes please"), stop], encode("yes pl"), [*encode("  yes \n"), stop], [stop]]
+        made = together([p.ids for p in prompts], replies, [stop], 0, "cpu")
+        texts = [decode(self.encoder, made.text_ids(i, self.stops), self.stops) for i in range(4)]
+        assert texts == ["yes please", "yes pl", "yes", ""]
+        scores, _ = self.score(prompts, made, texts)
+        assert scores == pytest.approx(judge.score(prompts, texts), abs=1e-5)
+        rows = [{"prompt": p.text, "chosen": t, "rejected": "x"} for p, t in zip(prompts[:3], texts, strict=False)]
+        read = load_pairs(
+            DataConfig(train=str(write_rows(tmp_path / "as_pairs.jsonl", rows))), judge.encoder, to_score=True
+        ).train
+        assert scores[:3] == pytest.approx(score_rows(judge.model, list(read["chosen_ids"]), 0), abs=1e-5)
         looked.append(models)
         raise RunError("seen enough")
 
