@@ -108,7 +108,7 @@ def run_stage(
     data = load(recipe, parts)
     too_long = check_length(parts.config, recipe.model, training.longest_row(data.train))
     plan = training.layout(recipe, len(data.train), len(data.train), machine)
-    check_step(recipe, plan)
+    check_step(recipe, plan, data.train)
     if dry_run:
         training.show_plan(recipe, data.counts, plan)
         return
@@ -128,15 +128,18 @@ def run_stage(
         training.summary(recipe, folder, weights)
 
 
-def check_step(recipe: DpoRecipe | KtoRecipe | RewardRecipe, plan: training.Layout) -> None:
-    """UserError for an objective that needs several rows beside each other, where there is one."""
+def check_step(recipe: DpoRecipe | KtoRecipe | RewardRecipe, plan: training.Layout, rows: Any) -> None:
+    """UserError for an objective that needs several rows or prompts beside each other, where there is one."""
     if recipe.stage == "kto" and plan.rows_per_pass * plan.accumulation < 2:
         what = "KTO's KL term is measured on the other rows of a step, and one is alone in it"
         raise UserError(what, key="train.effective_batch_size", fix="set it to 2 or more")
+    if recipe.stage == "kto" and len({tuple(ids) for ids in rows["prompt_ids"]}) < 2:
+        what = "every answer is to the same prompt, and KTO's KL term is measured on answers to others"
+        raise UserError(what, key="data.train", fix="give rows with other prompts, too")
     if isinstance(recipe, DpoRecipe) and recipe.dpo.loss_type in trainers.SORTED and plan.accumulation > 1:
-        rows = plan.rows_per_pass * plan.accumulation
-        what = f"{recipe.dpo.loss_type} sorts the pairs of a step, and a pass holds {plan.rows_per_pass} of {rows}"
-        fix = f"set it to {rows} and train.gradient_accumulation_steps to 1, or use another dpo.loss_type"
+        pairs = plan.rows_per_pass * plan.accumulation
+        what = f"{recipe.dpo.loss_type} sorts the pairs of a step, and a pass holds {plan.rows_per_pass} of {pairs}"
+        fix = f"set it to {pairs} and train.gradient_accumulation_steps to 1, or use another dpo.loss_type"
         raise UserError(what, key="train.per_device_train_batch_size", fix=fix)
 
 

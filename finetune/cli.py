@@ -75,9 +75,9 @@ def _recipe(
     from finetune.run import check_inputs, check_output
 
     recipe: Recipe = load(reference, RECIPES[stage], overrides, output, note)
-    check_output(recipe.output.dir, overwrite, resume)
     if overwrite:
         check_inputs(recipe, find(reference))
+    check_output(recipe.output.dir, overwrite, resume)
     kind_of_rows = {"sft": "sft", "reward": "preference", "dpo": "preference", "kto": "unpaired"}.get(recipe.stage)
     if kind_of_rows is not None:
         from finetune.data.dataset import screen

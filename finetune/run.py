@@ -371,6 +371,7 @@ def check_inputs(recipe: Recipe, reference: Path | None = None) -> None:
     Args:
         reference: the recipe's file. The run's own recipe.yaml may be run again.
     """
+    places.check_folder(Path(recipe.output.dir).expanduser(), "output.dir")
     directory = Path(recipe.output.dir).expanduser().resolve()
     going = [directory / name for name in (*CONTENTS, ASIDE)]
     given = [(key, [path, path / "adapter", path / "model"]) for key, path in model_inputs(recipe)]
@@ -503,9 +504,9 @@ def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> I
     it has anything to go on from.
     """
     run = Run(Path(recipe.output.dir).expanduser())
-    check_output(run.path, overwrite, resume)
     if overwrite:
         check_inputs(recipe)
+    check_output(run.path, overwrite, resume)
     run.path.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(run.path / LOCK, blocking=False).acquire()

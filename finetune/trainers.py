@@ -537,7 +537,7 @@ class _TokenKto(KTOTrainer):
         found: list[list[int]] = []
         while len(found) < len(prompts):
             row = rows[draw.randrange(len(rows))]
-            if row["prompt_ids"] != prompts[0]:  # there are some: `load_unpaired` asks for two prompts
+            if row["prompt_ids"] != prompts[0]:  # there are some: `alignment.check_step` asks for two prompts
                 found.append(row["completion_ids"])
         return found
 

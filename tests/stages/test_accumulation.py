@@ -120,9 +120,9 @@ def test_sft_weight_is_per_answer(base: Path, tmp_path: Path) -> None:
 def test_sorted_pairs_stand_in_one_pass(base: Path) -> None:
     for loss in ("aot", "aot_unpaired"):
         recipe = recipe_of(base, "dpo", dpo={"loss_type": loss})
-        alignment.check_step(recipe, training.Layout(16, 1, 1, 1))
+        alignment.check_step(recipe, training.Layout(16, 1, 1, 1), [])
         with pytest.raises(UserError, match=r"per_device_train_batch_size.*set it to 16"):
-            alignment.check_step(recipe, training.Layout(4, 4, 1, 1))
+            alignment.check_step(recipe, training.Layout(4, 4, 1, 1), [])
 
 
 @pytest.mark.parametrize("loss", get_args(DpoLoss))
@@ -216,7 +216,7 @@ def test_kto_wants_another_prompt(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.train_on.*part of the answer"):
         made(recipe_of(base, "kto", data={"train_on": "all"}), tmp_path)
     with pytest.raises(UserError, match="same prompt"):
-        made(recipe_of(base, "kto", data={"train": str(file)}), tmp_path)
+        kto.run(recipe_of(base, "kto", data={"train": str(file)}, output={"dir": str(tmp_path / "run")}))
 
 
 def smoothed(trainer: Any, weights: bool, smoothing: float) -> float:
