@@ -70,7 +70,7 @@ def summed(layer: Any) -> torch.nn.Module:
     for module in list(trial.modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)
-    return trial.get_base_layer()  # type: ignore[no-any-return]
+    return trial.get_base_layer()
 
 
 @torch.no_grad()
@@ -201,7 +201,7 @@ def finite(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def digest(tensor: torch.Tensor) -> str:
     """Short stand-in for shape, dtype and every bit."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return f"{tensor.dtype}{list(tensor.shape)}{xxhash.xxh3_128_hexdigest(data)}"
 
 
