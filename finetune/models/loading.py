@@ -198,7 +198,8 @@ def load_model(model: ModelConfig, dtype: torch.dtype, machine: Hardware = CPU, 
         _check_quantized_shapes(loaded, model.name)
         quantization.after_loading(loaded, model.name)
     if model.sanity_check is not False:
-        sanity.check(loaded, load_tokenizer(model), model)
+        plain = model.model_copy(update={"chat_template": None})  # its text is no conversation
+        sanity.check(loaded, load_tokenizer(plain), model)
     return loaded
 
 

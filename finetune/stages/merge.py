@@ -33,7 +33,7 @@ from finetune.families import family
 from finetune.models import hardware, loading, sources
 from finetune.models.chatglm_config import is_chatglm_layout
 from finetune.models.chatglm_export import export_original
-from finetune.progress import note
+from finetune.progress import note, warn
 from finetune.recipe import ModelConfig
 from finetune.run import read_recipe, versions, write_json
 
@@ -153,6 +153,8 @@ def run(
         f"proven: in {sums.layers} layers the float32 sum misses at most {sums.largest_miss:.1g} of what the adapter "
         f"does, and all {len(sums.digests)} tensors are on disk as that sum, rounded once to {dtype}"
     )
+    if dtype != "float32" and largest > figures["adapter_effect"] / 2:
+        warn(f"rounding to {dtype} moves logits about as much as the adapter does; --dtype float32 keeps all of it")
     rounding = "" if dtype == "float32" else f" ({dtype} moves the base's own by {figures['base_logit_diff']:.3g})"
     note(
         f"largest logit difference to the unmerged model {largest:.3g}{rounding}; the adapter itself moves logits by "
