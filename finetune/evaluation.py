@@ -1,6 +1,8 @@
 """Generation and scoring, shared by `ft eval`, `ft merge`, `ft chat` and mid-training evaluation.
 
 generate(...)   answers for encoded prompts, greedy or sampled, batched by length (soft prompts: by equal length)
+answer(...)     one call of the model's own generate, as it is told here and in no other way
+not_followed()  what the base's generation_config.json asks for beside that
 score(...)      negative log-likelihood per row
 evaluate(...)   both, and the metrics
 """
@@ -15,7 +17,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from finetune import metrics
 from finetune.adapters.soft_prompts import is_before_text
@@ -31,13 +33,15 @@ class Evaluation:
     metrics: dict[str, Any]
     predictions: list[str] = field(repr=False)
     correct: list[float] = field(repr=False)
-    """Exact match per row (0 or 1), in the order of the data, for paired comparisons."""
+    """Exact match (0 or 1) of each row with a reference, in the order of the data, for paired comparisons."""
     losses: list[float] = field(default_factory=list, repr=False)
     """Mean negative log-likelihood per token of each row's reference, where it is trained."""
     rewards: list[float] = field(default_factory=list, repr=False)
     """Score of each answer by a reward model, where one was asked."""
     groups: list[str | None] = field(default_factory=list, repr=False)
     """Group per row, in the order of `correct`."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """How the answers were written, and what of the base's generation_config.json was not followed."""
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,26 +87,69 @@ def generate(
     with seeded(seed, device) if temperature else nullcontext():
         for rows in batches(prompts, batch_size, equal_length=is_before_text(model)):
             ids, mask = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id, device)
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                num_beams=1,
-                eos_token_id=stops,
-                pad_token_id=tokenizer.pad_token_id,
-                **sampling(temperature),
-            )
+            sampled = Sampled(temperature) if temperature else None
+            output = answer(model, ids, mask, max_new_tokens, stops, tokenizer.pad_token_id, sampled)
             for row, sequence in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
                 answers[row] = decode(encoder, sequence, stops)
             on_batch(len(rows))
     return answers
 
 
-def sampling(temperature: float) -> dict[str, Any]:
-    """What `generate` must be told: a base's generation_config.json may ask for sampling, top-k or top-p of its own."""
-    if not temperature:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+@dataclass(frozen=True)
+class Sampled:
+    """How answers are drawn; by default from the whole distribution."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+    top_p: float = 1.0
+
+
+def answer(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, stops: Sequence[int], pad: int,
+    sampled: Sampled | None = None, **more: Any,
+) -> torch.Tensor:  # fmt: skip
+    """Prompts and answers, [rows, …]; without `sampled` greedy. Whoever lets a model write comes through here: eval,
+    chat, PPO's rollouts, comparisons.
+
+    Nothing of the base's generation_config.json holds: it may ask for penalties, forbidden tokens or beams, under
+    which greedy is not greedy and sampled text has other probabilities than the model gives it.
+    """
+    wishes: dict[str, Any] = {"do_sample": False}
+    if sampled is not None:
+        wishes = {"do_sample": True, "temperature": sampled.temperature, "top_k": sampled.top_k, "top_p": sampled.top_p}
+    ends = {"eos_token_id": list(stops) or None, "pad_token_id": pad, "max_new_tokens": max_new_tokens}
+    config = GenerationConfig(**ends, **wishes)
+    with only_as_told(model):
+        output: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **more)
+    return output
+
+
+@contextmanager
+def only_as_told(model: Any) -> Iterator[None]:
+    """Without the base's generation_config.json, from which transformers fills in what it is not told."""
+    owners = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    before = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, config in zip(owners, before, strict=True):
+            owner.generation_config = config
+
+
+# What of a generation_config.json has no say in which tokens are written, or is followed (what ends an answer).
+HARMLESS = (
+    "eos_token_id", "pad_token_id", "bos_token_id", "transformers_version", "use_cache", "max_length", "max_new_tokens",
+    "cache_implementation", "output_attentions", "output_hidden_states",
+)  # fmt: skip
+
+
+def not_followed(model: Any) -> dict[str, Any]:
+    """What the base's generation_config.json asks for and `answer` does not do."""
+    asked = model.generation_config.to_diff_dict() if model.generation_config is not None else {}
+    return {k: v for k, v in asked.items() if k not in HARMLESS and not k.startswith("_") and v not in (None, False)}
 
 
 @contextmanager
@@ -191,23 +238,21 @@ def evaluate(
     predictions = generate(model, encoder, prompts, max_new_tokens, batch_size, on_batch, temperature, seed)
     seconds = time.perf_counter() - begun
     references = [reference for _, reference in asked]
-    correct = [float(r is not None and metrics.exact_match(p, r)) for p, r in zip(predictions, references, strict=True)]
-    groups = [
-        c.group if reference is not None else None for c, reference in zip(conversations, references, strict=True)
-    ]
-    known = [c for c, r in zip(correct, references, strict=True) if r is not None]
+    known = [(c, p, r) for c, p, r in zip(conversations, predictions, references, strict=True) if r is not None]
+    correct = [float(metrics.exact_match(prediction, reference)) for _, prediction, reference in known]
+    groups = [conversation.group for conversation, _, _ in known]
     values: dict[str, Any] = {}
     losses: list[float] = []
     if known:
-        values["exact_match"] = metrics.mean(known)
-        values["exact_match_ci"] = list(metrics.wilson(int(sum(known)), len(known)))
+        values["exact_match"] = metrics.mean(correct)
+        values["exact_match_ci"] = list(metrics.wilson(int(sum(correct)), len(correct)))
         for group, column in metrics.by_group(correct, groups).items():
             values[f"exact_match/{group}"] = metrics.mean(column)
             values[f"exact_match/{group}_ci"] = list(metrics.wilson(int(sum(column)), len(column)))
             values.setdefault("groups", {})[group] = len(column)
         fields: dict[str, list[float]] = {}
-        for prediction, reference in zip(predictions, references, strict=True):
-            for key, right in (metrics.json_fields(prediction, reference or "") or {}).items():
+        for _, prediction, reference in known:
+            for key, right in (metrics.json_fields(prediction, reference) or {}).items():
                 fields.setdefault(key, []).append(float(right))
         if fields:
             values["field_accuracy"] = metrics.mean([v for column in fields.values() for v in column])
@@ -224,4 +269,5 @@ def evaluate(
             values["rows_without_loss"] = len(encoded) - len(scored)
     written = sum(len(encoder.tokenizer.encode(p, add_special_tokens=False)) + 1 for p in predictions)
     values["tokens_per_second"] = written / max(seconds, 1e-9)
-    return Evaluation(name, len(conversations), values, predictions, correct, losses, groups=groups)
+    how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "not_followed": not_followed(model)}
+    return Evaluation(name, len(conversations), values, predictions, correct, losses, groups=groups, generation=how)

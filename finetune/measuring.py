@@ -39,7 +39,8 @@ def measure(where: Path) -> dict[str, Any]:
     assert isinstance(recipe, SftRecipe)
     assert recipe.eval.data is not None
     architecture = loading.read_config(recipe.model)["model_type"]
-    encoder = make_encoder(loading.load_tokenizer(recipe.model), family(architecture))
+    trained = next((folder for folder in (where / "adapter", where / "model") if folder.is_dir()), None)
+    encoder = make_encoder(loading.load_tokenizer(recipe.model, trained), family(architecture))  # as it was trained
     rows = dataset.load_eval_rows(recipe.eval.data, recipe.data)[: recipe.eval.limit]
     asked = [evaluation.split_reference(row)[0] for row in rows[:PROMPTS]]
     prompts = [encoder.prompt_ids(conversation.messages, conversation.tools) for conversation in asked]
@@ -97,10 +98,7 @@ def seconds_per_token(model: Any, encoder: Any, prompts: list[list[int]]) -> flo
     with torch.inference_mode():
         for _ in range(ROUNDS + 1):
             begun = now(model)
-            model.generate(
-                input_ids=ids, attention_mask=mask, do_sample=False, min_new_tokens=TOKENS, max_new_tokens=TOKENS,
-                pad_token_id=encoder.tokenizer.pad_token_id,
-            )  # fmt: skip
+            evaluation.answer(model, ids, mask, TOKENS, [], encoder.tokenizer.pad_token_id)  # nothing ends it
             best = min(best, now(model) - begun)
     return best / TOKENS
 

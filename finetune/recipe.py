@@ -9,6 +9,7 @@ schema (`ft recipes schema`) is generated from it. Nothing here imports torch.
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
@@ -760,12 +761,18 @@ def absolute(path: str, exists_only: bool = True) -> str:
     return str(Path(path).expanduser().resolve())
 
 
+def absolute_data(path: str) -> str:
+    """The same data, found from any folder; globs, too. What names a file or folder as it stands is no pattern."""
+    place = Path(path).expanduser()
+    if path.startswith("builtin:") or place.exists() or not glob.has_magic(path):
+        return absolute(path)
+    return str(Path(glob.escape(str(Path.cwd()))) / place)
+
+
 def absolute_source(source: str | SourceConfig) -> str | SourceConfig:
-    """The same data, found from any folder; globs, too."""
     if isinstance(source, SourceConfig):
-        return source.model_copy(update={"path": absolute_source(source.path)})
-    is_pattern = any(char in source for char in "*?") and not source.startswith("builtin:")
-    return absolute(source, exists_only=not is_pattern)
+        return source.model_copy(update={"path": absolute_data(source.path)})
+    return absolute_data(source)
 
 
 def absolute_rewards(reward: RewardSources) -> RewardSources:
@@ -851,7 +858,7 @@ def resolve(recipe: R, hardware: Hardware) -> R:
                 "load_best_model_at_end": best,
             }
         ),
-        "eval": recipe.eval.model_copy(update={"data": recipe.eval.data and absolute(recipe.eval.data)}),
+        "eval": recipe.eval.model_copy(update={"data": recipe.eval.data and absolute_data(recipe.eval.data)}),
         "output": OutputConfig(dir=absolute(recipe.output.dir, exists_only=False)),
     }
     if isinstance(recipe, PpoRecipe):

@@ -12,16 +12,14 @@ from 0. That holds for soft prompts, too, whose virtual tokens come first; the r
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from finetune.adapters.soft_prompts import TYPES, is_before_text, peft_type
-from finetune.evaluation import batches, left_pad
+from finetune.evaluation import Sampled, answer, batches, left_pad
 from finetune.models.hardware import input_device
 
 
@@ -82,31 +80,12 @@ def sample(
     replies: list[list[int]] = [[] for _ in prompts]
     for rows in batches(prompts, batch_size, equal_length=is_before_text(model)):
         ids, mask = left_pad([prompts[i] for i in rows], pad, input_device(model))
-        with only_as_told(model):
-            output = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=sampling.max_new_tokens, num_beams=1,
-                eos_token_id=list(stops), pad_token_id=pad, do_sample=True, temperature=sampling.temperature,
-                top_k=sampling.top_k, top_p=sampling.top_p,
-            )  # fmt: skip
+        drawn = Sampled(sampling.temperature, sampling.top_k, sampling.top_p)
+        output = answer(model, ids, mask, sampling.max_new_tokens, stops, pad, drawn)
         for row, sequence in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
             end = next((i for i, token in enumerate(sequence) if token in stops), None)
             replies[row] = sequence if end is None else sequence[: end + 1]
     return together(prompts, replies, stops, pad, input_device(model))
-
-
-@contextmanager
-def only_as_told(model: Any) -> Iterator[None]:
-    """Without the base's generation_config.json, which may ask for what `log_probs` does not know: a repetition
-    penalty, say."""
-    owners = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
-    before = [owner.generation_config for owner in owners]
-    try:
-        for owner in owners:
-            owner.generation_config = GenerationConfig()
-        yield
-    finally:
-        for owner, config in zip(owners, before, strict=True):
-            owner.generation_config = config
 
 
 def together(

@@ -143,12 +143,13 @@ def targets_of(model: Any, section: BitFitAdapter) -> list[str]:
 
 
 def fill_bias_slots(model: Any) -> None:
-    """After merging: every layer that shares a flag of the config gets a bias (of zero), and the flag is set."""
+    """After merging: every layer of a group gets a bias (of zero) when one has it, and the config's flag is set."""
     modules = {name: module for name, module in model.named_modules() if is_linear(module)}
     for flag, group in BIAS_SLOTS.get(model.config.model_type, {}).items():
         members = [m for name, m in modules.items() if name.rpartition(".")[2] in group]
-        if any(m.bias is not None for m in members) and not getattr(model.config, flag, False):
-            setattr(model.config, flag, True)
+        if any(m.bias is not None for m in members) and not (flag and getattr(model.config, flag, False)):
+            if flag:  # qwen2 has none: its biases are always there
+                setattr(model.config, flag, True)
             for module in members:
                 if module.bias is None:
                     module.bias = empty_bias(module)

@@ -100,7 +100,8 @@ def check_config(config: dict[str, Any], model: ModelConfig) -> None:
 def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTrainedTokenizerBase:
     """The base's tokenizer, padded left, with a pad token that is not the end token.
 
-    With an adapter its locked chat template is used; UserError if the file was changed since training.
+    With an adapter its locked chat template is used, whatever model.chat_template has become; UserError if the locked
+    file was changed since training.
     """
     config = read_config(model)
     if is_chatglm_layout(config):  # its own code cannot run here, and is never run
@@ -109,7 +110,10 @@ def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTraine
         return glm
     tokenizer = _tokenizer(model, config)
     tokenizer.embedding_rows = embedding_rows(config)
-    if model.chat_template is not None:
+    locked = locked_template(adapter) if adapter is not None else None
+    if locked is not None:
+        tokenizer.chat_template = locked
+    elif model.chat_template is not None:
         path = Path(model.chat_template)
         if not path.is_file():
             raise UserError("no such file", path=path, key="model.chat_template", fix="give a Jinja file")
@@ -118,8 +122,6 @@ def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTraine
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot be read: {error}", path=path, key="model.chat_template") from None
         tokenizer.template_file = str(path)  # so that what is wrong with it can be told with its place
-    elif adapter is not None:
-        tokenizer.chat_template = locked_template(adapter) or tokenizer.chat_template
     tokenizer.padding_side = "left"
     if "glm_version" in tokenizer.init_kwargs:  # GLM-4 pads with its end token, and ends turns with <|user|>
         return tokenizer
@@ -209,7 +211,8 @@ def load_model(model: ModelConfig, dtype: torch.dtype, machine: Hardware = CPU, 
         _check_quantized_shapes(loaded, model.name)
         quantization.after_loading(loaded, model.name)
     if model.sanity_check is not False:
-        sanity.check(loaded, load_tokenizer(model), model)
+        plain = model.model_copy(update={"chat_template": None})  # its text is no conversation
+        sanity.check(loaded, load_tokenizer(plain), model)
     return loaded
 
 
@@ -373,7 +376,8 @@ def base_of(adapter: Path | None) -> str:
     name = identity.get("base") or config.get("base_model_name_or_path")
     if not name:
         raise UserError("does not name its base", path=adapter, fix="give it with --model")
-    return str(name)
+    start = adapter.parent / "start"  # a run with a base of its own, which moves with it
+    return str(start) if Path(name).name == "start" and start.is_dir() else str(name)
 
 
 def configs_of(adapter: Path, model: str | None = None) -> tuple[ModelConfig, ModelConfig]:

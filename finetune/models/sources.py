@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from pathlib import Path
 
+from safetensors import safe_open
 from transformers.utils import cached_file
 
 from finetune.errors import UserError
@@ -84,6 +86,18 @@ def folder(model: ModelConfig) -> Path:
     if path is None:
         raise UserError("has no config.json", path=model.name, key="model.name", fix=HUB_HELP)
     return Path(path).parent
+
+
+def stored_dtype(model: ModelConfig) -> str | None:
+    """The dtype that most of the weights on disk have; None where no safetensors header tells."""
+    sizes: dict[str, int] = {}
+    for path in folder(model).glob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                stored = tensors.get_slice(name)
+                sizes[stored.get_dtype()] = sizes.get(stored.get_dtype(), 0) + math.prod(stored.get_shape())
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    return names.get(max(sizes, key=lambda kind: sizes[kind])) if sizes else None
 
 
 def weights(model: ModelConfig) -> str:

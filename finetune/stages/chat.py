@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 from threading import Thread
+from typing import Any
 
 import torch
 from transformers import TextIteratorStreamer
 
 from finetune.data.chat import make_encoder
-from finetune.errors import UserError
-from finetune.evaluation import stop_ids
+from finetune.errors import FinetuneError, RunError, UserError
+from finetune.evaluation import Sampled, answer, not_followed, stop_ids
 from finetune.families import family
 from finetune.models import hardware, loading
-from finetune.progress import note, say
+from finetune.progress import note, say, warn
 from finetune.recipe import ModelConfig, compute_dtype
 
 HELP = "/reset forgets the conversation, /exit leaves"
@@ -31,6 +32,8 @@ def run(model: str | None, adapter: str | None, system: str | None, temperature:
     if folder is not None:
         network = loading.attach_adapter(network, folder, config)
     network.eval()
+    if ignored := not_followed(network):
+        note(f"not followed, of the base's generation_config.json: {', '.join(f'{k} {v}' for k, v in ignored.items())}")
     interactive = sys.stdin.isatty()
     if interactive:
         note(HELP)
@@ -42,6 +45,8 @@ def run(model: str | None, adapter: str | None, system: str | None, temperature:
             line = input("> " if interactive else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError:
+            raise UserError("the input is not UTF-8 text", fix="save or send it as UTF-8") from None
         except KeyboardInterrupt:
             print()
             return
@@ -55,40 +60,53 @@ def run(model: str | None, adapter: str | None, system: str | None, temperature:
             continue
         if not line:
             continue
-        messages.append({"role": "user", "content": line})
-        answer = reply(network, encoder, encoder.prompt_ids(messages, None), temperature, max_new_tokens)
-        messages.append({"role": "assistant", "content": answer})
+        asked = [*messages, {"role": "user", "content": line}]
+        try:
+            text = reply(network, encoder, encoder.prompt_ids(asked, None), temperature, max_new_tokens)
+        except FinetuneError as error:  # the turn is forgotten: its message may be what went wrong
+            if not interactive:
+                raise
+            warn("; ".join(error.lines()))
+            continue
+        messages = [*asked, {"role": "assistant", "content": text}]
 
 
-def reply(model: object, encoder: object, prompt: list[int], temperature: float, max_new_tokens: int) -> str:
-    """Stream one answer to stdout; Ctrl-C ends the answer, not the conversation."""
+def reply(model: Any, encoder: Any, prompt: list[int], temperature: float, max_new_tokens: int) -> str:
+    """Stream one answer to stdout; Ctrl-C ends the answer, not the conversation. RunError when the model fails."""
     stop = StopFlag()
-    streamer = TextIteratorStreamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[attr-defined]
-    ids = torch.tensor([prompt], device=hardware.input_device(model))  # type: ignore[arg-type]
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    thread = Thread(
-        target=model.generate,  # type: ignore[attr-defined]
-        kwargs={
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "max_new_tokens": max_new_tokens,
-            "eos_token_id": stop_ids(model, encoder),  # type: ignore[arg-type]
-            "pad_token_id": encoder.tokenizer.pad_token_id,  # type: ignore[attr-defined]
-            "streamer": streamer,
-            "stopping_criteria": [stop],
-            **sampling,
-        },
-    )
-    thread.start()
+    streamer = TextIteratorStreamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = torch.tensor([prompt], device=hardware.input_device(model))
+    sampled = Sampled(temperature) if temperature else None
+    failed: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            answer(
+                model, ids, torch.ones_like(ids), max_new_tokens, stop_ids(model, encoder),
+                encoder.tokenizer.pad_token_id, sampled, streamer=streamer, stopping_criteria=[stop],
+            )  # fmt: skip
+        except BaseException as error:  # of a thread nobody would see it
+            failed.append(error)
+        finally:
+            streamer.text_queue.put(streamer.stop_signal)  # whoever reads the stream would wait for ever
+
+    thread = Thread(target=write)
     parts = []
     try:
+        thread.start()
         for part in streamer:
             parts.append(part)
             say(part, end="", flush=True)
     except KeyboardInterrupt:
+        pass
+    finally:
         stop.requested = True
-    thread.join()
+        thread.join()
     print()
+    if failed:
+        reason = next(iter(str(failed[0]).splitlines()), "")
+        advice = "a shorter conversation (/reset) or a smaller --max-new-tokens may help"
+        raise RunError(f"the model could not go on: {type(failed[0]).__name__}: {reason}; {advice}") from failed[0]
     return "".join(parts).strip()
 
 

@@ -25,9 +25,9 @@ from finetune.models.quantization import weight_bytes
 from finetune.places import check_file, json_with
 from finetune.progress import console, note, row, say, say_json
 from finetune.progress import show as show_table
-from finetune.recipe import DataConfig, EvalConfig, ModelConfig, SourceConfig, absolute, compute_dtype
+from finetune.recipe import DataConfig, EvalConfig, ModelConfig, Recipe, SourceConfig, absolute_data, compute_dtype
 from finetune.recipe_file import check, load
-from finetune.run import read_recipe, write_json
+from finetune.run import changed_keys, read_recipe, write_json
 from finetune.scoring import RewardModel, is_reward_run
 
 
@@ -40,6 +40,10 @@ class Target:
     adapter: Path | None
     data: DataConfig
     eval: EvalConfig
+    base: ModelConfig | None = None
+    """What a run started from."""
+    template: Path | None = None
+    """The adapter whose locked chat template is used, where the adapter itself is not."""
 
 
 def run(
@@ -58,22 +62,25 @@ def run(
 ) -> None:
     if json_file not in (None, "-"):
         check_file(Path(str(json_file)), "--json", json_with("runs", "comparisons"))
+    if sum((bool(runs), recipe is not None, adapter is not None)) > 1:
+        raise UserError("runs, --recipe and --adapter exclude each other", fix="give one of them")
     if runs and all(is_reward_run(path) for path in runs):
+        unused = {"--model": model, "--compare-base": compare_base, "--quantization": quantization, "--reward": reward}
+        refuse(unused, "a reward model has only scores to compare")
         results = [evaluate_reward(path, data, limit) for path in runs]
         comparisons = [compare(results[0], other, "preference_accuracy") for other in results[1:]]
         report(data or "eval.data", results, comparisons, json_file)
         return
     kinds = quantizations(quantization)
-    targets = find_targets(runs, recipe, model, adapter)
+    targets = find_targets(runs, recipe, model, adapter, compare_base)
     held_out = data or targets[0].eval.data
     if held_out is None:
         raise UserError("no held-out data", key="eval.data", fix="set it in the recipe, or give --data FILE")
     if compare_base:
-        bases = {t.model.name: t for t in targets if t.adapter is not None or t.name != t.model.name}
-        targets = [Target("base", t.model, None, t.data, t.eval) for t in bases.values()] + targets
-    if split := sources.held_out(absolute(held_out)).get("split"):
+        targets = [*bases_of(targets), *targets]
+    if split := sources.held_out(absolute_data(held_out)).get("split"):
         note(f"{held_out}: its {split} split")
-    rows = dataset.load_eval_rows(absolute(held_out), targets[0].data)[: limit or targets[0].eval.limit]
+    rows = dataset.load_eval_rows(absolute_data(held_out), targets[0].data)[: limit or targets[0].eval.limit]
     rows = with_few_groups(rows)
     variants = [[quantized(target, kind) for kind in kinds] for target in targets] if kinds else [targets]
     evaluated = [[evaluate_target(target, rows, temperature, seed) for target in part] for part in variants]
@@ -83,11 +90,18 @@ def run(
         for result in results if known is not None else ():
             if result.name == target.name or result.name in [f"{target.name} {kind}" for kind in kinds]:
                 result.metrics["trained_on"] = known
+    for wishes in {str(r.generation["not_followed"]): r.generation["not_followed"] for r in results}.values():
+        if wishes:
+            asked = ", ".join(f"{key} {value}" for key, value in wishes.items())
+            note(f"not followed, of the base's generation_config.json: {asked}")
+    if "exact_match" not in results[0].metrics:
+        note("no row has a reference answer: there is nothing to be right about")
     if reward is not None:
         judge(reward, results, rows)
     # With quantizations each model is compared with its first kind, otherwise every model with the first one.
     metrics = ["exact_match", *(f"exact_match/{group}" for group in results[0].metrics.get("groups", ()))]
     metrics += ["loss"] if kinds and all(r.losses for r in results) else []
+    metrics = [m for m in metrics if m == "loss" or m in results[0].metrics]
     comparisons = [compare(part[0], other, m) for part in evaluated for other in part[1:] for m in metrics]
     if reward is not None:
         comparisons += [compare(part[0], other, "reward") for part in evaluated for other in part[1:]]
@@ -103,7 +117,7 @@ def report(
     output = {
         "data": held_out,
         **sampled,
-        "runs": [{"name": r.name, "n": r.n, "metrics": r.metrics} for r in results],
+        "runs": [{"name": r.name, "n": r.n, "metrics": r.metrics, "generation": r.generation} for r in results],
         "comparisons": comparisons,
     }
     if json_file == "-":
@@ -121,10 +135,12 @@ def evaluate_reward(path: str, data: str | None, limit: int | None) -> Evaluatio
     held_out = data or recipe.eval.data
     if held_out is None:
         raise UserError("no held-out pairs", key="eval.data", fix="set it in the recipe, or give --data FILE")
-    rows = SourceConfig(**sources.held_out(absolute(held_out)))
+    rows = SourceConfig(**sources.held_out(absolute_data(held_out)))
     audit = Audit(DataConfig(train=rows, columns=recipe.data.columns), None, "preference")
     items = [item for item, _ in audit.rows(0)][: limit or recipe.eval.limit]
     audit.settle()
+    if not items:
+        raise UserError("no rows", path=held_out, fix="name a file with pairs")
     machine = hardware.detect()
     model = RewardModel.load(path, getattr(torch, compute_dtype(recipe.model.dtype, machine)), machine)
     scores = [model.scores([conversations(item.sample)[name] for item in items]) for name in ("chosen", "rejected")]
@@ -180,24 +196,41 @@ def quantized(target: Target, kind: str) -> Target:
     return replace(target, name=f"{target.name} {kind}", model=model)
 
 
-def find_targets(runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None) -> list[Target]:
-    """What the arguments name. UserError when they name nothing."""
+def find_targets(
+    runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None, compare_base: bool = False
+) -> list[Target]:
+    """What the arguments name. UserError when they name nothing. `model` is the base of runs and adapters."""
     if recipe is not None:
         loaded = load(recipe, None)
-        done = (Path(loaded.output.dir) / "result.json").exists()
-        if done:
-            return [run_target(loaded.output.dir)]
-        return [Target("base", loaded.model, None, loaded.data, loaded.eval)]
+        if (Path(loaded.output.dir) / "result.json").exists():
+            return [as_recipe_says(run_target(loaded.output.dir, model, compare_base), loaded)]
+        config = loaded.model if model is None else loaded.model.model_copy(update=elsewhere(model))
+        return [Target("base", config, None, loaded.data, loaded.eval)]
     if runs:
-        return [run_target(path) for path in runs]
+        return [run_target(path, model, compare_base) for path in runs]
     if adapter is not None:
-        return [run_target(adapter, model)]
+        return [run_target(adapter, model, compare_base)]
     if model is not None:
         return [Target(Path(model).name, ModelConfig(name=model), None, DataConfig(train="-"), EvalConfig())]
     raise UserError("nothing to evaluate", fix="give a run directory, --recipe, or --model")
 
 
-def run_target(reference: str, model: str | None = None) -> Target:
+def elsewhere(model: str) -> dict[str, Any]:
+    return {"name": model, "revision": None, "source": None}
+
+
+def as_recipe_says(target: Target, recipe: Recipe) -> Target:
+    """The run of a recipe that was edited since: what it now says about evaluation holds, and is told."""
+    said = {key: getattr(recipe.eval, key) for key in recipe.eval.model_fields_set}
+    now = target.eval.model_copy(update=said)
+    before = {**target.eval.model_dump(), "data": target.eval.data and absolute_data(target.eval.data)}
+    after = {**now.model_dump(), "data": now.data and absolute_data(now.data)}
+    for key in changed_keys(before, after):
+        note(f"eval.{key} {after[key]}, as the recipe says now; the run had {before[key]}")
+    return replace(target, eval=now, data=recipe.data)
+
+
+def run_target(reference: str, model: str | None = None, compare_base: bool = False) -> Target:
     """A run directory, or an adapter folder made by any PEFT tool."""
     path = Path(reference)
     name = path.name or path.resolve().name
@@ -205,21 +238,60 @@ def run_target(reference: str, model: str | None = None) -> Target:
     if values is None:
         folder = loading.adapter_folder(reference)
         config = loading.configs_of(folder, model)[1]
-        return Target(name, config, folder, DataConfig(train="-"), EvalConfig())
-    recipe = check(values, None, path / "recipe.yaml")
-    if recipe.adapter.method == "full":
-        return Target(name, ModelConfig(name=str(path / "model")), None, recipe.data, recipe.eval)
-    elsewhere = {"name": model, "revision": None, "source": None}
-    config = recipe.model if model is None else recipe.model.model_copy(update=elsewhere)
+        return Target(name, config, folder, DataConfig(train="-"), EvalConfig(), config)
+    recipe: Any = check(values, None, path / "recipe.yaml")
+    moved = {} if model is None else elsewhere(model)
+    base: ModelConfig = recipe.model.model_copy(update={"adapter": None, **moved})
     if model is None and (path / "start").is_dir():  # dpo.start: merge made a base of its own
-        config = config.model_copy(update={"name": str(path / "start"), "adapter": None, "revision": None})
-    return Target(name, config, loading.adapter_folder(reference), recipe.data, recipe.eval)
+        base = base.model_copy(update=elsewhere(str(path / "start")))
+    if recipe.adapter.method == "full":
+        if model is not None and not compare_base:
+            what = "is a full fine-tuning, for which the base is only needed to compare with"
+            raise UserError(what, path=path, key="--model", fix="leave it out, or add --compare-base")
+        # What the saved config.json holds already, and what was locked when it was saved.
+        own = {**elsewhere(str(path / "model")), "rope_scaling": None, "chat_template": None, "quantization": None}
+        tuned = base.model_copy(update=own)
+        from_nothing = getattr(recipe.model, "config", None) is not None  # random weights, which no folder holds
+        return Target(name, tuned, None, recipe.data, recipe.eval, None if from_nothing else base, path / "model")
+    folder = loading.adapter_folder(reference)
+    check_there(base, path)
+    return Target(name, base, folder, recipe.data, recipe.eval, base, folder)
+
+
+def check_there(base: ModelConfig, run: Any) -> None:
+    """UserError when the base of a run is gone from where it was."""
+    if Path(base.name).is_absolute() and not Path(base.name).exists():
+        what = f"was trained on {base.name}, which is no longer there"
+        raise UserError(what, path=run, key="--model", fix="give the base's place now")
+
+
+def bases_of(targets: Sequence[Target]) -> list[Target]:
+    """The bases of runs and adapters, each once, asked with the chat template that was trained. UserError without."""
+    found = {(t.base.name, t.base.quantization): t for t in targets if t.base is not None}
+    if not found:
+        fix = "give a run that started from a model, or --adapter"
+        raise UserError(f"{targets[0].name} has no base to compare with", key="--compare-base", fix=fix)
+    names = [f"base {Path(name).name}" for name, _ in found] if len(found) > 1 else ["base"]
+    made = []
+    for name, target in zip(names, found.values(), strict=True):
+        base = target.base
+        assert base is not None
+        check_there(base, target.name)
+        made.append(replace(target, name=name, model=base, adapter=None, base=None))
+    return made
+
+
+def refuse(given: dict[str, Any], why: str) -> None:
+    """UserError that names an option without effect."""
+    for key, value in given.items():
+        if value:
+            raise UserError(f"has no effect: {why}", key=key, fix="leave it out")
 
 
 def evaluate_target(target: Target, rows: Sequence[Any], temperature: float = 0.0, seed: int = 0) -> Evaluation:
     machine = hardware.detect()
     dtype = getattr(torch, compute_dtype(target.model.dtype, machine))
-    tokenizer = loading.load_tokenizer(target.model, target.adapter)
+    tokenizer = loading.load_tokenizer(target.model, target.adapter or target.template)
     encoder = make_encoder(tokenizer, family(loading.read_config(target.model)["model_type"]))
     model = loading.load_model(target.model, dtype, machine)
     if target.adapter is not None:

@@ -129,10 +129,12 @@ def test_method(variant: str, family: str, tmp_path: Path) -> None:
     assert torch.equal(answer[:, IDS.shape[1] :], longer[:, IDS.shape[1] :]), "generates what it computes"
 
     if values["method"] not in UNMERGEABLE and variant != "bitfit all":
+        sums = merge.prove_sums(again, merge.inputs_of(again, IDS[0].tolist()), torch.float32)
+        assert sums.largest_miss < 1e-5
         merge.merge_in_float32(again).save_pretrained(tmp_path / "merged")
-        torch.testing.assert_close(
-            logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), trained, atol=3e-5, rtol=0
-        )
+        written = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        merge.check_written(sums, written)
+        torch.testing.assert_close(logits(written), trained, atol=3e-5, rtol=0)
 
 
 @pytest.mark.parametrize("variant", ["lora", "bottleneck houlsby", "prefix_tuning", "prompt_tuning", "bitfit"])
@@ -178,6 +180,17 @@ def test_bias_slots_are_filled() -> None:
     assert merged.config.attention_bias
     assert merged.config.mlp_bias
     assert merged.model.layers[0].mlp.up_proj.bias.abs().max() > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "glm"])
+def test_merged_biases_add_no_strange_keys(family: str) -> None:
+    base = make(family)
+    known = {*base.config.to_dict(), "attention_bias", "mlp_bias"}
+    model, rate = adapted(family, "bitfit", base)
+    fit(model, rate)
+    written = merge.merge_in_float32(model).config.to_dict()
+    assert set(written) <= known
+    assert "" not in written
 
 
 def test_last_layers_of_a_tied_head_unties_it() -> None:

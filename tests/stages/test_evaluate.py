@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import ft, train, write_rows
+from conftest import CHATML, ft, train, write_rows
 
 from finetune.errors import UserError
 from finetune.stages import evaluate
@@ -267,3 +269,155 @@ def test_a_run_on_its_own_training_rows_is_not_called_held_out(
     evaluate.run([str(run)], None, None, None, str(held_out), False, 2, str(file))
     assert json.loads(file.read_text())["runs"][0]["metrics"]["trained_on"] == 0
     assert "held-out, n=2" in capsys.readouterr().out
+
+
+WISHES = [
+    {"repetition_penalty": 5.0},
+    {"no_repeat_ngram_size": 1},
+    {"min_new_tokens": 9},
+    {"suppress_tokens": list(range(3, 200))},
+    {"begin_suppress_tokens": list(range(3, 200))},
+    {"bad_words_ids": [[i] for i in range(3, 200)]},
+    {"forced_bos_token_id": 5},
+    {"forced_eos_token_id": 2},
+    {"sequence_bias": [[[40], 50.0]]},
+    {"num_beams": 3, "length_penalty": 2.0},
+    {"num_return_sequences": 1, "return_dict_in_generate": True, "output_scores": True},
+    {"penalty_alpha": 0.6, "top_k": 4},
+    {"do_sample": True, "temperature": 3.0, "top_p": 0.5},
+    {"watermarking_config": {"greenlist_ratio": 0.1, "bias": 50.0}},
+    {"exponential_decay_length_penalty": [1, 50.0]},
+    {"max_length": 3, "max_time": 1e-9},
+    {"guidance_scale": 3.0},
+    {"stop_strings": ["a"]},
+    {"prompt_lookup_num_tokens": 3},
+]
+
+
+@pytest.mark.parametrize("wishes", WISHES, ids=lambda wishes: next(iter(wishes)))
+@pytest.mark.parametrize("adapted", [False, True])
+def test_greedy_obeys_nothing_but_the_model(
+    base: Path, tmp_path: Path, wishes: dict[str, object], adapted: bool
+) -> None:
+    """The tokens are those of argmax, whatever the base's generation_config.json asks for; a run says what it asked."""
+    from peft import LoraConfig, get_peft_model
+
+    from finetune import evaluation
+    from finetune.data.chat import make_encoder
+    from finetune.models import loading
+    from finetune.recipe import ModelConfig
+
+    folder = Path(shutil.copytree(base, tmp_path / "base"))
+    (folder / "generation_config.json").write_text(json.dumps({**wishes, "eos_token_id": 2}))
+    config = ModelConfig(name=str(folder))
+    model = loading.load_model(config, torch.float32)
+    encoder = make_encoder(loading.load_tokenizer(config))
+    prompt = ids = encoder.prompt_ids([{"role": "user", "content": "aaaa"}])
+    while len(ids) < len(prompt) + 8 and ids[-1] != 2:
+        with torch.inference_mode():
+            ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+    whole = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if adapted else model  # starts as the base
+    output = evaluation.answer(whole, torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long), 8, [2], 0)
+    assert output[0].tolist() == ids
+    assert set(evaluation.not_followed(whole)) == wishes.keys() - {"max_length"}
+
+
+def measured(tmp_path: Path, *arguments: object) -> list[dict[str, Any]]:
+    """Runs of `ft eval` in this process."""
+    runs, options = arguments[0], dict(arguments[1]) if len(arguments) > 1 else {}  # type: ignore[call-overload]
+    file = tmp_path / "measured.json"
+    values = {"recipe": None, "model": None, "adapter": None, "data": None, "compare_base": False, "limit": None}
+    evaluate.run(runs, **{**values, **options}, json_file=str(file))  # type: ignore[arg-type]
+    found: list[dict[str, Any]] = json.loads(file.read_text())["runs"]
+    return found
+
+
+def test_a_full_run_is_compared_with_its_base(recipe: Recipe, base: Path, held_out: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    section = {"data": str(held_out), "max_new_tokens": 2}
+    run = train(full_recipe(recipe, other, section))
+    before, after = measured(tmp_path, [str(run.path)], {"compare_base": True})
+    (bare,) = measured(tmp_path, [], {"model": str(other), "data": str(held_out)})
+    assert (before["name"], after["name"]) == ("base", "run")
+    assert before["metrics"]["loss"] == pytest.approx(bare["metrics"]["loss"], abs=1e-3)
+    assert after["metrics"]["loss"] < before["metrics"]["loss"] - 0.01
+
+    moved = other.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"--model: was trained on .*other, which is no longer there"):
+        evaluate.run([str(run.path)], None, None, None, None, True, None, None)
+    again, _ = measured(tmp_path, [str(run.path)], {"compare_base": True, "model": str(moved)})
+    assert again["metrics"]["loss"] == before["metrics"]["loss"]
+    with pytest.raises(UserError, match="--model: is a full fine-tuning"):
+        evaluate.run([str(run.path)], None, str(moved), None, None, False, None, None)
+    with pytest.raises(UserError, match="has no base to compare with"):
+        evaluate.run([], None, str(moved), None, str(held_out), True, None, None)
+
+
+def full_recipe(recipe: Recipe, base: Path, section: dict[str, object]) -> Path:
+    import yaml
+
+    path = recipe(model={"name": str(base)}, eval=section)
+    values = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**values, "adapter": {"method": "full"}}))
+    return path
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_locked_template_wins(recipe: Recipe, base: Path, held_out: Path, tmp_path: Path, full: bool) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML.replace("<|im_end|>\n", "<|im_end|>"))
+    section = {"data": str(held_out), "max_new_tokens": 2}
+    path = full_recipe(recipe, base, section) if full else recipe(eval=section)
+    run = train(path, f"model.chat_template={template}")
+    before = measured(tmp_path, [str(run.path)], {"compare_base": True})
+    for text in (CHATML, None):
+        template.write_text(text) if text else template.unlink()
+        after = measured(tmp_path, [str(run.path)], {"compare_base": True})
+        assert [r["metrics"]["loss"] for r in after] == [r["metrics"]["loss"] for r in before]
+
+
+def test_an_edited_recipe_says_what_is_evaluated(
+    recipe: Recipe, held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(recipe(eval={"data": str(held_out), "max_new_tokens": 2}))
+    (tmp_path / "other.jsonl").write_text("".join(held_out.read_text().splitlines(keepends=True)[:2]))
+    edited = recipe(eval={"data": str(tmp_path / "oth*.jsonl"), "max_new_tokens": 3})
+    (found,) = measured(tmp_path, [], {"recipe": str(edited)})
+    assert (found["n"], found["generation"]["max_new_tokens"]) == (2, 3)
+    assert "eval.max_new_tokens 3, as the recipe says now; the run had 2" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(UserError, match="exclude each other"):
+        evaluate.run(["run"], str(edited), None, None, None, False, None, None)
+
+
+def test_a_relative_glob_is_found_from_any_folder(
+    recipe: Recipe, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "a [project]"
+    place.mkdir()
+    for number, line in enumerate(held_out.read_text().splitlines()[:3]):
+        (place / f"part{number}.jsonl").write_text(line + "\n")
+    monkeypatch.chdir(place)
+    run = train(recipe(eval={"data": "part*.jsonl", "max_new_tokens": 2}))
+    assert measured(tmp_path, [], {"recipe": str(tmp_path / "recipe.yaml")})[0]["n"] == 3
+    monkeypatch.chdir("/")
+    assert measured(tmp_path, [str(run.path)])[0]["n"] == 3
+
+
+def test_files_with_little_in_them(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty, one, asked = (tmp_path / f"{name}.jsonl" for name in ("empty", "one", "asked"))
+    empty.write_text("")
+    one.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}))
+    asked.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    options = {"model": str(base), "limit": None, "quantization": "none,none"}
+    with pytest.raises(UserError, match="the file is empty"):
+        measured(tmp_path, [], {**options, "data": str(empty)})
+    assert measured(tmp_path, [], {**options, "data": str(one)})[0]["metrics"]["loss"] > 0
+    capsys.readouterr()
+    (found, _) = measured(tmp_path, [], {**options, "data": str(asked)})
+    assert set(found["metrics"]) == {"tokens_per_second", "weights_gb"}
+    printed = capsys.readouterr()
+    assert "no row has a reference answer" in printed.err
+    assert "exact match" not in printed.out
+    asked.write_text(asked.read_text() + "\n" + one.read_text())
+    evaluate.run([], None, str(base), None, str(asked), False, None, str(tmp_path / "o.json"), "none,none")
+    assert {c["ties"] for c in json.loads((tmp_path / "o.json").read_text())["comparisons"]} == {1}

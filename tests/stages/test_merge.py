@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import train
+from conftest import make_tokenizer, tensors, train, write_rows
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from finetune.adapters.merge import in_float32, logits_of
 from finetune.errors import RunError, UserError
+from finetune.models import loading
 from finetune.stages import merge
 
 Recipe = Callable[..., Path]
@@ -21,6 +26,55 @@ def merged(run: Path, output: Path, dtype: str | None = None, **more: object) ->
     merge.run(str(run), str(output), None, dtype, "5GB", bool(more.get("overwrite")))
     report: dict[str, object] = json.loads((output / "merge.json").read_text())
     return report
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a LoRA on every linear layer."""
+    folder = tmp_path_factory.mktemp("trained")
+    rows = [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} {i * 7}"}]}
+            for i in range(64)]  # fmt: skip
+    values = {
+        "version": 1, "stage": "sft", "model": {"name": str(base), "dtype": "float32"},
+        "data": {"train": str(write_rows(folder / "rows.jsonl", rows)), "max_length": 64},
+        "adapter": {"method": "lora", "r": 4, "lora_alpha": 8},
+        "train": {"max_steps": 3, "effective_batch_size": 8, "learning_rate": 1e-2},
+        "output": {"dir": str(folder / "run")},
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(json.dumps(values))
+    path: Path = train(folder / "recipe.yaml").path
+    return path
+
+
+def small_llama(folder: Path, dtype: torch.dtype, tied: bool, scale: float = 1.0) -> Path:
+    tokenizer = make_tokenizer()
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2,
+        eos_token_id=2, pad_token_id=0, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "embed" not in name:
+            parameter.data *= scale
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def peft_adapter(base: Path, folder: Path, targets: Any, std: float = 0.05) -> Path:
+    """A LoRA of scale 2, as plain peft writes it."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's on tied embeddings
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(std=std)
+        model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
 
 
 @pytest.mark.parametrize("adapter", [{}, {"use_dora": True}, {"use_rslora": True}, {"target_modules": ["q_proj"]}])
@@ -64,6 +118,162 @@ def test_a_wrong_merge_is_not_written(recipe: Recipe, tmp_path: Path, monkeypatc
     with pytest.raises(RunError, match="differs from base"):
         merged(run.path, tmp_path / "merged")
     assert [p.name for p in tmp_path.iterdir() if "merged" in p.name] == []
+
+
+def lose_all(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+
+
+def lose_one(model: Any) -> None:
+    next(p for name, p in model.named_parameters() if "layers.1.mlp.up_proj.lora_B" in name).data.zero_()
+
+
+def scale_wrongly(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(1.01)
+
+
+def round_twice(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16().float()
+
+
+@pytest.mark.parametrize("mutation", [lose_all, lose_one, scale_wrongly, round_twice])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_merged_is_what_was_proven(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutation: Callable[[Any], None], dtype: str
+) -> None:
+    real = merge.merge_in_float32
+
+    def wrong(model: Any) -> Any:
+        mutation(model)
+        return real(model)
+
+    monkeypatch.setattr(merge, "merge_in_float32", wrong)
+    with pytest.raises(RunError, match="differs from base"):
+        merged(trained, tmp_path / "merged", dtype)
+    assert not list(tmp_path.glob("merged*"))
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.01])
+@pytest.mark.parametrize("only", ["", "layers.0.self_attn.v_proj"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_sum_itself_is_proven(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, only: str, dtype: str
+) -> None:
+    """A library that adds the wrong update would do so twice alike."""
+    from peft.tuners.lora.layer import Linear
+
+    real, wrapped = Linear.get_delta_weight, loading.attach_adapter
+
+    def attach(*arguments: Any, **options: Any) -> Any:
+        model = wrapped(*arguments, **options)
+        for name, module in model.named_modules():
+            module.marked = only in name
+        return model
+
+    def wrong(self: Any, adapter: str) -> torch.Tensor:
+        return real(self, adapter) * (factor if self.marked else 1.0)
+
+    monkeypatch.setattr(loading, "attach_adapter", attach)
+    monkeypatch.setattr(Linear, "get_delta_weight", wrong)
+    with pytest.raises(RunError, match=rf"differs from base \+ adapter: in .*{only}"):
+        merged(trained, tmp_path / "merged", dtype)
+
+
+@pytest.mark.parametrize("tensor", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_a_wrong_tensor_on_disk_is_found(
+    trained: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: str
+) -> None:
+    real = merge.read_back
+
+    def damaged(folder: Path, *arguments: Any) -> Any:
+        weights = load_file(folder / "model.safetensors")
+        own = load_file(base / "model.safetensors")[tensor]
+        weights[tensor] = own + 2**-8 if tensor == "model.norm.weight" else own
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return real(folder, *arguments)
+
+    monkeypatch.setattr(merge, "read_back", damaged)
+    with pytest.raises(RunError, match=rf"1 of \d+ tensors are not.*{tensor}"):
+        merged(trained, tmp_path / "merged")
+    assert not list(tmp_path.glob("merged*"))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_tensor_is_the_sum_rounded_once(tmp_path: Path, stored: torch.dtype, tied: bool) -> None:
+    """Over shards, with and without tied embeddings, from a base in the same and in a wider precision."""
+    folder = small_llama(tmp_path / "base", stored, tied)
+    adapter = peft_adapter(folder, tmp_path / "adapter", ["q_proj", "down_proj", "embed_tokens"])
+    merge.run(str(adapter), str(tmp_path / "merged"), None, "bfloat16", "30KB")
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    own, found, weights = tensors(folder), tensors(tmp_path / "merged"), tensors(adapter)
+    expected = {name: tensor.float() for name, tensor in own.items()}
+    if tied:  # the adapter sits on the embedding, and the head has none: they are two matrices from now on
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    for name in list(expected):
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{key}.lora_A.weight" in weights:
+            a, b = weights[f"{key}.lora_A.weight"], weights[f"{key}.lora_B.weight"]
+            expected[name] = expected[name] + 2.0 * (b @ a)
+        elif f"{key}.lora_embedding_A" in weights:
+            a, b = weights[f"{key}.lora_embedding_A"], weights[f"{key}.lora_embedding_B"]
+            expected[name] = expected[name] + 2.0 * (b @ a).T
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor.bfloat16()), name
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_rounding_is_no_reason_to_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where bfloat16 moves logits by more than the adapter does, as it may on published models."""
+    folder = small_llama(tmp_path / "base", torch.bfloat16, False, scale=30.0)
+    adapter = peft_adapter(folder, tmp_path / "adapter", "all-linear", std=2e-3)
+    report = merged(adapter, tmp_path / "merged")
+    assert report["relative_diff"] > 0.05  # type: ignore[operator]
+    assert report["base_logit_diff"] > report["max_logit_diff"] / 10 > 0  # type: ignore[operator]
+    assert report["max_logit_diff"] > report["adapter_effect"] / 2  # type: ignore[operator]
+    assert "--dtype float32 keeps all of it" in " ".join(capsys.readouterr().err.split())
+    assert report["sum"]["largest_miss"] < 1e-3  # type: ignore[index]
+    assert merged(adapter, tmp_path / "wide", "float32")["base_logit_diff"] == 0
+
+
+def test_an_adapter_of_no_numbers_is_refused(trained: Path, tmp_path: Path) -> None:
+    import shutil
+
+    adapter = Path(shutil.copytree(trained / "adapter", tmp_path / "adapter"))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = torch.nan
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="no numbers"):
+        merged(adapter, tmp_path / "merged")
+
+
+def test_the_base_s_generation_config_is_kept(trained: Path, base: Path, tmp_path: Path) -> None:
+    import shutil
+
+    said = {"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.3, "suppress_tokens": [7], "of_ours": "x"}
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    (other / "generation_config.json").write_text(json.dumps({**said, "eos_token_id": [2, 9]}))
+    merge.run(str(trained), str(tmp_path / "merged"), str(other))
+    written = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert written == {**said, "eos_token_id": [2, 9], "pad_token_id": 0}
+
+
+def test_float32_in_passing(tmp_path: Path) -> None:
+    """Weights are widened one module at a time, and afterwards they are what they were."""
+    model = AutoModelForCausalLM.from_pretrained(small_llama(tmp_path / "base", torch.bfloat16, True))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with in_float32(model):
+        passing = logits_of(model, [[5, 6, 7, 8]])
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(passing, logits_of(model.float(), [[5, 6, 7, 8]]), atol=1e-6, rtol=0)
 
 
 def test_results_are_not_overwritten(recipe: Recipe, tmp_path: Path) -> None:
