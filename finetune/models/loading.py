@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 import shutil
 import tempfile
 import weakref
@@ -42,8 +41,9 @@ from finetune.models import chatglm, fused, quantization, rope, sanity, sentence
 from finetune.models.chatglm import fetch, glm_config, is_chatglm_layout
 from finetune.models.chatglm_adapter import convert_adapter_from_original, is_original_adapter, save_adapter
 from finetune.models.chatglm_tokenizer import build_tokenizer
-from finetune.models.identity import check_identity, fingerprint, locked_template, read_identity
+from finetune.models.identity import check_identity, locked_template, read_identity
 from finetune.models.sources import HUB_HELP, builtin_names, folder, locate
+from finetune.models.weight_files import DERIVED
 from finetune.recipe import Hardware, ModelConfig, resource_path
 
 __all__ = [
@@ -284,10 +284,6 @@ def refuse_training(model: PreTrainedModel, name: str) -> None:
         )  # fmt: skip
 
 
-# Derived while building the network; old checkpoints stored them as well.
-DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
-
-
 def check_loading(info: dict[str, Any], name: str) -> None:
     """transformers only warns about these, and the weights concerned stay random."""
     problems = []
@@ -386,7 +382,7 @@ def attach_adapter(
     """
     from peft import PeftConfig, PeftModel
 
-    check_identity(adapter, fingerprint(folder(model)), model.name)
+    check_identity(adapter, folder(model), model.name)
     config = read_config(model)
     with tempfile.TemporaryDirectory() as scratch:
         if is_chatglm_layout(config) and is_original_adapter(adapter):  # LoRA on the fused query_key_value
