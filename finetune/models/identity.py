@@ -45,7 +45,7 @@ def _fingerprint(files: tuple[tuple[Path, int, int, int], ...]) -> str:
     for path, *_ in files:
         for name, tensor in tensors(path):
             if not DERIVED.search(name):
-                content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+                content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
                 found[name] = f"{tensor.dtype} {list(tensor.shape)} {xxhash.xxh3_128_hexdigest(content)}"
     for name in [name for name in found if name.split(".")[-2:-1] and name.split(".")[-2] in HEADS]:
         if list(found.values()).count(found[name]) > 1:  # tied: a copy of the embeddings, which files may leave out

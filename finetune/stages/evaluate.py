@@ -192,6 +192,7 @@ def run_target(reference: str, model: str | None = None) -> Target:
     if values is None:
         folder = loading.adapter_folder(reference)
         config = loading.configs_of(folder, model)[1]
+        loading.check_adapter(folder, config)
         return Target(name, config, folder, DataConfig(train="-"), EvalConfig())
     recipe = check(values, None, path / "recipe.yaml")
     if recipe.adapter.method == "full":
@@ -200,7 +201,9 @@ def run_target(reference: str, model: str | None = None) -> Target:
     config = recipe.model if model is None else recipe.model.model_copy(update=elsewhere)
     if model is None and (path / "start").is_dir():  # dpo.start: merge made a base of its own
         config = config.model_copy(update={"name": str(path / "start"), "adapter": None, "revision": None})
-    return Target(name, config, loading.adapter_folder(reference), recipe.data, recipe.eval)
+    folder = loading.adapter_folder(reference)
+    loading.check_adapter(folder, config)
+    return Target(name, config, folder, recipe.data, recipe.eval)
 
 
 def evaluate_target(target: Target, rows: Sequence[Any], temperature: float = 0.0, seed: int = 0) -> Evaluation:

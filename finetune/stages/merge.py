@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from finetune.adapters.build import adapter_config
 from finetune.adapters.limits import check_merge
-from finetune.adapters.merge import largest_difference, logits_of, merge_in_float32
+from finetune.adapters.merge import check_layers, largest_difference, logits_of, merge_in_float32
 from finetune.data.chat import make_encoder
 from finetune.errors import RunError, UserError
 from finetune.evaluation import stop_ids
@@ -62,7 +62,9 @@ def run(
         )  # fmt: skip
     values = loading.read_config(config)
     check_layout(layout, values, config.name)
-    check_merge(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), values["model_type"], folder)
+    check_merge(adapter_config(folder), values["model_type"], folder)
+    if (fitted := loading.check_adapter(folder, config)) is not None:
+        check_layers(fitted, folder)
     dtype = dtype or values.get("dtype") or values.get("torch_dtype") or "float32"
     kind = getattr(torch, dtype)
     tokenizer = loading.load_tokenizer(config, folder)
@@ -75,6 +77,7 @@ def run(
         as_trained = logits_of(loading.attach_adapter(quantized, folder, trained), samples)
         del quantized
     network = _base(config, trained, base, kind)
+    loading.resize_for(network, folder, config)  # base and sum are compared, token by token
     before = logits_of(network, samples)
     adapted = loading.attach_adapter(network, folder, config)
     unmerged = logits_of(adapted, samples)
