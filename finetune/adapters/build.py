@@ -198,6 +198,7 @@ def check_targets(model: torch.nn.Module, adapted: Any, section: Adapter, folder
     if "target_modules" not in section.model_fields_set or wanted is None or not same_method:
         return
     have = {n for n, m in adapted.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)}
+    have &= {name for name, _ in model.named_modules()}  # without single trained tokens, which are inside a wrapper
     if (given := set(find(model, wanted))) != have:
         name = min(given ^ have)
         what = f"model.adapter {'does not reach' if name in given else 'also reaches'} {name}"

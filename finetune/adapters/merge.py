@@ -85,6 +85,7 @@ def merge_in_float32(model: PreTrainedModel) -> PreTrainedModel:
         warnings.filterwarnings("ignore", "All adapters are already merged")  # so they are: this takes wrappers off
         # A trained head of a model with tied embeddings has become a matrix of its own; peft sets the flag.
         warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+        warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")  # see untie
         merged = model.merge_and_unload()
     merged.to(dtype)  # whole trained modules are float32
     fill_bias_slots(merged)

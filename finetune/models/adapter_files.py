@@ -114,10 +114,10 @@ def check_fit(model: Any, folder: Path, name: str) -> Any:
             warnings.simplefilter("ignore")
             adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
             wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"does not fit {name} ({reason})", path=folder, key="model.name", fix=fix) from None
-    except Exception:  # some methods compute their start from weights, which are not there yet
+    except RuntimeError:  # some methods compute their start from weights, which are not there yet
         return None
     base = {PREFIX + n for n, _ in model.named_parameters()}
     missing = sorted(wanted.keys() - stored.keys())

@@ -100,7 +100,7 @@ def read_pickle(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         reason = "more than weights: pickled code is never run"
         raise UserError(reason, path=file, fix="save it again as safetensors where it comes from") from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # bytes that are no pickle end in any kind of error
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"cannot be read ({reason})", path=file, fix=AGAIN) from None
     if not isinstance(found, dict):
