@@ -35,7 +35,7 @@ from finetune.adapters.seats import (
 from finetune.errors import UserError
 from finetune.models import loading
 from finetune.models.hardware import input_device
-from finetune.models.identity import check_identity, fingerprint
+from finetune.models.identity import check_identity
 from finetune.recipe import Adapter, Hardware, PpoRecipe
 from finetune.scoring import RewardModel, check_model, checkpoint_of, is_reward_run, peft_type_of
 
@@ -94,7 +94,7 @@ def check(recipe: PpoRecipe) -> None:
 
 def check_shared(recipe: PpoRecipe, reward: Path) -> None:
     """UserError unless the reward adapter is of the policy's type and base."""
-    check_identity(reward, fingerprint(loading.folder(recipe.model)), recipe.model.name)
+    check_identity(reward, loading.folder(recipe.model), recipe.model.name)
     if recipe.model.adapter is not None:
         ours = peft_type_of(loading.adapter_folder(recipe.model.adapter))
     else:
@@ -184,7 +184,7 @@ def _own(model: Any) -> Seat:
 
 def same_base(recipe: PpoRecipe, reward: Path) -> bool:
     try:
-        check_identity(reward, fingerprint(loading.folder(recipe.model)), recipe.model.name)
+        check_identity(reward, loading.folder(recipe.model), recipe.model.name)
     except UserError:
         return False
     return True

@@ -35,8 +35,10 @@ from finetune.data.store import cache_folder
 from finetune.errors import RunError, UserError
 from finetune.families import family
 from finetune.models import hardware, loading
+from finetune.models.adapter_files import weights
 from finetune.models.heads import with_score_head
 from finetune.models.identity import fingerprint
+from finetune.models.quantization import is_held_quantized
 from finetune.models.rope import check_length
 from finetune.preference import PairCollator, ScoreCollator
 from finetune.progress import command, warn
@@ -79,7 +81,7 @@ def check(recipe: DpoRecipe | KtoRecipe | RewardRecipe | PpoRecipe) -> Parts:
         if getattr(getattr(recipe, recipe.stage), "start", "continue") == "merge":
             key = f"{recipe.stage}.start"
             raise UserError("there is no adapter to merge", key=key, fix="set model.adapter, or leave it out")
-        check_targets(loading.skeleton(recipe.model), recipe.adapter)
+        check_targets(loading.skeleton(recipe.model), recipe.adapter, is_held_quantized(recipe.model, config))
     elif recipe.stage in ("dpo", "kto") and getattr(recipe, recipe.stage).start == "continue":
         folder = loading.adapter_folder(recipe.model.adapter)
         if adapter_config(folder)["peft_type"] == "ADALORA":
@@ -218,7 +220,7 @@ def reference_key(recipe: DpoRecipe | KtoRecipe, base: ModelConfig) -> str:
 def fingerprint_of_adapter(folder: Path) -> str:
     import hashlib
 
-    files = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    files = [folder / "adapter_config.json", weights(folder)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -10,9 +10,10 @@ schema (`ft recipes schema`) is generated from it. Nothing here imports torch.
 from __future__ import annotations
 
 import glob
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -26,10 +27,39 @@ def resource_path(*parts: str) -> Path:
     return inside if inside.exists() else PACKAGE.parent.joinpath(*parts)
 
 
+# peft's names, in lower case, for values of keys that are spelled as peft's.
+SPELLINGS = {"init_lora_weights": {"true": "default"}, "prompt_tuning_init": {"sample_vocab": "vocabulary"}}
+
+
+def _choices(annotation: Any) -> Iterator[Any]:
+    """The members of every Literal in it."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    else:
+        for part in get_args(annotation):
+            yield from _choices(part)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelling(cls, values: Any) -> Any:
+        """Words of a fixed list in any case, and by peft's names."""
+        if not isinstance(values, dict):
+            return values
+        read = dict(values)
+        for key, field in cls.model_fields.items():
+            if isinstance(word := values.get(key), str | bool):
+                word = SPELLINGS.get(key, {}).get(str(word).lower(), word)
+                same = [c for c in _choices(field.annotation) if isinstance(c, str) and c.lower() == str(word).lower()]
+                if isinstance(word, str) and same and word not in same:
+                    word = same[0]
+                read[key] = word
+        return read
 
 
 def _percent(value: Any) -> Any:
@@ -374,11 +404,26 @@ class LnTuningAdapter(Section):
     """Names or a regular expression; unset: every norm."""
 
 
+class OtherAdapter(Section):
+    method: Literal["other"] = "other"
+    """What model.adapter is called when another tool made it with a PEFT method that has no section here. Trained on as
+    it is; not for new adapters."""
+    kind: str | None = None
+    """peft's name of it; filled in."""
+
+
+def _method(values: Any) -> Any:
+    """`method` in any case: peft_type is upper case."""
+    if isinstance(values, dict) and isinstance(values.get("method"), str):
+        return {**values, "method": values["method"].lower()}
+    return values
+
+
 Adapter = Annotated[
     LoraAdapter | AdaLoraAdapter | VeraAdapter | OftAdapter | LohaAdapter | LokrAdapter | BottleneckAdapter
     | Ia3Adapter | PromptTuningAdapter | PTuningAdapter | PrefixTuningAdapter | BitFitAdapter | LastLayersAdapter
-    | LnTuningAdapter | FullAdapter,
-    Field(discriminator="method"),
+    | LnTuningAdapter | FullAdapter | OtherAdapter,
+    Field(discriminator="method"), BeforeValidator(_method),
 ]  # fmt: skip
 
 ADAPTERS: dict[str, type[Section]] = {cls.model_fields["method"].default: cls for cls in get_args(get_args(Adapter)[0])}

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 import math
 import os
 import sys
@@ -35,6 +34,7 @@ from finetune.families import ENCODER, family, refused
 from finetune.models import loading, sources
 from finetune.models.hardware import input_device
 from finetune.models.heads import with_score_head
+from finetune.models.weight_files import read_json
 from finetune.recipe import Hardware, ModelConfig
 from finetune.run import read_recipe
 
@@ -247,8 +247,7 @@ def check_model(path: str) -> None:
     """UserError for what is no reward model, from its small files."""
     adapter = loading.find_adapter(path)
     if adapter is not None:
-        described = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        if described.get("task_type") != "SEQ_CLS":
+        if loading.described(adapter).get("task_type") != "SEQ_CLS":
             raise UserError("has no score head", path=adapter, key="reward", fix="give a run of `ft reward`")
         return
     config = config_of(checkpoint_of(path))
@@ -261,7 +260,7 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
     """config.json of a sequence-classification model: of a causal base, or of an encoder."""
     path = sources.file(model, "config.json")
     if path is not None:
-        found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = read_json(Path(path))
         if reads_pairs(found):
             return found
     return loading.read_config(model)
@@ -287,4 +286,4 @@ def classifier(config: ModelConfig, dtype: torch.dtype, machine: Hardware) -> An
 
 
 def peft_type_of(folder: Path) -> str:
-    return str(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"])
+    return str(loading.described(folder)["peft_type"])

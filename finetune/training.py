@@ -31,7 +31,7 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune import report
 from finetune.adapters import limits, soft_prompts
-from finetune.adapters.build import adapter_config
+from finetune.adapters.build import adapter_config, check_targets
 from finetune.adapters.build import save as save_adapter
 from finetune.adapters.limits import AnyRecipe
 from finetune.adapters.proof import check_finite, trained
@@ -59,6 +59,9 @@ def resolved(raw: AnyRecipe, machine: Hardware) -> AnyRecipe:
     if recipe.model.adapter is None or start == "merge":
         return recipe
     folder = loading.adapter_folder(recipe.model.adapter)
+    fitted = loading.check_adapter(folder, recipe.model, trainable=True)
+    if fitted is not None and "adapter" in recipe.model_fields_set:
+        check_targets(loading.skeleton(recipe.model), fitted, recipe.adapter, folder)
     return limits.continued(recipe, adapter_config(folder), folder)
 
 

@@ -30,6 +30,7 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from finetune.adapters import inits, ranks, soft_prompts
@@ -166,10 +167,42 @@ METHODS: dict[str, Callable[[Any, Any], PeftConfig]] = {
 }
 
 
-def check(model: torch.nn.Module, section: Adapter) -> None:
-    """UserError for targets that are not there; `model` may be without weights (on torch's meta device)."""
-    if not isinstance(section, FullAdapter):
-        METHODS[section.method](model, section)
+def check(model: torch.nn.Module, section: Adapter, quantized: bool = False) -> None:
+    """UserError for targets that are not there; `model` may be without weights (on torch's meta device).
+
+    Args:
+        quantized: whether its linear layers will be held as integers.
+    """
+    if isinstance(section, FullAdapter):
+        return
+    METHODS[section.method](model, section)
+    whole = getattr(section, "modules_to_save", None)
+    if quantized and whole:
+        head = model.get_output_embeddings()  # type: ignore[operator]  # it keeps its precision
+        for name in find(model, whole, "adapter.modules_to_save"):
+            if any(is_linear(m) and m is not head for m in model.get_submodule(name).modules()):
+                raise UserError(
+                    f"{name} is held as integers here, which have no gradient: it cannot be trained whole",
+                    key="adapter.modules_to_save", fix="leave it out, or model.quantization",
+                )  # fmt: skip
+
+
+def check_targets(model: torch.nn.Module, adapted: Any, section: Adapter, folder: Path) -> None:
+    """UserError where a recipe names other targets than those of the adapter that it trains on.
+
+    Args:
+        model: the base without weights, adapted: the same with the adapter of `folder` on it.
+    """
+    wanted: Any = getattr(section, "target_modules", None)
+    same_method = adapted.peft_config["default"].peft_type.value == section.method.upper()
+    if "target_modules" not in section.model_fields_set or wanted is None or not same_method:
+        return
+    have = {n for n, m in adapted.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)}
+    have &= {name for name, _ in model.named_modules()}  # without single trained tokens, which are inside a wrapper
+    if (given := set(find(model, wanted))) != have:
+        name = min(given ^ have)
+        what = f"model.adapter {'does not reach' if name in given else 'also reaches'} {name}"
+        raise UserError(what, path=folder, key="adapter.target_modules", fix="leave it out")
 
 
 def as_score_task(config: PeftConfig) -> PeftConfig:
@@ -230,8 +263,9 @@ def prepare(adapted: Any) -> None:
         if isinstance(module, LNTuningLayer):  # its float32 weights make float32 of what comes in as bfloat16
             module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
     # By default peft asks the hub whether the vocabulary has grown, and for ChatGLM's layout (`padded_vocab_size`)
-    # wrongly saves the embeddings into every adapter. Nothing here ever resizes them.
-    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
+    # wrongly saves the embeddings into every adapter. Only an adapter that came with its own keeps them.
+    keep = getattr(adapted, "holds_embeddings", False)
+    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=keep)
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # fp16 gradients cannot be unscaled; bf16 updates round away
             parameter.data = parameter.data.float()

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from finetune.errors import Problem, UserError
 from finetune.recipe import (
     ADAPTERS,
@@ -73,6 +75,12 @@ def both(*conditions: Callable[[Any, Any, Any], bool]) -> Callable[[Any, Any, An
 
 
 LIMITS: tuple[Limit, ...] = (
+    Limit(
+        lambda adapter, model, train: adapter.method == "other" and not model.adapter,
+        "adapter.method",
+        "other is what an adapter of another tool is called that is trained on; nothing new can be made of it",
+        "give model.adapter, or use another method",
+    ),
     Limit(
         both(method("full"), quantized()), "model.quantization",
         "quantized weights are integers and have no gradient, so they cannot all be trained",
@@ -182,20 +190,21 @@ def check(recipe: Recipe) -> None:
         raise UserError(problems)
 
 
-# What makes a saved adapter another one, by the same name in the recipe and in adapter_config.json.
-SIZES = ("r", "lora_alpha", "init_r", "target_r", "num_virtual_tokens", "bottleneck_size", "variant", "num_layers")
+APPLIED = ("loraplus_lr_ratio", "tinit", "tfinal")  # of an adapter section, to any training; the rest is in the adapter
 
 
 def continued(recipe: AnyRecipe, stored: Mapping[str, Any], folder: Any) -> AnyRecipe:
     """The recipe with an `adapter` section that says what the adapter of model.adapter is.
 
-    UserError where the recipe asks for another method or size: the adapter on disk is what would be trained all the
-    same.
+    UserError with every key in which the recipe asks for something else: the adapter on disk is what would be trained
+    all the same. Targets are compared where the network is known (`build.check_targets`).
 
     Args:
         stored: adapter_config.json in `folder`.
     """
     method = str(stored["peft_type"]).lower()
+    if method not in ADAPTERS:
+        method, stored = "other", {**stored, "kind": str(stored["peft_type"])}
     section = recipe.adapter if "adapter" in recipe.model_fields_set else None
     if section is not None and section.method != method:
         raise UserError(
@@ -203,20 +212,58 @@ def continued(recipe: AnyRecipe, stored: Mapping[str, Any], folder: Any) -> AnyR
             fix="leave out the section adapter, or model.adapter",
         )  # fmt: skip
     made = ADAPTERS[method]
-    values = {key: stored[key] for key in SIZES if key in made.model_fields and stored.get(key) is not None}
-    if section is not None:
-        for key in values.keys() & section.model_fields_set:
-            if getattr(section, key) != values[key]:
-                raise UserError(
-                    f"model.adapter has {values[key]} here", path=folder, key=f"adapter.{key}", fix="leave it out"
+    if method == "last_layers":
+        stored = {**stored, "head": bool(stored.get("modules_to_save"))}
+    kept = set(made.model_fields) & set(stored) - {"method", *APPLIED} - STARTS
+    values = {key: stored[key] for key in sorted(kept) if stored[key] is not None}
+    problems = []
+    for key in sorted(section.model_fields_set - {"method", *APPLIED}) if section is not None else ():
+        given = getattr(section, key)
+        if key == "target_modules" and given is not None:
+            continue
+        if key in kept:
+            if not _same(given, stored[key]):
+                problems.append(
+                    Problem(f"model.adapter has {stored[key]} here", folder, key=f"adapter.{key}", fix="leave it out")
                 )
-        values = {**{key: getattr(section, key) for key in section.model_fields_set}, **values}
-    return recipe.model_copy(update={"adapter": made.model_validate({**values, "method": method})})
+        elif given != made.model_fields[key].default:
+            what = "says how a new adapter is made, and that of model.adapter has its weights already"
+            problems.append(Problem(what, folder, key=f"adapter.{key}", fix="leave it out, or model.adapter"))
+    if problems:
+        raise UserError(problems)
+    if section is not None:
+        values |= {key: getattr(section, key) for key in section.model_fields_set & set(APPLIED)}
+    return recipe.model_copy(update={"adapter": _section(made, {**values, "method": method})})
+
+
+# Keys of both the recipe and peft's config that only matter to a new adapter, under values that may differ.
+STARTS = {"init_lora_weights", "prompt_tuning_init", "prompt_tuning_init_text", "d_initial"}
+
+
+def _same(given: Any, stored: Any) -> bool:
+    if isinstance(given, list) or isinstance(stored, list):
+        return {*(given or ())} == {*(stored or ())}
+    return bool(given == stored)
+
+
+def _section(made: Any, values: dict[str, Any]) -> Any:
+    """Without what other tools allow and a recipe does not say (an OFT by number of blocks, an alpha below zero)."""
+    try:
+        return made.model_validate(values)
+    except ValidationError as error:
+        wrong = {str(problem["loc"][0]) for problem in error.errors()}
+        return made.model_validate({key: value for key, value in values.items() if key not in wrong})
 
 
 NOT_MERGEABLE = {
     "PROMPT_TUNING": "its embeddings stand before the text and are no part of any weight",
     "P_TUNING": "its embeddings stand before the text and are no part of any weight",
+    "MULTITASK_PROMPT_TUNING": "its embeddings stand before the text and are no part of any weight",
+    "CPT": "its embeddings stand before the text and are no part of any weight",
+    "CARTRIDGE": "its keys and values stand before the text and are no part of any weight",
+    "ADAPTION_PROMPT": "its prompts stand before the text and are no part of any weight",
+    "XLORA": "it mixes several adapters anew for every token",
+    "POLY": "it mixes several adapters by task",
     "PREFIX_TUNING": "its keys and values stand before the text and are no part of any weight",
     "BOTTLENECK": "its networks are non-linear and no part of any weight",
 }

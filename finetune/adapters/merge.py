@@ -14,6 +14,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from finetune.adapters.bitfit import fill_bias_slots
+from finetune.adapters.bitfit import empty_bias, fill_bias_slots
+from finetune.adapters.limits import BIAS_SLOTS
 from finetune.errors import RunError, UserError
 
 # What the float32 sum of a layer may miss: this share of what the adapter does to the layer's output, …
@@ -33,6 +35,30 @@ OF_THE_OUTPUT = 1e-6
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+def check_layers(adapted: Any, folder: Path) -> None:
+    """UserError for layers whose adapter can never be added to the base's weights.
+
+    Args:
+        adapted: the adapter on a network without weights.
+    """
+    fix = "use it as it is: ft eval, ft chat and peft load it onto the base"
+    kind = adapted.peft_config["default"].peft_type.value
+    model_type = adapted.get_base_model().config.model_type
+    slots = {name for group in BIAS_SLOTS.get(model_type, {}).values() for name in group}
+    for name, module in adapted.named_modules():
+        if isinstance(module, BaseTunerLayer) and type(module).merge is BaseTunerLayer.merge:
+            what = f"{kind.lower()} cannot be merged: peft has no sum of it and a weight"
+            raise UserError(what, path=folder, key="--adapter", fix=fix)
+        if lacks_bias(module) and name.rpartition(".")[2] not in slots:
+            what = f"has a bias (lora_bias) on {name}, where {model_type} checkpoints have no place for one"
+            raise UserError(what, path=folder, key="--adapter", fix=fix)
+
+
+def lacks_bias(module: Any) -> bool:
+    """A LoRA layer with a bias of its own, on a layer that has none to add it to."""
+    return any(getattr(module, "lora_bias", {}).values()) and module.get_base_layer().bias is None
 
 
 @dataclass(frozen=True)
@@ -68,6 +94,8 @@ def summed(layer: Any) -> torch.nn.Module:
         plain: torch.nn.Module = trial.unload_and_optionally_merge_module(True, True, None)
         return plain
     for module in list(trial.modules()):
+        if lacks_bias(module):
+            module.get_base_layer().bias = empty_bias(module.get_base_layer())
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)
     return trial.get_base_layer()
@@ -94,12 +122,13 @@ def merge_in_float32(model: Any) -> PreTrainedModel:
 def settle_ties(model: Any) -> None:
     """config.json says that input and output embeddings are one matrix only where they still are."""
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or not getattr(model.config, "tie_word_embeddings", False) or head.weight is table.weight:
+    text = model.config.get_text_config()
+    if head is None or not getattr(text, "tie_word_embeddings", False) or head.weight is table.weight:
         return
     if torch.equal(head.weight, table.weight):
         head.weight = table.weight
     else:
-        model.config.tie_word_embeddings = False
+        model.config.tie_word_embeddings = text.tie_word_embeddings = False
 
 
 @torch.inference_mode()

@@ -109,7 +109,7 @@ def find(
     is nothing for the method.
     """
     names = [name for name, _ in model.named_modules() if name]
-    if wanted == "all-linear":
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
         return linears(model)
     if isinstance(wanted, str):
         try:

@@ -13,9 +13,6 @@ chatglm_adapter.py. The tokenizer: chatglm_tokenizer.py.
 
 from __future__ import annotations
 
-import json
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +28,7 @@ from transformers.utils import cached_file
 
 from finetune.errors import Problem, UserError
 from finetune.models.chatglm_config import EXPRESSIBLE, glm_config, is_chatglm_layout, read_config, rope_parameters
+from finetune.models.weight_files import check_file, read_pickle, weight_files
 
 __all__ = [
     "Fused", "check_weights", "fetch", "glm_config", "is_chatglm_layout", "load", "original_shapes", "read_config",
@@ -223,39 +221,14 @@ def check_weights(folder: str | Path, config: GlmConfig, fused: Fused) -> None:
         raise UserError(problems)
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """The weight files that transformers would load, safetensors first."""
-    folder = Path(folder)
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
-        if (folder / single).is_file():
-            return [folder / single]
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            gone = [folder / name for name in names if not (folder / name).is_file()]
-            if gone:
-                raise UserError([Problem("named in the index but not there", file) for file in gone])
-            return [folder / name for name in names]
-    raise UserError("no model.safetensors, no pytorch_model.bin and no index of either", path=folder)
-
-
 def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every stored weight, from headers only; pickles are read with weights_only."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
+        check_file(file)
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         else:
             shapes |= {name: tuple(tensor.shape) for name, tensor in read_pickle(file, "meta").items()}
     return shapes
-
-
-def read_pickle(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """A .bin file read with weights_only, mapped where possible. UserError if it holds more than weights."""
-    try:
-        mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 are not
-        return torch.load(file, map_location=device, weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        reason = "more than weights: pickled code is never run"
-        raise UserError(reason, path=file, fix="save it again as safetensors where it comes from") from error

@@ -8,7 +8,6 @@ EXPRESSIBLE                    what may stand in config.json, and why nothing el
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from transformers import GlmConfig
 
 from finetune.errors import Problem, UserError
+from finetune.models.weight_files import read_json
 
 
 def is_chatglm_layout(config: Mapping[str, Any]) -> bool:
@@ -28,7 +28,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise UserError("no config.json", path=folder, fix="name the folder that holds the checkpoint")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file)
 
 
 # key: (the value the native network means, why another is not expressible, what to do)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from finetune.errors import UserError
 from finetune.models.chatglm_config import version_in
+from finetune.models.weight_files import read_json
 
 MASKS = ["[MASK]", "[gMASK]", "[sMASK]"]
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
@@ -54,7 +54,7 @@ def glm_version(folder: str | Path) -> int:
     names = []
     for file, key in (("tokenizer_config.json", "name_or_path"), ("config.json", "_name_or_path")):
         if (folder / file).is_file():
-            names.append(json.loads((folder / file).read_text(encoding="utf-8")).get(key))
+            names.append(read_json(folder / file).get(key))
     version = version_in(*names, folder.name, folder)
     if version is not None:
         return version

@@ -5,55 +5,91 @@ An adapter put on another base gives fluent nonsense, and nothing in the ecosyst
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
+
 from finetune.errors import UserError
+from finetune.models.quantization import HEADS
 from finetune.models.sources import commit
+from finetune.models.weight_files import DERIVED, read_json, tensors, weight_files
 from finetune.recipe import ModelConfig
 
 IDENTITY_FILE = "base_identity.json"
-WHOLE_BELOW = 1 << 16  # tensors up to 64 KiB are hashed whole
-SAMPLES, SAMPLE_BYTES = 64, 1024  # of larger ones, 64 evenly spaced pieces: 15 GB take under a second
+SCHEME = "xxh3:"  # fingerprints of earlier versions have no such beginning
+WHOLE_BELOW = 1 << 16
+SAMPLES, SAMPLE_BYTES = 64, 1024
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over (name, dtype, shape, sampled bytes) of every tensor, the same however the weights are sharded.
+    """A hash over name, dtype, shape and every byte of every tensor that is loaded from the folder.
 
-    Any training that touches a matrix changes nearly all of its values, so samples see it. Checkpoints that are not
-    safetensors are sampled by file. Raises UserError when the folder holds no weights.
+    The same however the weights are sharded, as safetensors or .bin, with or without a copy of tied embeddings. xxh3
+    reads 25 GB/s here, so a large base takes as long as its disk; kept while the files stay as they are. Raises
+    UserError when weights are missing or cut off.
     """
+    files = [(path, path.stat()) for path in weight_files(folder)]
+    return _fingerprint(tuple((path, s.st_size, s.st_mtime_ns, s.st_ino) for path, s in files))
+
+
+@functools.lru_cache(maxsize=8)
+def _fingerprint(files: tuple[tuple[Path, int, int, int], ...]) -> str:
+    found: dict[str, str] = {}
+    for path, *_ in files:
+        for name, tensor in tensors(path):
+            if not DERIVED.search(name):
+                content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                found[name] = f"{tensor.dtype} {list(tensor.shape)} {xxhash.xxh3_128_hexdigest(content)}"
+    for name in [name for name in found if name.split(".")[-2:-1] and name.split(".")[-2] in HEADS]:
+        if list(found.values()).count(found[name]) > 1:  # tied: a copy of the embeddings, which files may leave out
+            del found[name]
+    digest = xxhash.xxh3_128()
+    for name, value in sorted(found.items()):
+        digest.update(f"{name} {value}\n".encode())
+    return SCHEME + digest.hexdigest()
+
+
+def is_fingerprint_of(stored: str, folder: Path) -> bool:
+    """Whether an adapter's fingerprint is that of the base in `folder`, by the scheme it was made with."""
+    if stored.startswith(SCHEME):
+        return stored == fingerprint(folder)
+    # Until 0.1 every safetensors file counted, loaded or not; the base may have lost or gained such files since.
+    if stored == sampled(weight_files(folder)):
+        return True
+    every = [path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_")]
+    try:
+        return stored == sampled(every or folder.glob("pytorch_model*.bin"))
+    except (ValueError, OverflowError, struct.error):  # one that is not loaded may be anything
+        return False
+
+
+def sampled(files: Iterable[Path]) -> str:
+    """The fingerprint of earlier versions: sha256 over samples of every tensor, of every file if not safetensors."""
     parts: list[tuple[str, bytes]] = []
-    for path in sorted(folder.glob("*.safetensors")):
-        if not path.name.startswith("adapter_"):
-            parts += _tensors(path)
-    if not parts:
-        for path in sorted(folder.glob("pytorch_model*.bin")):
-            with path.open("rb") as file:
+    for path in sorted(files):
+        with path.open("rb") as file:
+            if path.suffix != ".safetensors":
                 parts.append((path.name, _sample(file, 0, path.stat().st_size)))
-    if not parts:
-        raise UserError("holds no weights", path=folder, fix="expected *.safetensors or pytorch_model*.bin")
+                continue
+            size = struct.unpack("<Q", file.read(8))[0]
+            header: dict[str, Any] = json.loads(file.read(size))
+            for name, tensor in header.items():
+                if name != "__metadata__":
+                    begin, end = tensor["data_offsets"]
+                    kind = f"{tensor['dtype']}{tensor['shape']}".encode()
+                    parts.append((name, kind + _sample(file, 8 + size + begin, end - begin)))
     digest = hashlib.sha256()
     for name, data in sorted(parts):
         digest.update(name.encode())
         digest.update(data)
     return digest.hexdigest()
-
-
-def _tensors(path: Path) -> list[tuple[str, bytes]]:
-    with path.open("rb") as file:
-        size = struct.unpack("<Q", file.read(8))[0]
-        header: dict[str, Any] = json.loads(file.read(size))
-        found = []
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                begin, end = tensor["data_offsets"]
-                kind = f"{tensor['dtype']}{tensor['shape']}".encode()
-                found.append((name, kind + _sample(file, 8 + size + begin, end - begin)))
-        return found
 
 
 def _sample(file: Any, begin: int, length: int) -> bytes:
@@ -85,16 +121,17 @@ def write_identity(adapter: Path, model: ModelConfig, weights: str, template: st
 
 def read_identity(adapter: Path) -> dict[str, Any] | None:
     path = adapter / IDENTITY_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
-def check_identity(adapter: Path, weights: str, base: str) -> None:
+def check_identity(adapter: Path, folder: Path, base: str) -> None:
     """UserError if the adapter says that it was trained on other weights; adapters of other tools say nothing."""
-    identity = read_identity(adapter)
-    if identity is not None and identity["fingerprint"] != weights:
+    stored = (read_identity(adapter) or {}).get("fingerprint")
+    if stored is not None and not is_fingerprint_of(str(stored), folder):
+        trained = (read_identity(adapter) or {}).get("base")
         raise UserError(
-            f"was trained on another base ({identity['base']}) than {base}", path=adapter, key="model.name",
-            fix=f"use the weights it was trained on: {identity['base']}",
+            f"was trained on another base ({trained}) than {base}", path=adapter, key="model.name",
+            fix=f"use the weights it was trained on: {trained}",
         )  # fmt: skip
 
 

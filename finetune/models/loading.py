@@ -4,18 +4,18 @@
     load_tokenizer(model)           with pad and end tokens that differ
     load_model(model, dtype)        strict: missing or unexpected weights are an error, and so is a loss like guessing
     refuse_training(model)          for weights that lie on disk or beside the GPU
-    attach_adapter(base, folder)    base identity checked
+    check_adapter(folder, model)    does an adapter fit the base? Before that is loaded
+    attach_adapter(base, folder)    base identity checked, embeddings as many as it was trained on
 
 Remote code is never run, pickles are read with weights_only. Where files lie: sources.py.
 """
 
 from __future__ import annotations
 
-import json
 import pickle
-import re
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import (
     CONFIG_MAPPING,
@@ -37,19 +37,22 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from finetune import families
-from finetune.errors import Problem, UserError
+from finetune.errors import FinetuneError, Problem, UserError
 from finetune.models import chatglm, fused, quantization, rope, sanity, sentencepiece_tokenizer, sources
+from finetune.models.adapter_files import check_fit, described, own_embeddings, resize
+from finetune.models.adapter_files import weights as weights_of
 from finetune.models.chatglm import fetch, glm_config, is_chatglm_layout
 from finetune.models.chatglm_adapter import convert_adapter_from_original, is_original_adapter, save_adapter
 from finetune.models.chatglm_tokenizer import build_tokenizer
-from finetune.models.identity import check_identity, fingerprint, locked_template, read_identity
+from finetune.models.identity import check_identity, locked_template, read_identity
 from finetune.models.sources import HUB_HELP, builtin_names, folder, locate
+from finetune.models.weight_files import DERIVED, check_file, read_json, tensors, weight_files
 from finetune.recipe import Hardware, ModelConfig, resource_path
 
 __all__ = [
-    "adapter_folder", "attach_adapter", "base_of", "builtin_names", "check_loading", "configs_of", "find_adapter",
-    "folder",
-    "load_model", "load_tokenizer", "locate", "new_model", "read_config", "refuse_training", "skeleton",
+    "adapter_folder", "attach_adapter", "base_of", "builtin_names", "check_adapter", "check_loading", "configs_of",
+    "described", "find_adapter", "folder", "load_model", "load_tokenizer", "locate", "new_model", "read_config",
+    "refuse_training", "resize_for", "skeleton",
 ]  # fmt: skip
 
 CPU = Hardware()
@@ -62,10 +65,7 @@ def read_config(model: ModelConfig) -> dict[str, Any]:
     path = sources.file(model, "config.json")
     if path is None:
         raise UserError("has no config.json", path=model.name, key="model.name", fix=HUB_HELP)
-    try:
-        config: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"is not JSON: {error}", path=path, fix="download the model again") from None
+    config = read_json(Path(path))
     check_config(config, model)
     return config
 
@@ -79,6 +79,8 @@ def check_config(config: dict[str, Any], model: ModelConfig) -> None:
         glm_config(config, model.name, rope.glm_reading(model.rope_scaling, config))
         return
     kind = config.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise UserError(f"model_type {kind!r} is no name", path=model.name, key="model.name", fix=HUB_HELP)
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or fused.is_fused_layout(config):
         return
     if kind is None:
@@ -100,8 +102,8 @@ def check_config(config: dict[str, Any], model: ModelConfig) -> None:
 def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTrainedTokenizerBase:
     """The base's tokenizer, padded left, with a pad token that is not the end token.
 
-    With an adapter its locked chat template is used, whatever model.chat_template has become; UserError if the locked
-    file was changed since training.
+    With an adapter its locked chat template is used, whatever model.chat_template has become (UserError if the locked
+    file was changed since training), and the tokens that its own tokenizer adds.
     """
     config = read_config(model)
     if is_chatglm_layout(config):  # its own code cannot run here, and is never run
@@ -109,7 +111,11 @@ def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTraine
         glm.embedding_rows = embedding_rows(config)
         return glm
     tokenizer = _tokenizer(model, config)
-    tokenizer.embedding_rows = embedding_rows(config)
+    grown = adapter or (find_adapter(model.adapter) if model.adapter is not None else None)
+    rows = embedding_rows(config)
+    if grown is not None and (extended := extended_tokenizer(tokenizer, grown)) is not None:
+        tokenizer, rows = extended, max(rows or 0, max(extended.get_vocab().values()) + 1)
+    tokenizer.embedding_rows = rows
     locked = locked_template(adapter) if adapter is not None else None
     if locked is not None:
         tokenizer.chat_template = locked
@@ -155,9 +161,10 @@ def _tokenizer(model: ModelConfig, config: dict[str, Any]) -> PreTrainedTokenize
     try:
         found = AutoTokenizer.from_pretrained(**where)
         return found if _as_stored(found, model) else PreTrainedTokenizerFast.from_pretrained(**where)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"no usable tokenizer ({reason})", path=model.name, key="model.name", fix=HUB_HELP) from None
+    except Exception as error:  # tokenizers and transformers raise many kinds, bare Exception among them
+        raise UserError(
+            f"no usable tokenizer ({_reason(error)})", path=model.name, key="model.name", fix=HUB_HELP
+        ) from error
 
 
 def _as_stored(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> bool:
@@ -194,6 +201,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype, machine: Hardware = CPU, 
     """
     config = read_config(model)
     quantization.check_config(model, config)
+    check_weights(model)
     scratch = None
     if model.device_map is not None:
         scratch = tempfile.mkdtemp(prefix="ft-offload-")
@@ -268,14 +276,32 @@ def _as_user_error(model: ModelConfig) -> Iterator[None]:
             "does not fit into the device's memory", path=model.name, key="model.name",
             fix="set model.quantization: int4, or model.device_map: auto (which can generate, not train)",
         ) from None  # fmt: skip
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"cannot be loaded ({reason})", path=model.name, key="model.name", fix=HUB_HELP) from None
+    except FinetuneError:
+        raise
+    except Exception as error:  # a config.json with odd values ends in any kind of error
+        raise UserError(
+            f"cannot be loaded ({_reason(error)})", path=model.name, key="model.name", fix=HUB_HELP
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {error}"
+
+
+def check_weights(model: ModelConfig) -> None:
+    """UserError for weight files of a local folder that are missing or cut off; only headers are read."""
+    where = Path(locate(model))
+    if model.source != "modelscope" and where.is_dir():
+        for file in weight_files(where):
+            check_file(file)
 
 
 def skeleton(model: ModelConfig) -> PreTrainedModel:
     """The network without weights (on torch's meta device): names and shapes, before anything large is read."""
     network = _network(model, read_config(model))
+    check_weights(model)
     with _as_user_error(model), torch.device("meta"):
         return AutoModelForCausalLM.from_config(network)
 
@@ -298,10 +324,6 @@ def refuse_training(model: PreTrainedModel, name: str) -> None:
             f"weights are on {' and '.join(sorted(away))}, where they can generate but not be trained", path=name,
             key="model.device_map", fix="use model.quantization: int4, a smaller base, or more memory",
         )  # fmt: skip
-
-
-# Derived while building the network; old checkpoints stored them as well.
-DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
 
 
 def check_loading(info: dict[str, Any], name: str) -> None:
@@ -351,10 +373,13 @@ def new_model(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
 
 
 def find_adapter(reference: str) -> Path | None:
-    """As `adapter_folder`; None where there is none."""
+    """As `adapter_folder`; None where there is none. UserError for one that peft could not read."""
     path = Path(reference).expanduser()
     candidates = (path / "adapter", path)
-    return next((folder.resolve() for folder in candidates if (folder / "adapter_config.json").is_file()), None)
+    found = next((folder.resolve() for folder in candidates if (folder / "adapter_config.json").is_file()), None)
+    if found is not None:
+        described(found)
+    return found
 
 
 def adapter_folder(reference: str) -> Path:
@@ -371,9 +396,7 @@ def adapter_folder(reference: str) -> Path:
 def base_of(adapter: Path | None) -> str:
     """The base that an adapter names."""
     assert adapter is not None
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    identity = read_identity(adapter) or {}
-    name = identity.get("base") or config.get("base_model_name_or_path")
+    name = (read_identity(adapter) or {}).get("base") or described(adapter).get("base_model_name_or_path")
     if not name:
         raise UserError("does not name its base", path=adapter, fix="give it with --model")
     start = adapter.parent / "start"  # a run with a base of its own, which moves with it
@@ -403,17 +426,91 @@ def attach_adapter(
     """
     from peft import PeftConfig, PeftModel
 
-    check_identity(adapter, fingerprint(folder(model)), model.name)
+    check_identity(adapter, folder(model), model.name)
     config = read_config(model)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _as_adapter_error(adapter, model.name):
         if is_chatglm_layout(config) and is_original_adapter(adapter):  # LoRA on the fused query_key_value
             save_adapter(*convert_adapter_from_original(adapter, config), scratch)
             adapter = Path(scratch)
         if more:
-            weights = load_file(adapter / "adapter_model.safetensors")
+            weights = dict(tensors(weights_of(adapter)))
             if adapter != Path(scratch):
                 shutil.copy(adapter / "adapter_config.json", scratch)
             adapter = Path(scratch)
             save_file({**more, **weights}, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
         options = {} if adjust is None else {"config": adjust(PeftConfig.from_pretrained(str(adapter)))}
-        return PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable, **options)
+        resize_for(base, adapter, model)
+        adapted = PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable, **options)
+        adapted.holds_embeddings = bool(own_embeddings(adapter))  # they go on being saved with it
+        return adapted
+
+
+@contextmanager
+def _as_adapter_error(adapter: Path, name: str) -> Iterator[None]:
+    """What peft says about an adapter that it cannot put on this base, in one line."""
+    try:
+        with warnings.catch_warnings():
+            # Weights that the file lacks would stay what they were drawn as.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            # What is said of merging is done in adapters/merge.py.
+            warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")
+            warnings.filterwarnings("ignore", "`lora_bias=True` was passed")
+            yield
+    except FinetuneError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"cannot be put on {name} ({_reason(error)})", path=adapter, key="model.adapter",
+            fix="give the base it was trained on, or another adapter",
+        ) from error  # fmt: skip
+
+
+def check_adapter(adapter: Path, model: ModelConfig, trainable: bool = False) -> Any:
+    """UserError, before the base is loaded, where the adapter's config and weights have no place on it; otherwise the
+    two without weights, or None where that cannot be made.
+
+    Args:
+        trainable: refuse what can be used but not trained on.
+    """
+    config = read_config(model)
+    if is_chatglm_layout(config) and is_original_adapter(adapter):
+        return None
+    if described(adapter).get("task_type") == "SEQ_CLS":  # its score head is no part of this network
+        return None
+    network = skeleton(model)
+    with _as_user_error(model):
+        resize_for(network, adapter, model)
+    adapted = check_fit(network, adapter, model.name)
+    if trainable and adapted is not None:
+        head = adapted.get_output_embeddings()
+        if hasattr(head, "base_layer") or hasattr(head, "token_adapter"):
+            raise UserError(
+                "works on the output head (or on embeddings tied to it), and log-probabilities are computed in "
+                "training from the head's own weight: it would not be trained", path=adapter, key="model.adapter",
+                fix="merge it first (ft merge) and train a new adapter on the result",
+            )  # fmt: skip
+    return adapted
+
+
+def resize_for(network: Any, adapter: Path, model: ModelConfig) -> None:
+    """Give the base `model` as many embeddings as the adapter was trained on."""
+    if not is_chatglm_layout(read_config(model)):
+        resize(network, adapter, added_tokens(model, adapter))
+
+
+def added_tokens(model: ModelConfig, adapter: Path) -> int:
+    """Ids of the tokenizer beside the adapter where it goes on from the base's, else 0."""
+    found = extended_tokenizer(load_tokenizer(model.model_copy(update={"adapter": None})), adapter)
+    return 0 if found is None else max(found.get_vocab().values()) + 1
+
+
+def extended_tokenizer(base: PreTrainedTokenizerBase, adapter: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in an adapter's folder if it has all tokens of the base's and more."""
+    if not (adapter / "tokenizer.json").is_file():
+        return None
+    try:
+        found = AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"no usable tokenizer ({_reason(error)})", path=adapter, fix="copy its files again") from error
+    ours, theirs = base.get_vocab(), found.get_vocab()
+    return found if ours.items() < theirs.items() else None

@@ -49,7 +49,10 @@ def config_for(model: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | N
 
 def check_config(model: ModelConfig, config: dict[str, Any]) -> None:
     """UserError for what cannot be quantized, before anything is loaded."""
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    stored = config.get("quantization_config") or {}
+    if not isinstance(stored, dict):
+        raise UserError("quantization_config of config.json is no mapping", path=model.name, fix="download it again")
+    method = stored.get("quant_method")
     if method is not None and model.quantization is not None:
         raise UserError(
             f"is already quantized ({method})", path=model.name, key="model.quantization",
@@ -69,6 +72,11 @@ def check_config(model: ModelConfig, config: dict[str, Any]) -> None:
             "not quantize while loading: most of the model would stay as large as it is",
             path=model.name, key="model.quantization", fix="use a dense model, or no quantization",
         )  # fmt: skip
+
+
+def is_held_quantized(model: ModelConfig, config: dict[str, Any]) -> bool:
+    """Whether linear layers will be integers: by the recipe, or as the checkpoint is stored."""
+    return model.quantization is not None or bool(config.get("quantization_config"))
 
 
 def is_bitsandbytes(config: dict[str, Any]) -> bool:

@@ -6,7 +6,6 @@ own code (Baichuan). Here they are rebuilt as ChatGLM's is, and refused unless s
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune.errors import UserError
 from finetune.models.chatglm_tokenizer import sentencepiece_bpe
+from finetune.models.weight_files import read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -64,4 +64,4 @@ def build(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}

@@ -25,6 +25,8 @@ def run(model: str | None, adapter: str | None, system: str | None, temperature:
     if model is None and folder is None:
         raise UserError("no model to talk to", fix="give --model, or --adapter RUN")
     config = ModelConfig(name=str(model)) if folder is None else loading.configs_of(folder, model)[1]
+    if folder is not None:
+        loading.check_adapter(folder, config)
     machine = hardware.detect()
     tokenizer = loading.load_tokenizer(config, folder)
     encoder = make_encoder(tokenizer, family(loading.read_config(config)["model_type"]))

@@ -238,6 +238,7 @@ def run_target(reference: str, model: str | None = None, compare_base: bool = Fa
     if values is None:
         folder = loading.adapter_folder(reference)
         config = loading.configs_of(folder, model)[1]
+        loading.check_adapter(folder, config)
         return Target(name, config, folder, DataConfig(train="-"), EvalConfig(), config)
     recipe: Any = check(values, None, path / "recipe.yaml")
     moved = {} if model is None else elsewhere(model)
@@ -255,6 +256,7 @@ def run_target(reference: str, model: str | None = None, compare_base: bool = Fa
         return Target(name, tuned, None, recipe.data, recipe.eval, None if from_nothing else base, path / "model")
     folder = loading.adapter_folder(reference)
     check_there(base, path)
+    loading.check_adapter(folder, base)
     return Target(name, base, folder, recipe.data, recipe.eval, base, folder)
 
 

@@ -17,8 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from finetune import places
+from finetune.adapters.build import adapter_config
 from finetune.adapters.limits import check_merge
 from finetune.adapters.merge import (
+    check_layers,
     check_written,
     in_float32,
     inputs_of,
@@ -76,7 +78,9 @@ def run(
         )  # fmt: skip
     values = loading.read_config(config)
     check_layout(layout, values, config.name)
-    check_merge(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), values["model_type"], folder)
+    check_merge(adapter_config(folder), values["model_type"], folder)
+    if (fitted := loading.check_adapter(folder, config)) is not None:
+        check_layers(fitted, folder)
     declared = values.get("dtype") or values.get("torch_dtype") or "float32"
     dtype = dtype or declared
     kind = getattr(torch, dtype)
@@ -90,6 +94,7 @@ def run(
         as_trained = logits_of(loading.attach_adapter(quantized, folder, trained), samples)
         del quantized
     network = _base(config, trained, base, kind)
+    loading.resize_for(network, folder, config)  # base and sum are compared, token by token
     before = logits_of(network, samples)
     exact = before if kind == torch.float32 else widened_logits(network, samples)
     adapted = loading.attach_adapter(network, folder, config)
@@ -100,6 +105,7 @@ def run(
         # Its values do not fit into `kind`: sum in float32, so that they are rounded once.
         del network, adapted
         network = _base(config, trained, base, torch.float32)
+        loading.resize_for(network, folder, config)
         exact = logits_of(network, samples)
         adapted = loading.attach_adapter(network, folder, config)
     sums = prove_sums(adapted, inputs_of(adapted, samples[0]), kind)

@@ -124,5 +124,11 @@ memory beside a GPU. To train, hold the base in 4 bits (`model.quantization: int
 
 adapter/base_identity.json holds the base's name, source, revision, a fingerprint of its weights, its `rope_scaling` and
 a hash of the chat template. Whenever an adapter meets a base (to go on training, in eval, merge and chat) the
-fingerprint is compared, and another base is an error.
+fingerprint is compared, and another base is an error. It is a hash over name, dtype, shape and every byte of every
+tensor that is loaded: the same as one file, in shards, or as .bin, with or without a copy of tied embeddings, whatever
+else lies in the folder; fingerprints of earlier versions are still compared by their own rule.
+
+Adapters of other PEFT tools say nothing of the kind; their names and shapes are compared with the network before its
+weights are loaded. Where one was trained on more (or fewer) embeddings than the base has, or a tokenizer with added
+tokens lies beside it, the base is resized and that tokenizer used. .bin adapters are read with `weights_only`.
 """

@@ -13,6 +13,7 @@ from finetune.data import dataset
 from finetune.data.chat import make_encoder
 from finetune.families import family
 from finetune.models import hardware, loading
+from finetune.models.quantization import is_held_quantized
 from finetune.models.rope import check_length
 from finetune.recipe import SftRecipe
 from finetune.run import check_resumable, open_run
@@ -26,7 +27,8 @@ def run(raw: SftRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
     limits.check(recipe)
     config = loading.read_config(recipe.model)
     limits.check_base(recipe, config)
-    check(loading.skeleton(recipe.model), recipe.adapter)
+    if recipe.model.adapter is None:
+        check(loading.skeleton(recipe.model), recipe.adapter, is_held_quantized(recipe.model, config))
     tokenizer = loading.load_tokenizer(recipe.model)
     encoder = make_encoder(tokenizer, family(config["model_type"]))
     data = dataset.load_sft(recipe.data, encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import train
+from safetensors.torch import save_file
 
 from finetune.adapters import build, targets
 from finetune.adapters.proof import Proof
@@ -49,6 +50,15 @@ def only(section: dict[str, Any]) -> dict[str, Any]:
         ({"method": "ln_tuning", "target_modules": ["q_proj"]}, {}, "q_proj is Linear: not for this method"),
         ({"method": "bitfit", "targets": ["mlp"]}, {}, "mlp is LlamaMLP: not for this method"),
         ({"method": "lora", "target_modules": ["lm_head"]}, {}, "an adapter on the output head would never be trained"),
+        (
+            {"method": "lora", "modules_to_save": ["q_proj"]}, {"model": {"quantization": "int8"}},
+            "adapter.modules_to_save: model.layers.0.self_attn.q_proj is held as integers here",
+        ),
+        (
+            {"method": "lora", "modules_to_save": ["mlp"]}, {"model": {"quantization": "int4"}},
+            "adapter.modules_to_save: model.layers.0.mlp is held as integers here",
+        ),
+        ({"method": "other"}, {}, "adapter.method: other is what an adapter of another tool is called"),
         ({"method": "lora", "r": 64, "init_lora_weights": "pissa"}, {}, "adapter.r: pissa has only"),
         ({"method": "lora", "r": 3, "init_lora_weights": "orthogonal"}, {}, "adapter.r: an orthogonal start"),
         ({"method": "oft", "oft_block_size": 33}, {}, "adapter.oft_block_size: does not divide"),
@@ -108,6 +118,7 @@ def test_merges_refused_before_loading(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], model_type: str, expected: str
 ) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+    save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     read = loading.read_config
     monkeypatch.setattr(loading, "read_config", lambda model: {**read(model), "model_type": model_type})
     monkeypatch.setattr(merge, "make_encoder", lambda *_: _NoEncoder())

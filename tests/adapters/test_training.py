@@ -17,11 +17,11 @@ from test_methods import make
 from transformers import AutoModelForCausalLM
 
 from finetune import recipe_file
-from finetune.adapters import build, inits, soft_prompts
+from finetune.adapters import build, inits, limits, soft_prompts
 from finetune.errors import UserError
 from finetune.evaluation import batches
 from finetune.optim import faster_b
-from finetune.recipe import BottleneckAdapter, LoraAdapter, PromptTuningAdapter
+from finetune.recipe import BottleneckAdapter, LoraAdapter, PromptTuningAdapter, SftRecipe
 
 Recipe = Callable[..., Path]
 
@@ -145,6 +145,66 @@ def test_the_recipe_says_what_is_trained_on(recipe: Recipe, tmp_path: Path) -> N
         assert not (tmp_path / "wrong").exists()
     written = yaml.safe_load((more("second").path / "recipe.yaml").read_text())["adapter"]
     assert (written["method"], written["bottleneck_size"]) == ("bottleneck", 8)
+
+
+STORED = {
+    "peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "use_dora": False, "use_rslora": False,
+    "target_modules": ["q_proj", "v_proj"], "modules_to_save": None, "init_lora_weights": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"r": 4, "lora_alpha": 8.0, "use_dora": False, "loraplus_lr_ratio": 4.0, "modules_to_save": []}, None),
+        ({"r": 8}, "adapter.r"), ({"lora_dropout": 0.1}, "adapter.lora_dropout"),
+        ({"use_dora": True}, "adapter.use_dora"), ({"use_rslora": True}, "adapter.use_rslora"),
+        ({"modules_to_save": ["lm_head"]}, "adapter.modules_to_save"),
+        ({"init_lora_weights": "gaussian"}, "adapter.init_lora_weights"),
+    ],
+)  # fmt: skip
+def test_no_key_of_the_section_is_ignored_beside_model_adapter(section: dict[str, Any], key: str | None) -> None:
+    values = {
+        "version": 1, "stage": "sft", "model": {"name": "x", "adapter": "a"}, "data": {"train": "x"},
+        "adapter": {"method": "lora", **section}, "output": {"dir": "x"},
+    }  # fmt: skip
+    raw = SftRecipe.model_validate(values)
+    if key is not None:
+        with pytest.raises(UserError) as caught:
+            limits.continued(raw, STORED, "a")
+        assert [problem.key for problem in caught.value.problems] == [key]
+        return
+    found = limits.continued(raw, STORED, "a")
+    assert isinstance(found.adapter, LoraAdapter)
+    assert (found.adapter.r, found.adapter.loraplus_lr_ratio) == (4, 4.0)
+    assert found.adapter.target_modules == ["q_proj", "v_proj"]
+    assert limits.continued(found, STORED, "a") == found  # as it is read back from recipe.yaml
+
+
+def test_other_targets_beside_model_adapter(recipe: Recipe, tmp_path: Path) -> None:
+    first = train(recipe(train={"max_steps": 1}))
+    again = {"model": {"adapter": str(first.path)}, "train": {"max_steps": 1}, "output": {"dir": str(tmp_path / "b")}}
+    with pytest.raises(UserError, match=r"adapter\.target_modules: model\.adapter also reaches .*down_proj"):
+        train(recipe(adapter={"target_modules": ["q_proj"]}, **again))
+    train(recipe(adapter={"target_modules": "all-linear"}, **again))
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "expected"),
+    [
+        ({"method": "PROMPT_TUNING", "prompt_tuning_init": "TEXT"}, "prompt_tuning_init", "text"),
+        ({"method": "prompt_tuning", "prompt_tuning_init": "RANDOM"}, "prompt_tuning_init", "random"),
+        ({"method": "prompt_tuning", "prompt_tuning_init": "SAMPLE_VOCAB"}, "prompt_tuning_init", "vocabulary"),
+        ({"method": "LoRA", "init_lora_weights": True}, "init_lora_weights", "default"),
+        ({"method": "lora", "init_lora_weights": "PiSSA"}, "init_lora_weights", "pissa"),
+        ({"method": "p_tuning", "encoder_reparameterization_type": "lstm"}, "encoder_reparameterization_type", "LSTM"),
+        ({"method": "bottleneck", "non_linearity": "ReLU"}, "non_linearity", "relu"),
+    ],
+)  # fmt: skip
+def test_pefts_spellings(given: dict[str, Any], field: str, expected: str) -> None:
+    values = {"version": 1, "stage": "sft", "model": {"name": "x"}, "data": {"train": "x"}, "output": {"dir": "x"}}
+    found = recipe_file.check({**values, "adapter": given}, "sft", Path("recipe.yaml"))
+    assert getattr(found.adapter, field) == expected
 
 
 def test_modules_to_save_are_merged(recipe: Recipe, tmp_path: Path) -> None:
