@@ -110,7 +110,8 @@ def run_stage(
         training.show_plan(recipe, data.counts, plan)
         return
 
-    notes = training.announce(data.warnings, plan.total_steps, too_long)
+    few = training.few_rows(recipe, len(data.train))
+    notes = training.announce(data.warnings, plan.total_steps, too_long, few, training.other_devices(recipe))
     with open_run(recipe, overwrite, resume) as folder:
         training.start(recipe)
         model, base, trainer = make(recipe, folder, parts, data, plan, machine)
@@ -132,7 +133,7 @@ def merged_start(recipe: DpoRecipe | KtoRecipe, run: Run) -> ModelConfig:
         done = subprocess.run([sys.executable, "-m", "finetune", *command], capture_output=True, text=True)
         if done.returncode:
             raise RunError(f"ft {' '.join(command)} failed: {done.stderr.strip()[-400:]}")
-    return recipe.model.model_copy(update={"name": str(target), "adapter": None, "revision": None})
+    return recipe.model.model_copy(update={"name": str(target), "adapter": None, "revision": None, "source": None})
 
 
 def policy(
@@ -214,6 +215,7 @@ def dpo_trainer(
         precompute_ref_log_probs=True,
         max_length=None,
     )
+    training.one_device(config)
     trainer = trainers.Dpo(
         dpo=dpo,
         copy=copy,
@@ -243,6 +245,7 @@ def kto_trainer(
         undesirable_weight=kto.undesirable_weight,
         max_length=None,
     )
+    training.one_device(config)
     with trainers.own_reference(model, copy):
         trainer = trainers.Kto(
             model=model,
@@ -265,6 +268,7 @@ def reward_trainer(
         disable_dropout=False,
         max_length=None,
     )
+    training.one_device(config)
     trainer = trainers.Reward(
         model=model,
         args=config,

@@ -9,6 +9,8 @@ schema (`ft recipes schema`) is generated from it. Nothing here imports torch.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
@@ -27,8 +29,9 @@ def resource_path(*parts: str) -> Path:
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=(),
+        allow_inf_nan=False,
+    )  # fmt: skip
 
 
 def _percent(value: Any) -> Any:
@@ -42,6 +45,19 @@ def _percent(value: Any) -> Any:
 
 
 Percent = BeforeValidator(_percent, json_schema_input_type=float | int | str | None)
+
+
+def _listed(value: Any) -> Any:
+    """q_proj -> [q_proj]; "q_proj, v_proj" -> [q_proj, v_proj]. As a regular expression, which peft makes of a text, a
+    name means no module at all: full names begin with the model's."""
+    if isinstance(value, str) and value not in WORDS and re.fullmatch(r"\s*[\w.]+(\s*,\s*[\w.]+)*\s*", value):
+        return [name.strip() for name in value.split(",")]
+    return value
+
+
+WORDS = ("all-linear", "all", "storable")
+Names = BeforeValidator(_listed, json_schema_input_type=str | list[str])
+OptionalNames = BeforeValidator(_listed, json_schema_input_type=str | list[str] | None)
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
 
@@ -183,9 +199,10 @@ class FullAdapter(Section):
 
 
 class TargetedAdapter(Section):
-    target_modules: str | list[str] = "all-linear"
-    """Module names, a regular expression, or all-linear (every linear layer but the output head)."""
-    modules_to_save: list[str] | None = None
+    target_modules: Annotated[str | list[str], Names] = "all-linear"
+    """Module names (one, or a list), a regular expression for full names, or all-linear (every linear layer but the
+    output head)."""
+    modules_to_save: Annotated[list[str] | None, OptionalNames] = None
     """Further modules that are trained and saved whole."""
 
 
@@ -299,9 +316,9 @@ class BottleneckAdapter(Section):
 class Ia3Adapter(Section):
     method: Literal["ia3"] = "ia3"
     """Learned rescaling of keys, values and the MLP's inner activations (Liu et al. 2022, arXiv:2205.05638)."""
-    target_modules: list[str] | None = None
+    target_modules: Annotated[list[str] | None, OptionalNames] = None
     """Rescaled layers; unset: keys, values and the MLP's last layer."""
-    feedforward_modules: list[str] | None = None
+    feedforward_modules: Annotated[list[str] | None, OptionalNames] = None
     """Those of target_modules whose input is rescaled instead of their output; unset: the MLP's last layer."""
 
 
@@ -350,7 +367,7 @@ class BitFitAdapter(Section):
     """Train biases only (Ben Zaken et al. 2022, arXiv:2106.10199)."""
     bias: Literal["existing", "add"] = "add"
     """existing: the biases that the base has; add: zero biases on linear layers without, too."""
-    targets: Literal["storable", "all"] | list[str] = "storable"
+    targets: Annotated[Literal["storable", "all"] | list[str], Names] = "storable"
     """With bias: add, the layers that get one: those whose bias the architecture can store, all linear layers (cannot
     be merged then), or names. With bias: existing, names of layers that have one; otherwise all of them are trained."""
 
@@ -369,8 +386,8 @@ class LastLayersAdapter(Section):
 class LnTuningAdapter(Section):
     method: Literal["ln_tuning"] = "ln_tuning"
     """Train norms only (Zhao et al. 2023, arXiv:2312.11420)."""
-    target_modules: str | list[str] | None = None
-    """Names or a regular expression; unset: every norm."""
+    target_modules: Annotated[str | list[str] | None, OptionalNames] = None
+    """Names, or a regular expression for full names; unset: every norm."""
 
 
 Adapter = Annotated[
@@ -491,10 +508,39 @@ class BaseRecipe(Section):
         train = self.train
         if train.max_steps is None and train.num_train_epochs <= 0:
             raise ValueError("train.num_train_epochs: must be positive")
-        given = (train.per_device_train_batch_size, train.gradient_accumulation_steps)
-        if None not in given and train.effective_batch_size % (given[0] or 1):
-            raise ValueError("train.per_device_train_batch_size: does not divide train.effective_batch_size")
+        given = {
+            key: value
+            for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
+            if (value := getattr(train, key)) is not None
+        }
+        first, product = next(iter(given), None), math.prod(given.values())
+        data: DataConfig = getattr(self, "data")  # noqa: B009 (every stage has its own)
+        if data.packing:
+            if len(given) == 2:
+                what = "with data.packing a row holds several samples, and gradient_accumulation_steps with this size"
+                raise ValueError(f"train.{first}: {what} says nothing of effective_batch_size; give one of the three")
+            return self
+        rows, of = self._step_rows()
+        if first is not None and (rows % product or (len(given) == 2 and rows != product)):
+            if len(given) == 1:
+                raise ValueError(f"train.{first}: {product} does not divide {of} of {rows}")
+            micro, accumulation = given.values()
+            what = f"{micro} x gradient_accumulation_steps {accumulation} is {product}, and no {of} of {rows}"
+            raise ValueError(f"train.{first}: {what}; set effective_batch_size: {product}, or leave one of them out")
         return self
+
+    @model_validator(mode="after")
+    def _best_on_disk(self) -> BaseRecipe:
+        train = self.train
+        best = train.load_best_model_at_end or train.early_stopping_patience is not None
+        if best and train.save_steps and train.eval_steps and train.save_steps % train.eval_steps:
+            what = f"{train.save_steps} is no multiple of eval_steps {train.eval_steps}"
+            raise ValueError(f"train.save_steps: {what}: the best model would not be on disk; leave one of them out")
+        return self
+
+    def _step_rows(self) -> tuple[int, str]:
+        """(rows of an optimizer step, what makes them so many)."""
+        return self.train.effective_batch_size, "effective_batch_size"
 
 
 class PretrainRecipe(BaseRecipe):
@@ -707,10 +753,14 @@ class PpoRecipe(BaseRecipe):
     ppo: PpoConfig = PpoConfig()
     """The algorithm (Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593)."""
 
-    @model_validator(mode="after")
-    def _batches(self) -> PpoRecipe:
+    def _step_rows(self) -> tuple[int, str]:
         if self.train.effective_batch_size % self.ppo.num_mini_batches:
             raise ValueError("ppo.num_mini_batches: does not divide train.effective_batch_size")
+        rows = self.train.effective_batch_size // self.ppo.num_mini_batches
+        return rows, "effective_batch_size / ppo.num_mini_batches"
+
+    @model_validator(mode="after")
+    def _batches(self) -> PpoRecipe:
         if self.ppo.kl_target is not None and self.ppo.kl_coef == 0:
             raise ValueError("ppo.kl_coef: nothing to adapt to kl_target; give it a value above 0")
         if self.ppo.kl_target is not None and self.train.effective_batch_size >= 5 * self.ppo.kl_horizon:
@@ -750,9 +800,14 @@ def absolute(path: str, exists_only: bool = True) -> str:
     return str(Path(path).expanduser().resolve())
 
 
+REMOTE = ("hub", "modelscope")
+
+
 def absolute_source(source: str | SourceConfig) -> str | SourceConfig:
     """The same data, found from any folder; globs, too."""
     if isinstance(source, SourceConfig):
+        if source.source in REMOTE:
+            return source
         return source.model_copy(update={"path": absolute_source(source.path)})
     is_pattern = any(char in source for char in "*?") and not source.startswith("builtin:")
     return absolute(source, exists_only=not is_pattern)
@@ -797,9 +852,9 @@ def batch_layout(train: TrainConfig, max_length: int, hardware: Hardware) -> tup
     if train.per_device_train_batch_size and train.gradient_accumulation_steps:
         return train.per_device_train_batch_size, train.gradient_accumulation_steps
     if train.per_device_train_batch_size:
-        return train.per_device_train_batch_size, max(1, per_process // train.per_device_train_batch_size)
+        return train.per_device_train_batch_size, max(1, round(per_process / train.per_device_train_batch_size))
     if train.gradient_accumulation_steps:
-        return max(1, per_process // train.gradient_accumulation_steps), train.gradient_accumulation_steps
+        return max(1, round(per_process / train.gradient_accumulation_steps)), train.gradient_accumulation_steps
     # Activations grow with tokens per pass; 512 tokens per GB is a cautious start that `ft plan` refines.
     budget = max(4096, int(hardware.memory_gb * 512))
     limit = max(1, budget // max_length)
@@ -820,7 +875,7 @@ def resolve(recipe: R, hardware: Hardware) -> R:
     sections: dict[str, Any] = {
         "model": recipe.model.model_copy(
             update={
-                "name": absolute(recipe.model.name),
+                "name": recipe.model.name if recipe.model.source in REMOTE else absolute(recipe.model.name),
                 "adapter": recipe.model.adapter and absolute(recipe.model.adapter),
                 "chat_template": recipe.model.chat_template and absolute(recipe.model.chat_template),
                 "offload_folder": recipe.model.offload_folder
@@ -834,14 +889,19 @@ def resolve(recipe: R, hardware: Hardware) -> R:
                 # How many samples a packed row holds is known only once they are packed.
                 "per_device_train_batch_size": train.per_device_train_batch_size if data.packing else micro,
                 "gradient_accumulation_steps": train.gradient_accumulation_steps if data.packing else accumulation,
-                "per_device_eval_batch_size": train.per_device_eval_batch_size or (None if is_ppo else micro),
+                "per_device_eval_batch_size": (
+                    None if is_ppo or data.eval_split is None else train.per_device_eval_batch_size or micro
+                ),
                 "gradient_checkpointing": (
                     hardware.device != "cpu" if train.gradient_checkpointing is None else train.gradient_checkpointing
                 ),
                 "load_best_model_at_end": best,
+                # The best model can only be kept where it was evaluated.
+                "save_steps": train.save_steps or (train.eval_steps if best else None),
+                "eval_steps": train.eval_steps or (train.save_steps if best else None),
             }
         ),
-        "eval": recipe.eval.model_copy(update={"data": recipe.eval.data and absolute(recipe.eval.data)}),
+        "eval": recipe.eval.model_copy(update={"data": recipe.eval.data and absolute_source(recipe.eval.data)}),
         "output": OutputConfig(dir=absolute(recipe.output.dir, exists_only=False)),
     }
     if isinstance(recipe, PpoRecipe):

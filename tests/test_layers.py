@@ -16,7 +16,7 @@ LEVELS = [
     {"errors"},
     {"families"},
     {"recipe"},
-    {"foreign_keys"},
+    {"foreign_keys", "effects"},
     {"recipe_file", "recipe_reference"},
     {"noise", "metrics", "progress"},
     {"run"},

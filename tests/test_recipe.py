@@ -94,7 +94,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         (GOOD + "train: {packing: true}\n", "it belongs into data: data.packing"),
         (
             GOOD + "train: {per_device_train_batch_size: 3, gradient_accumulation_steps: 2}\n",
-            "train.per_device_train_batch_size: does not divide",
+            "3 x gradient_accumulation_steps 2 is 6, and no effective_batch_size of 16",
         ),
     ],
 )

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data import checks, leakage
+from finetune.data import checks, leakage, sources
 from finetune.data.chat import IGNORED, Encoded
 from finetune.data.report import CONTROL, Report, histogram, language
 from finetune.data.samples import Item, all_text, as_held_out, identity, prompt_text, read_samples, specs
@@ -40,6 +40,8 @@ Encoding = Encoded | dict[str, Encoded] | None
 class Audit:
     def __init__(self, config: Any, encoder: Any = None, kind: str | None = "sft", eval_data: Any = None) -> None:
         self.config, self.kind = config, kind
+        if getattr(config, "streaming", False) and not any(map(sources.is_hub, specs(config))):
+            raise UserError("only hub datasets are streamed", key="data.streaming", fix="leave it out")
         self.encoder: Any = None if kind == "prompts" else encoder
         self.problems: list[tuple[str, str, int, checks.Finding | RowProblem]] = []
         self.listed = (LISTED, LISTED_ERRORS)

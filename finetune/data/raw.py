@@ -10,54 +10,38 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 
-from finetune.data import formats, sources
-from finetune.data.types import RowProblem
+from finetune.data.audit import Audit
 from finetune.errors import UserError
-from finetune.recipe import DataConfig, SourceConfig
+from finetune.recipe import DataConfig
 
 WORLD = "builtin:world"
 Encode = Callable[[str], list[int]]
 
 
 def is_endless(data: DataConfig) -> bool:
-    return WORLD in (data.train if isinstance(data.train, list) else [data.train])
+    """Whether the text is `builtin:world`. UserError for it beside others, which would never be reached."""
+    listed = data.train if isinstance(data.train, list) else [data.train]
+    if WORLD in listed and len(listed) > 1:
+        raise UserError(f"{WORLD} is endless: no other source would be read", key="data.train", fix="name one of them")
+    return WORLD in listed
 
 
-def documents(data: DataConfig, seed: int, total: int) -> Iterator[str]:
-    """The texts of all sources, in order. `builtin:world` draws from `seed`, its curriculum over `total` documents."""
-    for source in data.train if isinstance(data.train, list) else [data.train]:
-        if source == WORLD:
-            from finetune.data import world
+def documents(data: DataConfig, seed: int, total: int, audit: Audit | None = None) -> Iterator[str]:
+    """The texts of all sources, in order. `builtin:world` draws from `seed`, its curriculum over `total` documents.
 
-            yield from world.documents(seed, total)
-        else:
-            yield from _texts(source, data)
+    Args:
+        audit: notes the rows that cannot be used; whoever gives it calls `settle` once the texts are read.
+    """
+    if is_endless(data):
+        from finetune.data import world
 
-
-def _texts(source: str | SourceConfig, data: DataConfig) -> Iterator[str]:
-    """Rows of raw text (a `text` column, or a text file). UserError for rows of another kind."""
-    rows = sources.read_rows(source)
-    first = list(islice(rows, 100))
-    name = data.format or formats.detect((row.data for row in first if row.problem is None), data.columns)
-    if formats.FORMATS[name].kind != "text":
-        fix = "give rows with a `text` column, or fine-tune with `ft sft`"
-        raise UserError(
-            f"rows of format {name} are not raw text",
-            path=str(getattr(source, "path", source)),
-            key="data.train",
-            fix=fix,
-        )
-    for row in islice(chain(first, rows), data.max_samples):
-        try:
-            if row.problem is not None:
-                raise row.problem
-            samples = formats.convert_all(row.data, name, data.columns)
-        except RowProblem as problem:
-            if data.on_error == "stop" or problem.ends_file:
-                raise UserError(problem.message, path=row.file, row=row.row, fix=problem.fix) from None
-            continue
-        for sample in samples:
-            yield sample.text
+        yield from world.documents(seed, total)
+        return
+    pass_over = Audit(data, None, "text") if audit is None else audit
+    for item, _ in pass_over.rows(seed):
+        yield item.sample.text  # type: ignore[union-attr]
+    if audit is None:
+        pass_over.settle()
 
 
 def pack(texts: Iterable[str], encode: Encode, length: int, separator: Sequence[int]) -> Iterator[list[int]]:

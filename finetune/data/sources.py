@@ -30,6 +30,7 @@ SKIPPED = {".md", ".py", ".sh", ".lock", ".html", ".png"}
 def read_rows(spec: Spec, *, streaming: bool = False) -> Iterator[Row]:
     """All rows of `spec`, lazily. UserError when it names nothing that exists."""
     spec = as_dict(spec)
+    check_keys(spec)
     if spec.get("source") == "modelscope":
         files = modelscope_files(spec)
     elif is_hub(spec):
@@ -39,6 +40,22 @@ def read_rows(spec: Spec, *, streaming: bool = False) -> Iterator[Row]:
         files = files_of(spec["path"])
     for file in files:
         yield from filtered(read_file(file), spec.get("filter"))
+
+
+def check_keys(spec: dict[str, Any]) -> None:
+    """UserError for keys of a source that would have no effect on what is read."""
+    path, source = str(spec["path"]), spec.get("source")
+    place = Path(path).expanduser()
+    if source == "hub" and place.exists():
+        what = "lies here, too, and would be read instead of the hub's dataset"
+        raise UserError(what, path=path, key="source", fix="rename it or start elsewhere; or leave source out")
+    is_local = path.startswith("builtin:") or glob.has_magic(path) or place.exists()
+    unused = [] if source == "hub" else ["name"] if source == "modelscope" else ["revision"] if is_local else []
+    if is_local and source != "modelscope" and not place.is_dir():  # a folder may hold several splits
+        unused += ["split", "name"]
+    for key in unused:
+        if spec.get(key):
+            raise UserError("has no effect on this source", path=path, key=key, fix="leave it out")
 
 
 def as_dict(spec: Spec) -> dict[str, Any]:
@@ -61,6 +78,8 @@ def filtered(rows: Iterator[Row], wanted: dict[str, Any] | None) -> Iterator[Row
 def is_hub(spec: dict[str, Any]) -> bool:
     """A hub id: asked for by `source: hub` or a split, or a name of the form owner/name that is no local path."""
     path = str(spec["path"])
+    if spec.get("source") == "local":
+        return False
     if spec.get("source") == "hub" or any(spec.get(key) for key in ("name", "split", "revision")):
         return True
     place = Path(path).expanduser()
@@ -151,4 +170,8 @@ def modelscope_files(spec: dict[str, Any]) -> list[Path]:
         raise UserError(f"the ModelScope dataset cannot be loaded: {reason}", path=path, fix=fix) from None
     files = files_of(folder)
     split = spec.get("split")
-    return [f for f in files if split in f.stem] or files if split else files
+    found = [f for f in files if split in f.stem] if split else files
+    if not found:
+        names = ", ".join(f.name for f in files[:10])
+        raise UserError(f"no file of a split {split!r}", path=path, key="split", fix=f"there are {names}")
+    return found

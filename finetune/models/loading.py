@@ -104,6 +104,7 @@ def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTraine
     """
     config = read_config(model)
     if is_chatglm_layout(config):  # its own code cannot run here, and is never run
+        _refuse_template(model)
         return build_tokenizer(fetch(sources.weights(model), sources.hub_revision(model)))
     tokenizer = _tokenizer(model, config)
     if model.chat_template is not None:
@@ -115,11 +116,20 @@ def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTraine
         tokenizer.chat_template = locked_template(adapter) or tokenizer.chat_template
     tokenizer.padding_side = "left"
     if "glm_version" in tokenizer.init_kwargs:  # GLM-4 pads with its end token, and ends turns with <|user|>
+        _refuse_template(model)
         return tokenizer
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # pad == eos hides the end of turn from the loss in many trainers: generation then never stops.
         tokenizer.pad_token = _unused_token(tokenizer)
     return tokenizer
+
+
+def _refuse_template(model: ModelConfig) -> None:
+    if model.chat_template is not None:
+        raise UserError(
+            "ChatGLM's turns are made of tokens that no text becomes, so no template can replace them",
+            path=model.name, key="model.chat_template", fix="leave it out",
+        )  # fmt: skip
 
 
 def _tokenizer(model: ModelConfig, config: dict[str, Any]) -> PreTrainedTokenizerBase:

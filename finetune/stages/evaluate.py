@@ -199,7 +199,8 @@ def run_target(reference: str, model: str | None = None) -> Target:
     elsewhere = {"name": model, "revision": None, "source": None}
     config = recipe.model if model is None else recipe.model.model_copy(update=elsewhere)
     if model is None and (path / "start").is_dir():  # dpo.start: merge made a base of its own
-        config = config.model_copy(update={"name": str(path / "start"), "adapter": None, "revision": None})
+        merged = {"name": str(path / "start"), "adapter": None, "revision": None, "source": None}
+        config = config.model_copy(update=merged)
     return Target(name, config, loading.adapter_folder(reference), recipe.data, recipe.eval)
 
 
