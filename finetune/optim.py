@@ -137,7 +137,7 @@ def check_schedule(train: TrainConfig, total_steps: int) -> None:
             f"{warmup} steps of warm-up, and the run has {total_steps}: the learning rate would never be reached",
             key="train.warmup_steps", fix="lower it (below 1 it is a share of the run), or train longer",
         )  # fmt: skip
-    if warmup + decay > total_steps:
+    if decay and warmup + decay > total_steps:
         raise UserError(
             f"{decay} steps of decay and {warmup} of warm-up are more than the {total_steps} of the run",
             key="train.lr_decay_ratio", fix="lower one of them",
