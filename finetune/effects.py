@@ -56,6 +56,11 @@ def unscaled(r: Any) -> bool:
     return r.model.rope_scaling is not None and r.model.rope_scaling.rope_type == "default"
 
 
+def may_cut(r: Any) -> bool:
+    """Whether truncation may leave nothing of a row; such rows are left out up to data.max_dropped."""
+    return r.stage in ("sft", "dpo", "kto", "reward") and r.data.on_overlong == "truncate"
+
+
 def reads_world(r: Any) -> bool:
     listed = r.data.train if isinstance(r.data.train, list) else [r.data.train]
     return r.stage == "pretrain" and "builtin:world" in listed
@@ -65,6 +70,7 @@ PREFERENCE = ("dpo", "kto", "reward")
 NO_PPO = "has no effect in ft ppo"
 NOT_HELD_OUT = "no rows are held out to measure a loss on"
 HOLD_OUT = "set data.eval_split, for example 5%"
+MATRICES = ("lora", "adalora", "oft", "loha", "lokr")
 VECTORS = ("bitfit", "ln_tuning", "ia3", "vera")
 DROPOUTS = keys("adapter", "lora_dropout", "vera_dropout", "module_dropout", "bottleneck_dropout", "encoder_dropout")
 MODEL = (
@@ -147,13 +153,21 @@ IDLE: tuple[Idle, ...] = (
         "this optimizer has no such moments", "set train.optim: adamw",
     ),
     Idle(
+        ("train.muon_adamw_learning_rate",),
+        lambda r: (
+            r.train.optim == "muon" and r.adapter.method in MATRICES and not r.adapter.modules_to_save
+            and not getattr(r.adapter, "use_dora", False)
+        ),
+        "this method trains only matrices, and AdamW is for the rest",
+    ),
+    Idle(
         ("train.weight_decay",),
         lambda r: r.adapter.method in VECTORS and not getattr(r.adapter, "modules_to_save", None),
         "matrices decay, and this method trains only vectors",
     ),
     # data
     Idle(
-        ("data.max_dropped",), lambda r: r.data.on_error != "drop", "unusable rows stop the run",
+        ("data.max_dropped",), lambda r: r.data.on_error != "drop" and not may_cut(r), "unusable rows stop the run",
         "set data.on_error: drop",
     ),
     Idle(
@@ -274,9 +288,9 @@ def given(recipe: Any) -> Iterator[tuple[str, str]]:
 
 
 def is_off(section: BaseModel, key: str) -> bool:
-    """Whether a key says in so many words what is so without it: null, or a default of false or 0."""
+    """Whether a key says in so many words that there is nothing of it: null, 0, or a default of false."""
     value = getattr(section, key)
-    return value is None or (not value and value == type(section).model_fields[key].default)
+    return value is None or (not value and (value is not False or type(section).model_fields[key].default is False))
 
 
 def without(values: dict[str, Any], recipe: Any) -> dict[str, Any]:

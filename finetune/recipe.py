@@ -163,7 +163,8 @@ class DataConfig(Section):
     """Training data: file, folder, glob, `builtin:tickets/train`, hub dataset id, or a mapping with more (path, split,
     weight, filter, …); several as a list."""
     eval_split: Annotated[Fraction | Count | None, Percent] = None
-    """Hold this share (0.05 or 5%) or number of rows of `train` out for the loss during training, by content hash."""
+    """Hold this share (0.05 or 5%, at least one row) or number of rows of `train` out for the loss during training, by
+    content hash."""
     format: str | None = None
     """Row format; recognised from the rows when unset."""
     columns: dict[str, str] | None = None
@@ -171,7 +172,8 @@ class DataConfig(Section):
     max_length: Count = 2048
     """Longest sample in tokens."""
     packing: bool = False
-    """Put several samples into one row of max_length tokens; off when a probe finds that they see each other."""
+    """Put several samples of `ft sft` into one row of max_length tokens; off when a probe finds that they see each
+    other."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which turns carry loss: every assistant turn, only the last one, or all text but tool output."""
     on_overlong: Literal["truncate", "drop", "error"] = "truncate"
@@ -179,7 +181,8 @@ class DataConfig(Section):
     on_error: Literal["stop", "drop"] = "stop"
     """A row that cannot be used: stop with all of them listed, or leave them out (at most max_dropped)."""
     max_dropped: Annotated[float, Field(ge=0, le=1), Percent] = 0.05
-    """With on_error: drop, the largest share of rows that may be left out (0.05 or 5%)."""
+    """The largest share of rows (0.05 or 5%) that may be left out: with on_error: drop those that cannot be used, and
+    those whose first max_length tokens hold nothing that is trained."""
     max_samples: Count | None = None
     """Use only this many rows of each source: the first ones, or with shuffle a random choice."""
     shuffle: bool = False
@@ -190,7 +193,7 @@ class DataConfig(Section):
     """Turn markers that are plain text to the tokenizer ([INST] of Llama-2, [|Human|]: of BlueLM) inside content: an
     error, or allowed and counted. Control tokens inside content always become text."""
     cache: bool = True
-    """Keep tokenised large data on disk, keyed by content, template, tokenizer and settings."""
+    """Keep tokenised large data of `ft sft` on disk, keyed by content, template, tokenizer and settings."""
 
 
 class FullAdapter(Section):
@@ -419,13 +422,13 @@ class TrainConfig(Section):
     effective_batch_size: Count = 16
     """Original samples per optimizer step over all devices, packed or not; micro-batch and accumulation follow."""
     per_device_train_batch_size: Count | None = None
-    """Rows per forward pass and device; derived when unset."""
+    """Rows per forward pass and device, a divisor of effective_batch_size; derived when unset."""
     gradient_accumulation_steps: Count | None = None
-    """Forward passes per optimizer step; derived when unset."""
+    """Forward passes per optimizer step, a divisor of effective_batch_size; derived when unset."""
     per_device_eval_batch_size: Count | None = None
     """Rows per forward pass in evaluation; derived when unset."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0.03
-    """Linear warm-up: a number of steps, or below 1 a fraction of all steps."""
+    """Linear warm-up from 0: a number of steps, or below 1 a fraction of all steps, rounded down."""
     lr_scheduler_type: Scheduler = "cosine_with_min_lr"
     """Shape of the learning rate; cosine_with_min_lr ends at lr_min_ratio of the peak."""
     lr_min_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -461,9 +464,10 @@ class TrainConfig(Section):
     logging_steps: Count = 10
     """Steps between rows of metrics.jsonl."""
     eval_steps: Count | None = None
-    """Steps between evaluations of the held-out loss; unset: at the end of every epoch."""
+    """Steps between evaluations of the held-out loss (data.eval_split); unset: at the end of every epoch."""
     save_steps: Count | None = None
-    """Steps between checkpoints; unset: at the end of every epoch."""
+    """Steps between checkpoints; unset: at the end of every epoch. With load_best_model_at_end a multiple of eval_steps,
+    and the same when unset."""
     save_total_limit: Count = 2
     """Checkpoints kept (the best one beside them)."""
     load_best_model_at_end: bool = False

@@ -23,13 +23,14 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from finetune import alignment, effects, recipe_file, training
 from finetune.adapters import build
+from finetune.callbacks import Ranks
 from finetune.data import dataset, pairs, prompts
 from finetune.errors import UserError
 from finetune.models import loading, quantization, sanity, sources
 from finetune.ppo import Ppo
 from finetune.recipe import ADAPTERS, RECIPES, Hardware, ModelConfig, SourceConfig, a_step, batch_layout, resolve
 from finetune.run import Run
-from finetune.stages import evaluate, pretrain
+from finetune.stages import evaluate, pretrain, sft
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 PREFERENCES = ("reward", "dpo", "kto")
@@ -114,15 +115,15 @@ VALUES: dict[str, Any] = {
     "kto.start": "merge", "ppo.max_kl": 1e-9,
 }  # fmt: skip
 ADAPTER_VALUES: dict[str, Any] = {
-    "method": "nonsense", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "targets": "all",
-    "init_lora_weights": "gaussian", "feedforward_modules": ["down_proj"], "oft_block_size": 16, "num_layers": 1,
+    "method": "nonsense", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "targets": ["q_proj"],
+    "init_lora_weights": "gaussian", "feedforward_modules": ["up_proj"], "oft_block_size": 16, "num_layers": 1,
     "prompt_tuning_init": "random", "prefix_init": "random", "bias": "existing", "variant": "pfeiffer",
     "prompt_tuning_init_text": "say", "prefix_init_text": "say", "target_r": 4, "decompose_factor": 4, "r": 5,
     "loraplus_lr_ratio": 4.0,
 }  # fmt: skip
 YARN = {"model.rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
-MUON = {"train.optim": "muon", "adapter.target_modules": "all-linear"}
-NEW = {"model.config": "{config}", "model.tokenizer": "{base}"}
+MUON = {"train.optim": "muon", "adapter.method": "bottleneck"}
+NEW = {"model.config": "{larger}", "model.tokenizer": "{base}"}
 # What must stand beside a key for it to mean anything.
 BESIDE: dict[str, dict[str, Any]] = {
     "model.quantization_type": {"model.quantization": "int4"}, "model.max_memory": {"model.device_map": "auto"},
@@ -177,7 +178,7 @@ def files(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     found: dict[str, Any] = {
         "base": str(base), "other": str(folder / "other"), "adapter": str(folder / "adapter"), "network": network,
         "markers": str(folder / "markers.jinja"), "rule": str(folder / "rule.py"),
-        "config": {**network.config.to_diff_dict(), "num_hidden_layers": 1},
+        "config": {**network.config.to_diff_dict(), "num_hidden_layers": 1}, "larger": network.config.to_diff_dict(),
     }  # fmt: skip
 
     def answers(i: int) -> dict[str, dict[str, Any]]:
@@ -190,7 +191,12 @@ def files(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         more = [{"ask": f"what is {i}" * 9, "even": i % 2 == 0, **answers(i)[kind]} for i in range(18)]
         rows = more if kind == "text" else [{"prompt": f"say {i}", **row} for i, row in enumerate(more)]
         forged = [{**row, "prompt": f"[INST] say {i}"} for i, row in enumerate(rows)]
-        for name, some in {"rows": rows, "fewer": rows[:12], "broken": [*rows, {column: 1}], "forged": forged}.items():
+        for name, some in {
+            "rows": rows,
+            "fewer": rows[:12],
+            "broken": [*rows, *[{column: 1}] * 3],
+            "forged": forged,
+        }.items():
             found[f"{kind} {name}"] = str(write_rows(folder / f"{kind}_{name}.jsonl", some))
         found[f"{kind} columns"] = {column: "ask"}
     found["pairs"] = found["pairs rows"]
@@ -236,7 +242,7 @@ def recipe(stage: str, settings: dict[str, Any], files: dict[str, Any], tmp: Pat
             node = values["data"]["train"]
         for part in parts:
             node = node.setdefault(part, {})
-        node[last] = value
+        node[last] = copy.deepcopy(value)
     if stage == "ppo" and "train" in values["reward"]:
         del values["reward"]["functions"]
     return dict(filled(values, stage, files, tmp))
@@ -245,6 +251,8 @@ def recipe(stage: str, settings: dict[str, Any], files: dict[str, Any], tmp: Pat
 def settings_of(key: str, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what stands beside a key, the same with the key flipped)."""
     beside, field = dict(BESIDE.get(key, {})), FIELDS[stage][key]
+    if stage == "reward" and key.startswith("reward."):  # ft ppo has a section of this name, too
+        beside = {}
     name = key
     if key.startswith("adapter."):
         _, method, last = key.split(".")
@@ -274,6 +282,7 @@ class Watch:
         monkeypatch.setattr(quantization, "after_loading", lambda *_: None)
         monkeypatch.setattr(loading, "_check_quantized_shapes", lambda *_: None)
         monkeypatch.setattr(sanity, "check", lambda _, __, model: self.seen.update(sanity=model.sanity_check))
+        monkeypatch.setattr(loading, "load_tokenizer", self.tokenizer)
         monkeypatch.setattr(training, "fit", self.fit)
         monkeypatch.setattr(alignment, "merged_start", self.merged)
         monkeypatch.setattr(Ppo, "train", lambda trainer, resume: self.ppo(trainer, resume))
@@ -287,6 +296,11 @@ class Watch:
         network = copy.deepcopy(self.files["network"])
         network.config._attn_implementation = options.get("attn_implementation", "sdpa")
         return network, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+
+    def tokenizer(self, *arguments: Any) -> Any:
+        found = TOKENIZER(*arguments)
+        self.seen |= {"tokenizer": arguments[0].name, "template": found.chat_template}  # both are saved with the run
+        return found
 
     def reading(self, load: Callable[..., Any]) -> Callable[..., Any]:
         def loaded(*arguments: Any, **more: Any) -> Any:
@@ -307,6 +321,9 @@ class Watch:
 
     def fit(self, trainer: Any, run: Run, resume: bool) -> None:
         model = trainer.model
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Ranks):
+                callback.on_train_begin(trainer.args, SimpleNamespace(max_steps=100), None, model=model)
         self.seen |= {"run": str(run.path), "arguments": trainer.args.to_dict(), **adapters(model)}
         self.seen["order"] = list(trainer._get_train_sampler())
         self.seen["callbacks"] = [(type(c).__name__, getattr(c, "early_stopping_patience", None))
@@ -314,7 +331,7 @@ class Watch:
         self.seen["optimizer"] = groups(trainer.create_optimizer())
         trainer.create_scheduler(trainer.args.max_steps if trainer.args.max_steps > 0 else 40)
         self.seen["rates"] = [f(step) for f in trainer.lr_scheduler.lr_lambdas[:1] for step in range(40)]
-        if self.seen["options"].count("float32"):  # the first batch, as it is trained
+        if "float32" in self.seen.get("options", ""):  # the first batch, as it is trained
             torch.manual_seed(0)
             trainer.current_gradient_accumulation_steps = 1
             model.train()
@@ -348,7 +365,7 @@ class Watch:
         raise Stop
 
 
-REAL_PPO = Ppo.train
+REAL_PPO, TOKENIZER = Ppo.train, loading.load_tokenizer
 
 
 def table(rows: Any) -> Any:
@@ -429,7 +446,7 @@ def check_flip(stage: str, key: str, files: dict[str, Any], watch: Watch, tmp: P
         if name not in PLANS:
             PLANS[name] = outcome(stage, beside, files, watch, tmp)
         before = PLANS[name]
-        if isinstance(before, str) or any(str(after[part]) != str(before.get(part)) for part in after):
+        if isinstance(before, str) or any(str(after.get(part)) != str(before.get(part)) for part in after | before):
             return
     raise AssertionError(f"{key} does nothing in ft {stage}")
 
@@ -513,7 +530,22 @@ def probe_hub_data(stage: str, key: str, files: dict[str, Any], monkeypatch: Any
     assert key.rpartition(".")[2] in said, said
 
 
+def probe_cache(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, tmp: Path) -> None:
+    """Large data lies in the cache after it was read."""
+    if stage != "sft":
+        assert key in arguments(stage, {key: False}, files, tmp)
+        return
+    monkeypatch.setattr(dataset.store, "LARGE", 0)
+    monkeypatch.setattr(dataset.store, "cache_folder", lambda: tmp / "tokenised")
+    monkeypatch.setattr(training, "show_plan", lambda *_: None)
+    for cache in (False, True):
+        loaded = recipe_file.with_settings(recipe(stage, {key: cache}, files, tmp), stage, ())
+        sft.run(loaded, dry_run=True, overwrite=True)
+        assert (tmp / "tokenised").exists() is cache
+
+
 PROBES: dict[str, Callable[..., None]] = {
+    "data.cache": probe_cache,
     **dict.fromkeys(("eval.data", "eval.max_new_tokens", "eval.batch_size", "eval.limit"), probe_eval),
     **dict.fromkeys(("model.source", "model.revision"), probe_hub_model),
     **dict.fromkeys(("data.streaming", "source.source", "source.name", "source.split", "source.revision"),

@@ -252,7 +252,7 @@ def test_settings_of_data_without_a_recipe(tmp_path: Path) -> None:
         ("max_lenght=9", "--set: data.max_lenght: unknown key → did you mean max_length"),
         ("data.max_length=x", "data.max_length: 'x' is not possible here"),
         ("model.name=x", "data.model: unknown key"),
-        ("data.max_dropped=0.5", "set data.on_error: drop"),
+        ("data.shuffle=true", "set data.max_samples"),
     ):
         with pytest.raises(UserError, match=expected):
             data_stage.settings(None, [item], file, None, None, None)
