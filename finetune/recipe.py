@@ -466,8 +466,8 @@ class TrainConfig(Section):
     eval_steps: Count | None = None
     """Steps between evaluations of the held-out loss (data.eval_split); unset: at the end of every epoch."""
     save_steps: Count | None = None
-    """Steps between checkpoints; unset: at the end of every epoch. With load_best_model_at_end a multiple of eval_steps,
-    and the same when unset."""
+    """Steps between checkpoints; unset: at the end of every epoch. With load_best_model_at_end a multiple of
+    eval_steps, and equal to it when unset."""
     save_total_limit: Count = 2
     """Checkpoints kept (the best one beside them)."""
     load_best_model_at_end: bool = False

@@ -323,7 +323,7 @@ def check(
     """Validate a mapping as the recipe of `stage`; UserError lists all problems."""
     problem = _placed(path, lines or {}, overridden)
     named = values.get("stage")
-    if named not in RECIPES:
+    if not isinstance(named, str) or named not in RECIPES:
         close = difflib.get_close_matches(str(named), list(RECIPES), n=1)
         fix = f"did you mean {close[0]}?" if close else f"write stage: {stage or 'sft'} (one of {', '.join(RECIPES)})"
         raise UserError(problem(("stage",), "missing" if named is None else f"unknown stage {named!r}", fix))
@@ -380,7 +380,7 @@ def with_settings(
 ) -> Any:  # fmt: skip
     """The recipe of a mapping with --set applied. UserError also for keys that would have no effect in it."""
     lines = lines or {}
-    fields: dict[str, Any] = RECIPES[values["stage"]].model_fields if values.get("stage") in RECIPES else {}
+    fields: dict[str, Any] = RECIPES[values["stage"]].model_fields if str(values.get("stage")) in RECIPES else {}
     usual = fields["adapter"].default.method if fields else "lora"
     section = values.get("adapter")
     before = section.get("method", usual) if isinstance(section, dict) else usual

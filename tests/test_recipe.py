@@ -375,3 +375,8 @@ def test_names_of_a_hub_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     recipe = resolve(load(tmp_path, text, "data.train={path: owner/x, source: modelscope}"), Hardware())
     assert recipe.model.name == "owner/x"
     assert recipe.data.train[0].path == "owner/x"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stage", ["[sft]", "{a: 1}", "5", "null"])
+def test_a_stage_that_is_no_name(tmp_path: Path, stage: str) -> None:
+    assert "stage: " in complaint(tmp_path, GOOD.replace("stage: sft", f"stage: {stage}"))
