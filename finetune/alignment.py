@@ -116,7 +116,8 @@ def run_stage(
         return
 
     inputs = training.known_inputs(recipe, parts.tokenizer, parts.encoder.template, resume)
-    notes = training.announce(data.warnings, plan.total_steps, too_long)
+    few = training.few_rows(recipe, len(data.train))
+    notes = training.announce(data.warnings, plan.total_steps, too_long, few, training.other_devices(recipe))
     with open_run(recipe, overwrite, resume) as folder:
         training.start(recipe)
         with training.memory_advice("data.max_length"):  # the reference's pass comes with the trainer
@@ -156,7 +157,7 @@ def merged_start(recipe: DpoRecipe | KtoRecipe, run: Run) -> ModelConfig:
         )
         if done.returncode:
             raise RunError(f"{command(*arguments)} failed: {done.stderr.strip()[-400:]}")
-    return recipe.model.model_copy(update={"name": str(target), "adapter": None, "revision": None})
+    return recipe.model.model_copy(update={"name": str(target), "adapter": None, "revision": None, "source": None})
 
 
 def policy(
@@ -239,6 +240,7 @@ def dpo_trainer(
         precompute_ref_log_probs=True,
         max_length=None,
     )
+    training.one_device(config)
     trainer = trainers.Dpo(
         dpo=dpo,
         copy=copy,
@@ -268,6 +270,7 @@ def kto_trainer(
         undesirable_weight=kto.undesirable_weight,
         max_length=None,
     )
+    training.one_device(config)
     trainer = trainers.Kto(
         copy=copy,
         model=model,
@@ -290,6 +293,7 @@ def reward_trainer(
         disable_dropout=False,
         max_length=None,
     )
+    training.one_device(config)
     trainer = trainers.Reward(
         model=model,
         args=config,

@@ -74,6 +74,7 @@ def _recipe(
     from finetune.recipe_file import find, load
     from finetune.run import check_inputs, check_output
 
+    alone()
     recipe: Recipe = load(reference, RECIPES[stage], overrides, output, note)
     if overwrite:
         check_inputs(recipe, find(reference))
@@ -84,6 +85,20 @@ def _recipe(
 
         screen(recipe.data, kind_of_rows)
     return recipe
+
+
+RANKS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def alone() -> None:
+    """UserError in one of several processes of a launcher: each would write into the same run directory."""
+    for name in RANKS:
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            raise UserError(
+                f"this is one of {count} processes, and ft trains in one, on one device", key=name,
+                fix="start ft by itself, without torchrun, accelerate launch or mpirun",
+            )  # fmt: skip
 
 
 @app.callback()

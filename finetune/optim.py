@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
+from finetune.errors import UserError
 from finetune.recipe import TrainConfig
 
 OPTIMIZERS = {
@@ -89,7 +91,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if others:
             betas = (train.adam_beta1, train.adam_beta2)
             self.parts.append(torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=0.0))
-        super().__init__(matrices + others, defaults={})
+        super().__init__(matrices + others, defaults={"lr": train.learning_rate})  # polynomial reads it
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -130,6 +132,32 @@ def muon_split(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[t
             inner = parameter.ndim == 2 and id(parameter) not in embeddings and "lm_head" not in name
             (matrices if inner and is_matrix(name, parameter) else others).append(parameter)
     return matrices, others
+
+
+def warmup_steps(train: TrainConfig, total_steps: int) -> int:
+    """Steps of the linear warm-up. transformers rounds a fraction up and begins at a rate of 0: a run of one update
+    would then be all warm-up, and train nothing."""
+    if train.warmup_steps >= 1:
+        return int(train.warmup_steps)
+    return math.floor(train.warmup_steps * total_steps + 1e-9)
+
+
+def check_schedule(train: TrainConfig, total_steps: int) -> None:
+    """UserError for a schedule that does not fit into a run of so many updates."""
+    warmup = warmup_steps(train, total_steps)
+    decay = scheduler_kwargs(train, total_steps).get("num_decay_steps", 0)
+    if train.lr_scheduler_type != "constant" and warmup and warmup >= total_steps:
+        raise UserError(
+            f"{warmup} steps of warm-up, and the run has {total_steps}: the learning rate would never be reached",
+            key="train.warmup_steps", fix="lower it (below 1 it is a share of the run), or train longer",
+        )  # fmt: skip
+    if decay and warmup + decay > total_steps:
+        raise UserError(
+            f"{decay} steps of decay and {warmup} of warm-up are more than the {total_steps} of the run",
+            key="train.lr_decay_ratio", fix="lower one of them",
+        )  # fmt: skip
+    if train.lr_scheduler_type == "polynomial" and train.learning_rate <= 1e-7:
+        raise UserError("polynomial ends at 1e-7", key="train.learning_rate", fix="raise it, or use linear")
 
 
 def scheduler_kwargs(train: TrainConfig, total_steps: int) -> dict[str, Any]:

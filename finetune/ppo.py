@@ -37,7 +37,7 @@ from finetune.errors import RunError
 from finetune.evaluation import decode, seeded, stop_ids
 from finetune.metrics import mean, paired
 from finetune.models.hardware import peak_memory_gb
-from finetune.optim import OrderedSampler, faster_b, is_matrix, scheduler_kwargs
+from finetune.optim import OrderedSampler, faster_b, is_matrix, scheduler_kwargs, warmup_steps
 from finetune.ppo_state import Degenerate, State, load_checkpoint, save_checkpoint, watch
 from finetune.progress import Progress, samples
 from finetune.recipe import PpoRecipe
@@ -135,9 +135,8 @@ class Ppo:
         self.optimizer = kind(groups, **options)
         if (ratio := getattr(self.recipe.adapter, "loraplus_lr_ratio", None)) is not None:
             faster_b(self.optimizer, self.module, ratio)
-        warmup = train.warmup_steps if train.warmup_steps >= 1 else math.ceil(train.warmup_steps * self.total)
         self.scheduler = get_scheduler(
-            train.lr_scheduler_type, self.optimizer, int(warmup), self.total,
+            train.lr_scheduler_type, self.optimizer, warmup_steps(train, self.total), self.total,
             scheduler_specific_kwargs=scheduler_kwargs(train, self.total),
         )  # fmt: skip
 

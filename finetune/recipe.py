@@ -10,6 +10,8 @@ schema (`ft recipes schema`) is generated from it. Nothing here imports torch.
 from __future__ import annotations
 
 import glob
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +44,9 @@ def _choices(annotation: Any) -> Iterator[Any]:
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=(),
+        allow_inf_nan=False,
+    )  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod
@@ -73,6 +76,19 @@ def _percent(value: Any) -> Any:
 
 
 Percent = BeforeValidator(_percent, json_schema_input_type=float | int | str | None)
+
+
+def _listed(value: Any) -> Any:
+    """q_proj -> [q_proj]; "q_proj, v_proj" -> [q_proj, v_proj]. As a regular expression, which peft makes of a text, a
+    name means no module at all: full names begin with the model's."""
+    if isinstance(value, str) and value not in WORDS and re.fullmatch(r"\s*[\w.]+(\s*,\s*[\w.]+)*\s*", value):
+        return [name.strip() for name in value.split(",")]
+    return value
+
+
+WORDS = ("all-linear", "all", "storable")
+Names = BeforeValidator(_listed, json_schema_input_type=str | list[str])
+OptionalNames = BeforeValidator(_listed, json_schema_input_type=str | list[str] | None)
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
 
@@ -178,7 +194,8 @@ class DataConfig(Section):
     """Training data: file, folder, glob, `builtin:tickets/train`, hub dataset id, or a mapping with more (path, split,
     weight, filter, …); several as a list."""
     eval_split: Annotated[Fraction | Count | None, Percent] = None
-    """Hold this share (0.05 or 5%) or number of rows of `train` out for the loss during training, by content hash."""
+    """Hold this share (0.05 or 5%, at least one row) or number of rows of `train` out for the loss during training, by
+    content hash."""
     format: str | None = None
     """Row format; recognised from the rows when unset."""
     columns: dict[str, str] | None = None
@@ -186,7 +203,8 @@ class DataConfig(Section):
     max_length: Count = 2048
     """Longest sample in tokens."""
     packing: bool = False
-    """Put several samples into one row of max_length tokens; off when a probe finds that they see each other."""
+    """Put several samples of `ft sft` into one row of max_length tokens; off when a probe finds that they see each
+    other."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which turns carry loss: every assistant turn, only the last one, or all text but tool output."""
     on_overlong: Literal["truncate", "drop", "error"] = "truncate"
@@ -194,7 +212,8 @@ class DataConfig(Section):
     on_error: Literal["stop", "drop"] = "stop"
     """A row that cannot be used: stop with all of them listed, or leave them out (at most max_dropped)."""
     max_dropped: Annotated[float, Field(ge=0, le=1), Percent] = 0.05
-    """With on_error: drop, the largest share of rows that may be left out (0.05 or 5%)."""
+    """The largest share of rows (0.05 or 5%) that may be left out: with on_error: drop those that cannot be used, and
+    those whose first max_length tokens hold nothing that is trained."""
     max_samples: Count | None = None
     """Use only this many rows of each source: the first ones, or with shuffle a random choice."""
     shuffle: bool = False
@@ -205,7 +224,7 @@ class DataConfig(Section):
     """Turn markers that are plain text to the tokenizer ([INST] of Llama-2, [|Human|]: of BlueLM) inside content: an
     error, or allowed and counted. Control tokens inside content always become text."""
     cache: bool = True
-    """Keep tokenised large data on disk, keyed by content, template, tokenizer and settings."""
+    """Keep tokenised large data of `ft sft` on disk, keyed by content, template, tokenizer and settings."""
 
 
 class FullAdapter(Section):
@@ -214,9 +233,10 @@ class FullAdapter(Section):
 
 
 class TargetedAdapter(Section):
-    target_modules: str | list[str] = "all-linear"
-    """Module names, a regular expression, or all-linear (every linear layer but the output head)."""
-    modules_to_save: list[str] | None = None
+    target_modules: Annotated[str | list[str], Names] = "all-linear"
+    """Module names (one, or a list), a regular expression for full names, or all-linear (every linear layer but the
+    output head)."""
+    modules_to_save: Annotated[list[str] | None, OptionalNames] = None
     """Further modules that are trained and saved whole."""
 
 
@@ -330,9 +350,9 @@ class BottleneckAdapter(Section):
 class Ia3Adapter(Section):
     method: Literal["ia3"] = "ia3"
     """Learned rescaling of keys, values and the MLP's inner activations (Liu et al. 2022, arXiv:2205.05638)."""
-    target_modules: list[str] | None = None
+    target_modules: Annotated[list[str] | None, OptionalNames] = None
     """Rescaled layers; unset: keys, values and the MLP's last layer."""
-    feedforward_modules: list[str] | None = None
+    feedforward_modules: Annotated[list[str] | None, OptionalNames] = None
     """Those of target_modules whose input is rescaled instead of their output; unset: the MLP's last layer."""
 
 
@@ -381,7 +401,7 @@ class BitFitAdapter(Section):
     """Train biases only (Ben Zaken et al. 2022, arXiv:2106.10199)."""
     bias: Literal["existing", "add"] = "add"
     """existing: the biases that the base has; add: zero biases on linear layers without, too."""
-    targets: Literal["storable", "all"] | list[str] = "storable"
+    targets: Annotated[Literal["storable", "all"] | list[str], Names] = "storable"
     """With bias: add, the layers that get one: those whose bias the architecture can store, all linear layers (cannot
     be merged then), or names. With bias: existing, names of layers that have one; otherwise all of them are trained."""
 
@@ -400,8 +420,8 @@ class LastLayersAdapter(Section):
 class LnTuningAdapter(Section):
     method: Literal["ln_tuning"] = "ln_tuning"
     """Train norms only (Zhao et al. 2023, arXiv:2312.11420)."""
-    target_modules: str | list[str] | None = None
-    """Names or a regular expression; unset: every norm."""
+    target_modules: Annotated[str | list[str] | None, OptionalNames] = None
+    """Names, or a regular expression for full names; unset: every norm."""
 
 
 class OtherAdapter(Section):
@@ -448,13 +468,13 @@ class TrainConfig(Section):
     effective_batch_size: Count = 16
     """Original samples per optimizer step over all devices, packed or not; micro-batch and accumulation follow."""
     per_device_train_batch_size: Count | None = None
-    """Rows per forward pass and device; derived when unset."""
+    """Rows per forward pass and device, a divisor of effective_batch_size; derived when unset."""
     gradient_accumulation_steps: Count | None = None
-    """Forward passes per optimizer step; derived when unset."""
+    """Forward passes per optimizer step, a divisor of effective_batch_size; derived when unset."""
     per_device_eval_batch_size: Count | None = None
     """Rows per forward pass in evaluation; derived when unset."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0.03
-    """Linear warm-up: a number of steps, or below 1 a fraction of all steps."""
+    """Linear warm-up from 0: a number of steps, or below 1 a fraction of all steps, rounded down."""
     lr_scheduler_type: Scheduler = "cosine_with_min_lr"
     """Shape of the learning rate; cosine_with_min_lr ends at lr_min_ratio of the peak."""
     lr_min_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -490,9 +510,10 @@ class TrainConfig(Section):
     logging_steps: Count = 10
     """Steps between rows of metrics.jsonl."""
     eval_steps: Count | None = None
-    """Steps between evaluations of the held-out loss; unset: at the end of every epoch."""
+    """Steps between evaluations of the held-out loss (data.eval_split); unset: at the end of every epoch."""
     save_steps: Count | None = None
-    """Steps between checkpoints; unset: at the end of every epoch."""
+    """Steps between checkpoints; unset: at the end of every epoch. With load_best_model_at_end a multiple of
+    eval_steps, and equal to it when unset."""
     save_total_limit: Count = 2
     """Checkpoints kept (the best one beside them)."""
     load_best_model_at_end: bool = False
@@ -537,10 +558,39 @@ class BaseRecipe(Section):
         train = self.train
         if train.max_steps is None and train.num_train_epochs <= 0:
             raise ValueError("train.num_train_epochs: must be positive")
-        given = (train.per_device_train_batch_size, train.gradient_accumulation_steps)
-        if None not in given and train.effective_batch_size % (given[0] or 1):
-            raise ValueError("train.per_device_train_batch_size: does not divide train.effective_batch_size")
+        given = {
+            key: value
+            for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
+            if (value := getattr(train, key)) is not None
+        }
+        first, product = next(iter(given), None), math.prod(given.values())
+        data: DataConfig = getattr(self, "data")  # noqa: B009 (every stage has its own)
+        if data.packing:
+            if len(given) == 2:
+                what = "with data.packing a row holds several samples, and gradient_accumulation_steps with this size"
+                raise ValueError(f"train.{first}: {what} says nothing of effective_batch_size; give one of the three")
+            return self
+        rows, of = self._step_rows()
+        if first is not None and (rows % product or (len(given) == 2 and rows != product)):
+            if len(given) == 1:
+                raise ValueError(f"train.{first}: {product} does not divide {of} of {rows}")
+            micro, accumulation = given.values()
+            what = f"{micro} x gradient_accumulation_steps {accumulation} is {product}, and no {of} of {rows}"
+            raise ValueError(f"train.{first}: {what}; set effective_batch_size: {product}, or leave one of them out")
         return self
+
+    @model_validator(mode="after")
+    def _best_on_disk(self) -> BaseRecipe:
+        train = self.train
+        best = train.load_best_model_at_end or train.early_stopping_patience is not None
+        if best and train.save_steps and train.eval_steps and train.save_steps % train.eval_steps:
+            what = f"{train.save_steps} is no multiple of eval_steps {train.eval_steps}"
+            raise ValueError(f"train.save_steps: {what}: the best model would not be on disk; leave one of them out")
+        return self
+
+    def _step_rows(self) -> tuple[int, str]:
+        """(rows of an optimizer step, what makes them so many)."""
+        return self.train.effective_batch_size, "effective_batch_size"
 
 
 class PretrainRecipe(BaseRecipe):
@@ -763,10 +813,14 @@ class PpoRecipe(BaseRecipe):
     ppo: PpoConfig = PpoConfig()
     """The algorithm (Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593)."""
 
-    @model_validator(mode="after")
-    def _batches(self) -> PpoRecipe:
+    def _step_rows(self) -> tuple[int, str]:
         if self.train.effective_batch_size % self.ppo.num_mini_batches:
             raise ValueError("ppo.num_mini_batches: does not divide train.effective_batch_size")
+        rows = self.train.effective_batch_size // self.ppo.num_mini_batches
+        return rows, "effective_batch_size / ppo.num_mini_batches"
+
+    @model_validator(mode="after")
+    def _batches(self) -> PpoRecipe:
         if self.ppo.kl_target is not None and self.ppo.kl_coef == 0:
             raise ValueError("ppo.kl_coef: nothing to adapt to kl_target; give it a value above 0")
         if self.ppo.kl_target is not None and self.train.effective_batch_size >= 5 * self.ppo.kl_horizon:
@@ -814,8 +868,13 @@ def absolute_data(path: str) -> str:
     return str(Path(glob.escape(str(Path.cwd()))) / place)
 
 
+REMOTE = ("hub", "modelscope")
+
+
 def absolute_source(source: str | SourceConfig) -> str | SourceConfig:
     if isinstance(source, SourceConfig):
+        if source.source in REMOTE:
+            return source
         return source.model_copy(update={"path": absolute_data(source.path)})
     return absolute_data(source)
 
@@ -859,9 +918,9 @@ def batch_layout(train: TrainConfig, max_length: int, hardware: Hardware) -> tup
     if train.per_device_train_batch_size and train.gradient_accumulation_steps:
         return train.per_device_train_batch_size, train.gradient_accumulation_steps
     if train.per_device_train_batch_size:
-        return train.per_device_train_batch_size, max(1, per_process // train.per_device_train_batch_size)
+        return train.per_device_train_batch_size, max(1, round(per_process / train.per_device_train_batch_size))
     if train.gradient_accumulation_steps:
-        return max(1, per_process // train.gradient_accumulation_steps), train.gradient_accumulation_steps
+        return max(1, round(per_process / train.gradient_accumulation_steps)), train.gradient_accumulation_steps
     # Activations grow with tokens per pass; 512 tokens per GB is a cautious start that `ft plan` refines.
     budget = max(4096, int(hardware.memory_gb * 512))
     limit = max(1, budget // max_length)
@@ -882,7 +941,7 @@ def resolve(recipe: R, hardware: Hardware) -> R:
     sections: dict[str, Any] = {
         "model": recipe.model.model_copy(
             update={
-                "name": absolute(recipe.model.name),
+                "name": recipe.model.name if recipe.model.source in REMOTE else absolute(recipe.model.name),
                 "adapter": recipe.model.adapter and absolute(recipe.model.adapter),
                 "chat_template": recipe.model.chat_template and absolute(recipe.model.chat_template),
                 "offload_folder": recipe.model.offload_folder
@@ -896,11 +955,16 @@ def resolve(recipe: R, hardware: Hardware) -> R:
                 # How many samples a packed row holds is known only once they are packed.
                 "per_device_train_batch_size": train.per_device_train_batch_size if data.packing else micro,
                 "gradient_accumulation_steps": train.gradient_accumulation_steps if data.packing else accumulation,
-                "per_device_eval_batch_size": train.per_device_eval_batch_size or (None if is_ppo else micro),
+                "per_device_eval_batch_size": (
+                    None if is_ppo or data.eval_split is None else train.per_device_eval_batch_size or micro
+                ),
                 "gradient_checkpointing": (
                     hardware.device != "cpu" if train.gradient_checkpointing is None else train.gradient_checkpointing
                 ),
                 "load_best_model_at_end": best,
+                # The best model can only be kept where it was evaluated.
+                "save_steps": train.save_steps or (train.eval_steps if best else None),
+                "eval_steps": train.eval_steps or (train.save_steps if best else None),
             }
         ),
         "eval": recipe.eval.model_copy(update={"data": recipe.eval.data and absolute_data(recipe.eval.data)}),

@@ -21,6 +21,7 @@ from typing import Any, get_args, overload
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from finetune import effects
 from finetune.errors import Problem, UserError
 from finetune.foreign_keys import foreign_name
 from finetune.recipe import ADAPTERS, RECIPES, R, Recipe, resource_path
@@ -58,18 +59,72 @@ def find(reference: str) -> Path:
     raise UserError("no such recipe", path=reference, fix=hint)
 
 
+LARGEST = 1 << 20  # bytes of a recipe file
+MOST_NODES = 20_000  # of a recipe, every alias counted as what it stands for
+
+
 def parse_value(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
+    """One YAML value. yaml.YAMLError for anything it cannot be."""
+    return _parsed(text)[1]
+
+
+def _parsed(text: str) -> tuple[yaml.Node | None, Any]:
+    """(the tree with its lines, the value). yaml.YAMLError, also for what is YAML but no recipe's value: an alias of
+    itself, aliases that multiply without end, nesting too deep for a parser."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        _size(node, {})
+        return node, yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except yaml.YAMLError:
+        raise
+    except (ValueError, OverflowError, TypeError) as error:  # dates and numbers that are none
+        raise yaml.YAMLError(f"a value that cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def _size(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """Nodes below and with this one, aliases written out; `known` holds -1 for a node that is being counted."""
+    if node is None:
+        return 0
+    if (size := known.get(id(node), 0)) != 0:
+        if size < 0:
+            raise yaml.composer.ComposerError(None, None, "an alias stands inside what it names", node.start_mark)
+        return size
+    known[id(node)] = -1
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    size = 1
+    for part in parts:
+        size += _size(part, known)
+        if size > MOST_NODES:
+            what = f"more than {MOST_NODES:,} values (aliases repeat what they name)"
+            raise yaml.composer.ComposerError(None, None, what, part.start_mark)
+    known[id(node)] = size
+    return size
+
+
+def recipe_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(LARGEST + 1)
+        if len(raw) > LARGEST:
+            raise UserError(f"is larger than {LARGEST >> 20} MiB: no recipe", path=path, fix="give a recipe file")
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text ({error.reason})", path=path, fix="save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", path=path, fix="check its permissions") from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     """The YAML mapping and the line of each of its keys, counted from 1."""
+    text = recipe_text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        node = yaml.compose(text, Loader=_Loader)
-        values = parse_value(text)
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 text ({error.reason})", path=path, fix="save the file as UTF-8") from None
+        node, values = _parsed(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -79,6 +134,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         ) from None  # fmt: skip
     if not isinstance(values, dict):
         raise UserError("not a mapping of sections", path=path, fix="start with `version: 1` and `stage: sft`")
+    if (odd := next((key for key in values if not isinstance(key, str)), None)) is not None:
+        raise UserError(f"{odd!r} is no name of a section", path=path, fix="`ft recipes explain` lists all keys")
     lines: dict[KeyPath, int] = {}
     duplicates: list[Problem] = []
 
@@ -121,11 +178,10 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> set[KeyPath]:
         node = values
         for part in parts[:-1]:
             child = node.get(part)
-            if child is None:
-                child = node[part] = {}
+            child = {} if child is None else child
             if not isinstance(child, dict):
                 raise UserError(f"--set {item}: {part} is not a section", fix="`ft recipes schema` lists all keys")
-            node = child
+            node[part] = node = dict(child)  # an alias of it elsewhere stays as it is
         node[parts[-1]] = value
         done.add(tuple(parts))
     return done
@@ -239,15 +295,10 @@ def _explain(error: Any, stage: str) -> tuple[KeyPath, str, str | None]:
 _TYPE_TAGS = {"str", "int", "float", "bool", "function-after", "constrained-int", "constrained-float", "dict", "list"}
 
 
-def check(
-    values: dict[str, Any],
-    stage: str | None,
-    path: Path | None = None,
-    lines: dict[KeyPath, int] | None = None,
-    overridden: AbstractSet[KeyPath] = frozenset(),
-) -> Recipe:
-    """Validate a mapping as the recipe of `stage`; UserError lists all problems."""
-    lines = lines or {}
+def _placed(
+    path: Path | None, lines: dict[KeyPath, int], overridden: AbstractSet[KeyPath]
+) -> Callable[[KeyPath, str, str | None], Problem]:
+    """A maker of problems that knows where each key stands: in a line of the file, or in --set."""
 
     def problem(key: KeyPath, message: str, fix: str | None) -> Problem:
         where: str | Path | None = path
@@ -259,8 +310,20 @@ def check(
             where, at = "--set", None
         return Problem(message, where, line=at, key=_dotted(key), fix=fix)
 
+    return problem
+
+
+def check(
+    values: dict[str, Any],
+    stage: str | None,
+    path: Path | None = None,
+    lines: dict[KeyPath, int] | None = None,
+    overridden: AbstractSet[KeyPath] = frozenset(),
+) -> Recipe:
+    """Validate a mapping as the recipe of `stage`; UserError lists all problems."""
+    problem = _placed(path, lines or {}, overridden)
     named = values.get("stage")
-    if named not in RECIPES:
+    if not isinstance(named, str) or named not in RECIPES:
         close = difflib.get_close_matches(str(named), list(RECIPES), n=1)
         fix = f"did you mean {close[0]}?" if close else f"write stage: {stage or 'sft'} (one of {', '.join(RECIPES)})"
         raise UserError(problem(("stage",), "missing" if named is None else f"unknown stage {named!r}", fix))
@@ -270,9 +333,10 @@ def check(
     if values.get("version") != 1:
         raise UserError(problem(("version",), f"version {values.get('version')!r} is not known", "write version: 1"))
     # A section left empty in YAML is None and means its defaults.
-    values = {k: ({} if v is None and k in ("data", "train", "eval") else v) for k, v in values.items()}
+    fields: dict[str, Any] = RECIPES[named].model_fields
+    values = {k: ({} if v is None and k in fields and k not in ("model", "output") else v) for k, v in values.items()}
     if isinstance(values.get("adapter"), dict):
-        values["adapter"] = {"method": "lora" if named == "sft" else "full", **values["adapter"]}
+        values["adapter"] = {"method": fields["adapter"].default.method, **values["adapter"]}
     try:
         return RECIPES[named].model_validate(values)
     except ValidationError as error:
@@ -305,20 +369,40 @@ def load(
     """
     path = find(reference)
     values, lines = _read(path)
+    more = [] if output is None else [f"output.dir={json.dumps(output)}"]
+    stage = next((name for name, cls in RECIPES.items() if cls is kind), None)
+    return with_settings(values, stage, [*overrides, *more], path, lines, say)
+
+
+def with_settings(
+    values: dict[str, Any], stage: str | None, overrides: Sequence[str], path: Path | None = None,
+    lines: dict[KeyPath, int] | None = None, say: Callable[[str], None] = lambda line: None,
+) -> Any:  # fmt: skip
+    """The recipe of a mapping with --set applied. UserError also for keys that would have no effect in it."""
+    lines = lines or {}
+    fields: dict[str, Any] = RECIPES[values["stage"]].model_fields if str(values.get("stage")) in RECIPES else {}
+    usual = fields["adapter"].default.method if fields else "lora"
     section = values.get("adapter")
-    before = section.get("method", "lora") if isinstance(section, dict) else "lora"
+    before = section.get("method", usual) if isinstance(section, dict) else usual
     overridden = _override(values, overrides)
     if dropped := _forget_other_method(values, before, overridden):
         say(f"adapter.method={values['adapter']['method']}: left out {', '.join(dropped)}, which belong to {before}")
     _unset(values, overridden)
-    if output is not None:
-        overridden |= _override(values, [f"output.dir={json.dumps(output)}"])
-    stage = next((name for name, cls in RECIPES.items() if cls is kind), None)
-    return check(values, stage, path, lines, overridden)
+    recipe = check(values, stage, path, lines, overridden)
+    problem = _placed(path, lines, overridden)
+    found = [problem(as_path(key), why, fix) for key, why, fix in effects.refused(recipe)]
+    if found:
+        raise UserError(sorted(found, key=lambda p: p.line or 0))
+    return recipe
+
+
+def as_path(key: str) -> KeyPath:
+    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
 
 
 def to_yaml(recipe: Recipe, header: str = "") -> str:
-    values = recipe.model_dump(mode="json", exclude_none=True)
+    """The recipe as it can be run again: keys that do nothing in it are left out."""
+    values = effects.without(recipe.model_dump(mode="json", exclude_none=True), recipe)
     ordered = {"version": values.pop("version"), "stage": values.pop("stage"), **values}
     return header + yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
 

@@ -36,13 +36,14 @@ from finetune.adapters.build import save as save_adapter
 from finetune.adapters.limits import AnyRecipe
 from finetune.adapters.proof import check_finite, trained
 from finetune.callbacks import Guard, Proven, Ranks, Recorder
-from finetune.data import raw, sources
-from finetune.errors import Interrupted, RunError
-from finetune.models import loading
+from finetune.data import raw
+from finetune.data import sources as data_sources
+from finetune.errors import Interrupted, RunError, UserError
+from finetune.models import loading, sources
 from finetune.models.hardware import peak_memory_gb
 from finetune.models.identity import fingerprint, write_identity
 from finetune.models.quantization import parameter_counts
-from finetune.optim import OPTIMIZERS, scheduler_kwargs
+from finetune.optim import OPTIMIZERS, check_schedule, scheduler_kwargs, warmup_steps
 from finetune.progress import Progress, command, duration, encodable, note, say, warn
 from finetune.recipe import AdaLoraAdapter, Hardware, ModelConfig, Recipe, batch_layout, resolve
 from finetune.recipe_file import to_yaml
@@ -54,6 +55,7 @@ FEW_UPDATES = 50  # below this a learning-rate schedule has hardly begun
 
 def resolved(raw: AnyRecipe, machine: Hardware) -> AnyRecipe:
     """The complete recipe. UserError when it says something else of model.adapter than that adapter's own files."""
+    sources.check(raw.model)
     recipe = resolve(raw, machine)
     start = getattr(getattr(recipe, recipe.stage, None), "start", "continue")
     if recipe.model.adapter is None or start == "merge":
@@ -89,6 +91,13 @@ def layout(recipe: Recipe, samples: int, rows: int, hardware: Hardware) -> Layou
     micro, accumulation = batch_layout(train, recipe.data.max_length, hardware)
     per_epoch = max(1, math.ceil(math.ceil(rows / (micro * hardware.processes)) / accumulation))
     total = train.max_steps or math.ceil(per_epoch * train.num_train_epochs)
+    check_schedule(train, total)
+    every = train.eval_steps
+    if recipe.data.eval_split is not None and every is not None and every > total:
+        raise UserError(
+            f"{every} steps between evaluations, and the run has {total}: there would be none", key="train.eval_steps",
+            fix="lower it, or leave it out (then it is at the end of every epoch)",
+        )  # fmt: skip
     return Layout(micro, accumulation, per_epoch, total)
 
 
@@ -97,6 +106,29 @@ def few_updates(updates: int) -> str | None:
     if updates >= FEW_UPDATES:
         return None
     return f"only {updates} updates; {FEW_UPDATES} or more want more data or epochs, or a smaller batch"
+
+
+def few_rows(recipe: Recipe, samples: int) -> str | None:
+    """A note when a step cannot hold as many samples as it should."""
+    wanted = recipe.train.effective_batch_size
+    if samples >= wanted:
+        return None
+    return f"{samples} training rows are fewer than train.effective_batch_size {wanted}: a step holds {samples}"
+
+
+def one_device(config: Any) -> Any:
+    """transformers' arguments for one process on one device: it would split batches over all GPUs that it sees
+    (DataParallel), each with a whole batch of its own."""
+    config._n_gpu = min(1, config.n_gpu)
+    return config
+
+
+def other_devices(recipe: Recipe) -> str | None:
+    """A note when there are GPUs that are not used."""
+    count = torch.cuda.device_count()
+    if count < 2 or recipe.model.device_map is not None:
+        return None
+    return f"{count} GPUs are here and one is used (CUDA_VISIBLE_DEVICES chooses which)"
 
 
 def arguments(recipe: Recipe, run: Run, plan: Layout, hardware: Hardware, has_eval: bool) -> dict[str, Any]:
@@ -113,7 +145,7 @@ def arguments(recipe: Recipe, run: Run, plan: Layout, hardware: Hardware, has_ev
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": train.lr_scheduler_type,
         "lr_scheduler_kwargs": scheduler_kwargs(train, plan.total_steps),
-        "warmup_steps": train.warmup_steps if train.warmup_steps < 1 else int(train.warmup_steps),
+        "warmup_steps": warmup_steps(train, plan.total_steps),
         "max_grad_norm": train.max_grad_norm,
         "weight_decay": train.weight_decay,
         "optim": "adamw_torch_fused"
@@ -165,6 +197,7 @@ def make_trainer(
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
     )
+    one_device(config)
     trainer = Sft(
         model=model,
         args=config,
@@ -297,13 +330,13 @@ def _weights(folder: Path) -> Iterator[str | bytes]:
 def _rows(data: Any) -> Iterator[str | bytes]:
     """What sources hold: the bytes of their files, or the rows of a hub."""
     for source in data if isinstance(data, list) else [data]:
-        spec = sources.as_dict(source)
+        spec = data_sources.as_dict(source)
         if str(spec["path"]) == raw.WORLD:
             yield raw.WORLD
-        elif sources.is_hub(spec) or spec.get("source") == "modelscope":
-            yield from (repr(row.data) for row in sources.read_rows(source))
+        elif data_sources.is_hub(spec) or spec.get("source") == "modelscope":
+            yield from (repr(row.data) for row in data_sources.read_rows(source))
         else:
-            for file in sources.files_of(spec["path"]):
+            for file in data_sources.files_of(spec["path"]):
                 with file.open("rb") as stream:
                     yield from iter(lambda stream=stream: stream.read(1 << 22), b"")  # type: ignore[misc]
 

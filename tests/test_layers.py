@@ -16,7 +16,7 @@ LEVELS = [
     {"errors", "json_text"},
     {"families"},
     {"recipe"},
-    {"foreign_keys"},
+    {"foreign_keys", "effects"},
     {"recipe_file", "recipe_reference"},
     {"noise", "metrics", "places", "progress"},
     {"run"},

@@ -94,7 +94,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         (GOOD + "train: {packing: true}\n", "it belongs into data: data.packing"),
         (
             GOOD + "train: {per_device_train_batch_size: 3, gradient_accumulation_steps: 2}\n",
-            "train.per_device_train_batch_size: does not divide",
+            "3 x gradient_accumulation_steps 2 is 6, and no effective_batch_size of 16",
         ),
     ],
 )
@@ -211,3 +211,172 @@ def test_shipped_recipe_loads(name: str) -> None:
     resolve(recipe, Hardware())
     if "config" not in values["model"]:
         assert 7 <= len(text.splitlines()) <= 25
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+         "4 x gradient_accumulation_steps 2 is 8, and no effective_batch_size of 16; set effective_batch_size: 8"),
+        ({"per_device_train_batch_size": 3}, "batch_size: 3 does not divide effective_batch_size of 16"),
+        ({"per_device_train_batch_size": 32}, "32 does not divide"),
+        ({"gradient_accumulation_steps": 3}, "steps: 3 does not divide effective_batch_size of 16"),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}, None),
+        ({"gradient_accumulation_steps": 8}, None),
+        ({"load_best_model_at_end": True, "eval_steps": 3, "save_steps": 5}, "5 is no multiple of eval_steps 3"),
+        ({"load_best_model_at_end": True, "eval_steps": 3, "save_steps": 6}, None),
+        ({"learning_rate": ".inf"}, "train.learning_rate"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_together(tmp_path: Path, train: dict[str, object], expected: str | None) -> None:
+    settings = [f"train.{key}={value}" for key, value in train.items()] + ["data.eval_split=0.1"]
+    if expected is None:
+        loaded = load(tmp_path, GOOD, *settings)
+        micro, accumulation = batch_layout(loaded.train, loaded.data.max_length, Hardware())
+        assert micro * accumulation == loaded.train.effective_batch_size
+    else:
+        assert expected in complaint(tmp_path, GOOD, *settings)
+
+
+def test_minibatches_of_ppo_are_counted_alike(tmp_path: Path) -> None:
+    text = GOOD.replace("sft", "ppo") + "reward: {functions: [rule.py:score]}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    sizes = ("train.effective_batch_size=64", "ppo.num_mini_batches=4")
+    with pytest.raises(UserError, match=r"32 does not divide effective_batch_size / ppo\.num_mini_batches"):
+        recipe_file.load(str(tmp_path / "r.yaml"), None, [*sizes, "train.per_device_train_batch_size=32"])
+    recipe_file.load(str(tmp_path / "r.yaml"), None, [*sizes, "train.per_device_train_batch_size=8"])
+
+
+def test_the_best_model_is_evaluated_where_it_is_saved(tmp_path: Path) -> None:
+    best = ("train.load_best_model_at_end=true", "data.eval_split=4")
+    for key, other in (("eval_steps", "save_steps"), ("save_steps", "eval_steps")):
+        train = resolve(load(tmp_path, GOOD, *best, f"train.{key}=3"), Hardware()).train
+        assert getattr(train, other) == 3
+    train = resolve(load(tmp_path, GOOD, "train.eval_steps=3", "data.eval_split=4"), Hardware()).train
+    assert train.save_steps is None
+
+
+@pytest.mark.parametrize("stage", RECIPES)
+@pytest.mark.parametrize("section", ["", "adapter: {}\n", "adapter:\n", "adapter: {r: 8}\n"])
+def test_an_adapter_without_a_method_is_the_stages_own(tmp_path: Path, stage: str, section: str) -> None:
+    text = GOOD.replace("sft", stage) + section + ("reward: {model: x}\n" if stage == "ppo" else "")
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    if stage == "pretrain" and "r: 8" in section:
+        with pytest.raises(UserError, match=r"adapter\.r: unknown key"):
+            recipe_file.load(str(tmp_path / "r.yaml"), None)
+        return
+    adapter = recipe_file.load(str(tmp_path / "r.yaml"), None).adapter
+    assert adapter.method == ("full" if stage == "pretrain" else "lora")
+    assert getattr(adapter, "r", 16) == (8 if "r: 8" in section else 16)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("q_proj", ["q_proj"]), ("'q_proj, v_proj'", ["q_proj", "v_proj"]), ("self_attn.q_proj", ["self_attn.q_proj"]),
+        ("all-linear", "all-linear"), (r"'.*\.(q|v)_proj'", r".*\.(q|v)_proj"), ("[q_proj]", ["q_proj"]),
+    ],
+)  # fmt: skip
+def test_a_name_as_text_is_that_module(tmp_path: Path, written: str, expected: object) -> None:
+    adapter = load(tmp_path, GOOD + f"adapter: {{target_modules: {written}, modules_to_save: lm_head}}\n").adapter
+    assert adapter.target_modules == expected
+    assert adapter.modules_to_save == ["lm_head"]
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (BOMB, "line 4: not readable as YAML: more than 20,000 values"),
+        ("data: &d {train: *d}\n", "line 1: not readable as YAML: an alias stands inside what it names"),
+        ("data: &d [1, *d]\n", "an alias stands inside"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ("a: " + "[" * 900 + "]" * 900, ""),
+        ("a: " + "9" * 5000, "not readable as YAML"),
+        ("a: 2024-13-45\n", "not readable as YAML"),
+        ("a: \x00\n", "not readable as YAML"),
+        ("? [a, b]\n: 1\n", "not readable as YAML"),
+        ("? {a: b}\n: 1\n", "not readable as YAML"),
+        ("1: 2\n", "1 is no name of a section"),
+        ("data: {\tx: 1\n", "line"),
+        ("a: !!python/object:os.system x\n", "not readable as YAML"),
+        ("just text", "not a mapping of sections"),
+        ("x" * (2 << 20), "is larger than 1 MiB"),
+        (GOOD + "data: {train: x}\n", "line 6: data: key stands twice"),
+        (GOOD.replace("{train: builtin:tickets/train}", "{train: a, train: b}"), "data.train: key stands twice"),
+        (GOOD + "train: {1: 2}\n", "train.1: 1 is not possible here"),
+        (GOOD + "train: {null: 2}\n", "train"),
+        (GOOD + "train: {[1]: 2}\n", "not readable as YAML"),
+        (GOOD + "train: 5\n", "train"),
+        (GOOD + "train: [1]\n", "train"),
+        (GOOD.replace("{name: tiny-llama}", ""), "model"),
+    ],
+)
+def test_no_file_is_too_odd(tmp_path: Path, text: str, expected: str) -> None:
+    said = complaint(tmp_path, text)
+    assert expected in said
+    assert str(tmp_path / "r.yaml") in said
+
+
+def test_an_alias_is_what_it_names_and_no_more(tmp_path: Path) -> None:
+    text = GOOD.replace("{train: builtin:tickets/train}", "{train: &t builtin:tickets/train}") + "eval: {data: *t}\n"
+    assert load(tmp_path, text).eval.data == "builtin:tickets/train"
+    shared = GOOD + "train: &t {}\neval: *t\n"
+    assert load(tmp_path, shared, "train.max_steps=3").train.max_steps == 3
+
+
+@pytest.mark.parametrize("value", ["&a [*a]", "[" * 5000, "9" * 5000])
+def test_set_takes_no_bombs_either(tmp_path: Path, value: str) -> None:
+    assert "train.max_steps" in complaint(tmp_path, GOOD, f"train.max_steps={value}")
+
+
+def test_a_recipe_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "r.yaml").write_text(GOOD)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        recipe_file.load(str(tmp_path / "r.yaml"), SftRecipe)
+
+
+def test_keys_without_effect_stand_with_their_line(tmp_path: Path) -> None:
+    said = complaint(tmp_path, GOOD + "train:\n  lr_scheduler_type: linear\n  lr_min_ratio: 0.1\n")
+    assert "line 8: train.lr_min_ratio: this schedule has no floor → set train.lr_scheduler_type" in said
+    assert "--set: train.eval_steps: no rows are held out" in complaint(tmp_path, GOOD, "train.eval_steps=3")
+    off = ("train.load_best_model_at_end=false", "train.early_stopping_patience=null", "data.packing=false")
+    load(tmp_path, GOOD, *off)  # what is so without them, too
+
+
+def test_a_resolved_recipe_can_be_run_again(tmp_path: Path) -> None:
+    """It holds every default, less those that do nothing beside its other keys."""
+    for name in SHIPPED:
+        recipe = resolve(recipe_file.load(name, None), Hardware())
+        text = recipe_file.to_yaml(recipe)
+        (tmp_path / "again.yaml").write_text(text, encoding="utf-8")
+        again = resolve(recipe_file.load(str(tmp_path / "again.yaml"), None), Hardware())
+        assert recipe_file.to_yaml(again) == text
+        assert again == recipe
+
+
+def test_held_out_data_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = resolve(load(tmp_path, GOOD + "eval: {data: 'test*.jsonl'}\n"), Hardware())
+    assert recipe.eval.data == str(tmp_path / "test*.jsonl")
+
+
+def test_names_of_a_hub_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owner" / "x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    text = GOOD.replace("name: tiny-llama", "name: owner/x, source: modelscope")
+    recipe = resolve(load(tmp_path, text, "data.train={path: owner/x, source: modelscope}"), Hardware())
+    assert recipe.model.name == "owner/x"
+    assert recipe.data.train[0].path == "owner/x"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stage", ["[sft]", "{a: 1}", "5", "null"])
+def test_a_stage_that_is_no_name(tmp_path: Path, stage: str) -> None:
+    assert "stage: " in complaint(tmp_path, GOOD.replace("stage: sft", f"stage: {stage}"))

@@ -24,13 +24,14 @@ from finetune.recipe import (
     KtoRecipe,
     PpoRecipe,
     PrefixTuningAdapter,
+    PretrainRecipe,
     PromptTuningAdapter,
     Recipe,
     RewardRecipe,
     SftRecipe,
 )
 
-AnyRecipe = TypeVar("AnyRecipe", SftRecipe, DpoRecipe, KtoRecipe, RewardRecipe, PpoRecipe)
+AnyRecipe = TypeVar("AnyRecipe", PretrainRecipe, SftRecipe, DpoRecipe, KtoRecipe, RewardRecipe, PpoRecipe)
 QKV = ("q_proj", "k_proj", "v_proj")
 
 # model_type -> {flag of config.json: the linear layers that all have a bias when it is set}. qwen2 has no flag: q, k

@@ -43,6 +43,8 @@ Encoding = Encoded | dict[str, Encoded] | None
 class Audit:
     def __init__(self, config: Any, encoder: Any = None, kind: str | None = "sft", eval_data: Any = None) -> None:
         self.config, self.kind = config, kind
+        if getattr(config, "streaming", False) and not any(map(sources.is_hub, specs(config))):
+            raise UserError("only hub datasets are streamed", key="data.streaming", fix="leave it out")
         self.encoder: Any = None if kind == "prompts" else encoder
         self.problems: list[tuple[str, str, int, checks.Finding | RowProblem]] = []
         self.listed = (LISTED, LISTED_ERRORS)

@@ -131,11 +131,12 @@ def split(table: Any, weighted: bool, config: Any, counts: dict[str, int], warni
 
 
 def held_out(hashes: np.ndarray, share: float | int | None) -> np.ndarray:
-    """Which rows are held out: by hash alone, so more data never moves a row; a number takes the lowest hashes."""
+    """Which rows are held out: by hash alone, so more data never moves a row; a number takes the lowest hashes, and so
+    does a share of so few rows that it would take none."""
     if not share or not len(hashes):
         return np.zeros(len(hashes), bool)
     if isinstance(share, float):
-        return hashes < np.uint64(share * 2**64)
+        return hashes < max(np.uint64(share * 2**64), np.sort(hashes)[0] + np.uint64(1))  # one row at least
     limit = np.sort(hashes)[min(share, len(hashes)) - 1]
     return hashes <= limit
 

@@ -56,6 +56,13 @@ def load_prompts(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = 
             )
         assert sample is not None
         messages, reference = split(sample)
+        if (forged := encoder.forged_markers(messages)) and config.on_forged_marker == "error":
+            turn, marker = forged[0]
+            what = f"turn {turn}: {marker!r} is a turn marker of this model, and plain text to its tokenizer"
+            fix = "remove it, or set data.on_forged_marker: allow"
+            audit.refuse(item, RowProblem("forged_marker", what, fix))
+            continue
+        audit.counts["forged_markers"] += len(forged)
         ids = attempted(encoder.prompt_ids, messages, sample.tools)
         if not isinstance(ids, RowProblem) and len(ids) > config.max_length:
             if config.on_overlong != "error":

@@ -6,72 +6,66 @@ pack(documents, …)         -> blocks of exactly max_length tokens
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 
 import numpy as np
 
-from finetune.data import formats, samples, sources
+from finetune.data import samples
+from finetune.data.audit import Audit
 from finetune.data.dataset import times_used
 from finetune.data.samples import content_hash
-from finetune.data.types import RowProblem, Text
+from finetune.data.types import Text
 from finetune.errors import UserError
-from finetune.recipe import DataConfig, SourceConfig
+from finetune.recipe import DataConfig
 
 WORLD = "builtin:world"
 Encode = Callable[[str], list[int]]
 
 
 def is_endless(data: DataConfig) -> bool:
-    return WORLD in (data.train if isinstance(data.train, list) else [data.train])
+    """Whether the text is `builtin:world`. UserError for it beside others, which would never be reached."""
+    listed = data.train if isinstance(data.train, list) else [data.train]
+    if WORLD in listed and len(listed) > 1:
+        raise UserError(f"{WORLD} is endless: no other source would be read", key="data.train", fix="name one of them")
+    return WORLD in listed
 
 
-def documents(data: DataConfig, seed: int, total: int) -> Iterator[str]:
-    """The texts of all sources, in order. `builtin:world` draws from `seed`, its curriculum over `total` documents."""
-    for source in data.train if isinstance(data.train, list) else [data.train]:
-        if source == WORLD:
-            from finetune.data import world
+def documents(data: DataConfig, seed: int, total: int, audit: Audit | None = None) -> Iterator[str]:
+    """The texts of all sources, in order. `builtin:world` draws from `seed`, its curriculum over `total` documents.
 
-            yield from world.documents(seed, total)
-        else:
-            weight = sources.as_dict(source).get("weight", 1.0)
-            for passed in range(math.ceil(weight)):  # a whole pass after the other: the order of the text stays
-                for text in _texts(source, data):
-                    if weight >= passed + 1 or _times(text, weight) > passed:
-                        yield text
+    A source of a weight above 1 is read again after all others, so that no document stands beside itself.
+
+    Args:
+        audit: notes the rows that cannot be used; whoever gives it calls `settle` once the texts are read.
+    """
+    if is_endless(data):
+        from finetune.data import world
+
+        yield from world.documents(seed, total)
+        return
+    pass_over = Audit(data, None, "text") if audit is None else audit
+    again: list[tuple[str, int]] = []
+    for item, _ in pass_over.rows(seed):
+        text = item.sample.text  # type: ignore[union-attr]
+        times = _times(text, item.weight)
+        if times:
+            yield text
+        if times > 1:
+            again.append((text, times - 1))
+    if audit is None:
+        pass_over.settle()
+    while again:
+        yield from (text for text, _ in again)
+        again = [(text, times - 1) for text, times in again if times > 1]
 
 
 def _times(text: str, weight: float) -> int:
     """How often the weight of its source uses a text, as in every stage."""
+    if weight == 1:
+        return 1
     return int(times_used(np.asarray([content_hash(Text(text))], np.uint64), np.asarray([weight]))[0])
-
-
-def _texts(source: str | SourceConfig, data: DataConfig) -> Iterator[str]:
-    """Rows of raw text (a `text` column, or a text file). UserError for rows of another kind."""
-    rows = sources.read_rows(source)
-    first = list(islice(rows, 100))
-    name = data.format or formats.detect((row.data for row in first if row.problem is None), data.columns)
-    if formats.FORMATS[name].kind != "text":
-        fix = "give rows with a `text` column, or fine-tune with `ft sft`"
-        raise UserError(
-            f"rows of format {name} are not raw text",
-            path=str(getattr(source, "path", source)),
-            key="data.train",
-            fix=fix,
-        )
-    for row in islice(chain(first, rows), data.max_samples):
-        try:
-            if row.problem is not None:
-                raise row.problem
-            found = formats.convert_all(row.data, name, data.columns)
-        except RowProblem as problem:
-            if data.on_error == "stop" or problem.ends_file:
-                raise UserError(problem.message, path=row.file, row=row.row, fix=problem.fix) from None
-            continue
-        for sample in found:
-            yield sample.text
 
 
 def pack(texts: Iterable[str], encode: Encode, length: int, separator: Sequence[int]) -> Iterator[list[int]]:

@@ -46,6 +46,7 @@ SPLITS = {
 def read_rows(spec: Spec, *, streaming: bool = False) -> Iterator[Row]:
     """All rows of `spec`, lazily. UserError when it names nothing that exists."""
     spec = as_dict(spec)
+    check_keys(spec)
     if spec.get("source") == "modelscope":
         files = modelscope_files(spec)
     elif is_hub(spec):
@@ -55,6 +56,22 @@ def read_rows(spec: Spec, *, streaming: bool = False) -> Iterator[Row]:
         files = files_of(spec["path"], spec.get("split"))
     for file in files:
         yield from filtered(read_file(file), spec.get("filter"))
+
+
+def check_keys(spec: dict[str, Any]) -> None:
+    """UserError for keys of a source that would have no effect on what is read."""
+    path, source = str(spec["path"]), spec.get("source")
+    place = Path(path).expanduser()
+    if source == "hub" and place.exists():
+        what = "lies here, too, and would be read instead of the hub's dataset"
+        raise UserError(what, path=path, key="source", fix="rename it or start elsewhere; or leave source out")
+    is_local = path.startswith("builtin:") or glob.has_magic(path) or place.exists()
+    unused = [] if source == "hub" else ["name"] if source == "modelscope" else ["revision"] if is_local else []
+    if is_local and source != "modelscope" and not place.is_dir():  # a folder may hold several splits
+        unused += ["split", "name"]
+    for key in unused:
+        if spec.get(key):
+            raise UserError("has no effect on this source", path=path, key=key, fix="leave it out")
 
 
 def as_dict(spec: Spec) -> dict[str, Any]:
@@ -269,4 +286,8 @@ def modelscope_files(spec: dict[str, Any]) -> list[Path]:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         fix = "check the id and the network, or download the files and give the folder"
         raise UserError(f"the ModelScope dataset cannot be loaded: {reason}", path=path, fix=fix) from None
-    return files_of(folder, spec.get("split"))
+    files = files_of(folder, spec.get("split"))
+    if not files:
+        names = ", ".join(f.name for f in files_of(folder)[:10])
+        raise UserError(f"no file of a split {spec.get('split')!r}", path=path, key="split", fix=f"there are {names}")
+    return files

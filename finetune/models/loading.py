@@ -107,6 +107,7 @@ def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTraine
     """
     config = read_config(model)
     if is_chatglm_layout(config):  # its own code cannot run here, and is never run
+        _refuse_template(model)
         glm = build_tokenizer(fetch(sources.weights(model), sources.hub_revision(model)))
         glm.embedding_rows = embedding_rows(config)
         return glm
@@ -130,6 +131,7 @@ def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTraine
         tokenizer.template_file = str(path)  # so that what is wrong with it can be told with its place
     tokenizer.padding_side = "left"
     if "glm_version" in tokenizer.init_kwargs:  # GLM-4 pads with its end token, and ends turns with <|user|>
+        _refuse_template(model)
         return tokenizer
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # pad == eos hides the end of turn from the loss in many trainers: generation then never stops.
@@ -141,6 +143,14 @@ def embedding_rows(config: dict[str, Any]) -> int | None:
     """How many ids the model knows, by its config.json."""
     parts = [config, config.get("text_config") or {}]
     return next((part[key] for part in parts for key in ("padded_vocab_size", "vocab_size") if part.get(key)), None)
+
+
+def _refuse_template(model: ModelConfig) -> None:
+    if model.chat_template is not None:
+        raise UserError(
+            "ChatGLM's turns are made of tokens that no text becomes, so no template can replace them",
+            path=model.name, key="model.chat_template", fix="leave it out",
+        )  # fmt: skip
 
 
 def _tokenizer(model: ModelConfig, config: dict[str, Any]) -> PreTrainedTokenizerBase:

@@ -53,6 +53,20 @@ def locate(model: ModelConfig) -> str:
     return name
 
 
+def check(model: ModelConfig) -> None:
+    """UserError where `source` or `revision` would have no effect on what is read."""
+    is_local = model.name in builtin_names() or Path(model.name).expanduser().exists()
+    if model.source == "hub" and Path(model.name).expanduser().exists():
+        raise UserError(
+            "a local folder has this name, and would be read instead of the hub's", path=model.name,
+            key="model.source", fix="rename it or start elsewhere; or leave model.source out to use the folder",
+        )  # fmt: skip
+    if model.revision is not None and is_local and model.source != "modelscope":
+        raise UserError(
+            "is a local folder, which has no revisions", path=model.name, key="model.revision", fix="leave it out"
+        )
+
+
 def _local(path: Path, name: str) -> Path:
     if (path / "config.json").is_file():
         return path.resolve()

@@ -43,6 +43,7 @@ CENTRE = {
 }  # fmt: skip
 FACTORS = (1 / 3, 1.0, 3.0)
 SEARCH_STEPS, SEARCH_ROWS = 0.25, 0.1  # share of the budget, and of the training rows that are held out for it
+SHORT_WARMUP = 0.1  # share of a short run
 MARK = "comparison.yaml"  # the recipe; a folder with it is a comparison
 
 
@@ -186,6 +187,8 @@ def job_recipe(recipe: SftRecipe, job: Job, counts: Sequence[int]) -> SftRecipe:
         values["data"]["train"] = [{**spec, "max_samples": count} for spec, count in used]
         values["data"]["shuffle"] = True
     steps = recipe.train.max_steps or steps_of(recipe, sum(share_of(counts, job.fraction)))
+    if recipe.train.warmup_steps >= steps:  # made for all rows
+        values["train"]["warmup_steps"] = SHORT_WARMUP
     values["train"].update({"load_best_model_at_end": False, "early_stopping_patience": None, "max_steps": steps})
     built = check(values, "sft")
     assert isinstance(built, SftRecipe)
@@ -242,7 +245,7 @@ def search_rate(job: Job, recipe: SftRecipe, rows: int, folder: Path) -> list[di
     tried = []
     for factor in FACTORS:
         rate = float(f"{centre * factor:.3g}")
-        settings = {"learning_rate": rate, "max_steps": short, "eval_steps": short, "warmup_steps": 0.1}
+        settings = {"learning_rate": rate, "max_steps": short, "eval_steps": short, "warmup_steps": SHORT_WARMUP}
         trial = with_settings(recipe, settings, {"eval_split": held_out})
         where = folder / "search" / f"{job.name}-{rate:g}"
         found: dict[str, Any] = {"learning_rate": rate, "validation_loss": None}

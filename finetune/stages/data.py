@@ -15,8 +15,8 @@ from finetune.errors import UserError
 from finetune.places import check_file, json_with
 from finetune.progress import note, say_json
 from finetune.progress import output as output_console
-from finetune.recipe import RECIPES, DataConfig, absolute
-from finetune.recipe_file import find, load, parse_value
+from finetune.recipe import RECIPES, DataConfig, absolute_source
+from finetune.recipe_file import find, load, parse_value, recipe_text, with_settings
 from finetune.run import write_atomically, write_json
 
 KINDS = {
@@ -128,29 +128,30 @@ def settings(
     if recipe is None:
         if data is None:
             raise UserError("nothing to look at", fix="give --recipe R, or --data D")
-        values = {"train": absolute(data)}
-        for item in overrides:
-            key, _, value = item.partition("=")
-            values[key.removeprefix("data.")] = parse_value(value)
-        try:
-            config = DataConfig.model_validate(values)
-        except ValueError as error:
-            first = str(error).splitlines()
-            raise UserError(
-                f"not a data setting: {' '.join(first[1:3])}", key="--set", fix="see docs/recipe.md"
-            ) from None
+        config = data_settings(stage, data, overrides)
         return config, base, KINDS[stage] if stage else None, eval_data
     kind: Any = RECIPES[stage_of(recipe)]
     loaded: Any = load(recipe, kind, overrides)
-    config = loaded.data if data is None else loaded.data.model_copy(update={"train": absolute(data)})
+    config = loaded.data if data is None else loaded.data.model_copy(update={"train": absolute_source(data)})
     return config, base or loaded.model, KINDS[stage or loaded.stage], eval_data or loaded.eval.data
+
+
+def data_settings(stage: str | None, data: str, overrides: Sequence[str]) -> DataConfig:
+    """A data section without a recipe; `data.` may be left out of the keys. UserError as for a recipe."""
+    items = [item if item.startswith("data.") else f"data.{item}" for item in overrides]
+    named = stage or "sft"
+    values: dict[str, Any] = {
+        "version": 1, "stage": named, "model": {"name": "-"}, "output": {"dir": "-"},
+        "data": {"train": str(absolute_source(data))}, **({"reward": {"model": "-"}} if named == "ppo" else {}),
+    }  # fmt: skip
+    return with_settings(values, named, items).data
 
 
 def stage_of(recipe: str) -> str:
     """The stage a recipe file names; what is wrong with the file is said by `load`."""
     try:
-        values = yaml.safe_load(find(recipe).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        values = parse_value(recipe_text(find(recipe)))
+    except (yaml.YAMLError, UserError):
         return "sft"
     stage = values.get("stage") if isinstance(values, dict) else None
     return stage if stage in RECIPES else "sft"

@@ -16,9 +16,10 @@ from typing import Any
 from finetune import actors, alignment, training
 from finetune.callbacks import HANGUP, at_terminal, leave, stopping
 from finetune.data import pairs, prompts, sources
-from finetune.errors import Interrupted, Problem, RunError, UserError
+from finetune.errors import Interrupted, RunError, UserError
 from finetune.models import hardware
 from finetune.models.rope import check_length
+from finetune.optim import check_schedule
 from finetune.ppo import Ppo, rollouts
 from finetune.progress import command as told
 from finetune.progress import note
@@ -43,9 +44,6 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
     recipe = training.resolved(raw, machine)
     if resume:
         check_resumable(recipe)
-    if machine.processes > 1:
-        raise UserError("ft ppo runs in one process", key="--launch", fix="leave --launch out")
-    check_used(raw)
     parts = alignment.check(recipe)
     actors.check(recipe)
     scorers = {name: load_rule(spec) for name, spec in names_of(recipe.reward.functions).items()}
@@ -65,6 +63,7 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
     longest = max(len(row.ids) for row in data.rows) + recipe.ppo.max_new_tokens
     too_long = check_length(parts.config, recipe.model, longest, "ppo.max_new_tokens")
     batch, per_epoch, total = rollouts(recipe, len(data.rows))
+    check_schedule(recipe.train, total)
     plan = training.Layout(*batch_layout(*a_step(recipe), machine), per_epoch, total)
     if dry_run:
         training.show_plan(recipe, data.counts, plan, f"rollouts of {batch} prompts; updates")
@@ -75,7 +74,7 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         training.known_inputs(judge, parts.tokenizer, parts.encoder.template, resume)
     fewer = None if batch == recipe.train.effective_batch_size else f"{len(data.rows)} prompts: rollouts are of {batch}"
     updates = plan.total_steps * recipe.ppo.num_ppo_epochs * recipe.ppo.num_mini_batches
-    notes = training.announce(data.warnings, updates, too_long, fewer)
+    notes = training.announce(data.warnings, updates, too_long, fewer, training.other_devices(recipe))
     with open_run(recipe, overwrite, resume):
         reward = recipe.reward.model if judge is None else train_reward(judge, folder)
         training.start(recipe)
@@ -95,24 +94,6 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         weights = training.save(recipe, folder, model, parts.tokenizer, parts.encoder.template)
         training.finish(recipe, folder, SimpleNamespace(model=model), outcome, data.counts, notes)
         training.summary(recipe, folder, weights)
-
-
-# What a loop of rollouts has no place for: set, it would be without effect and nobody would notice.
-UNUSED = (
-    "neftune_noise_alpha", "label_smoothing_factor", "torch_compile", "eval_steps", "early_stopping_patience",
-    "load_best_model_at_end", "group_by_length", "per_device_eval_batch_size",
-)  # fmt: skip
-
-
-def check_used(recipe: PpoRecipe) -> None:
-    """UserError for settings of other stages."""
-    plain = TrainConfig()
-    keys = [f"train.{key}" for key in UNUSED if getattr(recipe.train, key) != getattr(plain, key)]
-    keys += ["data.eval_split"] if recipe.data.eval_split is not None else []
-    keys += ["data.packing"] if recipe.data.packing else []
-    keys += ["train.optim"] if recipe.train.optim == "muon" else []
-    if keys:
-        raise UserError([Problem("has no effect in ft ppo", key=key, fix="leave it out") for key in keys])
 
 
 def names_of(rules: list[str]) -> dict[str, str]:

@@ -24,13 +24,15 @@ from transformers import (
 )
 
 from finetune import training
-from finetune.adapters.build import apply
-from finetune.data import raw, sources, world
-from finetune.data.samples import specs
+from finetune.adapters import limits
+from finetune.adapters.build import apply, check, loads_trainable, prepare
+from finetune.data import raw, world
+from finetune.data.audit import Audit
 from finetune.data.tokens import check_embedded
 from finetune.errors import UserError
 from finetune.models import chatglm_export, chatglm_tokenizer, hardware, initial, loading, tiny
-from finetune.recipe import ModelConfig, PretrainRecipe, resolve
+from finetune.models.rope import check_length
+from finetune.recipe import ModelConfig, PretrainRecipe
 from finetune.run import Run, check_resumable, open_run
 from finetune.trainers import Extras
 
@@ -69,12 +71,16 @@ class _Trainer(Extras, Trainer):
 
 def run(raw_recipe: PretrainRecipe, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
     machine = hardware.detect()
-    recipe = resolve(raw_recipe, machine)
+    recipe = training.resolved(raw_recipe, machine)
     if resume:
         check_resumable(recipe)
+    limits.check(recipe)
+    too_long = _check_base(recipe)
     tokenizer = _tokenizer(recipe)
-    train, held_out = _blocks(recipe, tokenizer)
-    counts = {"rows": len(train), "trained_tokens": len(train) * (recipe.data.max_length - 1), "dropped": 0}
+    audit = None if raw.is_endless(recipe.data) else Audit(recipe.data, None, "text", recipe.eval.data)
+    train, held_out = _blocks(recipe, tokenizer, audit)
+    counts = {"rows": len(train), "dropped": 0, **(dict(audit.counts) if audit is not None else {})}
+    counts |= {"blocks": len(train), "trained_tokens": len(train) * (recipe.data.max_length - 1)}
     plan = training.layout(recipe, len(train), len(train), machine)
     if dry_run:
         training.show_plan(recipe, counts, plan)
@@ -82,8 +88,10 @@ def run(raw_recipe: PretrainRecipe, resume: bool = False, overwrite: bool = Fals
 
     inputs = training.known_inputs(recipe, tokenizer, None, resume)
     training.start(recipe)
-    model = apply(_model(recipe, tokenizer, machine), recipe.adapter)
-    notes = training.announce(sources.left_out(specs(recipe.data), offer=False), plan.total_steps)
+    model = _model(recipe, tokenizer, machine)
+    few = training.few_rows(recipe, len(train))
+    found = audit.warnings() if audit is not None else []
+    notes = training.announce(found, plan.total_steps, too_long, few, training.other_devices(recipe))
 
     with open_run(recipe, overwrite, resume) as folder:
         trainer = _make_trainer(recipe, folder, model, train, held_out, plan, machine)
@@ -117,8 +125,24 @@ def _world_texts() -> Iterator[str]:
     return islice(world.documents(0, 8_000), 8_000)
 
 
-def _blocks(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Blocks, Blocks | None]:
-    """(training blocks, held-out blocks) of the recipe's text."""
+def _check_base(recipe: PretrainRecipe) -> str | None:
+    """UserError for what can be wrong with base and adapter, before text is read or weights are loaded; a warning for
+    blocks longer than the base was made for."""
+    if recipe.model.config is not None:
+        if recipe.adapter.method != "full":
+            raise UserError("a new model has nothing to adapt", key="adapter.method", fix="use method: full")
+        return None
+    config = loading.read_config(recipe.model)
+    limits.check_base(recipe, config)
+    if recipe.model.adapter is None:
+        check(loading.skeleton(recipe.model), recipe.adapter)
+    return check_length(config, recipe.model, recipe.data.max_length)
+
+
+def _blocks(
+    recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase, audit: Audit | None
+) -> tuple[Blocks, Blocks | None]:
+    """(training blocks, held-out blocks) of the recipe's text; `audit` sees its rows."""
     data, train = recipe.data, recipe.train
     separator = _separator(tokenizer)
 
@@ -144,17 +168,24 @@ def _blocks(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple
         other = raw.documents(data, train.seed + EVAL_SEED, 1)
         held = list(islice(packed(other), data.eval_split)) if data.eval_split else []
     else:
-        texts = raw.documents(data, train.seed, 1)
+        texts = raw.documents(data, train.seed, 1, audit)
         kept: list[str] = []
         if data.eval_split is not None:
             kept, texts = raw.held_out(texts, data.eval_split)
         wanted_blocks = train.max_steps * train.effective_batch_size if train.max_steps else None
         blocks = list(islice(packed(texts), wanted_blocks))
         held = list(packed(iter(kept)))
+        if audit is not None:
+            audit.settle()
     if not blocks:
         raise UserError(
             f"the text does not fill one block of {data.max_length} tokens", path=str(data.train),
             key="data.max_length", fix="give more text or a smaller data.max_length",
+        )  # fmt: skip
+    if data.eval_split is not None and not held:
+        raise UserError(
+            f"the texts held out do not fill one block of {data.max_length} tokens", key="data.eval_split",
+            fix="hold out more, or leave it out",
         )  # fmt: skip
     return Blocks(blocks), Blocks(held) if held else None
 
@@ -180,20 +211,24 @@ def _documents_for(blocks: int, packed: Any, recipe: PretrainRecipe) -> int:
     return blocks * used // found
 
 
-def _model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase, machine: Any) -> PreTrainedModel:
+def _model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase, machine: Any) -> Any:
+    """What is trained: the base with its adapter, fresh or continued, or a new model."""
     if recipe.model.config is None:
         loaded = loading.load_model(recipe.model, training.weights_dtype(recipe), machine)
         loading.refuse_training(loaded, recipe.model.name)
-        return loaded
-    if recipe.adapter.method != "full":
-        raise UserError("a new model has nothing to adapt", key="adapter.method", fix="use method: full")
+        if recipe.model.adapter is None:
+            return apply(loaded, recipe.adapter, tokenizer, loading.folder(recipe.model))
+        start = loading.adapter_folder(recipe.model.adapter)
+        model = loading.attach_adapter(loaded, start, recipe.model, trainable=loads_trainable(start))
+        prepare(model)
+        return model
     ids = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    model = loading.new_model({**ids, **recipe.model.config}, torch.float32)
+    model = apply(loading.new_model({**ids, **recipe.model.config}, torch.float32), recipe.adapter)
     initial.calm_residuals(model)
     return model
 
@@ -220,9 +255,10 @@ def _make_trainer(
     plan: Any,
     machine: Any,
 ) -> _Trainer:
+    config = TrainingArguments(**training.arguments(recipe, run, plan, machine, held_out is not None))
     trainer = _Trainer(
         model=model,
-        args=TrainingArguments(**training.arguments(recipe, run, plan, machine, held_out is not None)),
+        args=training.one_device(config),
         train_dataset=train,
         eval_dataset=held_out,
         callbacks=training.callbacks(recipe, run, held_out is not None),

@@ -22,10 +22,42 @@ TEMPLATE = """\
 version: 1
 stage: {stage}
 model: {{name: {model}}}
-data: {{train: {data}, eval_split: 0.05, max_length: 2048}}
-{adapter}train: {{learning_rate: 2.0e-4, num_train_epochs: 3, effective_batch_size: 16}}
-output: {{dir: runs/{name}}}
+{body}
+output: {{dir: {output}}}
 """
+LORA = "adapter: {{method: lora, r: 16, lora_alpha: 32}}"
+BODIES = {
+    "pretrain": (
+        "data: {{train: {data}, max_length: 512}}",
+        "train: {{learning_rate: 5.0e-5, num_train_epochs: 1, effective_batch_size: 16}}",
+    ),
+    "sft": (
+        "data: {{train: {data}, eval_split: 0.05, max_length: 2048}}", LORA,
+        "train: {{learning_rate: 2.0e-4, num_train_epochs: 3, effective_batch_size: 16}}",
+    ),
+    "reward": (
+        "data: {{train: {data}, eval_split: 0.05, max_length: 1024}}", LORA,
+        "train: {{learning_rate: 1.0e-4, num_train_epochs: 1, effective_batch_size: 16}}",
+    ),
+    "dpo": (
+        "data: {{train: {data}, eval_split: 0.05, max_length: 1024}}", LORA,
+        "dpo: {{loss_type: sigmoid, beta: 0.1, sft_weight: 0.2}}",
+        "train: {{learning_rate: 5.0e-5, num_train_epochs: 1, effective_batch_size: 16}}",
+    ),
+    "kto": (
+        "data: {{train: {data}, eval_split: 0.05, max_length: 1024}}", LORA,
+        "kto: {{beta: 0.1}}",
+        "train: {{learning_rate: 5.0e-5, num_train_epochs: 1, effective_batch_size: 16}}",
+    ),
+    "ppo": (
+        "data: {{train: {data}, max_length: 1024}}", LORA,
+        "# pairs, of which a reward model is trained first; or model: a run of ft reward, or functions: [file.py:name]",
+        "reward: {{train: {data}, learning_rate: 1.0e-4, num_train_epochs: 1}}",
+        "ppo: {{max_new_tokens: 64, kl_coef: 0.05, num_mini_batches: 4, cliprange_value: 1.0}}",
+        "train: {{learning_rate: 5.0e-5, max_steps: 100, effective_batch_size: 64}}",
+    ),
+}  # fmt: skip
+"""stage -> the sections that are its own, with the values of the shipped recipes."""
 SCHEMA_FILE = "ft-recipe.schema.json"
 
 
@@ -60,6 +92,11 @@ def show_schema() -> None:
     say_json(schema())
 
 
+def quoted(text: str) -> str:
+    """`text` as it stands in YAML, in quotes where it needs them."""
+    return yaml.safe_dump([text], default_flow_style=True, allow_unicode=True, width=2**16).strip()[1:-1]
+
+
 def new(path: str, stage: str, model: str, data: str) -> None:
     """Write a recipe and the schema beside it; an existing file is never replaced."""
     target = Path(path)
@@ -70,10 +107,9 @@ def new(path: str, stage: str, model: str, data: str) -> None:
     beside = target.parent / SCHEMA_FILE
     check_file(target, "PATH", lambda _: False)
     check_file(beside, "PATH", json_with("$schema", "$defs"))
-    adapter = "adapter: {method: lora, r: 16, lora_alpha: 32}\n" if stage != "pretrain" else ""
-    text = TEMPLATE.format(
-        stage=stage, path=path, model=model, data=data, adapter=adapter, name=target.stem, schema=SCHEMA_FILE
-    )
+    body = "\n".join(BODIES[stage]).format(data=quoted(data))
+    output = quoted(f"runs/{target.stem}")
+    text = TEMPLATE.format(stage=stage, path=path, model=quoted(model), body=body, output=output, schema=SCHEMA_FILE)
     write_atomically(target, text)
     write_atomically(beside, json.dumps(schema(), ensure_ascii=False, indent=2))
     say(f"wrote {target} and {beside}; now run {command(stage, '--recipe', target, '--dry-run')}")

@@ -33,8 +33,8 @@ def run(raw: SftRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
     encoder = make_encoder(tokenizer, family(config["model_type"]))
     data = dataset.load_sft(recipe.data, encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
     too_long = check_length(config, recipe.model, training.longest_row(data.train))
+    plan = training.layout(recipe, len(data.train), len(data.train), machine)
     if dry_run:
-        plan = training.layout(recipe, len(data.train), len(data.train), machine)
         training.show_plan(recipe, data.counts, plan)
         return
 
@@ -50,7 +50,9 @@ def run(raw: SftRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         prepare(model)
     rows, packing_note = training.pack_if_isolated(recipe, model, tokenizer, data.train)
     plan = training.layout(recipe, len(data.train), len(rows), machine)
-    notes = training.announce(data.warnings, plan.total_steps, too_long, packing_note)
+    few = training.few_rows(recipe, len(data.train))
+    more = (too_long, packing_note, few, training.other_devices(recipe))
+    notes = training.announce(data.warnings, plan.total_steps, *more)
 
     with open_run(recipe, overwrite, resume) as folder:
         trainer = training.make_trainer(recipe, folder, model, tokenizer, rows, data.eval, plan, machine)

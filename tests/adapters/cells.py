@@ -133,7 +133,7 @@ def run(
         "adapter": section,
         "train": {
             "max_steps": steps, "save_steps": steps // 2, "effective_batch_size": 8, "learning_rate": rate,
-            "logging_steps": 1, "warmup_steps": 1, "lr_scheduler_type": "constant",
+            "logging_steps": 1, "lr_scheduler_type": "constant",
         },
         "output": {"dir": str(folder / "run")},
     }  # fmt: skip

@@ -48,5 +48,5 @@ def test_texts_come_from_a_text_column_and_nothing_else(tmp_path):
     good.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("one", "two")))
     other.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}) + "\n")
     assert list(raw.documents(DataConfig(train=str(good)), 0, 1)) == ["one", "two"]
-    with pytest.raises(UserError, match="not raw text"):
+    with pytest.raises(UserError, match="this stage needs text data"):
         list(raw.documents(DataConfig(train=str(other)), 0, 1))

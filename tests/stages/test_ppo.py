@@ -608,12 +608,13 @@ def test_prompts_that_the_template_refuses(tmp_path: Path, base: Path) -> None:
     )
     user = {"role": "user", "content": "say 1"}
     rows = [{"messages": [user]} for _ in range(30)] + [{"messages": [{"role": "system", "content": "s"}, user]}] * 2
-    data = {"train": str(write_rows(tmp_path / "asked.jsonl", rows)), "max_dropped": 0.1}
+    data = {"train": str(write_rows(tmp_path / "asked.jsonl", rows))}
     model = {"chat_template": str(template)}
     with pytest.raises(UserError, match="no system turns") as caught:
         run_ppo(ppo_recipe(tmp_path, base, model=model, data=data))
     assert [f"asked.jsonl, row {n}" in str(caught.value) for n in (30, 31, 32)] == [False, True, True]
-    found = run_ppo(ppo_recipe(tmp_path, base, model=model, data={**data, "on_error": "drop"}, train={"max_steps": 1}))
+    drop = {"on_error": "drop", "max_dropped": 0.1}
+    found = run_ppo(ppo_recipe(tmp_path, base, model=model, data={**data, **drop}, train={"max_steps": 1}))
     assert result(found)["data"]["dropped"] == 2
     long = {"max_length": 16, "on_overlong": "error"}
     with pytest.raises(UserError, match=r"row 1: the prompt has \d+ tokens, over data\.max_length 16"):
