@@ -62,7 +62,7 @@ def test_the_document_is_current() -> None:
 def test_commands(tmp_path: Path) -> None:
     shown = ft("recipes", "explain", "packing", cwd=tmp_path)
     assert shown.returncode == 0
-    assert "Put several samples into one row" in shown.stdout
+    assert "into one row of max_length tokens" in shown.stdout
     unknown = ft("recipes", "explain", "packng", cwd=tmp_path)
     assert unknown.returncode == 2
     assert "did you mean data.packing?" in unknown.stderr
