@@ -440,7 +440,7 @@ def check_resumable(recipe: Recipe) -> None:
 
     Where the checkpoint knows the content of what is read, a path may be another: see `check_unchanged`.
     """
-    path = Path(recipe.output.dir) / "recipe.yaml"
+    path = Path(recipe.output.dir).expanduser() / "recipe.yaml"
     try:
         old = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -484,7 +484,7 @@ def inputs_of(run: Run) -> dict[str, str]:
 
 def check_unchanged(recipe: Recipe, inputs: dict[str, str]) -> None:
     """UserError naming what has another content now than when the unfinished run was started."""
-    before = inputs_of(Run(Path(recipe.output.dir)))
+    before = inputs_of(Run(Path(recipe.output.dir).expanduser()))
     values = dict(strings(recipe.model_dump()))
     what, fix = "has another content than when the run to resume was started", "restore it, or use --output DIR"
     problems = [

@@ -496,11 +496,6 @@ class _TokenKto(KTOTrainer):
         self.measure_kl(batches)
         return batches, count
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        inputs = self._prepare_inputs(inputs)
-        self.measure_kl([inputs])
-        return super().prediction_step(model, inputs, *args, **kwargs)
-
     def measure_kl(self, batches: list[dict[str, Any]]) -> None:
         """The KL estimate of the rows of these batches, and the reference's log-probabilities in each of them."""
         prompts, answers = [], []
@@ -550,42 +545,32 @@ class Kto(Extras, RowMeans, _TokenKto):
 
     length_columns = ("prompt_ids", "completion_ids")
 
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """The KL term of held-out rows is measured on all of them, not on those of a batch."""
+        self.measured = [self._prepare_inputs(batch) for batch in dataloader]
+        as_measured(self.model, training=False)
+        self.measure_kl(self.measured)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Log-probabilities row by row: the KL term of held-out rows is a mean over all of them, not over a batch."""
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        mask = inputs["completion_mask"][:, 1:]
-        with torch.no_grad(), self.compute_loss_context_manager():
-            kept = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-            output = model(**kept, labels=labels, use_cache=False, fused_lm_head=True)
-            kl = self._compute_kl_logps(model, inputs)
-            reference = self.model if self.ref_model is None else self.ref_model
-            ref, ref_kl = self.compute_ref_log_probs(reference, inputs)
-        seen = [part[:, -mask.shape[1] :] for part in (output.log_probs, output.entropy, output.mean_logits)]
-        logps, entropy, logits = ((part * mask).sum(1).double().cpu() for part in seen)
-        self.batches.append(
-            {
-                "logps": logps, "entropy": entropy, "logits": logits, "tokens": mask.sum(1).cpu(),
-                "ratio": logps - ref.double().cpu(), "kl": (kl - ref_kl).double().cpu(),
-                "good": torch.as_tensor(inputs["label"]).bool().cpu(),
-            }
-        )  # fmt: skip
-        return None, None, None
+        return super().prediction_step(model, self.measured.pop(0), *args, **kwargs)  # the same batch, measured
+
+    def weight(self, key: str, inputs: dict[str, Any]) -> float:
+        """Answers of the kind that a figure is a mean over, or their tokens."""
+        good, tokens = torch.as_tensor(inputs["label"]).bool(), inputs["completion_mask"][:, 1:].sum(1)
+        good = good.to(tokens.device)
+        if key.startswith("logits/"):
+            return float(tokens[good if key == "logits/chosen" else ~good].sum())
+        if key == "entropy":
+            return float(tokens.sum())
+        side = good if key.endswith("/chosen") else ~good if key.endswith("/rejected") else torch.ones_like(good)
+        return float(side.sum())
 
     def figures(self) -> dict[str, float]:
-        rows = {key: torch.cat([batch[key] for batch in self.batches]) for key in self.batches[0]}
-        good, kl, ratio = rows["good"], rows["kl"].mean().clamp(min=0), rows["ratio"]
-        weights = torch.where(good, self.desirable_weight, self.undesirable_weight)
-        losses = weights * (1 - torch.sigmoid(self.beta * torch.where(good, ratio - kl, kl - ratio)))
-        found = {"loss": losses.mean(), "kl": kl, "entropy": rows["entropy"].sum() / rows["tokens"].sum()}
-        for name, side in (("chosen", good), ("rejected", ~good)):
-            if side.any():
-                found[f"rewards/{name}"] = self.beta * ratio[side].mean()
-                found[f"logps/{name}"] = rows["logps"][side].mean()
-                found[f"logits/{name}"] = rows["logits"][side].sum() / rows["tokens"][side].sum()
-        if good.any() and not good.all():
+        found = super().figures()
+        if "rewards/margins" in found:
             found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-        return {**{key: float(value) for key, value in found.items()}, "num_tokens": self._total_train_tokens}
+        return found
 
 
 class Reward(Extras, RowMeans, RewardTrainer):
