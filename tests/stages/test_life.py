@@ -61,10 +61,11 @@ def data_of(stage: str, folder: Path) -> Path:
 def write(tmp_path: Path, base: Path) -> Write:
     def write(stage: str, name: str = "run", **sections: Any) -> Path:
         data = tmp_path / f"{stage}.jsonl"
+        dropout = {} if stage in ("dpo", "kto") else {"lora_dropout": 0.1}  # it is off there
         values: dict[str, Any] = {
             "version": 1, "stage": stage, "model": {"name": str(base), "dtype": "float32"},
             "data": {"train": str(data if data.exists() else data_of(stage, tmp_path)), "max_length": 64},
-            "adapter": {"method": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
+            "adapter": {"method": "lora", "r": 4, "lora_alpha": 8, **dropout},
             "train": {
                 "max_steps": 7, "effective_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 2, "save_steps": 3,
                 "save_total_limit": 9, "warmup_steps": 0,
