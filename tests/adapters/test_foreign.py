@@ -15,10 +15,11 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from finetune.adapters import build
 from finetune.adapters.merge import check_layers
 from finetune.errors import UserError
 from finetune.models import loading
-from finetune.recipe import ModelConfig
+from finetune.recipe import ADAPTERS, ModelConfig
 from finetune.stages import chat, evaluate, merge
 
 Recipe = Callable[..., Path]
@@ -345,3 +346,21 @@ def test_no_merge_where_there_is_no_place(base: Path, tmp_path: Path) -> None:
     fitted = loading.check_adapter(tmp_path / "a", config_of(qwen))
     with pytest.raises(UserError, match=r"has a bias \(lora_bias\) on .*o_proj, where qwen2 checkpoints have no place"):
         check_layers(fitted, tmp_path / "a")
+
+
+SIZES: dict[str, dict[str, Any]] = {"vera": {"r": 8}, "oft": {"oft_block_size": 16}, "last_layers": {"num_layers": 1}}
+
+
+@pytest.mark.parametrize("method", build.METHODS)
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_every_method_of_ours_fits_its_base(base: Path, tmp_path: Path, method: str) -> None:
+    """The look at names and shapes refuses nothing that was saved here, and the weights arrive."""
+    model = config_of(base)
+    network = loading.load_model(model, torch.float32)
+    adapted = build.apply(network, ADAPTERS[method](**SIZES.get(method, {})), loading.load_tokenizer(model))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.01)
+    adapted.save_pretrained(tmp_path / "a")
+    torch.testing.assert_close(ours(base, tmp_path / "a"), computed(adapted), atol=1e-5, rtol=0)
