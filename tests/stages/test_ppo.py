@@ -142,7 +142,8 @@ def test_scores_are_those_of_the_reward_run(tmp_path: Path, base: Path, rewarded
         reply = tokenizer(row["reply"])["input_ids"]
         if "\ufffd" in row["reply"] or len(reply) != 4:
             continue  # bytes that are no text cannot be read back
-        ids = tokenizer(f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n")["input_ids"] + reply
+        asked = tokenizer(f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+        ids = [*asked, *reply, tokenizer.eos_token_id]  # cut off, and scored with its end as all that it was trained on
         with torch.no_grad():
             assert model(input_ids=torch.tensor([ids])).logits.item() == pytest.approx(row["score"], abs=1e-4)
         compared += 1
