@@ -510,7 +510,8 @@ def resize_for(network: Any, adapter: Path, model: ModelConfig) -> None:
 
 def added_tokens(model: ModelConfig, adapter: Path) -> int:
     """Ids of the tokenizer beside the adapter where it goes on from the base's, else 0."""
-    found = extended_tokenizer(load_tokenizer(model.model_copy(update={"adapter": None})), adapter)
+    plain = model.model_copy(update={"adapter": None, "chat_template": None})
+    found = extended_tokenizer(load_tokenizer(plain), adapter)
     return 0 if found is None else max(found.get_vocab().values()) + 1
 
 

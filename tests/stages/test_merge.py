@@ -335,7 +335,7 @@ def test_a_failed_merge_leaves_the_one_before(recipe: Recipe, tmp_path: Path, mo
         assert snapshot(tmp_path / "merged") == before
         raise RunError("differs")
 
-    monkeypatch.setattr(merge, "prove", unproven)
+    monkeypatch.setattr(merge, "check_written", unproven)
     with pytest.raises(RunError, match="differs"):
         merged(run.path, tmp_path / "merged", overwrite=True)
     assert snapshot(tmp_path / "merged") == before
