@@ -108,7 +108,9 @@ VALUES: dict[str, Any] = {
     "source.source": "hub", "source.name": "x", "source.split": "test", "source.revision": "v2",
     "source.format": "nonsense", "source.columns": "{columns}", "source.filter": {"even": True}, "source.weight": 2.0,
     "source.max_samples": 9, "train.gradient_checkpointing": True, "train.label_smoothing_factor": 0.1,
-    "train.lr_scheduler_type": "cosine", "train.optim": "sgd", "train.per_device_train_batch_size": 2,
+    "train.lr_scheduler_type": "cosine", "train.optim": "sgd", "train.per_device_train_batch_size": 1,
+    "train.save_total_limit": 1,
+    "train.logging_steps": 4,
     "train.gradient_accumulation_steps": 4, "train.warmup_steps": 2.0, "eval.data": "{fewer}", "eval.limit": 1,
     "reward.train": "{pairs}", "reward.model": "{tmp}/nothing", "reward.functions": ["{rule}:other"],
     "reward.weights": [2.0], "ppo.models": "separate", "dpo.loss_type": "ipo", "dpo.start": "merge",
@@ -194,7 +196,7 @@ def files(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         for name, some in {
             "rows": rows,
             "fewer": rows[:12],
-            "broken": [*rows, *[{column: 1}] * 3],
+            "broken": [*rows, *[{"nothing": 1}] * 3],
             "forged": forged,
         }.items():
             found[f"{kind} {name}"] = str(write_rows(folder / f"{kind}_{name}.jsonl", some))
@@ -226,7 +228,7 @@ def recipe(stage: str, settings: dict[str, Any], files: dict[str, Any], tmp: Pat
     }  # fmt: skip
     if stage == "ppo":
         del values["train"]["per_device_eval_batch_size"]
-        values["train"] |= {"max_steps": 2, "learning_rate": 0.01, "logging_steps": 1}
+        values["train"] |= {"learning_rate": 0.01, "logging_steps": 1}
         values["reward"] = {"functions": ["{rule}:score"]}
         values["ppo"] = {"num_mini_batches": 2, "max_new_tokens": 6}
     else:
@@ -251,8 +253,8 @@ def recipe(stage: str, settings: dict[str, Any], files: dict[str, Any], tmp: Pat
 def settings_of(key: str, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what stands beside a key, the same with the key flipped)."""
     beside, field = dict(BESIDE.get(key, {})), FIELDS[stage][key]
-    if stage == "reward" and key.startswith("reward."):  # ft ppo has a section of this name, too
-        beside = {}
+    if (stage == "reward" and key.startswith("reward.")) or (stage == "ppo" and "muon" in key):
+        beside = {}  # ft ppo's section of that name is another one; ft ppo has no muon
     name = key
     if key.startswith("adapter."):
         _, method, last = key.split(".")
@@ -262,6 +264,10 @@ def settings_of(key: str, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
         value = VALUES[key] if key in VALUES else second_value(field)
     if key == "ppo.clip_rewards":
         value = 5.0
+    if stage == "ppo" and "data.max_length" in (key, *beside):  # of prompts, which are shorter than samples
+        beside, value = {**beside, "data.max_length": 24}, 24 if key == "data.max_length" else value
+    if stage == "ppo" and key == "data.max_length":
+        beside = {}
     return beside, {**beside, name: value}
 
 
@@ -340,7 +346,7 @@ class Watch:
         raise Stop
 
     def ppo(self, trainer: Ppo, resume: Path | None) -> None:
-        """Two rollouts, but for what is not PPO's own."""
+        """Three rollouts, but for what is not PPO's own."""
         self.seen |= {
             "run": str(trainer.run.path),
             "total": trainer.total,
@@ -354,7 +360,7 @@ class Watch:
         self.seen["checkpointing"] = trainer.actors.policy.model.is_gradient_checkpointing
         if self.until == "building":
             raise Stop
-        trainer.total = 2
+        trainer.total = 3
         REAL_PPO(trainer, None)
         dropped = ("tokens_per_second", "peak_memory_gb")
         self.seen["metrics"] = [
@@ -604,6 +610,8 @@ RUNNING = [(s, k) for s, k in ALL if k not in PROBES and (s == "sft" or not k.st
 def test_a_flipped_key_changes_something(
     stage: str, key: str, files: dict[str, Any], watch: Watch, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if key == "source.weight" and stage in PREFERENCES and not hasattr(pairs, "times_used"):
+        pytest.xfail("rows of pairs are not repeated yet")
     check_flip(stage, key, files, watch, here)
 
 
