@@ -96,7 +96,7 @@ def second_value(field: Any) -> Any:
 
 # Second values that the type does not give; {name} is a file of the fixture `files`.
 VALUES: dict[str, Any] = {
-    "version": 2, "stage": "other", "output.dir": "{tmp}/elsewhere", "train.save_steps": 2, "train.eval_steps": 2,
+    "version": 2, "stage": "other", "output.dir": "{tmp}/elsewhere", "train.save_steps": 3, "train.eval_steps": 2,
     "model.name": "{other}", "model.adapter": "{adapter}", "model.source": "hub", "model.revision": "v2",
     "model.rope_scaling": {"rope_type": "linear", "factor": 2.0}, "model.rope_scaling.rope_type": "dynamic",
     "model.sanity_check": False, "model.device_map": "auto", "model.max_memory": {"cpu": "8GB"},

@@ -418,6 +418,7 @@ def test_any_rows_are_prompts(tmp_path: Path, base: Path, rows: list[dict[str, A
 @pytest.mark.parametrize("adapter", [DROPOUT, {"method": "p_tuning"}], ids=["lora", "p_tuning"])
 def test_resume_is_exact(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, adapter: dict[str, Any]) -> None:
     """Stopped by a signal in the second of four rollouts; the seed makes the uninterrupted run the same, too."""
+    monkeypatch.setattr("finetune.effects.refused", lambda _: [])
     held_out = write_rows(tmp_path / "held.jsonl", [{"prompt": f"tell {i}"} for i in range(4)])
     drawing = "import random\nimport numpy\n\ndef f(prompts, completions, **_):\n"
     drawing += "    return [len(c) + random.random() + numpy.random.rand() for c in completions]\n"
