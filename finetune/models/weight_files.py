@@ -55,7 +55,7 @@ def weight_files(folder: str | Path) -> list[Path]:
             shards = [folder / str(name) for name in sorted({str(name) for name in names.values()})]
             gone = [shard for shard in shards if not shard.is_file()]
             if gone:
-                raise UserError([Problem(f"named in {index.name} but not there", path, fix=AGAIN) for path in gone])
+                raise UserError([Problem("named in the index but not there", path, fix=AGAIN) for path in gone])
             return shards
     raise UserError(
         "no model.safetensors, no pytorch_model.bin and no index of either", path=folder,

@@ -60,7 +60,7 @@ WEIGHT_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut off": (cut, "model.safetensors: is cut off or no safetensors file"),
     "empty": (put(WEIGHTS, b""), "model.safetensors: is empty"),
     "a pointer": (put(WEIGHTS, b"version https://git-lfs.github.com/spec/v1"), "is a Git LFS pointer"),
-    "a shard less": (index(HALF), "model-00002-of-00002.safetensors: named in model.safetensors.index.json but not"),
+    "a shard less": (index(HALF), "model-00002-of-00002.safetensors: named in the index but not there"),
     "no JSON index": (index('{"weight_map": {'), "index.json: is not JSON"),
     "a list for an index": (index([]), "index.json: is JSON, but no mapping"),
     "an empty index": (index({}), "is no index of weights"),
