@@ -16,7 +16,7 @@ from rl_kit import reward_recipe, run_reward
 from test_accumulation import made, recipe_of, step
 
 from finetune import alignment
-from finetune.adapters.build import apply
+from finetune.adapters.build import METHODS, apply
 from finetune.data.chat import make_encoder
 from finetune.data.pairs import load_pairs, load_unpaired
 from finetune.data.prompts import load_prompts
@@ -148,7 +148,7 @@ def test_the_weight_of_a_source_counts_in_every_stage(base: Path, tmp_path: Path
     assert 88 <= counts[1] <= 112, "twice, and for about half of the rows once more"
 
 
-@pytest.mark.parametrize("method", [m for m in ADAPTERS if m != "full"] + ["dora"])
+@pytest.mark.parametrize("method", [*METHODS, "dora"])
 def test_weight_decay_reaches_matrices_only(base: Path, method: str) -> None:
     """By what a parameter is: no vector, scale, bias or norm; LoRA's of rank 1 are matrices."""
     network = loading.load_model(ModelConfig(name=str(base), sanity_check=False), torch.float32, hardware.detect())
