@@ -572,6 +572,8 @@ class BaseRecipe(Section):
             return self
         rows, of = self._step_rows()
         if first is not None and (rows % product or (len(given) == 2 and rows != product)):
+            if self._passes_may_differ and given.keys() == {"per_device_train_batch_size"} and product <= rows:
+                return self
             if len(given) == 1:
                 raise ValueError(f"train.{first}: {product} does not divide {of} of {rows}")
             micro, accumulation = given.values()
@@ -587,6 +589,11 @@ class BaseRecipe(Section):
             what = f"{train.save_steps} is no multiple of eval_steps {train.eval_steps}"
             raise ValueError(f"train.save_steps: {what}: the best model would not be on disk; leave one of them out")
         return self
+
+    @property
+    def _passes_may_differ(self) -> bool:
+        """Whether the last pass of a step may have fewer rows than the others."""
+        return False
 
     def _step_rows(self) -> tuple[int, str]:
         """(rows of an optimizer step, what makes them so many)."""
@@ -812,6 +819,10 @@ class PpoRecipe(BaseRecipe):
     """What scores the replies."""
     ppo: PpoConfig = PpoConfig()
     """The algorithm (Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593)."""
+
+    @property
+    def _passes_may_differ(self) -> bool:
+        return True  # a minibatch is cut into passes by PPO's own loop
 
     def _step_rows(self) -> tuple[int, str]:
         if self.train.effective_batch_size % self.ppo.num_mini_batches:

@@ -61,6 +61,7 @@ class Extras:
     _total_train_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.batches = []
         with unrounded(kwargs["model"]):
             super().__init__(*args, **kwargs)
 

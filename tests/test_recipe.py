@@ -245,6 +245,9 @@ def test_minibatches_of_ppo_are_counted_alike(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"32 does not divide effective_batch_size / ppo\.num_mini_batches"):
         recipe_file.load(str(tmp_path / "r.yaml"), None, [*sizes, "train.per_device_train_batch_size=32"])
     recipe_file.load(str(tmp_path / "r.yaml"), None, [*sizes, "train.per_device_train_batch_size=8"])
+    recipe_file.load(
+        str(tmp_path / "r.yaml"), None, [*sizes, "train.per_device_train_batch_size=3"]
+    )  # the last has one
 
 
 def test_the_best_model_is_evaluated_where_it_is_saved(tmp_path: Path) -> None:

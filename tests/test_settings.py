@@ -200,9 +200,9 @@ def test_a_model_of_this_name_lies_here(base: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        ({"source": "hub"}, "source: lies here, too"), ({"split": "test"}, "split: has no effect"),
+        ({"source": "hub"}, "source: lies here, too"), ({"split": "test"}, "one file has no split 'test'"),
         ({"name": "x"}, "name: has no effect"), ({"revision": "x"}, "revision: has no effect"),
-        ({"source": "local", "split": "x"}, "split: has no effect"),
+        ({"source": "local", "split": "x"}, "one file has no split 'x'"),
     ],
 )  # fmt: skip
 def test_keys_of_a_hub_on_a_file(tmp_path: Path, more: dict[str, str], expected: str) -> None:

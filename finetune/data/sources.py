@@ -67,8 +67,8 @@ def check_keys(spec: dict[str, Any]) -> None:
         raise UserError(what, path=path, key="source", fix="rename it or start elsewhere; or leave source out")
     is_local = path.startswith("builtin:") or glob.has_magic(path) or place.exists()
     unused = [] if source == "hub" else ["name"] if source == "modelscope" else ["revision"] if is_local else []
-    if is_local and source != "modelscope" and not place.is_dir():  # a folder may hold several splits
-        unused += ["split", "name"]
+    if is_local and source != "modelscope" and not place.is_dir():
+        unused += ["split", "name"] if path.startswith("builtin:") else ["name"]  # files may be those of several splits
     for key in unused:
         if spec.get(key):
             raise UserError("has no effect on this source", path=path, key=key, fix="leave it out")

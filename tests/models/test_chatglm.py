@@ -292,7 +292,7 @@ def test_missing_files_are_an_error(tmp_path):
         load(folder)
     index = {"weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(UserError, match=r"pytorch_model-00001-of-00001\.bin: named in the index but not there"):
+    with pytest.raises(UserError, match=r"pytorch_model-00001-of-00001\.bin: named in .* but not there"):
         load(folder)
 
 

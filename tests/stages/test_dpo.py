@@ -344,6 +344,5 @@ def test_real_file(aligned: Write) -> None:
         "train": str(SHARED / "data" / "dpo_zh_demo.json"),
         "max_length": 512,
         "on_overlong": "drop",
-        "max_dropped": 1.0,
     }
     assert len(logged(run(aligned(data=data, train={"max_steps": 2})), "loss")) == 2
