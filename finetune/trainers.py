@@ -33,6 +33,7 @@ from finetune.adapters.proof import check_finite, trained
 from finetune.adapters.seats import copy_adapter, named
 from finetune.adapters.state import load_state, save_state
 from finetune.errors import RunError, UserError
+from finetune.metrics import ratio_interval
 from finetune.models.quantization import is_quantized
 from finetune.optim import MuonWithAdamW, OrderedSampler, decayed, faster_b, muon_split
 from finetune.preference import mismatched, orpo_loss, simpo_loss
@@ -40,6 +41,7 @@ from finetune.recipe import DpoConfig, TrainConfig
 from finetune.run import complete, damage, known_of, rotate, write_json
 
 REFERENCE_FREE = ("simpo", "orpo")
+RESAMPLED = 10  # batches of held-out rows from which on they are resampled for an interval
 SORTED = ("aot", "aot_unpaired")
 """Losses between the sorted margins of all pairs that are in a pass."""
 
@@ -203,7 +205,12 @@ class Extras:
         self.batches = []
         output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
         figures = self.figures()
-        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = figures.pop("loss")
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics[f"{prefix}_loss"] = figures.pop("loss")
+        parts = [batch["loss"] for batch in self.batches if batch["loss"][1]]
+        if len(parts) >= RESAMPLED:
+            totals, weights = [value * weight for value, weight in parts], [weight for _, weight in parts]
+            output.metrics[f"{prefix}_loss_ci"] = list(ratio_interval(totals, weights))
         self._metrics["eval"].update({key: [value] for key, value in figures.items()})
         return output
 

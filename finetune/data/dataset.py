@@ -22,7 +22,7 @@ from finetune.data.chat import Encoded
 from finetune.data.samples import all_text, as_held_out, content_hash, read_samples, specs
 from finetune.data.types import Conversation, RowProblem, Sample, attempted
 from finetune.errors import Problem, UserError
-from finetune.progress import console
+from finetune.progress import console, warn
 
 R = TypeVar("R")
 
@@ -206,6 +206,9 @@ def load_eval_rows(spec: Any, config: Any = None, *, encoder: Any = None) -> lis
     columns = as_held_out(config)
     for source in map(sources.held_out, specs(spec)):
         for item in read_samples(source, columns):
+            if item.problem is not None and item.problem.kind == "empty_file":
+                warn(f"{item.file}: {item.problem.message}")
+                continue
             if item.problem is not None:
                 errors.append(problem_of(item.file, item.row, item.problem))
                 continue

@@ -46,8 +46,8 @@ def specs(config: Any) -> list[dict[str, Any]]:
 
 
 def as_held_out(config: Any) -> Any:
-    """What of the training data's settings holds for held-out rows: only the names of the columns."""
-    return SimpleNamespace(columns=getattr(config, "columns", None))
+    """What of the training data's settings holds for held-out rows: names of columns, and what a document is."""
+    return SimpleNamespace(columns=getattr(config, "columns", None), text_unit=getattr(config, "text_unit", "line"))
 
 
 def read_samples(spec: Any, config: Any, kind: str | None = "sft", *, seed: int = 42) -> Iterator[Item]:
@@ -59,7 +59,8 @@ def read_samples(spec: Any, config: Any, kind: str | None = "sft", *, seed: int 
     spec = sources.as_dict(spec)
     columns = spec.get("columns") or getattr(config, "columns", None)
     weight = float(spec.get("weight", 1.0))
-    rows = sources.read_rows(spec, streaming=getattr(config, "streaming", False))
+    streaming, unit = getattr(config, "streaming", False), getattr(config, "text_unit", "line")
+    rows = sources.read_rows(spec, streaming=streaming, unit=unit)
     head = list(itertools.islice(rows, SNIFFED))
     name = spec.get("format") or getattr(config, "format", None)
     name = checked_format(name, head, columns, kind, str(spec["path"]))

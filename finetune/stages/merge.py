@@ -10,13 +10,14 @@ import gc
 import json
 import math
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from finetune import places
+from finetune import model_card, places
 from finetune.adapters.build import adapter_config
 from finetune.adapters.limits import check_merge
 from finetune.adapters.merge import (
@@ -38,7 +39,7 @@ from finetune.models.chatglm_config import is_chatglm_layout
 from finetune.models.chatglm_export import export_original
 from finetune.progress import note, warn
 from finetune.recipe import ModelConfig
-from finetune.run import read_recipe, versions, write_json
+from finetune.run import read_recipe, versions, write_atomically, write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -142,6 +143,11 @@ def run(
             "sum": {"layers": sums.layers, "largest_miss": sums.largest_miss, "tensors": len(sums.digests)},
             **{key: value if math.isfinite(value) else None for key, value in figures.items()},
         }  # fmt: skip
+        with suppress(UserError):  # a hub's snapshot may be without it, and the hub away by now
+            sources.file(config, "README.md")
+        licence = model_card.licence_of(config.name, loading.folder(config))
+        card = model_card.merged_card(report, config.name, licence, recipe_of(folder), target.name)
+        write_atomically(part / "README.md", card)
         files = sorted({path.name for path in part.iterdir()} - {places.UNFINISHED} | {REPORT})
         write_json(part / REPORT, {**report, "versions": versions(), "files": files})
     note(f"merged {method} into {config.name} ({base} weights, {dtype}): {target}")
@@ -162,6 +168,12 @@ def run(
 
 
 REPORT = "merge.json"
+
+
+def recipe_of(adapter: Path) -> dict[str, Any] | None:
+    """The recipe of the run that an adapter lies in."""
+    found = read_recipe(adapter.parent) if adapter.name == "adapter" else None
+    return found if isinstance(found, dict) and {"stage", "model", "data", "output"} <= found.keys() else None
 
 
 def check_target(target: Path, overwrite: bool) -> None:
