@@ -105,7 +105,7 @@ IDLE: tuple[Idle, ...] = (
     ),
     Idle(("data.packing",), in_stage("pretrain"), "text always fills whole blocks of data.max_length"),
     Idle(
-        ("data.text_unit",), in_stage("sft", "ppo", *PREFERENCE), "says what a document is, and only ft pretrain reads some",
+        ("data.text_unit",), in_stage("sft", "ppo", *PREFERENCE), "is for documents, and only ft pretrain reads them",
     ),
     Idle(("train.group_by_length",), in_stage("pretrain"), "all blocks have the same length, and keep their order"),
     Idle(

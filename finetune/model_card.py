@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from finetune.progress import command
+from finetune.progress import command, shown_name
 from finetune.recipe import BUILTIN_MODELS
 from finetune.report import shown, with_intervals
 
@@ -53,7 +53,7 @@ def card(
     """
     stage, method, model = recipe["stage"], recipe["adapter"]["method"], recipe["model"]
     kind = "reward model" if stage == "reward" else "model" if method == "full" else "adapter"
-    name = shown_name(base)
+    name = base and shown_name(base)
     head = {
         **({"base_model": name} if name else {}),
         **({"license": licence} if licence else {}),
@@ -69,7 +69,7 @@ def card(
         ("base", name or "none: a new model"),
         ("revision of the base", model.get("revision")),
         ("licence of the base", licence or (name and UNKNOWN_LICENCE)),
-        ("goes on from", shown_name(model.get("adapter"))),
+        ("goes on from", model.get("adapter") and shown_name(model["adapter"])),
         ("stage", f"`ft {stage}`"),
         ("method", f"{method}{f' ({settings})' if settings else ''}"),
         ("data", ", ".join(names_of(recipe["data"]["train"]))),
@@ -159,16 +159,12 @@ def table(rows: Iterable[tuple[str, Any]]) -> list[str]:
 def names_of(given: Any) -> list[str]:
     """Names of data: of local files only the last part, since the rest is somebody's home."""
     listed = given if isinstance(given, list) else [given] if given else []
-    return [shown_name(item if isinstance(item, str) else item["path"]) or "" for item in listed]
-
-
-def shown_name(path: str | None) -> str | None:
-    return path if path is None or path.startswith("builtin:") or not Path(path).is_absolute() else Path(path).name
+    return [shown_name(item if isinstance(item, str) else item["path"]) for item in listed]
 
 
 def place_of(base: str, folder: Path) -> str:
     """What transformers loads the base from: in the directory of a run of `full` it is model/."""
-    name = shown_name(base) or base
+    name = shown_name(base)
     return f"{name}/model" if Path(base).is_absolute() and Path(base).resolve() == folder.parent else name
 
 

@@ -37,6 +37,7 @@ from finetune.metrics import ratio_interval
 from finetune.models.quantization import is_quantized
 from finetune.optim import MuonWithAdamW, OrderedSampler, decayed, faster_b, muon_split
 from finetune.preference import mismatched, orpo_loss, simpo_loss
+from finetune.progress import task
 from finetune.recipe import DpoConfig, TrainConfig
 from finetune.run import complete, damage, known_of, rotate, write_json
 
@@ -207,7 +208,7 @@ class Extras:
         figures = self.figures()
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics[f"{prefix}_loss"] = figures.pop("loss")
-        parts = [batch["loss"] for batch in self.batches if batch["loss"][1]]
+        parts = [batch["loss"] for batch in self.batches if "loss" in batch and batch["loss"][1]]
         if len(parts) >= RESAMPLED:
             totals, weights = [value * weight for value, weight in parts], [weight for _, weight in parts]
             output.metrics[f"{prefix}_loss_ci"] = list(ratio_interval(totals, weights))
@@ -369,6 +370,8 @@ def own_reference(model: Any, copy: bool) -> Iterator[None]:
 class _PairDpo(DPOTrainer):
     """trl's DPO on pairs of token ids, and the two losses without a reference."""
 
+    data_collator: Any
+
     def __init__(self, *, dpo: DpoConfig, copy: bool, reference: str, cache: Path, **kwargs: Any) -> None:
         """
         Args:
@@ -394,7 +397,14 @@ class _PairDpo(DPOTrainer):
             columns = json.loads(file.read_text(encoding="utf-8"))
         else:
             as_measured(self.model, training=name == "train")
-            done = super()._precompute_ref_logps(dataset, name, batch_size)
+            collate: Any = self.data_collator
+            what = "scoring with the reference" if name == "train" else "scoring held-out pairs with the reference"
+            with task(what, len(dataset), "pairs") as advance:
+                self.data_collator = lambda rows: (advance(len(rows)), collate(rows))[1]
+                try:
+                    done = super()._precompute_ref_logps(dataset, name, batch_size)
+                finally:
+                    self.data_collator = collate
             columns = {key: list(done[key]) for key in ("ref_chosen_logps", "ref_rejected_logps")}
             self.cache.mkdir(parents=True, exist_ok=True)
             write_json(file, columns)

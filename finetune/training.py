@@ -45,7 +45,7 @@ from finetune.models.hardware import peak_memory_gb
 from finetune.models.identity import fingerprint, write_identity
 from finetune.models.quantization import parameter_counts
 from finetune.optim import OPTIMIZERS, check_schedule, scheduler_kwargs, warmup_steps
-from finetune.progress import Progress, command, duration, encodable, note, say, warn
+from finetune.progress import Progress, command, duration, encodable, note, say, task, warn
 from finetune.recipe import AdaLoraAdapter, Hardware, ModelConfig, Recipe, batch_layout, resolve
 from finetune.recipe_file import to_yaml
 from finetune.run import Run, check_unchanged, known_of, write_atomically
@@ -280,7 +280,8 @@ def known_inputs(recipe: Recipe, tokenizer: Any, template: str | None, resume: b
     fresh = getattr(model, "config", None) is not None  # a new model
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    base = "" if fresh else fingerprint(loading.folder(model))
+    with task("reading the base for its fingerprint", after=1.0):
+        base = "" if fresh else fingerprint(loading.folder(model))
     found["model.tokenizer" if fresh else "model.name"] = digest([base, vocabulary])
     if template is not None:
         found["model.chat_template"] = digest([template])
@@ -434,9 +435,12 @@ def pack_if_isolated(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, row
 
     sample = [i for ids in rows[: min(len(rows), 64)]["input_ids"] for i in ids][:64]
     sample = (sample * 64)[:32] if len(sample) < 32 else sample
-    if not documents_isolated(model, sample):
+    with task("looking whether packed documents see each other", after=1.0):
+        isolated = documents_isolated(model, sample)
+    if not isolated:
         return rows, "packing is off: documents in one row would see each other with this model and adapter"
-    return pack(rows, recipe.data.max_length), None
+    with task(f"packing {len(rows):,} rows", after=1.0):
+        return pack(rows, recipe.data.max_length), None
 
 
 def save(
@@ -537,7 +541,7 @@ def summary(recipe: Recipe, run: Run, weights: Path) -> None:
     """What was done, where it is, and what to type next."""
     result = json.loads(run.result.read_text(encoding="utf-8"))
     share = result["trainable_parameters"] / result["total_parameters"]
-    note(f"done in {duration(result['seconds'])}: {result['steps']} steps, {gist(result)}")
+    note(f"done in {duration(result['seconds'])}: {result['steps']:,} steps, {gist(result)}")
     note(f"trained {result['trainable_parameters']:,} of {result['total_parameters']:,} parameters ({share:.2%})")
     note(f"weights {shown_path(weights)}   report {shown_path(run.path / 'report.html')}")
     name = shown_path(run.path)

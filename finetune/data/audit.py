@@ -28,7 +28,17 @@ from finetune.data import checks, leakage, sources
 from finetune.data.chat import IGNORED, Encoded
 from finetune.data.messages import is_plain
 from finetune.data.report import CONTROL, Report, histogram, language
-from finetune.data.samples import Item, all_text, as_held_out, identity, prompt_text, questions, read_samples, specs
+from finetune.data.samples import (
+    Item,
+    all_text,
+    as_held_out,
+    identity,
+    prompt_text,
+    questions,
+    read_samples,
+    specs,
+    watched,
+)
 from finetune.data.types import Conversation, Message, Preference, RowProblem, Text, Unpaired
 from finetune.errors import Problem, UserError
 
@@ -423,7 +433,7 @@ def check(
     """Read everything, report everything. UserError only where a source cannot be read at all."""
     audit = Audit(config, encoder, kind, eval_data)
     with seldom_collecting():
-        for _ in audit.rows(seed):
+        for _ in watched(audit.rows(seed), config, "reading" if encoder is None else "tokenising"):
             pass
     return audit.report()
 

@@ -240,7 +240,7 @@ def read_lines(stream: IO[bytes], name: str) -> Iterator[Row]:
 
 
 def read_documents(stream: IO[bytes], name: str, unit: str) -> Iterator[Row]:
-    """Plain text: the whole file is a document, or every stretch between blank lines. Lines end in \\n, as in Python."""
+    """Plain text: the whole file is a document, or every stretch between blank lines."""
     held: list[str] = []
     first = size = 0
     for number, line in itertools.chain(lines_of(stream), [(0, b"")]):

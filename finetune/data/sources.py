@@ -65,9 +65,9 @@ def read_rows(spec: Spec, *, streaming: bool = False, unit: str = "line") -> Ite
             empty.append(error)
             if len(empty) == len(files):
                 raise
-    for error in empty:
+    for missing in empty:
         problem = RowProblem("empty_file", "the file is empty", "take it out of the folder")
-        yield Row({}, str(error.problems[0].path), 1, problem)
+        yield Row({}, str(missing.problems[0].path), 1, problem)
 
 
 def has_plain_text(spec: dict[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from finetune import model_card, places
 from finetune.adapters.build import adapter_config
 from finetune.adapters.limits import check_merge
 from finetune.adapters.merge import (
+    adapted_layers,
     check_layers,
     check_written,
     in_float32,
@@ -37,7 +38,7 @@ from finetune.families import family
 from finetune.models import hardware, loading, sources
 from finetune.models.chatglm_config import is_chatglm_layout
 from finetune.models.chatglm_export import export_original
-from finetune.progress import note, warn
+from finetune.progress import note, task, warn
 from finetune.recipe import ModelConfig
 from finetune.run import read_recipe, versions, write_atomically, write_json
 
@@ -109,24 +110,28 @@ def run(
         loading.resize_for(network, folder, config)
         exact = logits_of(network, samples)
         adapted = loading.attach_adapter(network, folder, config)
-    sums = prove_sums(adapted, inputs_of(adapted, samples[0]), kind)
-    merged = merge_in_float32(adapted).to(kind)
+    calls = inputs_of(adapted, samples[0])
+    with task("summing and proving", len(adapted_layers(adapted)), "layers") as advance:
+        sums = prove_sums(adapted, calls, kind, advance)
+        merged = merge_in_float32(adapted).to(kind)
 
     # A failed merge leaves nothing that looks like a model, and the one before stays until this one is proven.
     with places.built_beside(target, "--output", lambda: written_names(target, overwrite)) as part:
         stops, device = stop_ids(merged, encoder), merged.device
-        if layout == "chatglm":
-            export_original(merged, values, part, max_shard_size, source=loading.folder(config))
-        else:
-            merged.generation_config = GenerationConfig()  # checked while saving, and replaced below
-            merged.save_pretrained(part, max_shard_size=max_shard_size)
-            tokenizer.save_pretrained(part)
+        with task("writing the merged model", after=1.0):
+            if layout == "chatglm":
+                export_original(merged, values, part, max_shard_size, source=loading.folder(config))
+            else:
+                merged.generation_config = GenerationConfig()  # checked while saving, and replaced below
+                merged.save_pretrained(part, max_shard_size=max_shard_size)
+                tokenizer.save_pretrained(part)
         write_generation_config(part, config, stops, tokenizer.pad_token_id)
         del network, adapted, merged
         gc.collect()
-        written = read_back(part, kind, config if layout == "chatglm" else None)
-        check_written(sums, written)
-        after = logits_of(written.to(device), samples)
+        with task("reading it back and comparing"):
+            written = read_back(part, kind, config if layout == "chatglm" else None)
+            check_written(sums, written)
+            after = logits_of(written.to(device), samples)
         largest, relative = largest_difference(unmerged, after)
         figures = {
             "max_logit_diff": largest,
@@ -155,8 +160,8 @@ def run(
         gap = figures["diff_to_trained_model"]
         note(f"difference to the {trained.quantization} model as trained: {gap:.3g} (measured, not a gate)")
     note(
-        f"proven: in {sums.layers} layers the float32 sum misses at most {sums.largest_miss:.1g} of what the adapter "
-        f"does, and all {len(sums.digests)} tensors are on disk as that sum, rounded once to {dtype}"
+        f"proven: in {sums.layers:,} layers the float32 sum misses at most {sums.largest_miss:.1g} of what the adapter "
+        f"does, and all {len(sums.digests):,} tensors are on disk as that sum, rounded once to {dtype}"
     )
     if dtype != "float32" and largest > figures["adapter_effect"] / 2:
         warn(f"rounding to {dtype} moves logits about as much as the adapter does; --dtype float32 keeps all of it")
