@@ -52,7 +52,7 @@ def card(
         original_layout: base (or model) is in ChatGLM's own layout, which plain transformers does not read.
     """
     stage, method, model = recipe["stage"], recipe["adapter"]["method"], recipe["model"]
-    kind = "reward model" if stage == "reward" else "model" if method == "full" else "adapter"
+    kind = "A reward model" if stage == "reward" else "A model" if method == "full" else "An adapter"
     name = base and shown_name(base)
     head = {
         **({"base_model": name} if name else {}),
@@ -73,7 +73,7 @@ def card(
         ("stage", f"`ft {stage}`"),
         ("method", f"{method}{f' ({settings})' if settings else ''}"),
         ("data", ", ".join(names_of(recipe["data"]["train"]))),
-        ("held-out data", ", ".join(names_of(recipe["eval"].get("data"))) or _split(recipe)),
+        ("held-out data", _split(recipe) or ", ".join(names_of(recipe["eval"].get("data")))),
         ("trained", f"{shown(result['trainable_parameters'])} of {shown(result['total_parameters'])} parameters "
                     f"({share:.2%}), {shown(result['steps'])} steps, learning rate {train['learning_rate']:g}"),
         ("quantization of the base", model.get("quantization")),
@@ -83,9 +83,9 @@ def card(
     metrics = {name.replace("_", " "): value for name, value in metrics.items() if name != "num_tokens"}
     lines = [
         *front(head), f"# {shown_name(recipe['output']['dir'])}", "",
-        f"A {kind} made by `ft {stage}` (package ft-recipes); `recipe.yaml` in the run directory makes it again.", "",
+        f"{kind} made by `ft {stage}` (package ft-recipes); `recipe.yaml` in the run directory makes it again.", "",
         *table(rows), "", "## Metrics", "", *table(metrics.items()), "",
-        "In brackets 95% intervals. `ft eval` of the run directory measures answers.", "",
+        "All but the training loss on the held-out data; in brackets 95% intervals. `ft eval` measures answers.", "",
         "## Use", "", *usage(stage, method, place or name, original_layout, model.get("revision")), "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -172,7 +172,11 @@ def _split(recipe: dict[str, Any]) -> str | None:
     split = recipe["data"].get("eval_split")
     if not split:
         return None
-    return f"{split:g} of the training data, by content" if isinstance(split, float) else f"{split:,} training rows"
+    return (
+        f"{split:g} of the training data, by content"
+        if isinstance(split, float)
+        else f"{split:,} rows of the training data"
+    )
 
 
 def usage(stage: str, method: str, base: str | None, original_layout: bool, revision: str | None = None) -> list[str]:

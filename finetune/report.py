@@ -132,7 +132,9 @@ def _table(values: dict[str, Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A number for people: four digits, whole numbers with separators."""
+    """A number for people: four digits, large ones with separators."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"

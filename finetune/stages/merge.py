@@ -165,7 +165,8 @@ def run(
     )
     if dtype != "float32" and largest > figures["adapter_effect"] / 2:
         warn(f"rounding to {dtype} moves logits about as much as the adapter does; --dtype float32 keeps all of it")
-    rounding = "" if dtype == "float32" else f" ({dtype} moves the base's own by {figures['base_logit_diff']:.3g})"
+    alone = figures["base_logit_diff"]  # no number for a network whose layers cannot be computed in float32
+    rounding = "" if dtype == "float32" or math.isnan(alone) else f" ({dtype} moves the base's own by {alone:.3g})"
     note(
         f"largest logit difference to the unmerged model {largest:.3g}{rounding}; the adapter itself moves logits by "
         f"up to {figures['adapter_effect']:.3g}"
