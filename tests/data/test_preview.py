@@ -131,7 +131,7 @@ def test_check_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], base:
         run("check", "--data", "builtin:preference", "--stage", "sft")
     with pytest.raises(UserError, match="nothing to look at"):
         run("check")
-    with pytest.raises(UserError, match="not a data setting"):
+    with pytest.raises(UserError, match="is not possible here"):
         run("check", "--data", good, "--set", "data.max_length=long")
 
 
