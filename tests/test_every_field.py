@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 PREFERENCES = ("reward", "dpo", "kto")
 
 
-class Stop(Exception):
+class Stop(BaseException):
     """Everything has been taken down."""
 
 
