@@ -127,7 +127,7 @@ def run_stage(
         if (reason := look(folder)) is not None:
             warn(reason)
             notes.append(reason)
-        training.finish(recipe, folder, trainer, outcome, data.counts, notes)
+        training.finish(recipe, folder, trainer, outcome, data.counts, notes, base)
         training.summary(recipe, folder, weights)
 
 

@@ -23,12 +23,20 @@ class Recorder(TrainerCallback):
 
     def __init__(self, run: Run, progress: Progress) -> None:
         self.run, self.progress, self.tokens = run, progress, 0.0
+        self.scored = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.start(state.max_steps, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.step(state.global_step)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
+        self.scored += 1
+        self.progress.doing(f"held-out batch {self.scored:,}/{len(eval_dataloader):,}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.scored = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = dict(logs or {})

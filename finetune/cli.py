@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -53,6 +54,14 @@ def _quiet() -> None:
     if not VERBOSE:
         noise.silence()
         noise.silence_bars()
+
+
+def _module(name: str) -> ModuleType:
+    """finetune.stages.NAME; importing the libraries takes seconds."""
+    from finetune.progress import task
+
+    with task("importing the libraries", after=1.0):
+        return importlib.import_module(f"finetune.stages.{name}")
 
 
 def _one_of(plain: str | None, option: str | None, name: str, usage: str) -> str:
@@ -135,7 +144,7 @@ def _training_command(stage: str) -> Callable[..., None]:
         reference = _one_of(plain, recipe, "--recipe", f"ft {stage} RECIPE")
         checked = _recipe(reference, stage, set_, output, resume, overwrite)
         _quiet()
-        importlib.import_module(f"finetune.stages.{stage}").run(checked, resume, overwrite, dry_run)
+        _module(stage).run(checked, resume, overwrite, dry_run)
 
     return command
 
@@ -163,9 +172,7 @@ def merge(
     adapter = _one_of(plain, adapter, "--adapter", usage)
     output = _one_of(None, output, "--output", usage)
     _quiet()
-    from finetune.stages.merge import run
-
-    run(adapter, output, model, dtype, max_shard_size, overwrite, base, format_)
+    _module("merge").run(adapter, output, model, dtype, max_shard_size, overwrite, base, format_)
 
 
 @app.command("eval")
@@ -185,9 +192,9 @@ def evaluate(
 ) -> None:
     """Exact match (also per value of a column `group`), per-field accuracy, loss and perplexity on held-out data."""
     _quiet()
-    from finetune.stages.evaluate import run
-
-    run(runs or [], recipe, model, adapter, data, compare_base, limit, json_, quantization, temperature, seed, reward)
+    _module("evaluate").run(
+        runs or [], recipe, model, adapter, data, compare_base, limit, json_, quantization, temperature, seed, reward
+    )
 
 
 @app.command()
@@ -222,9 +229,7 @@ def chat(
 ) -> None:
     """Talk to a model; /reset forgets the conversation, /exit leaves."""
     _quiet()
-    from finetune.stages.chat import run
-
-    run(model, adapter, system, temperature, max_new_tokens)
+    _module("chat").run(model, adapter, system, temperature, max_new_tokens)
 
 
 @app.command()

@@ -104,6 +104,9 @@ IDLE: tuple[Idle, ...] = (
         ("data.packing",), in_stage(*PREFERENCE), "pairs and labelled answers are compared whole, one to a row",
     ),
     Idle(("data.packing",), in_stage("pretrain"), "text always fills whole blocks of data.max_length"),
+    Idle(
+        ("data.text_unit",), in_stage("sft", "ppo", *PREFERENCE), "is for documents, and only ft pretrain reads them",
+    ),
     Idle(("train.group_by_length",), in_stage("pretrain"), "all blocks have the same length, and keep their order"),
     Idle(
         keys("data", "train_on", "on_forged_marker"), in_stage("pretrain"),
@@ -177,7 +180,7 @@ IDLE: tuple[Idle, ...] = (
     ),
     Idle(
         keys(
-            "data", "format", "columns", "max_samples", "shuffle", "streaming", "on_error", "max_dropped",
+            "data", "format", "columns", "text_unit", "max_samples", "shuffle", "streaming", "on_error", "max_dropped",
         ),
         reads_world,
         "builtin:world is made as it is read, without rows",

@@ -85,7 +85,7 @@ def paired(a: Sequence[float], b: Sequence[float], resamples: int = 2000, seed: 
 
 
 def ratio_interval(
-    totals: Sequence[float], counts: Sequence[int], resamples: int = 1000, seed: int = 0
+    totals: Sequence[float], counts: Sequence[float], resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """95% percentile bootstrap interval over rows of sum(totals) / sum(counts): of a loss per token."""
     generator = np.random.default_rng(seed)

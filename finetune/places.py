@@ -4,6 +4,7 @@ check_folder(path, key)         UserError for a folder that cannot hold results,
 check_file(path, key, ours)     the same for one file
 fresh(path)                     a new file for writing, under a name that nothing has
 built_beside(target, …)         a folder that appears whole, and only then takes the place of the one before
+as_umask(folder)                its files may be read by whom the umask says
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ def built_beside(target: Path, key: str, replaced: Callable[[], Collection[str]]
                 if left.name != UNFINISHED:
                     remove(left)
             yield part
+            as_umask(part)
             _swap(part, target, key, replaced)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
@@ -159,3 +161,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def as_umask(folder: Path) -> None:
+    """Give the files below a folder of ours the mode of a new file: safetensors and tempfile make them 0600."""
+    mask = os.umask(0o077)  # cannot be read without being set
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)

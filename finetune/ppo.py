@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import repeat
@@ -39,7 +39,7 @@ from finetune.metrics import mean, paired
 from finetune.models.hardware import peak_memory_gb
 from finetune.optim import OrderedSampler, faster_b, is_matrix, scheduler_kwargs, warmup_steps
 from finetune.ppo_state import Degenerate, State, load_checkpoint, save_checkpoint, watch
-from finetune.progress import Progress, samples
+from finetune.progress import Progress, samples, task
 from finetune.recipe import PpoRecipe
 from finetune.rollout import (
     Replies,
@@ -105,6 +105,7 @@ class Ppo:
         self.recipe, self.config, self.run, self.actors, self.encoder = recipe, recipe.ppo, run, actors, encoder
         self.prompts, self.held_out, self.scorers = prompts, held_out, scorers
         self.rows, self.inputs = rows, inputs or {}
+        self.progress = Progress("ppo")
         self.steps = self.left_out = 0  # steps of the optimizer, and those that loss scaling has left out
         self.pad = encoder.tokenizer.pad_token_id
         self.stops = stop_ids(actors.policy.model, encoder)
@@ -165,11 +166,13 @@ class Ppo:
         order.set_epoch(epoch)
         return [self.prompts[i] for i in list(order)[place * self.batch : (place + 1) * self.batch]]
 
-    def answer(self, prompts: Sequence[Prompt]) -> tuple[Replies, list[str]]:
+    def answer(
+        self, prompts: Sequence[Prompt], on_batch: Callable[[int], None] = lambda n: None
+    ) -> tuple[Replies, list[str]]:
         with seated(self.actors.policy) as model, self.autocast():
             size = max(self.rows, self.recipe.eval.batch_size)
             ids = [p.ids for p in prompts]
-            replies = sample(model, ids, self.sampling, self.stops, self.pad, size)
+            replies = sample(model, ids, self.sampling, self.stops, self.pad, size, on_batch)
         listed = [replies.text_ids(i, self.stops) for i in range(len(replies))]
         return replies, [decode(self.encoder, ids, self.stops) for ids in listed]
 
@@ -203,7 +206,16 @@ class Ppo:
     @torch.no_grad()
     def collect(self, prompts: Sequence[Prompt]) -> Rollout:
         """Replies to these prompts and everything the updates need."""
-        replies, texts = self.answer(prompts)
+        written = 0
+
+        def told(rows: int) -> None:
+            nonlocal written
+            written += rows
+            self.progress.doing(f"{written:,}/{len(prompts):,} replies")
+
+        self.progress.doing(f"generating {len(prompts):,} replies")
+        replies, texts = self.answer(prompts, told)
+        self.progress.doing("scoring the replies")
         scores, parts = self.score(prompts, replies, texts)
         c, actors = self.config, self.actors
         logp, ref, values, allowed = [], [], [], []
@@ -329,7 +341,7 @@ class Ppo:
         run.forget_after(self.state.step)
         if resume is None and self.held_out:
             self.state.before = self.held_out_scores()
-        self.guard, progress, proof = Guard(), Progress("ppo"), Proof(self.module, PATIENCE)
+        self.guard, progress, proof = Guard(), self.progress, Proof(self.module, PATIENCE)
         self.guard.on_train_begin(None, None, None)
         progress.start(self.total, self.state.step)
         begun = time.perf_counter() - self.state.seconds
@@ -383,6 +395,7 @@ class Ppo:
         prompts = self.prompts_of(self.state.step)
         rollout = self.collect(prompts)
         steps = self.steps
+        self.progress.doing("learning from the replies")
         found = self.update(rollout, proof)
         rate = self.scheduler.get_last_lr()[0]
         if self.steps > steps:  # or loss scaling has left all of them out
@@ -423,8 +436,9 @@ class Ppo:
 
     def held_out_scores(self) -> list[float]:
         """Scores of replies to the held-out prompts, sampled with a seed of their own."""
-        with seeded(self.recipe.train.seed + EVALUATION_SEED, self.device):
-            replies, texts = self.answer(self.held_out)
+        what = task("answering held-out prompts", len(self.held_out), "replies")
+        with what as advance, seeded(self.recipe.train.seed + EVALUATION_SEED, self.device):
+            replies, texts = self.answer(self.held_out, advance)
             return self.score(self.held_out, replies, texts)[0]
 
     def compared(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a person sees: notes, warnings and a bar on stderr, results on stdout.
 
     note, warn            a line on stderr
+    task(what, total)     what is being done and how far it is, on stderr
     say, say_json, show   results on stdout: text, JSON, a table
     command(…)            a command as it can be typed
     settle_streams()      output for terminals that know fewer characters
@@ -15,9 +16,11 @@ import io
 import json
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
@@ -27,7 +30,6 @@ from rich.progress import (
     MofNCompleteColumn,
     SpinnerColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bar
@@ -53,6 +55,8 @@ ALIKE = {
     "│": "|",
     "×": "x",
     "±": "+-",
+    "⟦": "[[",
+    "⟧": "]]",
 }
 
 
@@ -84,6 +88,11 @@ def encodable(text: str) -> bool:
 def command(*parts: object) -> str:
     """`ft …` as it can be typed, whatever a path holds."""
     return shlex.join(["ft", *map(str, parts)])
+
+
+def shown_name(path: str) -> str:
+    """A hub id or a name as it is; of a full path the last part, since the rest is somebody's home."""
+    return path if path.startswith("builtin:") or not Path(path).is_absolute() else Path(path).name
 
 
 def say(text: str, end: str = "\n", flush: bool = False) -> None:
@@ -122,11 +131,11 @@ class Progress:
         self.bar: Bar | None = None
         self.task: Any = None
         self.total = self.first = self.done = 0
-        self.begun = self.last = time.perf_counter()
+        self.begun = self.last = self.told = time.perf_counter()
 
     def start(self, total: int, done: int) -> None:
         self.total, self.first, self.done = total, done, done
-        self.begun = self.last = time.perf_counter()
+        self.begun = self.last = self.told = time.perf_counter()
         if console.is_terminal:
             self.bar = Bar(
                 TextColumn("{task.description}", markup=False),
@@ -145,6 +154,15 @@ class Progress:
         if self.bar is not None:
             self.bar.update(self.task, completed=step)
 
+    def doing(self, what: str) -> None:
+        """What a long step is at; elsewhere than on a terminal every ten seconds."""
+        now = time.perf_counter()
+        if self.bar is not None:
+            self.bar.update(self.task, status=what)
+        elif now - self.told >= QUIET:
+            self.told = now
+            note(f"step {self.done + 1}/{self.total}  {what}")
+
     def rate(self, tokens: float) -> float:
         """Tokens per second since the last call."""
         now = time.perf_counter()
@@ -153,6 +171,7 @@ class Progress:
         return round(rate, 1)
 
     def log(self, row: dict[str, Any]) -> None:
+        self.told = time.perf_counter()
         parts = []
         if "loss" in row:
             parts.append(f"loss {row['loss']:.4f}")
@@ -194,34 +213,68 @@ QUIET = 10.0  # seconds between lines where there is no terminal
 
 
 @contextmanager
-def task(what: str, total: int | None = None, unit: str = "rows") -> Iterator[Callable[[int], None]]:
+def task(
+    what: str, total: int | None = None, unit: str = "rows", after: float = 0.0
+) -> Iterator[Callable[[int], None]]:
     """Say what is being done and how far it is: `with task("tokenising", len(rows)) as advance: … advance(1)`.
 
-    On a terminal a line that goes away when it is done, with count and time left where `total` is known; elsewhere one
-    line at the start, and one every ten seconds with the count.
+    On a terminal a line that goes away when it is done, with count and time left where `total` is known. Elsewhere one
+    line at the start (where it takes more than `after` seconds), and one every ten seconds with what is known by then.
     """
-    amount = "" if total is None else f" {total:,} {unit}"
-    if console.is_terminal:
-        columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False)]
-        columns += [] if total is None else [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)]
-        columns += [TimeElapsedColumn()] if total is None else []
-        with Bar(*columns, console=console, transient=True) as bar:
-            shown = bar.add_task(what, total=total)
-            yield lambda n: bar.advance(shown, n)
-        return
-    note(f"{what}{amount}")
-    begun = last = time.perf_counter()
-    done = 0
+    done, begun = 0, time.perf_counter()
 
     def advance(n: int) -> None:
-        nonlocal done, last
+        nonlocal done
         done += n
-        now = time.perf_counter()
-        if now - last >= QUIET and total:
-            last = now
-            note(f"{what}: {done:,}/{total:,} {unit}  ETA {duration((now - begun) / max(done, 1) * (total - done))}")
 
-    yield advance
+    def count() -> str:
+        return (
+            "" if total is None and not done else f"{done:,} {unit}" if total is None else f"{done:,}/{total:,} {unit}"
+        )
+
+    def left() -> str:
+        taken = time.perf_counter() - begun
+        return f"ETA {duration(taken / done * (total - done))}" if total and done else duration(taken)
+
+    over = threading.Event()
+
+    def tell() -> None:
+        first = f"{what}{f' {total:,} {unit}' if total is not None else ''}"
+        if after and not over.wait(after):
+            note(first)
+        while not over.wait(QUIET):
+            note("  ".join(filter(None, [f"{what}:" if count() else what, count(), left()])).replace(":  ", ": "))
+
+    if console.is_terminal:
+        columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False)]
+        columns += [] if total is None else [BarColumn()]
+        columns += [TextColumn("{task.fields[count]}", markup=False), TextColumn("{task.fields[left]}", markup=False)]
+        with Bar(*columns, console=console, transient=True) as bar:
+            shown = bar.add_task(what, total=total, count=count(), left="")
+
+            def draw() -> None:
+                while not over.wait(0.2):
+                    bar.update(shown, completed=done, count=count(), left=left())
+
+            with beside(draw, over):
+                yield advance
+        return
+    if not after:
+        note(f"{what}{f' {total:,} {unit}' if total is not None else ''}")
+    with beside(tell, over):
+        yield advance
+
+
+@contextmanager
+def beside(work: Callable[[], None], over: threading.Event) -> Iterator[None]:
+    """`work` in a thread of its own, until the block ends and `over` is set."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def samples(title: str, rows: list[tuple[str, str, float]]) -> None:

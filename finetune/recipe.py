@@ -200,6 +200,9 @@ class DataConfig(Section):
     """Row format; recognised from the rows when unset."""
     columns: dict[str, str] | None = None
     """Rename columns: {the format's name: your name}."""
+    text_unit: Literal["line", "paragraph", "file"] = "line"
+    """What one document of plain text (.txt) is in `ft pretrain`: a line, what stands between blank lines, or the whole
+    file."""
     max_length: Count = 2048
     """Longest sample in tokens."""
     packing: bool = False

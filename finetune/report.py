@@ -40,12 +40,12 @@ LOG_FROM = 20.0  # a loss that falls by more than this shows nothing of its end 
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str = "") -> None:
-    """Everything of PANELS that was logged, over steps."""
+    """Everything of PANELS that was logged, over steps; with intervals where a row has KEY_ci beside KEY."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     def series(key: str) -> tuple[list[int], list[float]]:
         points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
@@ -60,16 +60,25 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str = "") -> None:
     )  # fmt: skip
     for (axis, lines), panel in zip(drawn, axes[:, 0], strict=True):
         for key, label, style in lines:
-            panel.plot(*series(key), style, label=label, linewidth=1.5, markersize=4)
+            (line,) = panel.plot(*series(key), style, label=label, linewidth=1.5, markersize=4)
+            known = [row for row in rows if isinstance(row.get(key), int | float) and row.get(f"{key}_ci")]
+            if known:
+                low, high = zip(*(row[f"{key}_ci"] for row in known), strict=True)
+                panel.vlines([row["step"] for row in known], low, high, color=line.get_color(), linewidth=1)
         values = [value for key, _, _ in lines for value in series(key)[1]]
         if axis == "loss" and values and min(values) > 0 and max(values) > LOG_FROM * min(values):
             panel.set_yscale("log")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_minor_formatter(NullFormatter())
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
         panel.set_ylabel(axis)
         panel.grid(alpha=0.3)
         if len(panel.lines) > 1 or (panel.lines and lines[0][1] != axis):
             panel.legend(frameon=False)
     axes[-1, 0].set_xlabel("step")
-    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes[-1, 0].xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    figure.align_ylabels()
     axes[0, 0].set_title(title, loc="left", fontsize="medium", parse_math=False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=100)
@@ -123,7 +132,9 @@ def _table(values: dict[str, Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A number for people: four digits, whole numbers with separators."""
+    """A number for people: four digits, large ones with separators."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"

@@ -12,7 +12,7 @@ from 0. That holds for soft prompts, too, whose virtual tokens come first; the r
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +73,9 @@ class Replies:
 
 @torch.no_grad()
 def sample(
-    model: Any, prompts: Sequence[list[int]], sampling: Sampling, stops: Sequence[int], pad: int, batch_size: int
-) -> Replies:
+    model: Any, prompts: Sequence[list[int]], sampling: Sampling, stops: Sequence[int], pad: int, batch_size: int,
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> Replies:  # fmt: skip
     """One reply per prompt, in order, drawn from torch's global generator. The model is left in eval mode."""
     model.eval()
     replies: list[list[int]] = [[] for _ in prompts]
@@ -85,6 +86,7 @@ def sample(
         for row, sequence in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
             end = next((i for i, token in enumerate(sequence) if token in stops), None)
             replies[row] = sequence if end is None else sequence[: end + 1]
+        on_batch(len(rows))
     return together(prompts, replies, stops, pad, input_device(model))
 
 

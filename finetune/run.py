@@ -139,6 +139,7 @@ def checkpoints_of(folder: Path) -> list[Path]:
 
 def complete(checkpoint: Path, **known: Any) -> None:
     """Mark a checkpoint in which everything is, with what is in it and what has to be known to go on."""
+    places.as_umask(checkpoint)
     files = {str(p.relative_to(checkpoint)): _size(p) for p in sorted(checkpoint.rglob("*")) if p.is_file()}
     files.pop(CHECKPOINT_COMPLETE, None)
     write_json(checkpoint / CHECKPOINT_COMPLETE, {"files": files, **known})

@@ -33,13 +33,16 @@ from finetune.adapters.proof import check_finite, trained
 from finetune.adapters.seats import copy_adapter, named
 from finetune.adapters.state import load_state, save_state
 from finetune.errors import RunError, UserError
+from finetune.metrics import ratio_interval
 from finetune.models.quantization import is_quantized
 from finetune.optim import MuonWithAdamW, OrderedSampler, decayed, faster_b, muon_split
 from finetune.preference import mismatched, orpo_loss, simpo_loss
+from finetune.progress import task
 from finetune.recipe import DpoConfig, TrainConfig
 from finetune.run import complete, damage, known_of, rotate, write_json
 
 REFERENCE_FREE = ("simpo", "orpo")
+RESAMPLED = 10  # batches of held-out rows from which on they are resampled for an interval
 SORTED = ("aot", "aot_unpaired")
 """Losses between the sorted margins of all pairs that are in a pass."""
 
@@ -204,7 +207,12 @@ class Extras:
         self.batches = []
         output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
         figures = self.figures()
-        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = figures.pop("loss")
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics[f"{prefix}_loss"] = figures.pop("loss")
+        parts = [batch["loss"] for batch in self.batches if "loss" in batch and batch["loss"][1]]
+        if len(parts) >= RESAMPLED:
+            totals, weights = [value * weight for value, weight in parts], [weight for _, weight in parts]
+            output.metrics[f"{prefix}_loss_ci"] = list(ratio_interval(totals, weights))
         self._metrics["eval"].update({key: [value] for key, value in figures.items()})
         return output
 
@@ -363,6 +371,8 @@ def own_reference(model: Any, copy: bool) -> Iterator[None]:
 class _PairDpo(DPOTrainer):
     """trl's DPO on pairs of token ids, and the two losses without a reference."""
 
+    data_collator: Any
+
     def __init__(self, *, dpo: DpoConfig, copy: bool, reference: str, cache: Path, **kwargs: Any) -> None:
         """
         Args:
@@ -388,7 +398,14 @@ class _PairDpo(DPOTrainer):
             columns = json.loads(file.read_text(encoding="utf-8"))
         else:
             as_measured(self.model, training=name == "train")
-            done = super()._precompute_ref_logps(dataset, name, batch_size)
+            collate: Any = self.data_collator
+            what = "scoring with the reference" if name == "train" else "scoring held-out pairs with the reference"
+            with task(what, len(dataset), "pairs") as advance:
+                self.data_collator = lambda rows: (advance(len(rows)), collate(rows))[1]
+                try:
+                    done = super()._precompute_ref_logps(dataset, name, batch_size)
+                finally:
+                    self.data_collator = collate
             columns = {key: list(done[key]) for key in ("ref_chosen_logps", "ref_rejected_logps")}
             self.cache.mkdir(parents=True, exist_ok=True)
             write_json(file, columns)

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from finetune import report
+from finetune import model_card, places, report
 from finetune.adapters import limits, soft_prompts
 from finetune.adapters.build import adapter_config, check_targets
 from finetune.adapters.build import save as save_adapter
@@ -40,14 +40,15 @@ from finetune.data import raw
 from finetune.data import sources as data_sources
 from finetune.errors import Interrupted, RunError, UserError
 from finetune.models import loading, sources
+from finetune.models.chatglm import is_chatglm_layout
 from finetune.models.hardware import peak_memory_gb
 from finetune.models.identity import fingerprint, write_identity
 from finetune.models.quantization import parameter_counts
 from finetune.optim import OPTIMIZERS, check_schedule, scheduler_kwargs, warmup_steps
-from finetune.progress import Progress, command, duration, encodable, note, say, warn
+from finetune.progress import Progress, command, duration, encodable, note, say, task, warn
 from finetune.recipe import AdaLoraAdapter, Hardware, ModelConfig, Recipe, batch_layout, resolve
 from finetune.recipe_file import to_yaml
-from finetune.run import Run, check_unchanged, known_of
+from finetune.run import Run, check_unchanged, known_of, write_atomically
 from finetune.trainers import Collator, CountOn, Sft
 
 FEW_UPDATES = 50  # below this a learning-rate schedule has hardly begun
@@ -279,7 +280,8 @@ def known_inputs(recipe: Recipe, tokenizer: Any, template: str | None, resume: b
     fresh = getattr(model, "config", None) is not None  # a new model
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    base = "" if fresh else fingerprint(loading.folder(model))
+    with task("reading the base for its fingerprint", after=1.0):
+        base = "" if fresh else fingerprint(loading.folder(model))
     found["model.tokenizer" if fresh else "model.name"] = digest([base, vocabulary])
     if template is not None:
         found["model.chat_template"] = digest([template])
@@ -433,9 +435,12 @@ def pack_if_isolated(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, row
 
     sample = [i for ids in rows[: min(len(rows), 64)]["input_ids"] for i in ids][:64]
     sample = (sample * 64)[:32] if len(sample) < 32 else sample
-    if not documents_isolated(model, sample):
+    with task("looking whether packed documents see each other", after=1.0):
+        isolated = documents_isolated(model, sample)
+    if not isolated:
         return rows, "packing is off: documents in one row would see each other with this model and adapter"
-    return pack(rows, recipe.data.max_length), None
+    with task(f"packing {len(rows):,} rows", after=1.0):
+        return pack(rows, recipe.data.max_length), None
 
 
 def save(
@@ -466,9 +471,13 @@ def save(
 
 
 def finish(
-    recipe: Recipe, run: Run, trainer: SFTTrainer, outcome: dict[str, Any], counts: dict[str, Any], notes: list[str]
-) -> dict[str, Any]:
-    """loss.png, report.html and, last, result.json."""
+    recipe: Recipe, run: Run, trainer: SFTTrainer, outcome: dict[str, Any], counts: dict[str, Any], notes: list[str],
+    base: ModelConfig | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The model card, loss.png, report.html and, last, result.json.
+
+    base: as for `save`.
+    """
     trainable, total = parameter_counts(trainer.model)
     result = {
         "stage": recipe.stage,
@@ -483,9 +492,29 @@ def finish(
         "peak_memory_gb": round(peak_memory_gb(), 3),
         "decisions": notes,
     }
+    write_card(recipe, run, result, base or recipe.model)
     report.write(run, result)
     run.finish(result)
     return result
+
+
+def write_card(recipe: Recipe, run: Run, result: dict[str, Any], base: ModelConfig) -> None:
+    """README.md beside the weights, in the place of peft's empty form; all of it as the umask has it."""
+    full = recipe.adapter.method == "full"
+    weights = run.model if full else run.adapter
+    config = places.read_json(weights / "config.json") if full else loading.read_config(base)
+    name = licence = place = None
+    if getattr(recipe.model, "config", None) is None:
+        name, folder = recipe.model.name, loading.folder(recipe.model)
+        with suppress(UserError):  # a hub's snapshot may be without it, and the hub away by now
+            sources.file(recipe.model, "README.md")
+        licence = model_card.licence_of(name, folder)
+        place = model_card.place_of(name, folder) if base.name == name else os.path.relpath(base.name, weights)
+    values = yaml.safe_load(to_yaml(recipe))
+    original = is_chatglm_layout(config)
+    text = model_card.card(values, result, name, licence, place=place, original_layout=original)
+    write_atomically(weights / "README.md", text)
+    places.as_umask(weights)
 
 
 def shown_path(path: str | Path) -> str:
@@ -512,7 +541,7 @@ def summary(recipe: Recipe, run: Run, weights: Path) -> None:
     """What was done, where it is, and what to type next."""
     result = json.loads(run.result.read_text(encoding="utf-8"))
     share = result["trainable_parameters"] / result["total_parameters"]
-    note(f"done in {duration(result['seconds'])}: {result['steps']} steps, {gist(result)}")
+    note(f"done in {duration(result['seconds'])}: {result['steps']:,} steps, {gist(result)}")
     note(f"trained {result['trainable_parameters']:,} of {result['total_parameters']:,} parameters ({share:.2%})")
     note(f"weights {shown_path(weights)}   report {shown_path(run.path / 'report.html')}")
     name = shown_path(run.path)

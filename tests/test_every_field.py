@@ -146,6 +146,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     **{f"model.rope_scaling.{key}": YARN for key in (
         "rope_type", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")},
     "data.max_dropped": {"data.on_error": "drop", "data.train": "{broken}"},
+    "data.text_unit": {"data.train": "{plain}", "data.max_length": 16},
     "data.on_error": {"data.train": "{broken}"}, "data.on_overlong": {"data.max_length": 36},
     "data.shuffle": {"data.max_samples": 9}, "data.on_forged_marker": {
         "data.train": "{forged}", "model.chat_template": "{markers}"},
@@ -215,6 +216,8 @@ def files(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
             found[f"{kind} {name}"] = str(write_rows(folder / f"{kind}_{name}.jsonl", some))
         found[f"{kind} columns"] = {column: "ask"}
     found["pairs"] = found["pairs rows"]
+    (folder / "plain.txt").write_text("".join(f"say {i}\n" + "\n" * (i % 3 == 0) for i in range(40)))
+    found["plain"] = str(folder / "plain.txt")
     return found
 
 

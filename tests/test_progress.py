@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import sys
+import threading
+import time
+from typing import Any
 
 import pytest
 from rich.cells import cell_len
@@ -27,17 +30,56 @@ def test_samples_fit(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     assert any("+1.00" in line for line in lines)
 
 
-def test_a_task_without_a_terminal_says_what_it_does_and_how_far_it_is(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = iter([0.0, 1.0, 11.0, 12.0])
-    monkeypatch.setattr(progress, "console", Console(file=sys.stderr, force_terminal=False, width=100))
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
-    with progress.task("tokenising", 4000) as advance:
-        advance(500)
-        advance(500)
-        advance(3000)
-    assert capsys.readouterr().err.splitlines() == ["tokenising 4,000 rows", "tokenising: 1,000/4,000 rows  ETA 0:33"]
+@pytest.fixture
+def piped(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """No terminal, and a line every hundredth of a second."""
+    out = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=out, force_terminal=False, width=100))
+    monkeypatch.setattr(progress, "QUIET", 0.01)
+    return out
+
+
+def said(out: io.StringIO, wanted: int, *arguments: Any, **more: Any) -> list[str]:
+    """The first lines of a task that is 1,000 on."""
+    out.truncate(out.seek(0))
+    begun = time.monotonic()
+    with progress.task(*arguments, **more) as advance:
+        advance(1000)
+        while out.getvalue().count("\n") < wanted and time.monotonic() - begun < 30:
+            time.sleep(0.005)
+    return out.getvalue().splitlines()[:wanted]
+
+
+def test_a_task_without_a_terminal_says_what_it_does_and_how_far_it_is(piped: io.StringIO) -> None:
+    first, second = said(piped, 2, "tokenising", 4000)
+    assert first == "tokenising 4,000 rows"
+    assert second.startswith("tokenising: 1,000/4,000 rows  ETA 0:")
+    first, second = said(piped, 2, "reading")
+    assert first == "reading"
+    assert second.startswith("reading: 1,000 rows  0:")
+
+
+def test_a_task_of_no_importance_is_named_when_it_takes_long(piped: io.StringIO) -> None:
+    with progress.task("looking", after=60.0):
+        pass
+    assert piped.getvalue() == ""
+    assert said(piped, 1, "looking", after=0.01) == ["looking"]
+
+
+def test_a_task_that_fails_says_no_more(piped: io.StringIO) -> None:
+    before = threading.active_count()
+    with pytest.raises(KeyError), progress.task("reading"):
+        raise KeyError
+    assert threading.active_count() == before
+    assert piped.getvalue().splitlines()[0] == "reading"
+
+
+def test_a_long_step_says_what_it_is_at(piped: io.StringIO) -> None:
+    shown = progress.Progress("ppo")
+    shown.start(10, 0)
+    time.sleep(0.02)
+    shown.doing("32/64 replies")
+    assert piped.getvalue().splitlines() == ["step 1/10  32/64 replies"]
 
 
 def test_a_task_on_a_terminal_goes_away(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +89,10 @@ def test_a_task_on_a_terminal_goes_away(monkeypatch: pytest.MonkeyPatch, capsys:
     text = capsys.readouterr().err
     assert "loading tiny-llama" in text
     assert text.endswith("\x1b[2K")  # the line is erased
+    with progress.task("tokenising", 4000) as advance:
+        advance(1000)
+        time.sleep(0.5)
+    assert "1,000/4,000 rows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

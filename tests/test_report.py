@@ -13,7 +13,15 @@ from finetune.run import Run
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(1234567, "1,234,567"), (0.123456, "0.1235"), ("done", "done"), (True, "True"), (2e-7, "2e-07")]
+    ("value", "text"),
+    [
+        (1234567, "1,234,567"),
+        (0.123456, "0.1235"),
+        ("done", "done"),
+        (True, "True"),
+        (2e-7, "2e-07"),
+        (12345.678, "12,346"),
+    ],
 )
 def test_numbers(value: Any, text: str) -> None:
     assert shown(value) == text

@@ -11,7 +11,7 @@ Beside the model itself none of these holds more than one layer, in float64 at m
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,14 +151,16 @@ def inputs_of(model: Any, ids: list[int]) -> dict[str, Call]:
 
 
 @torch.no_grad()
-def prove_sums(model: Any, inputs: Mapping[str, Call], dtype: torch.dtype) -> Sums:
+def prove_sums(
+    model: Any, inputs: Mapping[str, Call], dtype: torch.dtype, advance: Callable[[int], None] = lambda n: None
+) -> Sums:
     """What every tensor of the merged model is in `dtype`: of adapted layers their sum in float32, after proof that it
     computes what base and adapter compute in float64; of all others the base's own.
 
     RunError for a layer whose sum misses more than float32 rounds; UserError for an adapter that is not all numbers.
 
     Args:
-        inputs: of `inputs_of`.
+        inputs: of `inputs_of`; advance: told of every layer.
     """
     layers = adapted_layers(model)
     digests = {
@@ -168,6 +170,7 @@ def prove_sums(model: Any, inputs: Mapping[str, Call], dtype: torch.dtype) -> Su
     }
     largest = 0.0
     for name, layer in layers.items():
+        advance(1)
         for key, tensor in layer.state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise UserError(

@@ -28,7 +28,17 @@ from finetune.data import checks, leakage, sources
 from finetune.data.chat import IGNORED, Encoded
 from finetune.data.messages import is_plain
 from finetune.data.report import CONTROL, Report, histogram, language
-from finetune.data.samples import Item, all_text, as_held_out, identity, prompt_text, questions, read_samples, specs
+from finetune.data.samples import (
+    Item,
+    all_text,
+    as_held_out,
+    identity,
+    prompt_text,
+    questions,
+    read_samples,
+    specs,
+    watched,
+)
 from finetune.data.types import Conversation, Message, Preference, RowProblem, Text, Unpaired
 from finetune.errors import Problem, UserError
 
@@ -45,6 +55,9 @@ class Audit:
         self.config, self.kind = config, kind
         if getattr(config, "streaming", False) and not any(map(sources.is_hub, specs(config))):
             raise UserError("only hub datasets are streamed", key="data.streaming", fix="leave it out")
+        if getattr(config, "text_unit", "line") != "line" and not any(map(sources.has_plain_text, specs(config))):
+            what = "says how plain text is read, and data.train has none"
+            raise UserError(what, key="data.text_unit", fix="leave it out")
         self.encoder: Any = None if kind == "prompts" else encoder
         self.problems: list[tuple[str, str, int, checks.Finding | RowProblem]] = []
         self.listed = (LISTED, LISTED_ERRORS)
@@ -96,6 +109,10 @@ class Audit:
 
     def _structure(self, batch: list[Item]) -> list[Item]:
         """The rows without structural errors."""
+        for item in batch:
+            if item.problem is not None and item.problem.kind == "empty_file":
+                self._note("warning", item, checks.Finding("warning", "empty_file", item.problem.message))
+        batch = [item for item in batch if item.problem is None or item.problem.kind != "empty_file"]
         self.counts["rows"] += len(batch)
         good: list[Item] = []
         texts: list[str] = []
@@ -342,7 +359,8 @@ class Audit:
         for name, what in told.items():
             if self.counts[name]:
                 lines.append(f"{self.counts[name]:,} {what}")
-        told = {"control_token": "rows with control tokens in content (trained as plain text)"}
+        told = {"empty_file": "files are empty"}
+        told |= {"control_token": "rows with control tokens in content (trained as plain text)"}
         told |= {"same_question": "rows whose question is in the held-out data, under another system turn"}
         for kind, what in told.items():
             if self.kinds[kind]:
@@ -415,7 +433,7 @@ def check(
     """Read everything, report everything. UserError only where a source cannot be read at all."""
     audit = Audit(config, encoder, kind, eval_data)
     with seldom_collecting():
-        for _ in audit.rows(seed):
+        for _ in watched(audit.rows(seed), config, "reading" if encoder is None else "tokenising"):
             pass
     return audit.report()
 

@@ -8,23 +8,19 @@ load_eval_rows(spec, config) -> list[Conversation]     rows for generation; the 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from finetune.data import checks, formats, sources, store
 from finetune.data.audit import Audit, problem_of
 from finetune.data.chat import Encoded
-from finetune.data.samples import all_text, as_held_out, content_hash, read_samples, specs
+from finetune.data.samples import all_text, as_held_out, content_hash, read_samples, specs, watched
 from finetune.data.types import Conversation, RowProblem, Sample, attempted
 from finetune.errors import Problem, UserError
-from finetune.progress import console
-
-R = TypeVar("R")
+from finetune.progress import warn
 
 
 @dataclass
@@ -57,7 +53,7 @@ def load_sft(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = None
         writer = store.Writer(path)
         sample: list[bool] = []
         try:
-            for item, encoded in watched(audit.rows(seed), "reading data"):
+            for item, encoded in watched(audit.rows(seed), config):
                 assert isinstance(encoded, Encoded)
                 assert item.sample is not None
                 if len(sample) < SAMPLED:
@@ -81,25 +77,6 @@ def load_sft(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = None
     if encoder.notice is not None:
         warnings = [encoder.notice, *warnings]
     return split(table, weighted, config, counts, warnings)
-
-
-def watched(rows: Iterator[R], what: str) -> Iterator[R]:
-    """The rows, with a line that counts them on a terminal when it takes longer than a second."""
-    begun = shown = time.perf_counter()
-    status: Any = None
-    try:
-        for number, row in enumerate(rows, 1):
-            now = time.perf_counter()
-            if now - shown > 0.2 and now - begun > 1 and console.is_terminal:
-                if status is None:
-                    status = console.status(what)
-                    status.start()
-                status.update(f"{what}: {number:,} rows, {number / (now - begun):,.0f} rows/s")
-                shown = now
-            yield row
-    finally:
-        if status is not None:
-            status.stop()
 
 
 SAMPLED = 64
@@ -206,6 +183,9 @@ def load_eval_rows(spec: Any, config: Any = None, *, encoder: Any = None) -> lis
     columns = as_held_out(config)
     for source in map(sources.held_out, specs(spec)):
         for item in read_samples(source, columns):
+            if item.problem is not None and item.problem.kind == "empty_file":
+                warn(f"{item.file}: {item.problem.message}")
+                continue
             if item.problem is not None:
                 errors.append(problem_of(item.file, item.row, item.problem))
                 continue

@@ -123,7 +123,8 @@ FORMATS: dict[str, Format] = {
         "inputs_targets.tsv",
     ),
     "text": Format(
-        "text", has("text"), raw_text, "text", "raw text, for pre-training; in a text file every line is a document",
+        "text", has("text"), raw_text, "text",
+        "raw text, for pre-training; in a text file every line is a document (or see data.text_unit)",
         "text.txt",
     ),
 }  # fmt: skip

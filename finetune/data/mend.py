@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from finetune.data import sources
 from finetune.data.audit import Audit
 from finetune.data.samples import specs
-from finetune.data.types import Row
 from finetune.errors import UserError
 from finetune.places import check_writable, fresh
 
@@ -42,7 +40,9 @@ def mend(
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         with parts[0].open("x", encoding="utf-8") as clean, parts[1].open("x", encoding="utf-8") as rejected:
-            for row in rows_of(listed[0]):
+            for row in sources.read_rows(listed[0], unit=getattr(config, "text_unit", "line")):
+                if row.problem is not None and row.problem.kind == "empty_file":
+                    continue
                 why = reasons.get((row.file, row.row))
                 if why is None and row.problem is None:
                     write(clean, row.data)
@@ -72,10 +72,6 @@ def check_free(out: Path) -> None:
         if os.path.lexists(file):
             raise UserError("this file exists", path=file, key="--fix", fix="name a new file")
     check_writable(out.parent.resolve(), "--fix")
-
-
-def rows_of(spec: dict[str, Any]) -> Iterator[Row]:
-    yield from sources.read_rows(spec)
 
 
 def write(stream: IO[str], value: Any) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from finetune.data.audit import Audit
 from finetune.data.chat import IGNORED, Encoded, scored_ids
 from finetune.data.dataset import SftData, held_out, times_used, uneven
-from finetune.data.samples import content_hash
+from finetune.data.samples import content_hash, watched
 from finetune.data.types import Unpaired
 from finetune.errors import UserError
 
@@ -29,7 +29,7 @@ def load_pairs(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = No
     if to_score:  # the score stands at the end of the answer, whatever else could carry loss
         config = config.model_copy(update={"train_on": "last"})
     rows, hashes, weights, audit = [], [], [], Audit(config, encoder, "preference", eval_data)
-    for item, encoded in audit.rows(seed):
+    for item, encoded in watched(audit.rows(seed), config):
         assert isinstance(encoded, dict)
         row: dict[str, list[int]] = {}
         for name in ("chosen", "rejected"):
@@ -46,7 +46,7 @@ def load_pairs(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = No
 def load_unpaired(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = None) -> SftData:
     """Labelled answers; pairs are read as one good and one bad answer. UserError with every problem of every row."""
     rows, hashes, weights, audit = [], [], [], Audit(config, encoder, "unpaired", eval_data)
-    for item, encoded in audit.rows(seed):
+    for item, encoded in watched(audit.rows(seed), config):
         assert isinstance(encoded, Encoded)
         assert isinstance(item.sample, Unpaired)
         start = mask(encoded).index(1)

@@ -1,20 +1,21 @@
 """Samples as the model sees them.
 
-samples(config, encoder, limit) -> [{file, row, input_ids, labels, tokens, text}, …] in file order
+samples(config, encoder, limit) -> [{file, row, input_ids, labels, tokens, text, roles}, …] in file order
 packs(samples, max_length) -> which samples share a row when data.packing is on
-as_text(…), as_html(…)       trained tokens coloured, packing boundaries shown
+as_text(…), as_html(…)       trained tokens marked, packing boundaries shown; on the page also who speaks
 """
 
 from __future__ import annotations
 
 import html
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from finetune.data.audit import Audit
+from finetune.data.audit import Audit, conversations
 from finetune.data.chat import IGNORED
 from finetune.data.packing import plan
+from finetune.data.types import Message
 from finetune.errors import visible
 
 
@@ -27,18 +28,33 @@ def samples(config: Any, encoder: Any, limit: int = 10, kind: str | None = "sft"
         for name, row in parts.items():
             if row is None:
                 continue
+            decoded = tokens(encoder.tokenizer, row.input_ids)
             sample = {
                 "file": item.file,
                 "row": item.row,
                 "input_ids": row.input_ids,
                 "labels": row.labels,
-                "tokens": tokens(encoder.tokenizer, row.input_ids),
+                "tokens": decoded,
                 "text": encoder.tokenizer.decode(row.input_ids),
+                "roles": roles("".join(decoded), conversations(item.sample)[name].messages),
             }
             out.append(sample if not name else {"answer": name, **sample})
     if not out:
         audit.settle()
     return out
+
+
+def roles(text: str, messages: list[Message]) -> list[tuple[str, int, int]]:
+    """(role, start, end) in characters of what each turn says; what stands between is the template's. A turn that the
+    template writes otherwise than it is in the row is not found, and left out."""
+    found, at = [], 0
+    for message in messages:
+        content = message["content"].strip()
+        start = text.find(content, at) if content else -1
+        if start >= 0:
+            at = start + len(content)
+            found.append((message["role"], start, at))
+    return found
 
 
 def tokens(tokenizer: Any, ids: list[int]) -> list[str]:
@@ -76,8 +92,12 @@ def heading(sample: dict[str, Any]) -> str:
     return f"{sample['file']}, row {sample['row']}{answer} · {len(sample['input_ids'])} tokens, {trained} trained"
 
 
-def as_text(shown: list[dict[str, Any]], rows: list[list[int]] | None = None) -> Any:
-    """For a terminal: trained text green, the rest dim. `rows` are the packed rows."""
+MARKS = ("⟦", "⟧")
+
+
+def as_text(shown: list[dict[str, Any]], rows: list[list[int]] | None = None, coloured: bool = True) -> Any:
+    """For a terminal: trained text green, the rest dim; without colours trained text between MARKS. `rows` are the
+    packed rows."""
     from rich.text import Text
 
     text = Text()
@@ -88,7 +108,8 @@ def as_text(shown: list[dict[str, Any]], rows: list[list[int]] | None = None) ->
         for i in group:
             text.append(f"── {visible(heading(shown[i]))}\n", "cyan")
             for trained, part in runs(shown[i]):
-                text.append(visible(part), "bold green" if trained else "dim")
+                part = visible(part) if coloured or not trained else visible(part).join(MARKS)
+                text.append(part, "bold green" if trained else "dim")
             text.append("\n")
     return text
 
@@ -101,12 +122,24 @@ h2 {{ font-size: 0.9rem; color: #57606a; border-top: 1px solid #d0d7de; padding-
 h1 {{ font-size: 1rem; }}
 pre {{ white-space: pre-wrap; font: 13px/1.6 ui-monospace, monospace; margin: 0; color: #6e7781; }}
 mark {{ background: #dafbe1; color: #1a7f37; border-radius: 3px; }}
+[data-role] {{ color: #0550ae; }}
+[data-role="system"] {{ color: #8250df; }}
+[data-role="tool"] {{ color: #953800; }}
+[data-role="assistant"] {{ color: #24292f; }}
+pre [data-role]::before {{ content: attr(data-role); font: 600 10px system-ui, sans-serif; margin-right: 0.4em;
+  padding: 0 0.4em; border: 1px solid currentColor; border-radius: 3px; vertical-align: 1px; }}
 @media (prefers-color-scheme: dark) {{
   body {{ background: #0d1117; color: #e6edf3; }}
   mark {{ background: #12361f; color: #7ee787; }}
+  [data-role] {{ color: #79c0ff; }}
+  [data-role="system"] {{ color: #d2a8ff; }}
+  [data-role="tool"] {{ color: #ffa657; }}
+  [data-role="assistant"] {{ color: #e6edf3; }}
 }}
 </style>
-<p>Marked text is trained; the rest is only read.</p>
+<p><mark>Marked</mark> text is trained; the rest is only read: grey is the template's, and
+<span data-role="system">system</span>, <span data-role="user">user</span>, <span data-role="tool">tool</span> and
+<span data-role="assistant">assistant</span> have a colour each.</p>
 {body}
 </html>
 """
@@ -119,9 +152,22 @@ def as_html(shown: list[dict[str, Any]], rows: list[list[int]] | None = None) ->
         if rows:
             parts.append(f"<h1>Packed row {number}: {len(group)} samples</h1>")
         for i in group:
-            body = "".join(
-                f"<mark>{html.escape(part)}</mark>" if trained else html.escape(part)
-                for trained, part in runs(shown[i])
-            )
+            body, at = "", 0
+            for trained, part in runs(shown[i]):
+                inner = "".join(spoken(part, at, shown[i].get("roles", ()), trained))
+                body += f"<mark>{inner}</mark>" if trained else inner
+                at += len(part)
             parts.append(f"<h2>{html.escape(heading(shown[i]))}</h2>\n<pre>{body}</pre>")
     return PAGE.format(body="\n".join(parts))
+
+
+def spoken(part: str, at: int, roles: Iterable[tuple[str, int, int]], trained: bool) -> Iterator[str]:
+    """A stretch that begins at character `at`, as HTML; what the assistant says and is trained has its mark already."""
+    end, done = at + len(part), at
+    for role, first, last in roles:
+        a, b = max(first, done), min(last, end)
+        if a < b and not (trained and role == "assistant"):
+            yield html.escape(part[done - at : a - at])
+            yield f'<span data-role="{html.escape(role)}">{html.escape(part[a - at : b - at])}</span>'
+            done = b
+    yield html.escape(part[done - at :])

@@ -12,7 +12,7 @@ import numpy as np
 
 from finetune.data.audit import Audit
 from finetune.data.dataset import times_used
-from finetune.data.samples import content_hash
+from finetune.data.samples import content_hash, watched
 from finetune.data.shown import told
 from finetune.data.types import Conversation, Message, Preference, RowProblem, Text, Unpaired, attempted
 from finetune.errors import UserError
@@ -48,7 +48,7 @@ def load_prompts(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = 
     """
     audit = Audit(config, None, "prompts", eval_data)
     rows, marks, too_long = [], [], 0
-    for item, _ in audit.rows(seed):
+    for item, _ in watched(audit.rows(seed), config):
         sample = item.sample
         if isinstance(sample, Text):
             raise UserError(

@@ -32,8 +32,15 @@ SUFFIXES = {
 }  # fmt: skip
 
 
-def read_file(path: Path) -> Iterator[Row]:
-    """All rows of one file. UserError for an empty file or one of no known kind."""
+class EmptyFile(UserError):
+    """Of several files one may be empty."""
+
+
+def read_file(path: Path, unit: str = "line") -> Iterator[Row]:
+    """All rows of one file. UserError for an empty file or one of no known kind.
+
+    unit: what of plain text is a document: line, paragraph or file.
+    """
     name = str(path)
     try:
         with path.open("rb") as raw:
@@ -47,7 +54,7 @@ def read_file(path: Path) -> Iterator[Row]:
     else:
         try:
             with unpacked(path, head) as stream:
-                yield from read_text_file(stream, name)
+                yield from read_text_file(stream, name, unit)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"cannot be unpacked: {first_line(error)}", path=name, fix="download it again") from None
 
@@ -70,18 +77,17 @@ HEAD = 1 << 16
 WHOLE = re.compile(rb'\{[^\[{]*"(?:%s)"\s*:\s*\[\s*\{' % "|".join(sorted(LISTS)).encode())
 
 
-def read_text_file(stream: IO[bytes], name: str) -> Iterator[Row]:
+def read_text_file(stream: IO[bytes], name: str, unit: str = "line") -> Iterator[Row]:
     """Json, csv or plain text."""
     head: bytes = stream.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start:
         if head and stream.read().strip():
             raise UserError("the file begins with much white space", path=name, fix="remove it")
-        raise UserError("the file is empty", path=name, fix="name a file with rows")
+        raise EmptyFile("the file is empty", path=name, fix="name a file with rows")
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or is_utf16(start[:1024]):
         raise UserError("UTF-16 text", path=name, fix="convert it: iconv -f utf-16 -t utf-8")
-    kinds = [s for s in Path(name).suffixes if s.lower() not in (".gz", ".zst")]
-    suffix = kinds[-1].lower() if kinds else ""
+    suffix = suffix_of(name)
     if looks_like_json(start, suffix):
         whole = bool(WHOLE.match(start))
         if start[:1] == b"[" or (start[:1] == b"{" and (whole or not one_per_line(start))):
@@ -92,8 +98,27 @@ def read_text_file(stream: IO[bytes], name: str) -> Iterator[Row]:
         raise UserError("not a data file (binary content)", path=name, fix=f"use one of {', '.join(sorted(SUFFIXES))}")
     elif suffix in (".csv", ".tsv"):
         yield from read_csv(stream, name, "\t" if suffix == ".tsv" else None)
-    else:
+    elif unit == "line":
         yield from read_lines(stream, name)
+    else:
+        yield from read_documents(stream, name, unit)
+
+
+def suffix_of(name: str) -> str:
+    """What the file is called without its compression."""
+    kinds = [s for s in Path(name).suffixes if s.lower() not in (".gz", ".zst")]
+    return kinds[-1].lower() if kinds else ""
+
+
+def is_plain_text(path: Path) -> bool:
+    """Whether `data.text_unit` says how the file is read."""
+    with path.open("rb") as raw:
+        head = raw.read(8)
+    if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")) or suffix_of(str(path)) in (".csv", ".tsv"):
+        return False
+    with unpacked(path, head) as stream:
+        start = stream.peek(HEAD)[:HEAD].removeprefix(b"\xef\xbb\xbf").lstrip()
+    return not looks_like_json(start, suffix_of(str(path)))
 
 
 def is_utf16(start: bytes) -> bool:
@@ -212,6 +237,31 @@ def read_lines(stream: IO[bytes], name: str) -> Iterator[Row]:
                 yield Row({"text": decoded(line).rstrip("\r\n")}, name, number)
             except RowProblem as problem:
                 yield Row({}, name, number, problem)
+
+
+def read_documents(stream: IO[bytes], name: str, unit: str) -> Iterator[Row]:
+    """Plain text: the whole file is a document, or every stretch between blank lines."""
+    held: list[str] = []
+    first = size = 0
+    for number, line in itertools.chain(lines_of(stream), [(0, b"")]):
+        if number and (line.strip() or (held and unit == "file")):
+            if not held:
+                first, size = number, 0
+            try:
+                size += len(line)
+                if size > LIMIT:
+                    raise too_long()
+                held.append(decoded(line).rstrip("\r\n"))
+                continue
+            except RowProblem as problem:
+                yield Row({}, name, number, problem)
+                held = []
+                if unit == "file":
+                    return
+                continue
+        if held:
+            yield Row({"text": "\n".join(held).rstrip("\n")}, name, first)
+            held = []
 
 
 def one_per_line(start: bytes) -> bool:

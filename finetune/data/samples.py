@@ -2,6 +2,7 @@
 
     read_samples(spec, config, kind) -> Iterator[Item]       in file order, problems included
     specs(config) -> the sources of data.train, as dicts
+    watched(rows, config) -> the same rows, counted on the screen
 
 Formats are recognised per source from its first rows. Training data, audit, preview and evaluation all read through
 here.
@@ -13,8 +14,9 @@ import heapq
 import itertools
 import unicodedata
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
@@ -23,8 +25,10 @@ from finetune.data.messages import is_plain
 from finetune.data.nulls import filled, without_nulls
 from finetune.data.types import Conversation, Preference, Row, RowProblem, Sample, Text, Unpaired
 from finetune.errors import UserError
+from finetune.progress import shown_name, task
 
 SNIFFED = 100
+R = TypeVar("R")
 STAGES = {"sft": "ft sft", "preference": "ft dpo or ft reward", "unpaired": "ft kto", "text": "ft pretrain"}
 
 
@@ -45,9 +49,55 @@ def specs(config: Any) -> list[dict[str, Any]]:
     return [sources.as_dict(spec) for spec in (train if isinstance(train, list | tuple) else [train])]
 
 
+def watched(rows: Iterator[R], config: Any, what: str = "tokenising") -> Iterator[R]:
+    """The rows of a data section, with a line that counts them."""
+    total, name = expected_rows(config), named(config)
+    with task(f"{what} {name}") if total is None else task(what, total, f"rows of {name}") as advance:
+        for row in rows:
+            advance(1)
+            yield row
+
+
+def named(config: Any) -> str:
+    """The sources in few words."""
+    names = [shown_name(str(spec["path"])) for spec in specs(config)]
+    return ", ".join([*names[:2], *(["…"] if len(names) > 2 else [])])
+
+
+COUNTED = {".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".text"}
+
+
+def expected_rows(config: Any) -> int | None:
+    """About how many rows the sources hold, by their lines; None where that says nothing or would take long."""
+    if getattr(config, "text_unit", "line") != "line":
+        return None
+    total = 0
+    for spec in specs(config):
+        limit = spec.get("max_samples") or getattr(config, "max_samples", None)
+        local = not sources.is_hub(spec) and spec.get("source") != "modelscope"
+        files = sources.files_of(spec["path"], spec.get("split")) if local else []
+        plain = files and all(file.suffix in COUNTED for file in files) and not spec.get("filter")
+        if not plain or sum(file.stat().st_size for file in files) > COUNTED_BELOW:
+            return None
+        lines = sum(map(lines_in, files))
+        total += min(lines, limit) if limit else lines
+    return total
+
+
+COUNTED_BELOW = 1 << 32  # 4 GiB: two seconds
+
+
+def lines_in(file: Path) -> int:
+    count, last = 0, b"\n"
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            count, last = count + block.count(b"\n"), block
+    return count + (not last.endswith(b"\n")) - (file.suffix in (".csv", ".tsv"))
+
+
 def as_held_out(config: Any) -> Any:
-    """What of the training data's settings holds for held-out rows: only the names of the columns."""
-    return SimpleNamespace(columns=getattr(config, "columns", None))
+    """What of the training data's settings holds for held-out rows: names of columns, and what a document is."""
+    return SimpleNamespace(columns=getattr(config, "columns", None), text_unit=getattr(config, "text_unit", "line"))
 
 
 def read_samples(spec: Any, config: Any, kind: str | None = "sft", *, seed: int = 42) -> Iterator[Item]:
@@ -59,7 +109,8 @@ def read_samples(spec: Any, config: Any, kind: str | None = "sft", *, seed: int 
     spec = sources.as_dict(spec)
     columns = spec.get("columns") or getattr(config, "columns", None)
     weight = float(spec.get("weight", 1.0))
-    rows = sources.read_rows(spec, streaming=getattr(config, "streaming", False))
+    streaming, unit = getattr(config, "streaming", False), getattr(config, "text_unit", "line")
+    rows = sources.read_rows(spec, streaming=streaming, unit=unit)
     head = list(itertools.islice(rows, SNIFFED))
     name = spec.get("format") or getattr(config, "format", None)
     name = checked_format(name, head, columns, kind, str(spec["path"]))

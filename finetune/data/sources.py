@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.nulls import without_nulls
-from finetune.data.readers import SUFFIXES, read_file
-from finetune.data.types import Row
+from finetune.data.readers import SUFFIXES, EmptyFile, is_plain_text, read_file
+from finetune.data.types import Row, RowProblem
 from finetune.errors import UserError
 from finetune.json_text import same
 from finetune.recipe import SourceConfig, resource_path
@@ -43,8 +43,11 @@ SPLITS = {
 }
 
 
-def read_rows(spec: Spec, *, streaming: bool = False) -> Iterator[Row]:
-    """All rows of `spec`, lazily. UserError when it names nothing that exists."""
+def read_rows(spec: Spec, *, streaming: bool = False, unit: str = "line") -> Iterator[Row]:
+    """All rows of `spec`, lazily. UserError when it names nothing that exists, or only empty files.
+
+    unit: what of plain text is a document (`data.text_unit`).
+    """
     spec = as_dict(spec)
     check_keys(spec)
     if spec.get("source") == "modelscope":
@@ -54,8 +57,26 @@ def read_rows(spec: Spec, *, streaming: bool = False) -> Iterator[Row]:
         return
     else:
         files = files_of(spec["path"], spec.get("split"))
+    empty = []
     for file in files:
-        yield from filtered(read_file(file), spec.get("filter"))
+        try:
+            yield from filtered(read_file(file, unit), spec.get("filter"))
+        except EmptyFile as error:
+            empty.append(error)
+            if len(empty) == len(files):
+                raise
+    for missing in empty:
+        problem = RowProblem("empty_file", "the file is empty", "take it out of the folder")
+        yield Row({}, str(missing.problems[0].path), 1, problem)
+
+
+def has_plain_text(spec: dict[str, Any]) -> bool:
+    """Whether a local source holds files that are neither json nor tables; of a hub's nothing is known before."""
+    if is_hub(spec):
+        return False
+    if spec.get("source") == "modelscope":
+        return True
+    return any(map(is_plain_text, files_of(spec["path"], spec.get("split"))))
 
 
 def check_keys(spec: dict[str, Any]) -> None:

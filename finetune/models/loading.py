@@ -47,6 +47,7 @@ from finetune.models.chatglm_tokenizer import build_tokenizer
 from finetune.models.identity import check_identity, locked_template, read_identity
 from finetune.models.sources import HUB_HELP, builtin_names, folder, locate
 from finetune.models.weight_files import DERIVED, check_file, read_json, tensors, weight_files
+from finetune.progress import shown_name, task
 from finetune.recipe import Hardware, ModelConfig, resource_path
 
 __all__ = [
@@ -222,15 +223,18 @@ def load_model(model: ModelConfig, dtype: torch.dtype, machine: Hardware = CPU, 
         options["attn_implementation"] = model.attn_implementation
     if (quantized := quantization.config_for(model, dtype)) is not None:
         options["quantization_config"] = quantized
-    loaded = _from_pretrained(model, config, dtype, options)
-    if scratch is not None:
-        weakref.finalize(loaded, shutil.rmtree, scratch, ignore_errors=True)
-    if quantized is not None or quantization.is_bitsandbytes(config):
-        _check_quantized_shapes(loaded, model.name)
-        quantization.after_loading(loaded, model.name)
+    precision = [str(dtype).removeprefix("torch."), *([model.quantization] if model.quantization else [])]
+    with task(f"loading {shown_name(model.name)} ({', '.join(precision)})"):
+        loaded = _from_pretrained(model, config, dtype, options)
+        if scratch is not None:
+            weakref.finalize(loaded, shutil.rmtree, scratch, ignore_errors=True)
+        if quantized is not None or quantization.is_bitsandbytes(config):
+            _check_quantized_shapes(loaded, model.name)
+            quantization.after_loading(loaded, model.name)
     if model.sanity_check is not False:
         plain = model.model_copy(update={"chat_template": None})  # its text is no conversation
-        sanity.check(loaded, load_tokenizer(plain), model)
+        with task("looking whether it is a language model", after=1.0):
+            sanity.check(loaded, load_tokenizer(plain), model)
     return loaded
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from finetune.errors import UserError
+from finetune.errors import UserError, visible
 from finetune.places import check_file, json_with
-from finetune.progress import note, say_json
+from finetune.progress import note, say, say_json
 from finetune.progress import output as output_console
 from finetune.recipe import RECIPES, DataConfig, absolute_source
 from finetune.recipe_file import find, load, parse_value, recipe_text, with_settings
@@ -49,10 +49,11 @@ def check(
         kept, taken, rejects = mend.mend(config, Path(fix), encoder, kind, held_out)
         note(f"{kept:,} rows written to {fix}, {taken:,} rejects with their reasons to {rejects}")
     report = audit.check(config, encoder, kind=kind, eval_data=held_out)
+    tell = note if json_file == "-" else found
     if encoder is not None and encoder.notice is not None:
-        note(encoder.notice)
+        tell(encoder.notice)
     for line in sources.left_out(samples.specs(config), offer=held_out is None):
-        note(line)
+        tell(line)
     if json_file == "-":
         say_json(report.as_json())
     else:
@@ -84,7 +85,8 @@ def preview(
     shown = views.samples(config, encoder, limit, kind)
     rows = views.packs(shown, config.max_length) if config.packing else None
     if json_file is not None:
-        output: dict[str, Any] = {"template": encoder.origin, "samples": shown}
+        kept = [{key: value for key, value in sample.items() if key != "roles"} for sample in shown]
+        output: dict[str, Any] = {"template": encoder.origin, "samples": kept}
         if rows is not None:
             output["packs"] = rows
         if json_file == "-":
@@ -95,8 +97,14 @@ def preview(
         write_atomically(Path(html_file), views.as_html(shown, rows))
         note(f"written to {html_file}")
     if json_file is None and html_file is None:
-        output_console.print(views.as_text(shown, rows), soft_wrap=True)
-        note(f"green is trained · {encoder.origin}")
+        coloured = (
+            output_console.is_terminal and not output_console.no_color and output_console.color_system is not None
+        )
+        if not coloured:
+            say(f"{'…'.join(views.MARKS)} is trained, the rest is only read · {encoder.origin}")
+        output_console.print(views.as_text(shown, rows, coloured), soft_wrap=True)
+        if coloured:
+            note(f"green is trained · {encoder.origin}")
 
 
 def check_outputs(*files: tuple[str, str | None, Callable[[Path], bool]]) -> None:
@@ -167,22 +175,26 @@ def make_encoder(model: Any) -> Any:
 
 
 def show(report: Any) -> None:
-    """The report for people: problems first, then what the data is like."""
+    """The report for people, on stdout: problems first, then what the data is like."""
     for level, style in (("error", "red"), ("warning", "yellow")):
         listed = [p for p in report.problems if p["level"] == level]
         for problem in listed[:WORST]:
-            line = f"{problem['file']}, row {problem['row']}: {problem['message']}"
-            note(line, style)
+            found(f"{level}: {problem['file']}, row {problem['row']}: {problem['message']}", style)
         if len(listed) > WORST:
-            note(f"… and {len(listed) - WORST:,} more ({level}s; --json lists them)")
+            found(f"… and {len(listed) - WORST:,} more ({level}s; --json lists them)")
     trained = f", {report.trained_tokens:,} trained tokens" if report.trained_tokens is not None else ""
-    note(f"{report.rows:,} rows, {report.counts['used']:,} usable{trained}")
+    found(f"{report.rows:,} rows, {report.counts['used']:,} usable{trained}")
     kinds = sorted((count, kind) for kind, count in report.kinds.items() if count)
     if kinds:
-        note(" · ".join(f"{kind} {count:,}" for count, kind in reversed(kinds)))
-    note("languages: " + ", ".join(f"{name} {count:,}" for name, count in report.languages.items()))
+        found(" · ".join(f"{kind} {count:,}" for count, kind in reversed(kinds)))
+    found("languages: " + ", ".join(f"{name} {count:,}" for name, count in report.languages.items()))
     lengths = report.tokens or report.characters
     most = max(lengths.values(), default=1)
     for name, count in lengths.items():
         unit = "tokens" if report.tokens else "characters"
-        note(f"{name:>13} {unit} {'█' * max(1, round(30 * count / most))} {count:,}")
+        found(f"{name:>13} {unit} {'█' * max(1, round(30 * count / most))} {count:,}")
+
+
+def found(line: str, style: str | None = None) -> None:
+    """One line of a report: a result, so it goes to stdout."""
+    output_console.print(visible(line), style=style, soft_wrap=True)

@@ -10,16 +10,18 @@ import gc
 import json
 import math
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from finetune import places
+from finetune import model_card, places
 from finetune.adapters.build import adapter_config
 from finetune.adapters.limits import check_merge
 from finetune.adapters.merge import (
+    adapted_layers,
     check_layers,
     check_written,
     in_float32,
@@ -36,9 +38,9 @@ from finetune.families import family
 from finetune.models import hardware, loading, sources
 from finetune.models.chatglm_config import is_chatglm_layout
 from finetune.models.chatglm_export import export_original
-from finetune.progress import note, warn
+from finetune.progress import note, task, warn
 from finetune.recipe import ModelConfig
-from finetune.run import read_recipe, versions, write_json
+from finetune.run import read_recipe, versions, write_atomically, write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -108,24 +110,28 @@ def run(
         loading.resize_for(network, folder, config)
         exact = logits_of(network, samples)
         adapted = loading.attach_adapter(network, folder, config)
-    sums = prove_sums(adapted, inputs_of(adapted, samples[0]), kind)
-    merged = merge_in_float32(adapted).to(kind)
+    calls = inputs_of(adapted, samples[0])
+    with task("summing and proving", len(adapted_layers(adapted)), "layers") as advance:
+        sums = prove_sums(adapted, calls, kind, advance)
+        merged = merge_in_float32(adapted).to(kind)
 
     # A failed merge leaves nothing that looks like a model, and the one before stays until this one is proven.
     with places.built_beside(target, "--output", lambda: written_names(target, overwrite)) as part:
         stops, device = stop_ids(merged, encoder), merged.device
-        if layout == "chatglm":
-            export_original(merged, values, part, max_shard_size, source=loading.folder(config))
-        else:
-            merged.generation_config = GenerationConfig()  # checked while saving, and replaced below
-            merged.save_pretrained(part, max_shard_size=max_shard_size)
-            tokenizer.save_pretrained(part)
+        with task("writing the merged model", after=1.0):
+            if layout == "chatglm":
+                export_original(merged, values, part, max_shard_size, source=loading.folder(config))
+            else:
+                merged.generation_config = GenerationConfig()  # checked while saving, and replaced below
+                merged.save_pretrained(part, max_shard_size=max_shard_size)
+                tokenizer.save_pretrained(part)
         write_generation_config(part, config, stops, tokenizer.pad_token_id)
         del network, adapted, merged
         gc.collect()
-        written = read_back(part, kind, config if layout == "chatglm" else None)
-        check_written(sums, written)
-        after = logits_of(written.to(device), samples)
+        with task("reading it back and comparing"):
+            written = read_back(part, kind, config if layout == "chatglm" else None)
+            check_written(sums, written)
+            after = logits_of(written.to(device), samples)
         largest, relative = largest_difference(unmerged, after)
         figures = {
             "max_logit_diff": largest,
@@ -142,6 +148,11 @@ def run(
             "sum": {"layers": sums.layers, "largest_miss": sums.largest_miss, "tensors": len(sums.digests)},
             **{key: value if math.isfinite(value) else None for key, value in figures.items()},
         }  # fmt: skip
+        with suppress(UserError):  # a hub's snapshot may be without it, and the hub away by now
+            sources.file(config, "README.md")
+        licence = model_card.licence_of(config.name, loading.folder(config))
+        card = model_card.merged_card(report, config.name, licence, recipe_of(folder), target.name)
+        write_atomically(part / "README.md", card)
         files = sorted({path.name for path in part.iterdir()} - {places.UNFINISHED} | {REPORT})
         write_json(part / REPORT, {**report, "versions": versions(), "files": files})
     note(f"merged {method} into {config.name} ({base} weights, {dtype}): {target}")
@@ -149,12 +160,13 @@ def run(
         gap = figures["diff_to_trained_model"]
         note(f"difference to the {trained.quantization} model as trained: {gap:.3g} (measured, not a gate)")
     note(
-        f"proven: in {sums.layers} layers the float32 sum misses at most {sums.largest_miss:.1g} of what the adapter "
-        f"does, and all {len(sums.digests)} tensors are on disk as that sum, rounded once to {dtype}"
+        f"proven: in {sums.layers:,} layers the float32 sum misses at most {sums.largest_miss:.1g} of what the adapter "
+        f"does, and all {len(sums.digests):,} tensors are on disk as that sum, rounded once to {dtype}"
     )
     if dtype != "float32" and largest > figures["adapter_effect"] / 2:
         warn(f"rounding to {dtype} moves logits about as much as the adapter does; --dtype float32 keeps all of it")
-    rounding = "" if dtype == "float32" else f" ({dtype} moves the base's own by {figures['base_logit_diff']:.3g})"
+    alone = figures["base_logit_diff"]  # no number for a network whose layers cannot be computed in float32
+    rounding = "" if dtype == "float32" or math.isnan(alone) else f" ({dtype} moves the base's own by {alone:.3g})"
     note(
         f"largest logit difference to the unmerged model {largest:.3g}{rounding}; the adapter itself moves logits by "
         f"up to {figures['adapter_effect']:.3g}"
@@ -162,6 +174,12 @@ def run(
 
 
 REPORT = "merge.json"
+
+
+def recipe_of(adapter: Path) -> dict[str, Any] | None:
+    """The recipe of the run that an adapter lies in."""
+    found = read_recipe(adapter.parent) if adapter.name == "adapter" else None
+    return found if isinstance(found, dict) and {"stage", "model", "data", "output"} <= found.keys() else None
 
 
 def check_target(target: Path, overwrite: bool) -> None:

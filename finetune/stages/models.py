@@ -126,8 +126,8 @@ adapter/base_identity.json holds the base's name, source, revision, a fingerprin
 a hash of the chat template. Whenever an adapter meets a base (to go on training, in eval, merge and chat) the
 fingerprint is compared, and another base is an error. It is a hash over name, dtype, shape and every byte of every
 tensor that is loaded: the same as one file, in shards, or as .bin, with or without a copy of tied embeddings, whatever
-else lies in the folder; fingerprints of earlier versions are still compared by their own rule. The chat template that was
-trained is used everywhere, whatever `model.chat_template` has become since; `ft eval RUN --compare-base` asks the base
+else lies in the folder; fingerprints of earlier versions are still compared by their own rule. The chat template that
+was trained is used everywhere, whatever `model.chat_template` has become since; `ft eval RUN --compare-base` asks the base
 with it, too. A base that has moved is given with `--model`.
 
 Adapters of other PEFT tools say nothing of the kind; their names and shapes are compared with the network before its

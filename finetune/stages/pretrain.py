@@ -7,7 +7,7 @@ Blocks are taken in the order of the text (a curriculum stays one), each exactly
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -28,10 +28,12 @@ from finetune.adapters import limits
 from finetune.adapters.build import apply, check, loads_trainable, prepare
 from finetune.data import raw, world
 from finetune.data.audit import Audit
+from finetune.data.samples import watched
 from finetune.data.tokens import check_embedded
 from finetune.errors import UserError
 from finetune.models import chatglm_export, chatglm_tokenizer, hardware, initial, loading, tiny
 from finetune.models.rope import check_length
+from finetune.progress import task
 from finetune.recipe import ModelConfig, PretrainRecipe
 from finetune.run import Run, check_resumable, open_run
 from finetune.trainers import Extras
@@ -113,7 +115,8 @@ def _tokenizer(recipe: PretrainRecipe) -> PreTrainedTokenizerBase:
             "is needed with model.config", key="model.tokenizer", fix=f"give a folder, a hub id or {raw.WORLD}"
         )
     if name == raw.WORLD:
-        return cast(PreTrainedTokenizerBase, tiny.build_tokenizer(_world_texts(), world.HAN))
+        with task("making the tokenizer", after=1.0):
+            return cast(PreTrainedTokenizerBase, tiny.build_tokenizer(_world_texts(), world.HAN))
     if name == WORLD_CHATGLM3:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "tokenizer.model").write_bytes(tiny.build_sentencepiece(_world_texts(), world.HAN))
@@ -163,12 +166,13 @@ def _blocks(
                 f"{raw.WORLD} is endless", key="data.eval_split", fix="give a number of blocks, not a share"
             )
         wanted = train.max_steps * train.effective_batch_size
-        total = _documents_for(wanted, packed, recipe)
-        blocks = list(islice(packed(raw.documents(data, train.seed, total)), wanted))
+        with task("making", wanted, "blocks of text") as advance:
+            total = _documents_for(wanted, packed, recipe)
+            blocks = list(counted(islice(packed(raw.documents(data, train.seed, total)), wanted), advance))
         other = raw.documents(data, train.seed + EVAL_SEED, 1)
         held = list(islice(packed(other), data.eval_split)) if data.eval_split else []
     else:
-        texts = raw.documents(data, train.seed, 1, audit)
+        texts = watched(raw.documents(data, train.seed, 1, audit), data)
         kept: list[str] = []
         if data.eval_split is not None:
             kept, texts = raw.held_out(texts, data.eval_split)
@@ -190,6 +194,12 @@ def _blocks(
     return Blocks(blocks), Blocks(held) if held else None
 
 
+def counted(blocks: Iterator[list[int]], advance: Callable[[int], None]) -> Iterator[list[int]]:
+    for block in blocks:
+        advance(1)
+        yield block
+
+
 def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What stands before every document: what the tokenizer puts before any text, else its bos, else its end token."""
     before = cast(list[int], tokenizer.encode(""))
@@ -201,13 +211,13 @@ def _documents_for(blocks: int, packed: Any, recipe: PretrainRecipe) -> int:
     """How many documents of the endless world fill `blocks` blocks, measured on a thousandth of them."""
     sample, used = max(50, blocks // 1000), 0
 
-    def counted() -> Iterator[str]:
+    def drawn() -> Iterator[str]:
         nonlocal used
         for text in raw.documents(recipe.data, recipe.train.seed, 1):
             used += 1
             yield text
 
-    found = len(list(islice(packed(counted()), sample)))
+    found = len(list(islice(packed(drawn()), sample)))
     return blocks * used // found
 
 

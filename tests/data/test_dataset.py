@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 from chat_kit import assistant, byte_level, encoder, make_rows, system, user, write
 
-from finetune.data import chat, dataset, sources, store
+from finetune.data import chat, dataset, samples, sources, store
 from finetune.data.types import Conversation, Preference
 from finetune.errors import UserError
 from finetune.recipe import DataConfig, SourceConfig
@@ -166,7 +164,7 @@ def test_large_data_is_cached_by_everything_it_depends_on(tmp_path: Path, monkey
     first = load(path, cache_folder=cache, eval_split=0.2)
     reads: list[Any] = []
     read_file = sources.read_file
-    monkeypatch.setattr(sources, "read_file", lambda p: reads.append(p) or read_file(p))
+    monkeypatch.setattr(sources, "read_file", lambda p, *unit: reads.append(p) or read_file(p, *unit))
     again = load(path, cache_folder=cache, eval_split=0.2)
     assert not reads
     assert (again.counts, again.warnings) == (first.counts, first.warnings)
@@ -282,15 +280,22 @@ def test_a_shipped_template_is_said(tmp_path: Path) -> None:
     assert data.warnings == ["chat format: the shipped template plain.jinja (the tokenizer has none)"]
 
 
-def test_long_reading_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.console import Console
-
-    seen = io.StringIO()
-    monkeypatch.setattr(dataset, "console", Console(file=seen, force_terminal=True, width=80))
-    clock = itertools.count(0, 0.3)
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    assert list(dataset.watched(iter(range(9)), "reading data")) == list(range(9))
-    assert "reading data: 9 rows, 3 rows/s" in seen.getvalue()
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "tokenising 9 rows of x.jsonl"),
+        ({"max_samples": 4}, "tokenising 4 rows of x.jsonl"),
+        ({"train": ["{path}", "{path}"]}, "tokenising 18 rows of x.jsonl, x.jsonl"),
+        ({"train": {"path": "{path}", "filter": {"a": 1}}}, "tokenising x.jsonl"),
+    ],
+)
+def test_reading_says_what_and_how_much(
+    settings: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "x.jsonl", make_rows(9))
+    filled = json.loads(json.dumps({"train": "{path}", **settings}).replace("{path}", path))
+    assert list(samples.watched(iter(range(9)), DataConfig(**filled))) == list(range(9))
+    assert capsys.readouterr().err.splitlines() == [said]
 
 
 def test_counts_can_be_written_as_json(tmp_path: Path) -> None:

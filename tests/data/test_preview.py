@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ def test_samples(tmp_path: Path) -> None:
     samples = shown(write(tmp_path / "x.jsonl", [*make_rows(1), {"messages": []}, *make_rows(9)]))
     assert [sample["row"] for sample in samples] == [1, 3, 4]
     first = samples[0]
-    assert set(first) == {"file", "row", "input_ids", "labels", "tokens", "text"}
+    assert set(first) == {"file", "row", "input_ids", "labels", "tokens", "text", "roles"}
     assert len(first["input_ids"]) == len(first["labels"]) == len(first["tokens"])
     assert first["text"] == "".join(first["tokens"])
     assert (
@@ -58,6 +60,35 @@ def test_a_page_that_content_cannot_break_out_of(tmp_path: Path) -> None:
     assert "<mark>&lt;/pre&gt;&lt;b&gt;{x}&lt;|im_end|&gt;</mark>" in page
 
 
+def test_roles_are_told_apart_on_the_page(tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "be <kind>"},
+                user("hi"),
+                assistant("a"),
+                user("more?"),
+                assistant("hi"),
+            ]
+        }
+    ]
+    page = preview.as_html(shown(write(tmp_path / "x.jsonl", rows), train_on="last"))
+    body = page[page.index("<pre>") :]
+    said = re.findall(r'<span data-role="(\w+)">(.*?)</span>', body)
+    assert said == [("system", "be &lt;kind&gt;"), ("user", "hi"), ("assistant", "a"), ("user", "more?")]
+    assert "<mark>hi&lt;|im_end|&gt;</mark>" in body
+    text = html.unescape(re.sub(r"<[^>]*>", "", body.partition("</pre>")[0]))
+    assert text == shown(write(tmp_path / "y.jsonl", rows))[0]["text"]
+    everything = preview.as_html(shown(write(tmp_path / "z.jsonl", rows), train_on="all"))
+    assert '<span data-role="user">more?</span>' in everything.partition("<mark>")[2]
+
+
+def test_without_colours_trained_text_stands_between_marks(tmp_path: Path) -> None:
+    text = preview.as_text(shown(write(tmp_path / "x.jsonl", make_rows(1))), coloured=False).plain
+    assert "⟦answer 0<|im_end|>⟧" in text
+    assert text.count("⟦") == 1
+
+
 def test_nothing_to_show_says_why(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the conversation has no turns"):
         shown(write(tmp_path / "x.jsonl", [{"messages": []}]))
@@ -76,6 +107,12 @@ def test_check_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], base:
         write(tmp_path / "bad.jsonl", [*make_rows(3), {"messages": []}]),
     )
     assert run("check", "--data", good) == 0
+    said = capsys.readouterr()
+    assert "3 rows, 3 usable" in said.out.splitlines()
+    assert said.err.splitlines() == ["reading 3 rows of good.jsonl"]
+    assert run("check", "--data", bad) == 2
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"error: {bad}, row 4: the conversation has no turns → remove the row"
     assert run("check", "--data", bad, "--json", "-") == 2
     report = json.loads(capsys.readouterr().out)
     assert report["rows"] == 4
@@ -86,6 +123,7 @@ def test_check_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], base:
     assert run("check", "--data", bad, "--model", str(base), "--json", str(tmp_path / "r.json")) == 2
     assert json.loads((tmp_path / "r.json").read_text())["trained_tokens"] == 28
     assert run("check", "--data", bad, "--fix", str(tmp_path / "clean.jsonl")) == 0
+    capsys.readouterr()
     assert run("check", "--data", str(tmp_path / "clean.jsonl"), "--eval", good, "--stage", "sft", "--json", "-") == 0
     assert json.loads(capsys.readouterr().out)["kinds"]["leakage"] == 3
     assert run("check", "--data", "builtin:preference") == 0
@@ -93,7 +131,7 @@ def test_check_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], base:
         run("check", "--data", "builtin:preference", "--stage", "sft")
     with pytest.raises(UserError, match="nothing to look at"):
         run("check")
-    with pytest.raises(UserError, match="data.max_length: 'long' is not possible here"):
+    with pytest.raises(UserError, match="is not possible here"):
         run("check", "--data", good, "--set", "data.max_length=long")
 
 
@@ -106,7 +144,9 @@ def test_preview_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], bas
     run("preview", "--data", path, "--model", str(base), "--html", str(tmp_path / "x.html"))
     assert "<mark>answer 0" in (tmp_path / "x.html").read_text()
     run("preview", "--data", path, "--model", str(base))
-    assert "answer 28<|im_end|>" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "⟦answer 28<|im_end|>⟧" in text
+    assert text.startswith("⟦…⟧ is trained, the rest is only read")
     with pytest.raises(UserError, match="a preview needs a tokenizer"):
         run("preview", "--data", path)
 
