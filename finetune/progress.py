@@ -13,11 +13,13 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
@@ -84,6 +86,13 @@ def encodable(text: str) -> bool:
 def command(*parts: object) -> str:
     """`ft …` as it can be typed, whatever a path holds."""
     return shlex.join(["ft", *map(str, parts)])
+
+
+def shown_path(path: str | Path) -> str:
+    """Relative to the working directory where that is shorter to type."""
+    relative = os.path.relpath(path)
+    relative = f"./{relative}" if relative.startswith("-") else relative  # or it would be an option
+    return relative if not relative.startswith("..") else str(path)
 
 
 def say(text: str, end: str = "\n", flush: bool = False) -> None:
