@@ -216,11 +216,12 @@ def compare(
     checked = load(reference, SftRecipe, set_, output)
     _quiet(bars=False)
     from finetune import early
-    from finetune.stages.compare import check_folder, parse, run
+    from finetune.stages.compare import check_folder, check_recipe, parse, run
 
     wanted = parse(methods, quantization, data_fractions)
     try:
-        early.together(lambda: check_folder(Path(output), checked), lambda: early.inputs(checked))
+        place, fit = (lambda: check_folder(Path(output), checked)), (lambda: check_recipe(checked))
+        early.together(place, fit, lambda: early.inputs(checked))
         _quiet()
         _warn(early.gpu_missing(reference, checked))
         run(checked, *wanted, output)

@@ -48,7 +48,8 @@ def locate(model: ModelConfig) -> str:
     path = Path(name).expanduser()
     if source != "hub" and path.is_dir():
         return str(_local(path, name))
-    looks_local = path.is_absolute() or name.startswith((".", "~", "runs/")) or name.count("/") != 1 or path.parent.is_dir()
+    looks_local = path.is_absolute() or name.startswith((".", "~", "runs/"))
+    looks_local |= name.count("/") != 1 or path.parent.is_dir()
     if source == "local" or (source is None and looks_local):
         _refuse_by_name(name)
         fix = did_you_mean(
@@ -106,15 +107,11 @@ def did_you_mean(reference: str, otherwise: str, models: bool = True) -> str:
     `otherwise` where none is near."""
     path = Path(reference).expanduser()
     beside = [path.parent / p.name for p in folders(path.parent)] if path.name else []
-    known = {
-        str(p): p.name for p in [*beside, *folders(Path("runs")), *folders(Path("runs"), "*/*")] if is_ours(p, models)
-    }
-    known |= {name: name for name in builtin_names() if models and len(path.parts) < 3}
-    for wanted in (reference, path.name):
-        pool = {(full if wanted == reference else name).lower(): full for full, name in known.items()}
-        if near := difflib.get_close_matches(wanted.lower(), pool, n=1, cutoff=0.7):
-            return f"did you mean {pool[near[0]]}?"
-    return otherwise
+    known = {name: name for name in builtin_names() if models and len(path.parts) < 3}
+    near_by = [*folders(Path("runs"), "*/*"), *folders(Path("runs")), *beside]  # of one name the last wins
+    known |= {place.name.lower(): str(place) for place in near_by if is_ours(place, models)}
+    near = difflib.get_close_matches(path.name.lower(), known, n=1)
+    return f"did you mean {known[near[0]]}?" if near else otherwise
 
 
 def folders(where: Path, pattern: str = "*") -> list[Path]:

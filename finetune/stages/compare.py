@@ -175,20 +175,25 @@ def check_folder(folder: Path, recipe: SftRecipe) -> None:
         raise UserError(what, path=folder, key="--output", fix=fix)
 
 
-def check_jobs(recipe: SftRecipe, jobs: Sequence[Job]) -> tuple[list[int], dict[Job, SftRecipe], dict[Job, str]]:
-    """(rows of each source, recipes of what can be, reasons for what cannot).
-
-    UserError when nothing can be, or data or targets are wrong.
-    """
+def check_recipe(recipe: SftRecipe) -> None:
     if recipe.eval.data is None:
         raise UserError("a comparison needs held-out data", key="eval.data", fix="set it in the recipe")
     if recipe.model.adapter is not None:
         what = "every method would train the adapter that it names"
         raise UserError(what, key="model.adapter", fix="leave it out")
+
+
+def check_jobs(recipe: SftRecipe, jobs: Sequence[Job]) -> tuple[list[int], dict[Job, SftRecipe], dict[Job, str]]:
+    """(rows of each source, recipes of what can be, reasons for what cannot).
+
+    UserError when nothing can be, or data or targets are wrong.
+    """
+    check_recipe(recipe)
     counts = count_rows(recipe)
     sizes = {sum(share_of(counts, job.fraction)) for job in jobs}
     if len({job.fraction for job in jobs}) > len(sizes):
         raise UserError("several shares are the same number of rows", key="--data-fractions", fix="use fewer or larger")
+    assert recipe.eval.data is not None
     dataset.load_eval_rows(recipe.eval.data, recipe.data)
 
     from finetune.adapters import limits  # torch, which takes its time: what can be wrong without it is said by now

@@ -80,9 +80,9 @@ def preview(
     if json_file is not None and html_file is not None and Path(json_file).resolve() == Path(html_file).resolve():
         raise UserError("is the file of --json", path=html_file, key="--html", fix="name another file")
     config, base, kind, _ = settings(recipe, overrides, data, model, stage, None)
+    early.data_of(config, base, None)
     if base is None:
         raise UserError("a preview needs a tokenizer", key="--model", fix="give --model or --recipe")
-    early.data_of(config, base, None)
     encoder = make_encoder(base)
     shown = views.samples(config, encoder, limit, kind)
     rows = views.packs(shown, config.max_length) if config.packing else None
