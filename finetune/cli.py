@@ -414,6 +414,8 @@ def main() -> None:
         if arguments and arguments[0] in OTHER_COMMANDS:
             raise UserError(f"no command {arguments[0]!r}", fix=OTHER_COMMANDS[arguments[0]])
         code = app(args=arguments, prog_name="ft", standalone_mode=False) or 0
+        if code == 130:  # typer makes this of Ctrl-C, without a word
+            raise KeyboardInterrupt
         sys.stdout.flush()  # or a full disk is told too late for a line and an exit code of its own
         sys.exit(code)
     except FinetuneError as error:
