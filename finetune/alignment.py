@@ -111,13 +111,13 @@ def run_stage(
     too_long = check_length(parts.config, recipe.model, training.longest_row(data.train))
     plan = training.layout(recipe, len(data.train), len(data.train), machine)
     check_step(recipe, plan, data.train)
+    inputs = training.known_inputs(recipe, parts.tokenizer, parts.encoder.template, resume, dry_run)
+    few = training.few_rows(recipe, len(data.train))
+    notes = training.announce(data.warnings, plan.total_steps, too_long, few, training.other_devices(recipe))
     if dry_run:
         training.show_plan(recipe, data.counts, plan)
         return
 
-    inputs = training.known_inputs(recipe, parts.tokenizer, parts.encoder.template, resume)
-    few = training.few_rows(recipe, len(data.train))
-    notes = training.announce(data.warnings, plan.total_steps, too_long, few, training.other_devices(recipe))
     with open_run(recipe, overwrite, resume) as folder:
         training.start(recipe)
         with training.memory_advice("data.max_length"):  # the reference's pass comes with the trainer

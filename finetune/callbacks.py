@@ -21,15 +21,26 @@ from finetune.run import Run
 class Recorder(TrainerCallback):
     """Writes metrics.jsonl and feeds the progress display."""
 
-    def __init__(self, run: Run, progress: Progress) -> None:
-        self.run, self.progress, self.tokens = run, progress, 0.0
+    def __init__(self, run: Run, progress: Progress, may_stop: bool = False) -> None:
+        """
+        Args:
+            may_stop: whether an evaluation can end the run.
+        """
+        self.run, self.progress, self.tokens, self.may_stop = run, progress, 0.0, may_stop
         self.scored = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.start(state.max_steps, state.global_step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         self.progress.step(state.global_step)
+        # The last step is always on record; an evaluation may be what ends the run (early stopping).
+        control.should_log |= state.global_step >= state.max_steps or (self.may_stop and control.should_evaluate)
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        control.should_log |= self.may_stop and control.should_evaluate
+        return control
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         self.scored += 1

@@ -7,13 +7,14 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from finetune import __version__
-from finetune.errors import FinetuneError, UserError, explained, render, visible
+from finetune.errors import FinetuneError, Interrupted, UserError, explained, render, visible
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -47,13 +48,21 @@ AdapterOption = Annotated[str | None, typer.Option("--adapter", help="Run direct
 VERBOSE = False
 
 
-def _quiet() -> None:
-    """Before the first import of torch."""
+def _quiet(bars: bool = True) -> None:
+    """Before the first import of torch; without `bars` before what needs no transformers."""
     from finetune import noise
 
     if not VERBOSE:
         noise.silence()
-        noise.silence_bars()
+        if bars:
+            noise.silence_bars()
+
+
+def _warn(message: str | None) -> None:
+    from finetune.progress import warn
+
+    if message is not None:
+        warn(message)
 
 
 def _module(name: str) -> ModuleType:
@@ -72,28 +81,6 @@ def _one_of(plain: str | None, option: str | None, name: str, usage: str) -> str
     if not given:
         raise UserError(f"{name} is missing", fix=f"write {usage}")
     return given
-
-
-def _recipe(
-    reference: str, stage: str, overrides: list[str], output: str | None, resume: bool, overwrite: bool
-) -> Recipe:
-    """Read and check the recipe, its output directory and the rows of its data: a second instead of ten."""
-    from finetune.progress import note
-    from finetune.recipe import RECIPES
-    from finetune.recipe_file import find, load
-    from finetune.run import check_inputs, check_output
-
-    alone()
-    recipe: Recipe = load(reference, RECIPES[stage], overrides, output, note)
-    if overwrite:
-        check_inputs(recipe, find(reference))
-    check_output(recipe.output.dir, overwrite, resume)
-    kind_of_rows = {"sft": "sft", "reward": "preference", "dpo": "preference", "kto": "unpaired"}.get(recipe.stage)
-    if kind_of_rows is not None:
-        from finetune.data.dataset import screen
-
-        screen(recipe.data, kind_of_rows)
-    return recipe
 
 
 RANKS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -142,9 +129,21 @@ def _training_command(stage: str) -> Callable[..., None]:
         dry_run: DryRun = False,
     ) -> None:
         reference = _one_of(plain, recipe, "--recipe", f"ft {stage} RECIPE")
-        checked = _recipe(reference, stage, set_, output, resume, overwrite)
-        _quiet()
-        _module(stage).run(checked, resume, overwrite, dry_run)
+        alone()
+        _quiet(bars=False)
+        from finetune import early
+
+        checked: Recipe | None = None
+        try:
+            checked = early.recipe(reference, stage, set_, output, resume, overwrite, dry_run)
+            _quiet()
+            _warn(early.gpu_missing(reference, checked))
+            _module(stage).run(checked, resume, overwrite, dry_run)
+        except KeyboardInterrupt:
+            from finetune.run import to_start_again
+
+            again = to_start_again(stage, reference, set_, output, resume, overwrite, dry_run, checked)
+            raise Interrupted(f"interrupted before there was a checkpoint; start again with {again}") from None
 
     return command
 
@@ -171,6 +170,10 @@ def merge(
     usage = "ft merge ADAPTER --output FOLDER"
     adapter = _one_of(plain, adapter, "--adapter", usage)
     output = _one_of(None, output, "--output", usage)
+    _quiet(bars=False)
+    from finetune import early
+
+    early.merged(adapter, Path(output).expanduser(), model, dtype, format_, overwrite)
     _quiet()
     _module("merge").run(adapter, output, model, dtype, max_shard_size, overwrite, base, format_)
 
@@ -191,6 +194,10 @@ def evaluate(
     json_: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Also as JSON; - is stdout.")] = None,
 ) -> None:
     """Exact match (also per value of a column `group`), per-field accuracy, loss and perplexity on held-out data."""
+    _quiet(bars=False)
+    from finetune import early
+
+    early.evaluated(runs or [], recipe, model, adapter, data, reward, json_)
     _quiet()
     _module("evaluate").run(
         runs or [], recipe, model, adapter, data, compare_base, limit, json_, quantization, temperature, seed, reward
@@ -208,19 +215,36 @@ def compare(
     output: Annotated[str, typer.Option(help="Folder of the comparison.")] = "runs/compare",
 ) -> None:
     """Train methods on the same data and budget, and measure what each costs and brings."""
+    from finetune.progress import command
     from finetune.recipe import SftRecipe
     from finetune.recipe_file import load
 
     reference = _one_of(plain, recipe, "--recipe", "ft compare RECIPE --methods lora,bitfit")
     checked = load(reference, SftRecipe, set_, output)
-    _quiet()
-    from finetune.stages.compare import parse, run
+    _quiet(bars=False)
+    from finetune import early
+    from finetune.stages.compare import check_folder, check_recipe, parse, run
 
-    run(checked, *parse(methods, quantization, data_fractions), output)
+    wanted = parse(methods, quantization, data_fractions)
+    try:
+        place, fit = (lambda: check_folder(Path(output), checked)), (lambda: check_recipe(checked))
+        early.together(place, fit, lambda: early.inputs(checked))
+        _quiet()
+        _warn(early.gpu_missing(reference, checked))
+        run(checked, *wanted, output)
+    except (KeyboardInterrupt, Interrupted):
+        settings = {"--methods": methods, "--quantization": quantization, "--data-fractions": data_fractions}
+        options = [part for pair in settings.items() for part in pair]
+        options += [part for item in set_ for part in ("--set", item)]
+        again = command("compare", "--recipe", reference, *options, "--output", output)
+        raise Interrupted(f"stopped; what is done is kept; go on with {again}") from None
 
 
 @app.command()
 def chat(
+    plain: Annotated[
+        str | None, typer.Argument(metavar="[RUN|ADAPTER|MODEL]", help="What to talk to, known by its content.")
+    ] = None,
     model: Model = None,
     adapter: AdapterOption = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
@@ -228,6 +252,10 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
 ) -> None:
     """Talk to a model; /reset forgets the conversation, /exit leaves."""
+    _quiet(bars=False)
+    from finetune import early
+
+    model, adapter = early.chat(plain, model, adapter)
     _quiet()
     _module("chat").run(model, adapter, system, temperature, max_new_tokens)
 
@@ -299,13 +327,27 @@ def recipes_explain(
     explain(key, markdown)
 
 
+Looked = Annotated[str | None, typer.Argument(metavar="[RECIPE|DATA]", help="The same as --recipe or --data.")]
 DataOption = Annotated[str | None, typer.Option("--data", help="File, folder, glob, builtin:… or hub id.")]
 StageOption = Annotated[str | None, typer.Option("--stage", help="The stage the data is for, without a recipe.")]
 JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="As JSON; - is stdout.")]
 
 
+def _recipe_or_data(plain: str | None, recipe: str | None, data: str | None) -> tuple[str | None, str | None]:
+    """(--recipe, --data): a plain argument is a recipe when it is a .yaml file or a shipped recipe's name."""
+    if plain is None:
+        return recipe, data
+    from finetune.recipe_file import shipped
+
+    named = plain.lower().endswith((".yaml", ".yml")) or (f"{plain}.yaml" in shipped() and not Path(plain).exists())
+    name, option = ("--recipe", recipe) if named else ("--data", data)
+    given = _one_of(plain, option, name, "")
+    return (given, data) if named else (recipe, given)
+
+
 @data_app.command("check")
 def data_check(
+    plain: Looked = None,
     recipe: RecipeOption = None,
     data: DataOption = None,
     model: Model = None,
@@ -316,7 +358,8 @@ def data_check(
     json_: JsonOption = None,
 ) -> None:
     """Find everything that is wrong with the data, row by row."""
-    _quiet()
+    recipe, data = _recipe_or_data(plain, recipe, data)
+    _quiet(bars=False)
     from finetune.stages.data import check
 
     raise typer.Exit(check(recipe, set_, data, model, stage, eval_data, fix, json_))
@@ -324,6 +367,7 @@ def data_check(
 
 @data_app.command("preview")
 def data_preview(
+    plain: Looked = None,
     recipe: RecipeOption = None,
     data: DataOption = None,
     model: Model = None,
@@ -334,7 +378,8 @@ def data_preview(
     html: Annotated[str | None, typer.Option(metavar="FILE", help="As a page for the browser.")] = None,
 ) -> None:
     """Show samples as the model sees them, trained tokens coloured."""
-    _quiet()
+    recipe, data = _recipe_or_data(plain, recipe, data)
+    _quiet(bars=False)
     from finetune.stages.data import preview
 
     preview(recipe, set_, data, model, stage, limit, json_, html)
@@ -374,6 +419,8 @@ def main() -> None:
         if arguments and arguments[0] in OTHER_COMMANDS:
             raise UserError(f"no command {arguments[0]!r}", fix=OTHER_COMMANDS[arguments[0]])
         code = app(args=arguments, prog_name="ft", standalone_mode=False) or 0
+        if code == 130:  # typer makes this of Ctrl-C, without a word
+            raise KeyboardInterrupt
         sys.stdout.flush()  # or a full disk is told too late for a line and an exit code of its own
         sys.exit(code)
     except FinetuneError as error:
@@ -387,7 +434,9 @@ def main() -> None:
                 raise
             _print_bug(error.__cause__)
             sys.exit(1)
-        _print_errors(["interrupted"], "yellow")
+        from finetune.progress import command
+
+        _print_errors([f"interrupted; start again with {command(*arguments)}"], "yellow")
         sys.exit(130)
     except BrokenPipeError:
         _close_stdout()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import os
 import shlex
 import sys
 import threading
@@ -93,6 +94,13 @@ def command(*parts: object) -> str:
 def shown_name(path: str) -> str:
     """A hub id or a name as it is; of a full path the last part, since the rest is somebody's home."""
     return path if path.startswith("builtin:") or not Path(path).is_absolute() else Path(path).name
+
+
+def shown_path(path: str | Path) -> str:
+    """Relative to the working directory where that is shorter to type."""
+    relative = os.path.relpath(path)
+    relative = f"./{relative}" if relative.startswith("-") else relative  # or it would be an option
+    return relative if not relative.startswith("..") else str(path)
 
 
 def say(text: str, end: str = "\n", flush: bool = False) -> None:

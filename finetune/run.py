@@ -18,7 +18,7 @@ import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -29,8 +29,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from finetune import places
-from finetune.errors import Problem, UserError
-from finetune.progress import warn
+from finetune.errors import Interrupted, Problem, UserError
+from finetune.progress import command, shown_path, warn
 from finetune.recipe import Recipe, SourceConfig
 from finetune.recipe_file import to_yaml
 
@@ -289,8 +289,14 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return found
 
 
-def check_output(directory: str | Path, overwrite: bool, resume: bool) -> None:
-    """UserError if results would be lost or written where they must not be. Writes nothing."""
+def check_output(
+    directory: str | Path, overwrite: bool, resume: bool, say: Callable[[str], None] | None = None
+) -> None:
+    """UserError if results would be lost or written where they must not be. Writes nothing.
+
+    Args:
+        say: told when something is there already, which then is no error.
+    """
     run = Run(Path(directory).expanduser())
     places.check_folder(run.path, "output.dir")
     check_links(run)
@@ -303,15 +309,45 @@ def check_output(directory: str | Path, overwrite: bool, resume: bool) -> None:
             raise UserError("holds no complete checkpoint", path=run.checkpoints, fix="start it again with --overwrite")
     elif overwrite:
         check_ours(run)
-    elif run.result.exists() and is_ours(run):
-        raise UserError(
-            "already holds the results of a run", path=run.path, key="output.dir", fix="use --output DIR or --overwrite"
-        )
-    elif run.path.exists() and any(path.name != LOCK for path in run.path.iterdir()):
+    elif (there := taken(run)) is not None and say is not None:
+        say(f"{there}; this dry run goes on")
+    elif there is not None:
+        raise UserError(there)
+
+
+def taken(run: Run) -> Problem | None:
+    """What a run that neither goes on nor overwrites finds in its way."""
+    if run.result.exists() and is_ours(run):
+        fix = "use --output DIR or --overwrite"
+        return Problem("already holds the results of a run", path=run.path, key="output.dir", fix=fix)
+    if run.path.exists() and any(path.name != LOCK for path in run.path.iterdir()):
         choices = ["--resume to go on"] if resumable(run) else []
         choices += ["--overwrite to start again"] if is_ours(run) or (run.path / ASIDE).is_dir() else []
         choices += ["--output DIR"]
-        raise UserError("already holds files", path=run.path, key="output.dir", fix=f"use {', or '.join(choices)}")
+        return Problem("already holds files", path=run.path, key="output.dir", fix=f"use {', or '.join(choices)}")
+    return None
+
+
+GO_ON = "FT_GO_ON_WITH"
+"""Set for a run that is a part of another: the command that goes on with the whole."""
+
+
+def to_go_on(recipe: Recipe) -> str:
+    """The command that goes on with a run."""
+    file = shown_path(Path(recipe.output.dir).expanduser() / "recipe.yaml")
+    return os.environ.get(GO_ON) or command(recipe.stage, "--recipe", file, "--resume")
+
+
+def to_start_again(
+    stage: str, reference: str, overrides: Sequence[str], output: str | None, resume: bool, overwrite: bool,
+    dry_run: bool, recipe: Recipe | None,
+) -> str:  # fmt: skip
+    """The command of a run that was interrupted before it had a checkpoint, as it can be given now."""
+    begun = recipe is not None and not (resume or dry_run) and taken(Run(Path(recipe.output.dir).expanduser()))
+    flags = {"--resume": resume, "--overwrite": overwrite or bool(begun), "--dry-run": dry_run}
+    given = [part for item in overrides for part in ("--set", item)] + (["--output", output] if output else [])
+    again = command(stage, "--recipe", reference, *given, *(name for name, wanted in flags.items() if wanted))
+    return os.environ.get(GO_ON) or again
 
 
 def resumable(run: Run) -> bool:
@@ -436,8 +472,10 @@ def strings(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from strings(value, key)
 
 
-def check_resumable(recipe: Recipe) -> None:
+def check_resumable(recipe: Recipe, unknown: Collection[str] = ()) -> None:
     """UserError naming the keys in which `recipe` differs from the one that the unfinished run was started with.
+
+    Keys and sections that are `unknown` so far are not compared.
 
     Where the checkpoint knows the content of what is read, a path may be another: see `check_unchanged`.
     """
@@ -451,7 +489,7 @@ def check_resumable(recipe: Recipe) -> None:
     new = yaml.safe_load(to_yaml(recipe))
     if inputs_of(Run(path.parent)):
         old, new = without_places(old), without_places(new)
-    keys = changed_keys(old, new)
+    keys = [key for key in changed_keys(old, new) if key not in unknown and key.split(".")[0] not in unknown]
     if keys:
         raise UserError(
             [
@@ -523,11 +561,13 @@ def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> I
             header = f"# ft {recipe.stage} --recipe recipe.yaml\n{MARK}\n"
             write_atomically(run.path / "recipe.yaml", to_yaml(recipe, header))
             yield run
-        except BaseException:
+        except BaseException as error:
             if aside.is_dir() and not resumable(run):
                 put_back(run)
             elif aside.is_dir():
                 warn(f"what this run replaces is in {aside} until it is finished")
+            if isinstance(error, KeyboardInterrupt) and resumable(run):
+                raise Interrupted(f"interrupted; go on with {to_go_on(recipe)}") from None
             raise
         if aside.is_dir() and run.result.exists():
             places.remove(aside)

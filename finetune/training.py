@@ -45,10 +45,10 @@ from finetune.models.hardware import peak_memory_gb
 from finetune.models.identity import fingerprint, write_identity
 from finetune.models.quantization import parameter_counts
 from finetune.optim import OPTIMIZERS, check_schedule, scheduler_kwargs, warmup_steps
-from finetune.progress import Progress, command, duration, encodable, note, say, task, warn
+from finetune.progress import Progress, command, duration, encodable, note, say, shown_path, task, warn
 from finetune.recipe import AdaLoraAdapter, Hardware, ModelConfig, Recipe, batch_layout, resolve
 from finetune.recipe_file import to_yaml
-from finetune.run import Run, check_unchanged, known_of, write_atomically
+from finetune.run import Run, check_unchanged, known_of, to_go_on, write_atomically
 from finetune.trainers import Collator, CountOn, Sft
 
 FEW_UPDATES = 50  # below this a learning-rate schedule has hardly begun
@@ -223,10 +223,11 @@ def pad_multiple(hardware: Hardware) -> int:
 
 def callbacks(recipe: Recipe, run: Run, has_eval: bool) -> list[TrainerCallback]:
     """What happens beside training, for any trainer."""
-    found: list[TrainerCallback] = [Recorder(run, Progress(recipe.stage)), Guard(), Proven()]
+    may_stop = bool(recipe.train.early_stopping_patience and has_eval)
+    found: list[TrainerCallback] = [Recorder(run, Progress(recipe.stage), may_stop), Guard(), Proven()]
     if isinstance(recipe.adapter, AdaLoraAdapter):
         found.append(Ranks(recipe.adapter))
-    if recipe.train.early_stopping_patience and has_eval:
+    if may_stop:
         found.append(EarlyStoppingCallback(early_stopping_patience=recipe.train.early_stopping_patience))
     return found
 
@@ -236,7 +237,7 @@ def finish_setup(trainer: Any, recipe: Recipe) -> Any:
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # trl casts those on quantized bases to bfloat16, where small updates round away
             parameter.data = parameter.data.float()
-    trainer.recipe_train = recipe.train
+    trainer.recipe, trainer.recipe_train = recipe, recipe.train
     trainer.loraplus_lr_ratio = getattr(recipe.adapter, "loraplus_lr_ratio", None)
     trainer.remove_callback(PrinterCallback)  # Recorder prints
     return trainer
@@ -271,11 +272,15 @@ def memory_advice(length: str) -> Iterator[None]:
                        f"train.gradient_checkpointing: true, or a shorter {length}") from None  # fmt: skip
 
 
-def known_inputs(recipe: Recipe, tokenizer: Any, template: str | None, resume: bool) -> dict[str, str]:
+def known_inputs(
+    recipe: Recipe, tokenizer: Any, template: str | None, resume: bool, dry_run: bool = False
+) -> dict[str, str]:
     """{key: digest} of what a run reads, by content: base, tokenizer, template, adapter and data.
 
-    UserError naming what is not as it was, when the run is to go on.
+    UserError naming what is not as it was, when the run is to go on; a dry run that is not to go on reads nothing.
     """
+    if dry_run and not resume:
+        return {}
     model, found = recipe.model, {}
     fresh = getattr(model, "config", None) is not None  # a new model
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -361,7 +366,8 @@ def fit(trainer: SFTTrainer, run: Run, resume: bool, inputs: dict[str, str] | No
             output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             step = trainer.state.global_step
             if guard.stopped:
-                raise Interrupted(f"stopped at step {step}; checkpoint saved in {run.checkpoints}; go on with --resume")
+                where = f"checkpoint saved in {run.checkpoints}"
+                raise Interrupted(f"stopped at step {step}; {where}; go on with {to_go_on(trainer.recipe)}")
             if proven.left_out and not proven.steps:
                 what = f"loss scaling has left out all {proven.left_out} steps: nothing was trained"
                 raise RunError(f"{what}; take more steps, or set model.dtype: bfloat16 or float32")
@@ -425,12 +431,15 @@ def documents_isolated(model: PreTrainedModel, ids: list[int]) -> bool:
     return bool(a.shape[1] == len(ids)) and bool(torch.equal(a[:, half:], b[:, half:]))
 
 
+SHARED_TOKENS = "packing is off: documents in one row would share the virtual tokens and see each other"
+
+
 def pack_if_isolated(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, rows: Any) -> tuple[Any, str | None]:
     """(rows, packed if asked for and safe; one line saying why not)."""
     if not recipe.data.packing:
         return rows, None
     if soft_prompts.peft_type(model) in soft_prompts.TYPES:
-        return rows, "packing is off: documents in one row would share the virtual tokens and see each other"
+        return rows, SHARED_TOKENS
     from finetune.data.packing import pack
 
     sample = [i for ids in rows[: min(len(rows), 64)]["input_ids"] for i in ids][:64]
@@ -441,6 +450,15 @@ def pack_if_isolated(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, row
         return rows, "packing is off: documents in one row would see each other with this model and adapter"
     with task(f"packing {len(rows):,} rows", after=1.0):
         return pack(rows, recipe.data.max_length), None
+
+
+def packing_outlook(recipe: Recipe) -> str | None:
+    """What a dry run can say of packing."""
+    if not recipe.data.packing:
+        return None
+    if recipe.adapter.method.upper() in soft_prompts.TYPES:
+        return SHARED_TOKENS
+    return "packing: whether documents in one row are apart is tried when the model is loaded; steps are those without"
 
 
 def save(
@@ -515,13 +533,6 @@ def write_card(recipe: Recipe, run: Run, result: dict[str, Any], base: ModelConf
     text = model_card.card(values, result, name, licence, place=place, original_layout=original)
     write_atomically(weights / "README.md", text)
     places.as_umask(weights)
-
-
-def shown_path(path: str | Path) -> str:
-    """Relative to the working directory where that is shorter to type."""
-    relative = os.path.relpath(path)
-    relative = f"./{relative}" if relative.startswith("-") else relative  # or it would be an option
-    return relative if not relative.startswith("..") else str(path)
 
 
 def gist(result: dict[str, Any]) -> str:

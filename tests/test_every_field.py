@@ -22,12 +22,12 @@ from conftest import write_rows
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors.torch import save_file
 
-from finetune import alignment, effects, recipe_file, training
+from finetune import alignment, effects, hub, recipe_file, training
 from finetune.adapters import build
 from finetune.callbacks import Ranks
 from finetune.data import dataset, pairs, prompts
 from finetune.errors import RunError, UserError
-from finetune.models import loading, quantization, sanity, sources
+from finetune.models import loading, quantization, sanity
 from finetune.ppo import Ppo
 from finetune.recipe import (
     ADAPTERS,
@@ -529,11 +529,11 @@ def probe_hub_model(stage: str, key: str, files: dict[str, Any], monkeypatch: An
     """`source` says where a name is looked up, `revision` goes along to the hub."""
     asked: list[Any] = []
 
-    def cached(source: str, name: str, revision: str | None = None, **_: Any) -> str:
+    def of_hub(source: str, name: str, revision: str | None = None) -> str:
         asked.append((source, revision))
         return str(Path(files["base"]) / name)
 
-    monkeypatch.setattr(sources, "cached_file", cached)
+    monkeypatch.setattr(hub, "file", of_hub)
     loading.read_config(ModelConfig(name="owner/base", source="hub", revision="v2"))
     assert asked == [("owner/base", "v2")]
     with pytest.raises(UserError, match="no such model"):

@@ -18,10 +18,10 @@ LEVELS = [
     {"recipe"},
     {"foreign_keys", "effects"},
     {"recipe_file", "recipe_reference"},
-    {"noise", "metrics", "places", "progress"},
+    {"noise", "metrics", "places", "progress", "hub"},
     {"run"},
     {"data", "models", "adapters", "report", "optim", "preference"},
-    {"model_card"},
+    {"model_card", "early"},
     {"callbacks", "trainers"},
     {"training", "evaluation", "rl"},
     {"measuring", "alignment", "rollout", "scoring"},
@@ -62,7 +62,8 @@ def test_imports_point_down(path: Path) -> None:
 
 
 TORCH_FREE = ["finetune.cli", "finetune.recipe", "finetune.recipe_file", "finetune.families", "finetune.errors",
-              "finetune.run", "finetune.metrics", "finetune.data.sources", "finetune.data.formats"]  # fmt: skip
+              "finetune.run", "finetune.metrics", "finetune.data.sources", "finetune.data.formats", "finetune.hub",
+              "finetune.models.sources", "finetune.early"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

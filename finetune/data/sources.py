@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune import hub
 from finetune.data.nulls import without_nulls
 from finetune.data.readers import SUFFIXES, EmptyFile, is_plain_text, read_file
 from finetune.data.types import Row, RowProblem
@@ -281,14 +282,18 @@ def read_hub(spec: dict[str, Any], streaming: bool) -> Iterator[Row]:
 
     path, split = str(spec["path"]), spec.get("split") or "train"
     label = f"{path}[{split}]"
+    hub.unreachable()  # once, and then the cache: datasets would try for half a minute
     try:
         rows = datasets.load_dataset(
             path, spec.get("name"), split=split, revision=spec.get("revision"), streaming=streaming
         )
     except Exception as error:  # datasets, the hub's client and the network each raise their own
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        fix = "check name, split and the network, or download it and give the folder"
-        raise UserError(f"the hub dataset cannot be loaded: {reason}", path=label, fix=fix) from None
+        if hub.failed(error) or isinstance(error, ConnectionError):
+            what, fix = hub.why(error)
+        else:
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            what, fix = f"the hub dataset cannot be loaded: {reason}", "check name, split and columns"
+        raise UserError(what, path=label, fix=fix) from None
     for number, record in enumerate(rows, 1):
         yield Row(without_nulls(record), label, number)
 
@@ -304,9 +309,8 @@ def modelscope_files(spec: dict[str, Any]) -> list[Path]:
     try:
         folder = client.dataset_snapshot_download(path, revision=spec.get("revision") or "master")
     except Exception as error:  # the client raises many kinds
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        fix = "check the id and the network, or download the files and give the folder"
-        raise UserError(f"the ModelScope dataset cannot be loaded: {reason}", path=path, fix=fix) from None
+        what, fix = hub.why(error, "ModelScope")
+        raise UserError(what, path=path, fix=fix) from None
     files = files_of(folder, spec.get("split"))
     if not files:
         names = ", ".join(f.name for f in files_of(folder)[:10])

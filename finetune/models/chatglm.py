@@ -26,6 +26,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.utils import cached_file
 
+from finetune import hub
 from finetune.errors import Problem, UserError
 from finetune.models.chatglm_config import EXPRESSIBLE, glm_config, is_chatglm_layout, read_config, rope_parameters
 from finetune.models.weight_files import check_file, read_pickle, weight_files
@@ -111,10 +112,8 @@ def fetch(name: str, revision: str | None = None) -> Path:
         files = ["*.json", "*.py", "tokenizer.model", weights]  # the Python is for exports, it is never run
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
     except OSError as error:
-        raise UserError(
-            f"cannot be fetched ({str(error).splitlines()[0]})", path=name, key="model.name",
-            fix="check the name, or download it first and give the folder",
-        ) from None  # fmt: skip
+        what, fix = hub.why(error)
+        raise UserError(what, path=name, key="model.name", fix=fix) from None
 
 
 def load(

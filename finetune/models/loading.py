@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from finetune import families
+from finetune import hub
 from finetune.errors import FinetuneError, Problem, UserError
 from finetune.models import chatglm, fused, quantization, rope, sanity, sentencepiece_tokenizer, sources
 from finetune.models.adapter_files import check_fit, described, own_embeddings, resize
@@ -45,7 +45,7 @@ from finetune.models.chatglm import fetch, glm_config, is_chatglm_layout
 from finetune.models.chatglm_adapter import convert_adapter_from_original, is_original_adapter, save_adapter
 from finetune.models.chatglm_tokenizer import build_tokenizer
 from finetune.models.identity import check_identity, locked_template, read_identity
-from finetune.models.sources import HUB_HELP, builtin_names, folder, locate
+from finetune.models.sources import HUB_HELP, base_of, builtin_names, folder, locate
 from finetune.models.weight_files import DERIVED, check_file, read_json, tensors, weight_files
 from finetune.progress import shown_name, task
 from finetune.recipe import Hardware, ModelConfig, resource_path
@@ -73,9 +73,7 @@ def read_config(model: ModelConfig) -> dict[str, Any]:
 
 def check_config(config: dict[str, Any], model: ModelConfig) -> None:
     """UserError unless a native network exists for this config.json."""
-    row = families.refused(config)
-    if row is not None:
-        raise UserError(f"{row.name} {row.why}", path=model.name, key="model.name", fix=row.instead)
+    sources.check_family(config, model.name)
     if is_chatglm_layout(config):
         glm_config(config, model.name, rope.glm_reading(model.rope_scaling, config))
         return
@@ -173,9 +171,8 @@ def _tokenizer(model: ModelConfig, config: dict[str, Any]) -> PreTrainedTokenize
         found = AutoTokenizer.from_pretrained(**where)
         return found if _as_stored(found, model) else PreTrainedTokenizerFast.from_pretrained(**where)
     except Exception as error:  # tokenizers and transformers raise many kinds, bare Exception among them
-        raise UserError(
-            f"no usable tokenizer ({_reason(error)})", path=model.name, key="model.name", fix=HUB_HELP
-        ) from error
+        what, fix = _unloadable(error, model, f"no usable tokenizer ({_reason(error)})")
+        raise UserError(what, path=model.name, key="model.name", fix=fix) from error
 
 
 def _as_stored(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> bool:
@@ -293,9 +290,15 @@ def _as_user_error(model: ModelConfig) -> Iterator[None]:
     except FinetuneError:
         raise
     except Exception as error:  # a config.json with odd values ends in any kind of error
-        raise UserError(
-            f"cannot be loaded ({_reason(error)})", path=model.name, key="model.name", fix=HUB_HELP
-        ) from error
+        what, fix = _unloadable(error, model, f"cannot be loaded ({_reason(error)})")
+        raise UserError(what, path=model.name, key="model.name", fix=fix) from error
+
+
+def _unloadable(error: Exception, model: ModelConfig, otherwise: str) -> tuple[str, str]:
+    """(message, fix): of the hub, where files could not be had from there, else `otherwise`."""
+    if hub.failed(error) and not Path(sources.weights(model)).is_dir():
+        return hub.why(error)
+    return otherwise, HUB_HELP
 
 
 def _reason(error: Exception) -> str:
@@ -388,33 +391,17 @@ def new_model(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
 
 def find_adapter(reference: str) -> Path | None:
     """As `adapter_folder`; None where there is none. UserError for one that peft could not read."""
-    path = Path(reference).expanduser()
-    candidates = (path / "adapter", path)
-    found = next((folder.resolve() for folder in candidates if (folder / "adapter_config.json").is_file()), None)
+    found = sources.find_adapter(reference)
     if found is not None:
         described(found)
     return found
 
 
 def adapter_folder(reference: str) -> Path:
-    """The adapter folder of a run directory, or the folder itself."""
-    if (found := find_adapter(reference)) is not None:
-        return found
-    path = Path(reference).expanduser()
-    if (path / "model").is_dir():
-        raise UserError("is a full fine-tuning: it has no adapter", path=path, fix="give it as --model")
-    what = "holds no adapter" if path.exists() else "no such run or adapter"
-    raise UserError(what, path=path, key="adapter", fix="give a run directory or a folder with adapter_config.json")
-
-
-def base_of(adapter: Path | None) -> str:
-    """The base that an adapter names."""
-    assert adapter is not None
-    name = (read_identity(adapter) or {}).get("base") or described(adapter).get("base_model_name_or_path")
-    if not name:
-        raise UserError("does not name its base", path=adapter, fix="give it with --model")
-    start = adapter.parent / "start"  # a run with a base of its own, which moves with it
-    return str(start) if Path(name).name == "start" and start.is_dir() else str(name)
+    """The adapter folder of a run directory, or the folder itself, readable by peft."""
+    found = sources.adapter_folder(reference)
+    described(found)
+    return found
 
 
 def configs_of(adapter: Path, model: str | None = None) -> tuple[ModelConfig, ModelConfig]:

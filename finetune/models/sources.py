@@ -1,5 +1,7 @@
-"""Where a model's files lie: a built-in base, a local folder, the Hugging Face hub or ModelScope.
+"""Where models and adapters lie: built-in bases, runs, local folders, the Hugging Face hub or ModelScope. No torch.
 
+    what_is(reference)     whether a name or path is an adapter or a model, found by content
+    adapter_folder(ref)    of a run directory, or the folder itself
     locate(model)          folder or hub id, checked for existence before anything heavy happens
     file(model, filename)  local path of one small file, or None
     folder(model)          local folder of the files that are there (for a hub id the snapshot in the cache)
@@ -10,16 +12,20 @@ Hub settings are the hub client's own: HF_ENDPOINT names a mirror, HF_HUB_OFFLIN
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import math
 from pathlib import Path
+from typing import Any, Literal
 
 from safetensors import safe_open
-from transformers.utils import cached_file
 
+from finetune import hub
 from finetune.errors import UserError
-from finetune.families import refused_name
+from finetune.families import refused, refused_name
+from finetune.places import read_json
+from finetune.progress import note
 from finetune.recipe import BUILTIN_MODELS, ModelConfig
 
 HUB_HELP = "check the name, or download it first and give the folder (offline: HF_HUB_OFFLINE=1 uses the cache)"
@@ -42,15 +48,130 @@ def locate(model: ModelConfig) -> str:
     path = Path(name).expanduser()
     if source != "hub" and path.is_dir():
         return str(_local(path, name))
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.parent.is_dir()
+    looks_local = path.is_absolute() or name.startswith((".", "~", "runs/"))
+    looks_local |= name.count("/") != 1 or path.parent.is_dir()
     if source == "local" or (source is None and looks_local):
         _refuse_by_name(name)
-        raise UserError(
-            "no such model", path=name, key="model.name",
-            fix=f"give a folder, a hub id (owner/name) or a built-in base ({', '.join(builtin_names())})",
-        )  # fmt: skip
+        fix = did_you_mean(
+            name, f"give a folder, a hub id (owner/name) or a built-in base ({', '.join(builtin_names())})"
+        )
+        raise UserError("no such model", path=name, key="model.name", fix=fix)
     _refuse_by_name(name)
     return name
+
+
+def find_adapter(reference: str) -> Path | None:
+    """The adapter folder of a run directory, or the folder itself; None where there is none."""
+    path = Path(reference).expanduser()
+    found = (folder for folder in (path / "adapter", path) if (folder / "adapter_config.json").is_file())
+    return next((folder.resolve() for folder in found), None)
+
+
+def adapter_folder(reference: str, key: str = "adapter") -> Path:
+    """As `find_adapter`. UserError where there is none."""
+    if (found := find_adapter(reference)) is not None:
+        return found
+    path = Path(reference).expanduser()
+    if (path / "model").is_dir():
+        raise UserError("is a full fine-tuning: it has no adapter", path=path, fix="give it as --model")
+    if reference in builtin_names() or (path / "config.json").is_file():
+        raise UserError("is a model, not an adapter", path=reference, key=key, fix="give it as --model")
+    if (path / "recipe.yaml").is_file():
+        fix = "train it to its end first (--resume goes on from its last checkpoint)"
+        raise UserError("is a run that is not finished: it has no adapter yet", path=path, key=key, fix=fix)
+    what = "holds no adapter" if path.exists() else "no such run or adapter"
+    fix = "give a run directory or a folder with adapter_config.json"
+    raise UserError(what, path=path, key=key, fix=did_you_mean(reference, fix, models=False))
+
+
+def what_is(reference: str) -> Literal["adapter", "model"]:
+    """Whether a name or path is an adapter (a run has one) or a model. UserError where it is neither."""
+    path = Path(reference).expanduser()
+    if find_adapter(reference) is not None:
+        return "adapter"
+    if (path / "recipe.yaml").is_file() and not (path / "model").is_dir():
+        adapter_folder(reference)
+    try:
+        locate(ModelConfig(name=reference))
+    except UserError as error:
+        if error.problems[0].message != "no such model":
+            raise
+        fix = f"give a run, an adapter's folder, a model's, a hub id or a built-in base ({', '.join(builtin_names())})"
+        what = "is neither a run nor an adapter nor a model" if path.exists() else "no such run, adapter or model"
+        raise UserError(what, path=reference, fix=did_you_mean(reference, fix)) from None
+    return "model"
+
+
+def did_you_mean(reference: str, otherwise: str, models: bool = True) -> str:
+    """The nearest of the folders beside it, of the runs in runs/ and, where a model will do, of the built-in bases;
+    `otherwise` where none is near."""
+    path = Path(reference).expanduser()
+    beside = [path.parent / p.name for p in folders(path.parent)] if path.name else []
+    known = {name: name for name in builtin_names() if models and len(path.parts) < 3}
+    near_by = [*folders(Path("runs"), "*/*"), *folders(Path("runs")), *beside]  # of one name the last wins
+    known |= {place.name.lower(): str(place) for place in near_by if is_ours(place, models)}
+    near = difflib.get_close_matches(path.name.lower(), known, n=1)
+    return f"did you mean {known[near[0]]}?" if near else otherwise
+
+
+def folders(where: Path, pattern: str = "*") -> list[Path]:
+    try:
+        return sorted(p for p in where.glob(pattern) if p.is_dir())
+    except OSError:
+        return []
+
+
+def is_ours(path: Path, models: bool) -> bool:
+    """Whether a folder is a run or an adapter, or a model."""
+    names = ["adapter/adapter_config.json", "adapter_config.json"]
+    names += ["config.json", "model/config.json"] if models else []
+    return any((path / name).is_file() for name in names)
+
+
+def base_of(adapter: Path | None) -> str:
+    """The base that an adapter names."""
+    assert adapter is not None
+    said = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    name = read_json(adapter / "base_identity.json").get("base") or said
+    if not name or not isinstance(name, str):
+        raise UserError("does not name its base", path=adapter, fix="give it with --model")
+    start = adapter.parent / "start"  # a run with a base of its own, which moves with it
+    return str(start) if Path(name).name == "start" and start.is_dir() else name
+
+
+def base_config(adapter: Path, model: str | None = None) -> ModelConfig:
+    """The base of an adapter, or the one that is given for it, as far as where it lies goes."""
+    if model is not None:
+        return ModelConfig(name=model)
+    identity = read_json(adapter / "base_identity.json")
+    place = {key: identity[key] for key in ("revision", "source") if isinstance(identity.get(key), str)}
+    return ModelConfig.model_validate({"name": base_of(adapter), **place})
+
+
+def check_there(model: ModelConfig) -> None:
+    """UserError when a model is nowhere, cannot be had, or is of a family that cannot be loaded."""
+    if model.source == "modelscope":
+        _refuse_by_name(model.name)
+        return
+    path = file(model, "config.json")
+    if path is None:
+        raise UserError("has no config.json", path=model.name, key="model.name", fix=HUB_HELP)
+    check_family(read_json(Path(path)), model.name)
+
+
+def check_family(config: dict[str, Any], name: str) -> None:
+    if (row := refused(config)) is not None:
+        raise UserError(f"{row.name} {row.why}", path=name, key="model.name", fix=row.instead)
+
+
+def announce(model: ModelConfig) -> None:
+    """Say what will be downloaded, before it is."""
+    where = locate(model) if model.source != "modelscope" else model.name
+    if model.source == "modelscope":
+        if not _modelscope_has(model.name, model.revision):
+            note(f"downloads {model.name} from ModelScope (once)")
+    elif not Path(where).is_dir() and hub.fetches(where, model.revision):
+        note(f"downloads {where} from {hub.endpoint()} (once)")
 
 
 def check(model: ModelConfig) -> None:
@@ -85,14 +206,11 @@ def _refuse_by_name(name: str) -> None:
 
 
 def file(model: ModelConfig, filename: str) -> str | None:
-    try:
-        found: str | None = cached_file(
-            locate(model), filename, revision=hub_revision(model), _raise_exceptions_for_missing_entries=False
-        )
-        return found
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot be read ({reason})", path=model.name, key="model.name", fix=HUB_HELP) from None
+    """Local path of one small file; None where the model has none."""
+    where = locate(model)
+    if Path(where).is_dir():
+        return str(Path(where) / filename) if (Path(where) / filename).is_file() else None
+    return hub.file(where, filename, hub_revision(model))
 
 
 def folder(model: ModelConfig) -> Path:
@@ -145,8 +263,14 @@ def modelscope_folder(name: str, revision: str | None, weights: bool) -> Path:
     try:
         return Path(client.snapshot_download(name, revision=revision, ignore_patterns=ignored))
     except Exception as error:  # the client raises many kinds
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(
-            f"cannot be fetched from ModelScope ({reason})", path=name, key="model.name",
-            fix="check the name and the network, or download it first and give the folder",
-        ) from None  # fmt: skip
+        what, fix = hub.why(error, "ModelScope")
+        raise UserError(what, path=name, key="model.name", fix=fix) from None
+
+
+def _modelscope_has(name: str, revision: str | None) -> bool:
+    """Whether the model is in ModelScope's cache; False without its client, which `modelscope_folder` reports."""
+    try:
+        client = importlib.import_module("modelscope")
+        return bool(client.snapshot_download(name, revision=revision, local_files_only=True))
+    except Exception:
+        return False

@@ -93,9 +93,11 @@ def run(
     counts, recipes, refused = check_jobs(recipe, jobs)  # everything that can be checked, before anything runs
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / MARK, to_yaml(recipe))
+    note(search_in_words(recipes))
     rows, reasons = [measure_base(recipe, kind, folder) for kind in quantizations], dict(refused)
+    seconds = steps = 0.0  # of the jobs that were trained now
     for number, job in enumerate(recipes, 1):
-        begun = time.perf_counter()
+        begun, there = time.perf_counter(), done(job, folder)
         try:
             result = run_job(job, recipes[job], sum(share_of(counts, job.fraction)), folder)
         except RunError as error:
@@ -104,8 +106,13 @@ def run(
             continue
         rows.append(result)
         score = result["metrics"].get("exact_match", result["metrics"].get("loss", math.nan))
-        took = duration(time.perf_counter() - begun)
-        note(f"{number}/{len(recipes)} {job.name}: {score:.3f} at learning rate {result['learning_rate']:.3g} ({took})")
+        took = time.perf_counter() - begun
+        said = f"{score:.3f} at learning rate {result['learning_rate']:.3g} ({duration(took)})"
+        if not there:
+            seconds, steps = seconds + took, steps + steps_with_search(recipes[job])
+        left = sum(steps_with_search(r) for j, r in recipes.items() if not done(j, folder) and j not in reasons)
+        about = f"; about {duration(seconds / steps * left)} left" if steps and left else ""
+        note(f"{number}/{len(recipes)} {job.name}: {said}{about}")
     trained = [row for row in rows if "learning_rate" in row]
     scaling = scaling_laws(trained)
     public = [{k: v for k, v in r.items() if k != "row_losses"} for r in rows]
@@ -126,6 +133,34 @@ def run(
         raise RunError(f"{len(failed)} of {len(recipes)} jobs failed ({names}); the same command tries them again")
 
 
+def done(job: Job, folder: Path) -> bool:
+    return (folder / job.name / "measured.json").exists()
+
+
+def short_steps(recipe: SftRecipe) -> int:
+    """Of each run of the search for the learning rate."""
+    assert recipe.train.max_steps is not None
+    return max(1, round(recipe.train.max_steps * SEARCH_STEPS))
+
+
+def steps_with_search(recipe: SftRecipe) -> int:
+    """Of a whole job."""
+    assert recipe.train.max_steps is not None
+    return len(FACTORS) * short_steps(recipe) + recipe.train.max_steps
+
+
+def search_in_words(recipes: Mapping[Job, SftRecipe]) -> str:
+    """What is going to happen, and how much it is."""
+    total = sum(map(steps_with_search, recipes.values()))
+    rates = ", ".join(f"{factor:.2g}" for factor in FACTORS)
+    return (
+        f"{len(recipes)} jobs, {total:,} steps: for each first its learning rate, from {len(FACTORS)} short runs at "
+        f"{rates} times what is usual for the method ({SEARCH_STEPS:.0%} of the steps each, scored on "
+        f"{SEARCH_ROWS:.0%} of the training rows, which they do not see), then the run itself and its measurement; "
+        "when the first is done it is told how long the others take"
+    )
+
+
 def check_folder(folder: Path, recipe: SftRecipe) -> None:
     """UserError when `folder` is not a comparison, or one of another recipe: neither may be mixed or overwritten."""
     fix = "use --output DIR"
@@ -140,25 +175,31 @@ def check_folder(folder: Path, recipe: SftRecipe) -> None:
         raise UserError(what, path=folder, key="--output", fix=fix)
 
 
-def check_jobs(recipe: SftRecipe, jobs: Sequence[Job]) -> tuple[list[int], dict[Job, SftRecipe], dict[Job, str]]:
-    """(rows of each source, recipes of what can be, reasons for what cannot).
-
-    UserError when nothing can be, or data or targets are wrong.
-    """
-    from finetune.adapters import limits
-    from finetune.adapters.build import check as check_targets
-    from finetune.models import loading
-
+def check_recipe(recipe: SftRecipe) -> None:
     if recipe.eval.data is None:
         raise UserError("a comparison needs held-out data", key="eval.data", fix="set it in the recipe")
     if recipe.model.adapter is not None:
         what = "every method would train the adapter that it names"
         raise UserError(what, key="model.adapter", fix="leave it out")
+
+
+def check_jobs(recipe: SftRecipe, jobs: Sequence[Job]) -> tuple[list[int], dict[Job, SftRecipe], dict[Job, str]]:
+    """(rows of each source, recipes of what can be, reasons for what cannot).
+
+    UserError when nothing can be, or data or targets are wrong.
+    """
+    check_recipe(recipe)
     counts = count_rows(recipe)
     sizes = {sum(share_of(counts, job.fraction)) for job in jobs}
     if len({job.fraction for job in jobs}) > len(sizes):
         raise UserError("several shares are the same number of rows", key="--data-fractions", fix="use fewer or larger")
+    assert recipe.eval.data is not None
     dataset.load_eval_rows(recipe.eval.data, recipe.data)
+
+    from finetune.adapters import limits  # torch, which takes its time: what can be wrong without it is said by now
+    from finetune.adapters.build import check as check_targets
+    from finetune.models import loading
+
     recipes: dict[Job, SftRecipe] = {}
     refused: dict[Job, str] = {}
     errors = []
@@ -238,9 +279,8 @@ def run_job(job: Job, recipe: SftRecipe, rows: int, folder: Path) -> dict[str, A
 
 def search_rate(job: Job, recipe: SftRecipe, rows: int, folder: Path) -> list[dict[str, Any]]:
     """Short runs around the method's usual learning rate; the loss is that of rows held out of the training data."""
-    assert recipe.train.max_steps is not None
     centre = recipe.train.learning_rate * CENTRE.get(job.method, 1.0)
-    short = max(1, round(recipe.train.max_steps * SEARCH_STEPS))
+    short = short_steps(recipe)
     held_out = max(1, round(rows * SEARCH_ROWS))
     tried = []
     for factor in FACTORS:

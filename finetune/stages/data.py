@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from finetune import early
 from finetune.errors import UserError, visible
 from finetune.places import check_file, json_with
 from finetune.progress import note, say, say_json
@@ -44,6 +45,7 @@ def check(
         if json_file is not None and Path(json_file).resolve() in {p.resolve() for p in mend.files(Path(fix))}:
             raise UserError("is the file of --fix", path=json_file, key="--json", fix="name another file")
     config, base, kind, held_out = settings(recipe, overrides, data, model, stage, eval_data)
+    early.data_of(config, base if kind != "text" else None, held_out)
     encoder = make_encoder(base) if base is not None and kind != "text" else None
     if fix is not None:
         kept, taken, rejects = mend.mend(config, Path(fix), encoder, kind, held_out)
@@ -79,6 +81,7 @@ def preview(
     if json_file is not None and html_file is not None and Path(json_file).resolve() == Path(html_file).resolve():
         raise UserError("is the file of --json", path=html_file, key="--html", fix="name another file")
     config, base, kind, _ = settings(recipe, overrides, data, model, stage, None)
+    early.data_of(config, base, None)
     if base is None:
         raise UserError("a preview needs a tokenizer", key="--model", fix="give --model or --recipe")
     encoder = make_encoder(base)

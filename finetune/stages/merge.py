@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from finetune.adapters.merge import (
     prove_sums,
 )
 from finetune.data.chat import make_encoder
+from finetune.early import DTYPES, REPORT, check_apart, check_target, written_names
 from finetune.errors import UserError
 from finetune.evaluation import stop_ids
 from finetune.families import family
@@ -41,8 +41,6 @@ from finetune.models.chatglm_export import export_original
 from finetune.progress import note, task, warn
 from finetune.recipe import ModelConfig
 from finetune.run import read_recipe, versions, write_atomically, write_json
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 SAMPLES = (
     "Customer Alice from Beijing writes that order A1234 arrived broken on 3-14.",
@@ -173,45 +171,10 @@ def run(
     )
 
 
-REPORT = "merge.json"
-
-
 def recipe_of(adapter: Path) -> dict[str, Any] | None:
     """The recipe of the run that an adapter lies in."""
     found = read_recipe(adapter.parent) if adapter.name == "adapter" else None
     return found if isinstance(found, dict) and {"stage", "model", "data", "output"} <= found.keys() else None
-
-
-def check_target(target: Path, overwrite: bool) -> None:
-    """UserError when something that no merge wrote stands at `target`, or a merge without `overwrite`."""
-    places.check_folder(target, "--output", here=False)
-    places.check_part(target, "--output")
-    if not target.exists() or not any(target.iterdir()):
-        return
-    made = places.read_json(target / REPORT)
-    ours = "adapter" in made and isinstance(made.get("versions"), dict) and "ft" in made["versions"]
-    if not (ours and overwrite):
-        fix = "choose another folder" + (", or --overwrite" if ours else "")
-        raise UserError("already holds files", path=target, key="--output", fix=fix)
-
-
-def written_names(target: Path, overwrite: bool) -> Collection[str]:
-    """What the merge at `target` wrote."""
-    check_target(target, overwrite)
-    files = places.read_json(target / REPORT).get("files")
-    if isinstance(files, list):
-        return files
-    kinds = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py")  # before it was noted
-    return [path.name for path in target.iterdir() if path.suffix in kinds]
-
-
-def check_apart(target: Path, *inputs: Path) -> None:
-    """UserError when `target` is or holds something that is read."""
-    full = target.resolve()
-    for path in (path.resolve() for path in inputs):
-        if full == path or full in path.parents:
-            what = f"is what is merged, or holds it ({path})"
-            raise UserError(what, path=target, key="--output", fix="choose a folder of its own")
 
 
 def check_layout(layout: str, values: dict[str, Any], name: str) -> None:

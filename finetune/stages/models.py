@@ -127,8 +127,8 @@ a hash of the chat template. Whenever an adapter meets a base (to go on training
 fingerprint is compared, and another base is an error. It is a hash over name, dtype, shape and every byte of every
 tensor that is loaded: the same as one file, in shards, or as .bin, with or without a copy of tied embeddings, whatever
 else lies in the folder; fingerprints of earlier versions are still compared by their own rule. The chat template that
-was trained is used everywhere, whatever `model.chat_template` has become since; `ft eval RUN --compare-base` asks the base
-with it, too. A base that has moved is given with `--model`.
+was trained is used everywhere, whatever `model.chat_template` has become since; `ft eval RUN --compare-base` asks the
+base with it, too. A base that has moved is given with `--model`.
 
 Adapters of other PEFT tools say nothing of the kind; their names and shapes are compared with the network before its
 weights are loaded. Where one was trained on more (or fewer) embeddings than the base has, or a tokenizer with added

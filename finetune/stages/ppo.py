@@ -6,6 +6,7 @@ check recipe, output, prompts and rules -> train the reward model first where pa
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from finetune.recipe import (
     batch_layout,
 )
 from finetune.recipe_file import to_yaml
-from finetune.run import Run, check_resumable, open_run, write_atomically
+from finetune.run import GO_ON, Run, check_resumable, open_run, resumable, to_go_on, write_atomically
 from finetune.scoring import load_rule
 
 
@@ -65,18 +66,18 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
     batch, per_epoch, total = rollouts(recipe, len(data.rows))
     check_schedule(recipe.train, total)
     plan = training.Layout(*batch_layout(*a_step(recipe), machine), per_epoch, total)
-    if dry_run:
-        training.show_plan(recipe, data.counts, plan, f"rollouts of {batch} prompts; updates")
-        return
-
-    inputs = training.known_inputs(recipe, parts.tokenizer, parts.encoder.template, resume)
+    inputs = training.known_inputs(recipe, parts.tokenizer, parts.encoder.template, resume, dry_run)
     if judge is not None and resume and trained(folder):
         training.known_inputs(judge, parts.tokenizer, parts.encoder.template, resume)
     fewer = None if batch == recipe.train.effective_batch_size else f"{len(data.rows)} prompts: rollouts are of {batch}"
     updates = plan.total_steps * recipe.ppo.num_ppo_epochs * recipe.ppo.num_mini_batches
     notes = training.announce(data.warnings, updates, too_long, fewer, training.other_devices(recipe))
+    if dry_run:
+        training.show_plan(recipe, data.counts, plan, f"rollouts of {batch} prompts; updates")
+        return
+
     with open_run(recipe, overwrite, resume):
-        reward = recipe.reward.model if judge is None else train_reward(judge, folder)
+        reward = recipe.reward.model if judge is None else train_reward(judge, folder, to_go_on(recipe))
         training.start(recipe)
         cast = actors.build(recipe, parts, machine, reward)
         training.start(recipe)  # the same replies however many models were drawn
@@ -88,8 +89,8 @@ def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         with training.memory_advice("ppo.max_new_tokens"):
             outcome = trainer.train(folder.usable_checkpoint() if resume else None)
         if not trainer.finished:
-            where = f"checkpoint saved in {folder.checkpoints}; go on with --resume"
-            raise Interrupted(f"stopped at step {trainer.state.step}; {where}")
+            where = f"checkpoint saved in {folder.checkpoints}"
+            raise Interrupted(f"stopped at step {trainer.state.step}; {where}; go on with {to_go_on(recipe)}")
         model = cast.policy.model
         weights = training.save(recipe, folder, model, parts.tokenizer, parts.encoder.template)
         training.finish(recipe, folder, SimpleNamespace(model=model), outcome, data.counts, notes)
@@ -137,12 +138,13 @@ def trained(run: Run) -> bool:
     return Run(run.reward).result.exists()
 
 
-def passing_signals(command: list[str]) -> int:
+def passing_signals(command: list[str], environment: dict[str, str] | None = None) -> int:
     """Exit code of a command that gets the signals that stop this process, once, and the time it wants to end.
 
     subprocess.run gives it a quarter of a second after Ctrl-C; a step may take longer, and the checkpoint comes after.
     """
-    child = subprocess.Popen(command, process_group=0)  # or the terminal's Ctrl-C would reach it a second time
+    # Its own group, or the terminal's Ctrl-C would reach it a second time.
+    child = subprocess.Popen(command, process_group=0, env=environment)
     numbers, terminals = stopping(), at_terminal()
 
     def passed_on(number: int, frame: Any) -> None:
@@ -158,8 +160,12 @@ def passing_signals(command: list[str]) -> int:
             signal.signal(number, handler)
 
 
-def train_reward(recipe: RewardRecipe, run: Run) -> str:
-    """`ft reward` in its own process, from where it was stopped; kept when it is already there."""
+def train_reward(recipe: RewardRecipe, run: Run, go_on: str) -> str:
+    """`ft reward` in its own process, from where it was stopped; kept when it is already there.
+
+    Args:
+        go_on: the command that goes on with the whole.
+    """
     if trained(run):
         return str(run.reward)
     path = run.path / "reward.yaml"
@@ -167,11 +173,14 @@ def train_reward(recipe: RewardRecipe, run: Run) -> str:
     note("first the reward model:")
     how = "--resume" if Run(run.reward).last_checkpoint() else "--overwrite"
     command = [sys.executable, "-m", "finetune", "reward", "--recipe", str(path), how]
-    code = passing_signals(command)
+    code = passing_signals(command, {**os.environ, GO_ON: go_on})
+    if code == 130 and not resumable(run):
+        raise KeyboardInterrupt
     if code == 130:
-        raise Interrupted("stopped while training the reward model; go on with --resume")
+        raise Interrupted(f"stopped while training the reward model; go on with {go_on}")
     if code < 0:
-        raise RunError(f"the process that trains the reward model was ended by signal {-code}; go on with --resume")
+        what = f"the process that trains the reward model was ended by signal {-code}"
+        raise RunError(f"{what}; go on with {go_on}" if resumable(run) else what)
     if code:
         error = UserError if code == 2 else RunError
         raise error(f"the reward model could not be trained ({told('reward', '--recipe', path)})")

@@ -84,16 +84,16 @@ def run(raw_recipe: PretrainRecipe, resume: bool = False, overwrite: bool = Fals
     counts = {"rows": len(train), "dropped": 0, **(dict(audit.counts) if audit is not None else {})}
     counts |= {"blocks": len(train), "trained_tokens": len(train) * (recipe.data.max_length - 1)}
     plan = training.layout(recipe, len(train), len(train), machine)
+    found = audit.warnings() if audit is not None else []
+    few = training.few_rows(recipe, len(train))
+    inputs = training.known_inputs(recipe, tokenizer, None, resume, dry_run)
+    notes = training.announce(found, plan.total_steps, too_long, few, training.other_devices(recipe))
     if dry_run:
         training.show_plan(recipe, counts, plan)
         return
 
-    inputs = training.known_inputs(recipe, tokenizer, None, resume)
     training.start(recipe)
     model = _model(recipe, tokenizer, machine)
-    few = training.few_rows(recipe, len(train))
-    found = audit.warnings() if audit is not None else []
-    notes = training.announce(found, plan.total_steps, too_long, few, training.other_devices(recipe))
 
     with open_run(recipe, overwrite, resume) as folder:
         trainer = _make_trainer(recipe, folder, model, train, held_out, plan, machine)

@@ -34,11 +34,13 @@ def run(raw: SftRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
     data = dataset.load_sft(recipe.data, encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
     too_long = check_length(config, recipe.model, training.longest_row(data.train))
     plan = training.layout(recipe, len(data.train), len(data.train), machine)
+    said = (too_long, training.few_rows(recipe, len(data.train)), training.other_devices(recipe))
+    inputs = training.known_inputs(recipe, tokenizer, encoder.template, resume, dry_run)
     if dry_run:
+        training.announce(data.warnings, plan.total_steps, *said, training.packing_outlook(recipe))
         training.show_plan(recipe, data.counts, plan)
         return
 
-    inputs = training.known_inputs(recipe, tokenizer, encoder.template, resume)
     training.start(recipe)
     base = loading.load_model(recipe.model, training.weights_dtype(recipe), machine)
     loading.refuse_training(base, recipe.model.name)
@@ -50,9 +52,7 @@ def run(raw: SftRecipe, resume: bool = False, overwrite: bool = False, dry_run: 
         prepare(model)
     rows, packing_note = training.pack_if_isolated(recipe, model, tokenizer, data.train)
     plan = training.layout(recipe, len(data.train), len(rows), machine)
-    few = training.few_rows(recipe, len(data.train))
-    more = (too_long, packing_note, few, training.other_devices(recipe))
-    notes = training.announce(data.warnings, plan.total_steps, *more)
+    notes = training.announce(data.warnings, plan.total_steps, packing_note, *said)
 
     with open_run(recipe, overwrite, resume) as folder:
         trainer = training.make_trainer(recipe, folder, model, tokenizer, rows, data.eval, plan, machine)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,6 +63,36 @@ def test_a_comparison_from_start_to_end(
     other = checked.model_copy(update={"train": checked.train.model_copy(update={"max_steps": 5})})
     with pytest.raises(UserError, match=r"other values of train\.max_steps"):
         compare.run(other, *lists, str(folder))
+
+
+def test_the_search_is_announced_and_the_time_told_after_the_first_job(
+    checked: SftRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job of 4 steps has one short run of 1 step here, so 5 steps; a job that is there already tells no time."""
+    clock = iter(range(0, 1000, 50))  # 50 s from each look at it to the next
+    monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(compare, "plot", lambda *_: None)
+    monkeypatch.setattr(compare, "measure_base", lambda recipe, kind, folder: {"name": "base", "metrics": {}})
+    folder = tmp_path / "comparison"
+
+    def run_job(job: compare.Job, recipe: SftRecipe, rows: int, folder: Path) -> dict[str, Any]:
+        (folder / job.name).mkdir(parents=True, exist_ok=True)
+        (folder / job.name / "measured.json").touch()
+        return {"name": job.name, "metrics": {"loss": 1.0}, "learning_rate": 0.01, "method": job.method,
+                "quantization": "none", "rows": 64, "row_losses": []}  # fmt: skip
+
+    monkeypatch.setattr(compare, "run_job", run_job)
+    (folder / "lora").mkdir(parents=True)
+    (folder / "lora" / "measured.json").touch()
+    (folder / compare.MARK).write_text(to_yaml(checked))
+    compare.run(checked, ["lora", "bitfit", "full", "ia3"], ["none"], [1.0], str(folder))
+    said = capsys.readouterr().err.splitlines()
+    assert "4 jobs, 20 steps: for each first its learning rate, from 1 short runs" in said[0]
+    assert "25% of the steps each, scored on 10% of the training rows" in said[0]
+    ends = [line.rpartition("; about ")[2] for line in said[1:5]]
+    assert said[1].endswith("(0:50)")
+    assert ends[1:3] == ["1:40 left", "0:50 left"]
+    assert "left" not in said[4]
 
 
 def test_base_and_jobs_are_measured_alike(checked: SftRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -364,7 +364,9 @@ def test_goes_on_after_a_stop_while_the_reward_model_trains(
     running.send_signal(signal.SIGTERM)  # to it alone: its child must not go on by itself
     _, said = running.communicate()
     assert running.returncode == 130, said
-    assert "stopped while training the reward model; go on with --resume" in said
+    again = f"go on with ft ppo --recipe {tmp_path / 'broken' / 'recipe.yaml'} --resume"
+    assert f"stopped while training the reward model; {again}" in said
+    assert said.count("go on with") == said.count(again), "its child names no command of its own"
     metrics = tmp_path / "broken" / "reward" / "metrics.jsonl"
     written = metrics.read_text("utf-8")
     assert not (tmp_path / "broken" / "reward" / "result.json").exists()

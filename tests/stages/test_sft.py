@@ -349,9 +349,10 @@ def test_interrupt_saves_a_checkpoint_and_resumes(recipe: Recipe, tmp_path: Path
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "go on with --resume" in errors
+    written = tmp_path / "run" / "recipe.yaml"
+    assert errors.rstrip().endswith(f"go on with ft sft --recipe {written} --resume")
     assert not (tmp_path / "run" / "result.json").exists()
-    resumed = train(path, resume=True)
+    resumed = train(written, resume=True)
     whole = train(path, f"output.dir={tmp_path / 'whole'}")
     assert logged(resumed, "loss") == logged(whole, "loss")
 

@@ -1,0 +1,309 @@
+"""What is wrong with a command, found before torch is imported: a second instead of twenty.
+
+    recipe(…)             of a training command, with its output directory, models, adapters and rows
+    inputs(recipe)        whether everything that a recipe names is there
+    chat(…), evaluated(…), merged(…)
+                          the same for what a command is given
+    gpu_missing(…)        a warning, where a recipe's first line asks for a GPU and there is none
+
+What needs weights or a tokenizer is checked by the stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune import places
+from finetune.data import sources as data_sources
+from finetune.errors import Problem, UserError
+from finetune.models import sources
+from finetune.progress import note, warn
+from finetune.recipe import RECIPES, Hardware, ModelConfig, Recipe, absolute_data, resolve
+from finetune.recipe_file import find, load, recipe_text
+from finetune.run import check_inputs, check_output, check_resumable, read_recipe
+
+ENDLESS = "builtin:world"
+ROWS = {
+    "pretrain": "text", "sft": "sft", "reward": "preference", "dpo": "preference", "kto": "unpaired", "ppo": "prompts",
+}  # fmt: skip
+"""stage -> the kind of rows it reads."""
+# What `resolve` fills in from the machine.
+MACHINE = {
+    "model.dtype", "train.per_device_train_batch_size", "train.gradient_accumulation_steps",
+    "train.per_device_eval_batch_size", "train.gradient_checkpointing",
+}  # fmt: skip
+
+
+def together(*checks: Callable[[], object]) -> None:
+    """One UserError with the problems of all."""
+    problems: list[Problem] = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(list(dict.fromkeys(problems)))
+
+
+def recipe(
+    reference: str, stage: str, overrides: Sequence[str], output: str | None, resume: bool, overwrite: bool,
+    dry_run: bool = False,
+) -> Recipe:  # fmt: skip
+    """The recipe of a training command. UserError for everything that is wrong with it but needs no tokenizer.
+
+    With `dry_run` an output directory that holds something already is told, not refused.
+    """
+    found: Recipe = load(reference, RECIPES[stage], overrides, output, note)
+
+    def place() -> None:
+        if resume and not Path(found.output.dir).expanduser().exists():
+            fix = sources.did_you_mean(found.output.dir, "leave --resume out to start it")
+            raise UserError("no such run to resume", path=found.output.dir, key="output.dir", fix=fix)
+        check_output(found.output.dir, overwrite, resume, warn if dry_run else None)
+        if resume:
+            ours = MACHINE | ({"adapter"} if found.model.adapter is not None else set())
+            check_resumable(resolve(found, Hardware()), ours)
+
+    together(lambda: check_inputs(found, find(reference)) if overwrite else None, place, *checks_of(found))
+    if not endless(found.data.train):
+        from finetune.data.dataset import screen
+
+        screen(found.data, ROWS[stage])
+    announce(found.model)
+    return found
+
+
+def inputs(recipe: Recipe) -> None:
+    """UserError for what a recipe names and is not there."""
+    together(*checks_of(recipe))
+    announce(recipe.model)
+
+
+def checks_of(recipe: Recipe) -> list[Callable[[], object]]:
+    model, reward = recipe.model, getattr(recipe, "reward", None)
+    checks: list[Callable[[], object]] = [
+        lambda: rows(recipe.data.train, "data.train"),
+        lambda: rows(recipe.eval.data, "eval.data", held_out=True),
+        lambda: rows(getattr(reward, "train", None), "reward.train"),
+        lambda: file(model.chat_template, "model.chat_template", "give a Jinja file"),
+    ]
+    if model.adapter is not None:
+        checks.append(lambda: sources.adapter_folder(str(model.adapter), "model.adapter"))
+    for rule in getattr(reward, "functions", None) or ():
+        path = rule.rpartition(":")[0]  # without a function it is refused when it is loaded
+        checks.append(lambda path=path: file(path or None, "reward.functions", "give a Python file"))  # type: ignore[misc]
+    if getattr(reward, "model", None) is not None:
+        checks.append(lambda: judge(str(reward.model)))  # type: ignore[union-attr]
+    checks.append(lambda: base(model))
+    return checks
+
+
+def base(model: Any) -> None:
+    """UserError when the base, or the tokenizer of a new model, is not there."""
+    if getattr(model, "config", None) is None:
+        sources.check(model)
+        sources.check_there(model)
+    elif model.tokenizer is not None and not model.tokenizer.startswith("builtin:"):
+        sources.locate(ModelConfig(name=model.tokenizer))
+
+
+def announce(model: Any) -> None:
+    """Say what will be downloaded; a new model has nothing to download."""
+    if getattr(model, "config", None) is None:
+        sources.announce(model)
+
+
+def judge(reference: str) -> None:
+    """A reward model: a run of `ft reward`, or a model."""
+    if not (Path(reference).expanduser() / "model").is_dir():
+        sources.what_is(reference)
+
+
+def file(path: str | None, key: str, fix: str) -> None:
+    if path is not None and not Path(path).is_file():
+        raise UserError("no such file", path=path, key=key, fix=fix)
+
+
+def endless(data: Any) -> bool:
+    return ENDLESS in (data if isinstance(data, list) else [data])
+
+
+def rows(data: Any, key: str, held_out: bool = False) -> None:
+    """UserError for data that is not there; of hubs only the client can tell."""
+    listed = data if isinstance(data, list) else [] if data is None else [data]
+    problems: list[Problem] = []
+    for source in listed:
+        spec = data_sources.as_dict(source)
+        try:
+            if str(spec["path"]) == ENDLESS or spec.get("source") == "modelscope":
+                continue
+            data_sources.check_keys(spec)
+            if data_sources.is_hub(spec):
+                continue
+            spec = data_sources.held_out(spec) if held_out else spec
+            data_sources.files_of(spec["path"], spec.get("split"))
+        except UserError as error:
+            problems += [Problem(**{**vars(p), "key": p.key or key}) for p in error.problems]
+    if problems:
+        raise UserError(problems)
+
+
+def data_of(section: Any, model: Any, held_out: Any) -> None:
+    """For `ft data`: UserError for files, or a tokenizer's model, that are not there."""
+    checks = [lambda: rows(section.train, "data.train"), lambda: rows(held_out, "eval.data", held_out=True)]
+    together(*checks, *([] if model is None else [lambda: base(model)]))
+
+
+def adapter_and_base(reference: str, model: str | None) -> Path:
+    """The folder of an adapter. UserError when it, or the base that it names or is given, is not there."""
+    folder = sources.adapter_folder(reference)
+    config = sources.base_config(folder, model)
+    if model is None and Path(config.name).is_absolute() and not Path(config.name).exists():
+        what = f"was trained on {config.name}, which is no longer there"
+        raise UserError(what, path=reference, key="--model", fix="give the base's place now")
+    sources.check_there(config)
+    sources.announce(config)
+    return folder
+
+
+def a_model(name: str) -> None:
+    config = ModelConfig(name=name)
+    sources.check_there(config)
+    sources.announce(config)
+
+
+def chat(plain: str | None, model: str | None, adapter: str | None) -> tuple[str | None, str | None]:
+    """(--model, --adapter) with the plain argument as what it is. UserError when there is nothing to talk to."""
+    if plain is not None:
+        kind = "model" if adapter is not None else sources.what_is(plain)
+        given = {"model": model, "adapter": adapter}[kind]
+        if given is not None:
+            raise UserError(f"given twice: {plain} and --{kind} {given}", fix="give one of them")
+        model, adapter = (plain, adapter) if kind == "model" else (model, plain)
+    if model is None and adapter is None:
+        raise UserError("no model to talk to", fix="write ft chat RUN, or give --model or --adapter")
+    if adapter is None:
+        a_model(str(model))
+    else:
+        folder = adapter_and_base(adapter, model)
+        if places.read_json(folder / "adapter_config.json").get("task_type") == "SEQ_CLS":
+            what = "is a reward model: it scores answers and gives none"
+            raise UserError(what, path=adapter, fix="give a run of another stage; ft eval scores pairs with it")
+    return model, adapter
+
+
+def evaluated(
+    runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None, data: str | None,
+    reward: str | None, json_file: str | None,
+) -> None:  # fmt: skip
+    """UserError for runs, recipes, models, adapters and data of `ft eval` that are not there."""
+    checks: list[Callable[[], object]] = []
+    if json_file not in (None, "-"):
+        checks.append(
+            lambda: places.check_file(Path(str(json_file)), "--json", places.json_with("runs", "comparisons"))
+        )
+    if recipe is not None:
+        loaded = load(recipe, None)
+        if not (Path(loaded.output.dir) / "result.json").exists() and model is None:
+            checks.append(lambda: base(loaded.model))
+        if data is None:
+            checks.append(lambda: rows(loaded.eval.data, "eval.data", held_out=True))
+    for name in (*runs, *([adapter] if adapter is not None else ())):
+        checks.append(lambda name=name: evaluated_one(name, model, name == adapter, data))  # type: ignore[misc]
+    if model is not None and not runs and adapter is None:
+        checks.append(lambda: a_model(model))
+    if data is not None:
+        checks.append(lambda: rows(absolute_data(data), "--data", held_out=True))
+    if reward is not None:
+        checks.append(lambda: judge(reward))
+    together(*checks)
+
+
+def evaluated_one(name: str, model: str | None, is_adapter: bool, data: str | None) -> None:
+    """A run, with its base and its data; an adapter, or a model."""
+    try:
+        values = read_recipe(Path(name)) or {}
+    except (yaml.YAMLError, UnicodeError):
+        values = {}
+    said = (values.get("eval") or {}).get("data") if isinstance(values, dict) else None
+    if data is None and said is not None:
+        rows(said, "eval.data", held_out=True)
+    if is_adapter or sources.what_is(name) == "adapter":
+        adapter_and_base(name, model)
+    elif not (Path(name).expanduser() / "model").is_dir():
+        a_model(name)
+
+
+def merged(
+    adapter: str, target: Path, model: str | None, dtype: str | None, layout: str, overwrite: bool
+) -> None:  # fmt: skip
+    """UserError for what is wrong with the arguments of `ft merge`."""
+
+    def options() -> None:
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"unknown dtype {dtype!r}", key="--dtype", fix=f"one of {', '.join(DTYPES)}")
+        if layout not in LAYOUTS:
+            raise UserError(f"unknown format {layout!r}", key="--format", fix=f"one of {', '.join(LAYOUTS)}")
+
+    def inputs() -> None:
+        check_apart(target, adapter_and_base(adapter, model))
+
+    together(lambda: check_target(target, overwrite), options, inputs)
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+LAYOUTS = ("hf", "chatglm")
+REPORT = "merge.json"
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """UserError when something that no merge wrote stands at `target`, or a merge without `overwrite`."""
+    places.check_folder(target, "--output", here=False)
+    places.check_part(target, "--output")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    made = places.read_json(target / REPORT)
+    ours = "adapter" in made and isinstance(made.get("versions"), dict) and "ft" in made["versions"]
+    if not (ours and overwrite):
+        fix = "choose another folder" + (", or --overwrite" if ours else "")
+        raise UserError("already holds files", path=target, key="--output", fix=fix)
+
+
+def written_names(target: Path, overwrite: bool) -> Collection[str]:
+    """What the merge at `target` wrote."""
+    check_target(target, overwrite)
+    files = places.read_json(target / REPORT).get("files")
+    if isinstance(files, list):
+        return files
+    kinds = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py")  # before it was noted
+    return [path.name for path in target.iterdir() if path.suffix in kinds]
+
+
+def check_apart(target: Path, *inputs: Path) -> None:
+    """UserError when `target` is or holds something that is read."""
+    full = target.resolve()
+    for path in (path.resolve() for path in inputs):
+        if full == path or full in path.parents:
+            what = f"is what is merged, or holds it ({path})"
+            raise UserError(what, path=target, key="--output", fix="choose a folder of its own")
+
+
+def gpu_missing(reference: str, recipe: Recipe) -> str | None:
+    """A warning where the recipe's first line asks for a GPU, for the model that it names, and there is none."""
+    text = recipe_text(find(reference))
+    first = next(iter(text.splitlines()), "")
+    _, _, needs = first.lstrip("# ").partition("  ")
+    named = (yaml.safe_load(text).get("model") or {}).get("name")
+    if not first.startswith("#") or "GPU" not in needs or "no GPU" in needs or named != recipe.model.name:
+        return None
+    from finetune.models.hardware import detect
+
+    if detect().device != "cpu":
+        return None
+    small = "--set model.name=tiny-llama tries the recipe on a built-in base"
+    return f"this recipe asks for {needs.strip()}, and no GPU was found here: it may not fit, or take days; {small}"
