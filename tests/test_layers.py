@@ -23,9 +23,9 @@ LEVELS = [
     {"data", "models", "adapters", "report", "optim", "preference"},
     {"model_card"},
     {"callbacks", "trainers"},
-    {"training", "evaluation", "rl"},
-    {"measuring", "alignment", "rollout", "scoring"},
-    {"actors", "ppo_state"},
+    {"training", "evaluation", "rl", "targets", "eval_options"},
+    {"measuring", "alignment", "rollout", "scoring", "eval_report"},
+    {"actors", "ppo_state", "evaluators"},
     {"ppo"},
     {"stages"},
     {"cli"},
@@ -62,7 +62,8 @@ def test_imports_point_down(path: Path) -> None:
 
 
 TORCH_FREE = ["finetune.cli", "finetune.recipe", "finetune.recipe_file", "finetune.families", "finetune.errors",
-              "finetune.run", "finetune.metrics", "finetune.data.sources", "finetune.data.formats"]  # fmt: skip
+              "finetune.run", "finetune.metrics", "finetune.eval_options", "finetune.data.sources",
+              "finetune.data.formats"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

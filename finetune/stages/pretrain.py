@@ -37,7 +37,6 @@ from finetune.run import Run, check_resumable, open_run
 from finetune.trainers import Extras
 
 WORLD_CHATGLM3 = "builtin:world/chatglm3"  # model.tokenizer: the world's tokenizer as a ChatGLM3 tokenizer.model
-EVAL_SEED = 1_000_003  # added to the seed: the held-out text of the endless built-in world
 
 
 class Blocks(Dataset[dict[str, torch.Tensor]]):
@@ -144,7 +143,7 @@ def _blocks(
 ) -> tuple[Blocks, Blocks | None]:
     """(training blocks, held-out blocks) of the recipe's text; `audit` sees its rows."""
     data, train = recipe.data, recipe.train
-    separator = _separator(tokenizer)
+    separator = raw.separator(tokenizer)
 
     def encode(text: str) -> list[int]:
         ids = cast(list[int], tokenizer.encode(text, add_special_tokens=False))
@@ -165,7 +164,7 @@ def _blocks(
         wanted = train.max_steps * train.effective_batch_size
         total = _documents_for(wanted, packed, recipe)
         blocks = list(islice(packed(raw.documents(data, train.seed, total)), wanted))
-        other = raw.documents(data, train.seed + EVAL_SEED, 1)
+        other = raw.documents(data, train.seed + raw.EVAL_SEED, 1)
         held = list(islice(packed(other), data.eval_split)) if data.eval_split else []
     else:
         texts = raw.documents(data, train.seed, 1, audit)
@@ -188,13 +187,6 @@ def _blocks(
             fix="hold out more, or leave it out",
         )  # fmt: skip
     return Blocks(blocks), Blocks(held) if held else None
-
-
-def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands before every document: what the tokenizer puts before any text, else its bos, else its end token."""
-    before = cast(list[int], tokenizer.encode(""))
-    one = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return [i for i in before if i in tokenizer.all_special_ids] or [one]
 
 
 def _documents_for(blocks: int, packed: Any, recipe: PretrainRecipe) -> int:
