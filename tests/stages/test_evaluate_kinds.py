@@ -110,7 +110,9 @@ def test_the_next_commands_run_and_measure_the_rows_that_were_held_out(
     assert written["data"] == "data.eval_split"
     assert metrics.get("trained_on", 0) == 0
     for theirs, ours in SAME[stage].items():
-        assert metrics[ours] == pytest.approx(result(run)["eval"][theirs], abs=2e-4), ours
+        # ft kto counts what the template writes behind the end of turn to the answer.
+        near = {"rel": 0.03} if stage == "kto" else {"abs": 2e-4}
+        assert metrics[ours] == pytest.approx(result(run)["eval"][theirs], **near), ours
     if stage != "reward":
         loss = written["comparisons"][-1]
         assert loss["metric"] == "loss"
@@ -220,12 +222,18 @@ def test_predictions_and_wrong_answers(here: Path, base: Path, capsys: pytest.Ca
     assert (here / "notes.txt").read_text() == "mine"
 
 
-def test_a_plain_argument_may_be_a_model_or_an_adapter(here: Path, base: Path) -> None:
+def test_a_plain_argument_may_be_a_model_or_an_adapter(
+    here: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from finetune.stages import merge
 
     run = trained("sft", here, base)
+    capsys.readouterr()
     merge.run(str(run.path), "my merged", None)
-    assert (here / "my merged" / "merge.json").exists()
+    for number, (_, *arguments) in enumerate(next_commands(capsys.readouterr().err[-1000:])):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("say 1\n"))
+        assert arguments[0] == ("chat" if number else "eval")
+        cli.app(args=arguments, standalone_mode=False)
     tuned, merged = (measured(here, [name])["runs"][0]["metrics"] for name in (str(run.path), "my merged"))
     assert merged["loss"] == pytest.approx(tuned["loss"], abs=1e-3)
     base_too = measured(here, ["my merged"], compare_base=True)
