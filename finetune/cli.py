@@ -180,11 +180,14 @@ def merge(
 
 @app.command("eval")
 def evaluate(
-    runs: Annotated[list[str] | None, typer.Argument(help="Run directories.")] = None,
+    runs: Annotated[list[str] | None, typer.Argument(help="Runs, adapters or models.")] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Evaluate this recipe's run.")] = None,
     model: Model = None,
     adapter: AdapterOption = None,
-    data: Annotated[str | None, typer.Option(help="Held-out data; the run's eval.data by default.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Held-out data; by default the run's eval.data, or what data.eval_split held out."),
+    ] = None,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Base and tuned side by side.")] = False,
     quantization: Annotated[str | None, typer.Option(help="Kinds to compare: none,int8,int4.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
@@ -192,16 +195,20 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the drawn answers.")] = 0,
     reward: Annotated[str | None, typer.Option(help="Run of ft reward that scores the answers.")] = None,
     json_: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Also as JSON; - is stdout.")] = None,
+    predictions: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Every row with its answer, as JSON lines.")
+    ] = None,
+    show: Annotated[int, typer.Option(metavar="N", help="Print so many wrong answers.", min=0)] = 3,
 ) -> None:
-    """Exact match (also per value of a column `group`), per-field accuracy, loss and perplexity on held-out data."""
+    """Held-out metrics: of answers exact match (also per value of a column `group`), per-field accuracy, loss and
+    perplexity; of preference pairs accuracy and margins; of labelled answers and raw text their loss."""
     _quiet(bars=False)
     from finetune import early
 
-    early.evaluated(runs or [], recipe, model, adapter, data, reward, json_)
+    early.evaluated(runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions)
     _quiet()
-    _module("evaluate").run(
-        runs or [], recipe, model, adapter, data, compare_base, limit, json_, quantization, temperature, seed, reward
-    )
+    options = (quantization, temperature, seed, reward, predictions, show)
+    _module("evaluate").run(runs or [], recipe, model, adapter, data, compare_base, limit, json_, *options)
 
 
 @app.command()

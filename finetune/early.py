@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from finetune import places
+from finetune import eval_options, places
 from finetune.data import sources as data_sources
 from finetune.errors import Problem, UserError
 from finetune.models import sources
@@ -199,14 +199,13 @@ def chat(plain: str | None, model: str | None, adapter: str | None) -> tuple[str
 
 def evaluated(
     runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None, data: str | None,
-    reward: str | None, json_file: str | None,
+    reward: str | None, json_file: str | None, quantization: str | None, predictions: str | None,
 ) -> None:  # fmt: skip
-    """UserError for runs, recipes, models, adapters and data of `ft eval` that are not there."""
-    checks: list[Callable[[], object]] = []
-    if json_file not in (None, "-"):
-        checks.append(
-            lambda: places.check_file(Path(str(json_file)), "--json", places.json_with("runs", "comparisons"))
-        )
+    """UserError for options of `ft eval` that cannot be, and for runs, recipes, models, adapters and data that are not
+    there."""
+    checks: list[Callable[[], object]] = [
+        lambda: eval_options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions)
+    ]
     if recipe is not None:
         loaded = load(recipe, None)
         if not (Path(loaded.output.dir) / "result.json").exists() and model is None:

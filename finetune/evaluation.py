@@ -31,17 +31,24 @@ class Evaluation:
     name: str
     n: int
     metrics: dict[str, Any]
-    predictions: list[str] = field(repr=False)
-    correct: list[float] = field(repr=False)
-    """Exact match (0 or 1) of each row with a reference, in the order of the data, for paired comparisons."""
-    losses: list[float] = field(default_factory=list, repr=False)
-    """Mean negative log-likelihood per token of each row's reference, where it is trained."""
-    rewards: list[float] = field(default_factory=list, repr=False)
-    """Score of each answer by a reward model, where one was asked."""
-    groups: list[str | None] = field(default_factory=list, repr=False)
-    """Group per row, in the order of `correct`."""
+    rows: list[dict[str, Any]] = field(repr=False)
+    """What `--predictions` writes of each row that was measured. What models are compared by: correct (0 or 1, where
+    there is a right and a wrong), loss (nats per token), reward, group."""
+    kind: str = "answers"
+    """answers, pairs, unpaired or text"""
     generation: dict[str, Any] = field(default_factory=dict)
     """How the answers were written, and what of the base's generation_config.json was not followed."""
+    notes: list[str] = field(default_factory=list)
+    """What was left out or cut."""
+
+    @property
+    def predictions(self) -> list[str]:
+        return [row["prediction"] for row in self.rows]
+
+    @property
+    def losses(self) -> list[float]:
+        """Mean negative log-likelihood per token of each row's reference, where it is trained."""
+        return [row["loss"] for row in self.rows if row["loss"] is not None]
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,6 +182,21 @@ def decode(encoder: Encoder | GlmEncoder, ids: list[int], stops: list[int]) -> s
     return text.strip()
 
 
+ROOM = 8192  # tokens in a batch, padding included: what is computed of each is as wide as the vocabulary
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of the rows that are computed together, short ones first; fewer at once where they are long."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[i] > ROOM):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 @torch.inference_mode()
 def score(
     model: PreTrainedModel,
@@ -187,9 +209,7 @@ def score(
     model.eval()
     device = input_device(model)
     result: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for batch in by_length([len(ids) for ids, _ in rows], batch_size):
         longest = max(len(rows[i][0]) for i in batch)
         # Padded right: causal attention never looks there, and positions start at 0 as in training.
         ids = torch.tensor([rows[i][0] + [pad] * (longest - len(rows[i][0])) for i in batch], device=device)
@@ -233,41 +253,59 @@ def evaluate(
     """
     asked = [split_reference(c) for c in conversations]
     prompts = [encoder.prompt_ids(c.messages, c.tools) for c, _ in asked]
-    encoded = [encoder.encode(c, "last") for c, (_, r) in zip(conversations, asked, strict=True) if r is not None]
     begun = time.perf_counter()
     predictions = generate(model, encoder, prompts, max_new_tokens, batch_size, on_batch, temperature, seed)
     seconds = time.perf_counter() - begun
-    references = [reference for _, reference in asked]
-    known = [(c, p, r) for c, p, r in zip(conversations, predictions, references, strict=True) if r is not None]
-    correct = [float(metrics.exact_match(prediction, reference)) for _, prediction, reference in known]
-    groups = [conversation.group for conversation, _, _ in known]
     values: dict[str, Any] = {}
-    losses: list[float] = []
+    rows: list[dict[str, Any]] = []
+    for (question, reference), prediction, conversation in zip(asked, predictions, conversations, strict=True):
+        right = None if reference is None else float(metrics.exact_match(prediction, reference))
+        rows.append(
+            {
+                "messages": question.messages, "reference": reference, "prediction": prediction, "correct": right,
+                "loss": None, "group": conversation.group,
+            }
+        )  # fmt: skip
+    known = [i for i, row in enumerate(rows) if row["reference"] is not None]
     if known:
-        values["exact_match"] = metrics.mean(correct)
-        values["exact_match_ci"] = list(metrics.wilson(int(sum(correct)), len(correct)))
-        for group, column in metrics.by_group(correct, groups).items():
-            values[f"exact_match/{group}"] = metrics.mean(column)
-            values[f"exact_match/{group}_ci"] = list(metrics.wilson(int(sum(column)), len(column)))
-            values.setdefault("groups", {})[group] = len(column)
+        values |= shares("exact_match", [rows[i]["correct"] for i in known], [rows[i]["group"] for i in known])
         fields: dict[str, list[float]] = {}
-        for _, prediction, reference in known:
-            for key, right in (metrics.json_fields(prediction, reference) or {}).items():
+        for i in known:
+            for key, right in (metrics.json_fields(predictions[i], rows[i]["reference"]) or {}).items():
                 fields.setdefault(key, []).append(float(right))
         if fields:
             values["field_accuracy"] = metrics.mean([v for column in fields.values() for v in column])
             values["fields"] = {key: metrics.mean(column) for key, column in fields.items()}
+        encoded = [encoder.encode(conversations[i], "last") for i in known]
         scored = score(model, [(e.input_ids, e.labels) for e in encoded], encoder.tokenizer.pad_token_id, batch_size)
-        scored = [(total, count) for total, count in scored if count]  # none where the last turn is not trained
-        losses = [total / count for total, count in scored]
-        if scored:
-            loss = sum(total for total, _ in scored) / sum(count for _, count in scored)
-            values["loss"] = loss
-            values["loss_ci"] = list(metrics.ratio_interval([t for t, _ in scored], [c for _, c in scored]))
-            values["perplexity"] = metrics.perplexity(loss)
-        if len(scored) < len(encoded):
-            values["rows_without_loss"] = len(encoded) - len(scored)
+        values |= losses_of("loss", scored)
+        for i, (total, count) in zip(known, scored, strict=True):
+            rows[i]["loss"] = total / count if count else None
+        if "loss" in values:
+            values["perplexity"] = metrics.perplexity(values["loss"])
+        if missing := sum(not count for _, count in scored):  # the last turn is not trained
+            values["rows_without_loss"] = missing
     written = sum(len(encoder.tokenizer.encode(p, add_special_tokens=False)) + 1 for p in predictions)
     values["tokens_per_second"] = written / max(seconds, 1e-9)
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "not_followed": not_followed(model)}
-    return Evaluation(name, len(conversations), values, predictions, correct, losses, groups=groups, generation=how)
+    return Evaluation(name, len(conversations), values, rows, generation=how)
+
+
+def shares(name: str, correct: Sequence[float], groups: Sequence[str | None]) -> dict[str, Any]:
+    """The share that is right, of all rows and of each group, with 95% intervals; `groups`: their numbers of rows."""
+    values: dict[str, Any] = {name: metrics.mean(correct)}
+    values[f"{name}_ci"] = list(metrics.wilson(int(sum(correct)), len(correct)))
+    for group, column in metrics.by_group(correct, groups).items():
+        values[f"{name}/{group}"] = metrics.mean(column)
+        values[f"{name}/{group}_ci"] = list(metrics.wilson(int(sum(column)), len(column)))
+        values.setdefault("groups", {})[group] = len(column)
+    return values
+
+
+def losses_of(name: str, scored: Sequence[tuple[float, int]]) -> dict[str, Any]:
+    """Nats per token of rows (sum, tokens) with a 95% interval; {} where no token is trained."""
+    kept = [(total, count) for total, count in scored if count]
+    if not kept:
+        return {}
+    totals, counts = zip(*kept, strict=True)
+    return {name: sum(totals) / sum(counts), f"{name}_ci": list(metrics.ratio_interval(totals, counts))}

@@ -260,12 +260,22 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(strict(value), ensure_ascii=False, indent=2, allow_nan=False)
+    write_atomically(path, escaped(json.dumps(strict(value), ensure_ascii=False, indent=2, allow_nan=False)) + "\n")
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """JSON lines, all or none."""
+    lines = [json.dumps(strict(row), ensure_ascii=False, allow_nan=False) for row in rows]
+    write_atomically(path, "".join(f"{escaped(line)}\n" for line in lines))
+
+
+def escaped(text: str) -> str:
+    """JSON as it is, or in ASCII where it holds halves of surrogate pairs, of rows or of file names."""
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # halves of surrogate pairs, of rows or of file names
-        text = json.dumps(strict(value), indent=2, allow_nan=False)
-    write_atomically(path, text + "\n")
+    except UnicodeEncodeError:
+        return json.dumps(json.loads(text), indent=2 if "\n" in text else None)
+    return text
 
 
 def versions() -> dict[str, str]:

@@ -26,10 +26,12 @@ from typing import Any, NoReturn
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from finetune.data.chat import make_encoder, scored_end, scored_ids
+from finetune.data.audit import cut
+from finetune.data.chat import IGNORED, make_encoder, scored_end, scored_ids
 from finetune.data.prompts import Prompt
 from finetune.data.types import Conversation, RowProblem, attempted
 from finetune.errors import RunError, UserError
+from finetune.evaluation import by_length
 from finetune.families import ENCODER, family, refused
 from finetune.models import loading, sources
 from finetune.models.hardware import input_device
@@ -131,19 +133,23 @@ def answered(prompts: Sequence[Prompt], replies: Sequence[str]) -> list[Conversa
     ]
 
 
-def scored_reply(encoder: Any, conversation: Conversation) -> list[int]:
-    """A conversation that ends with a reply as a reward model reads it: as `ft reward` reads its pairs.
+def scored_reply(encoder: Any, conversation: Conversation, limit: int | None = None) -> list[int]:
+    """A conversation that ends with a reply as a reward model reads it: as `ft reward` reads its pairs, with `limit`
+    cut to so many tokens.
 
     That is the text with the end of turn, also of a reply that was cut off: without it the score would stand at a token
     where none was ever trained. What the template cannot write is put behind the prompt as it is.
     """
     found = attempted(encoder.encode, conversation, "last")
     if not isinstance(found, RowProblem):
+        found = cut(encoder.tokenizer, found, limit)
+        if found.labels.count(IGNORED) == len(found.labels):  # nothing of the reply is left
+            return found.input_ids
         return scored_ids(found, encoder.separator)
     *before, reply = conversation.messages
     ids = encoder.tokenizer.encode(str(reply["content"]), add_special_tokens=False)
     end = scored_end(encoder)
-    return [*encoder.prompt_ids(before, conversation.tools), *ids, *([] if end is None else [end])]
+    return [*encoder.prompt_ids(before, conversation.tools), *ids, *([] if end is None else [end])][:limit]
 
 
 def is_reward_run(path: str) -> bool:
@@ -152,19 +158,24 @@ def is_reward_run(path: str) -> bool:
 
 
 @torch.inference_mode()
-def score_rows(model: Any, rows: Sequence[list[int]], pad: int, batch_size: int = 32) -> list[float]:
+def score_rows(
+    model: Any,
+    rows: Sequence[list[int]],
+    pad: int,
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> list[float]:
     """Scores of token ids, each read at its last token."""
     model.eval()
     device = input_device(model)
     scores = [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for batch in by_length([len(row) for row in rows], batch_size):
         longest = max(len(rows[i]) for i in batch)
         ids = torch.tensor([rows[i] + [pad] * (longest - len(rows[i])) for i in batch], device=device)
         mask = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch], device=device)
         for row, value in zip(batch, model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist(), strict=True):
             scores[row] = value
+        on_batch(len(batch))
     return scores
 
 

@@ -555,15 +555,25 @@ def summary(recipe: Recipe, run: Run, weights: Path) -> None:
     note(f"done in {duration(result['seconds'])}: {result['steps']:,} steps, {gist(result)}")
     note(f"trained {result['trainable_parameters']:,} of {result['total_parameters']:,} parameters ({share:.2%})")
     note(f"weights {shown_path(weights)}   report {shown_path(run.path / 'report.html')}")
-    name = shown_path(run.path)
-    compare = [] if recipe.stage == "reward" else ["--compare-base"]
-    data = [] if recipe.eval.data else ["--data", "FILE"]
-    note(f"next    {command('eval', name, *compare, *data)}")
+    lines = [command(*parts) for parts in next_commands(recipe, shown_path(run.path))]
+    for number, line in enumerate(lines):
+        note(f"{'' if number else 'next':7} {line}")
+    if recipe.eval.data is None and recipe.data.eval_split is None:
+        note("no rows were held out: for figures give ft eval a file with --data, or set data.eval_split")
     if recipe.stage == "reward":
-        note(f"        {command('ppo', '--recipe', 'R', '--set', f'reward.model={name}')}")
-        return
-    option = "--model" if recipe.adapter.method == "full" else "--adapter"
-    note(f"        {command('chat', option, name)}")
+        note(f"for ft ppo set reward.model: {shown_path(run.path)}; ft eval --reward scores the answers of other runs")
+
+
+def next_commands(recipe: Recipe, name: str) -> list[list[str]]:
+    """What can be done with a run, as it stands: each of these can be typed."""
+    found = []
+    if recipe.eval.data is not None or recipe.data.eval_split is not None:
+        is_new = getattr(recipe.model, "config", None) is not None
+        alone = recipe.stage == "reward" or is_new  # scores only, or nothing that it started from
+        found.append(["eval", name, *([] if alone else ["--compare-base"])])
+    if recipe.stage == "reward":
+        return found
+    return [*found, ["chat", "--model" if recipe.adapter.method == "full" else "--adapter", name]]
 
 
 def show_plan(recipe: Recipe, counts: dict[str, Any], plan: Layout, steps: str = "steps") -> None:

@@ -8,7 +8,6 @@ whose effect lies elsewhere has a probe of its own below. A new key without a se
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +19,8 @@ import torch
 import yaml
 from conftest import write_rows
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from safetensors.torch import save_file
 
-from finetune import alignment, effects, hub, recipe_file, training
+from finetune import alignment, effects, hub, recipe_file, targets, training
 from finetune.adapters import build
 from finetune.callbacks import Ranks
 from finetune.data import dataset, pairs, prompts
@@ -489,30 +487,21 @@ def evaluated(stage: str, settings: dict[str, Any], files: dict[str, Any], monke
     """What `ft eval RUN` does with the recipe that a run left behind."""
     seen: dict[str, Any] = {}
 
-    def stop(target: Any, rows: Any, *_: Any) -> None:
-        seen.update(limits=(target.eval.max_new_tokens, target.eval.batch_size), rows=len(rows))
+    def stop(target: Any, held: Any, *_: Any) -> None:
+        seen.update(limits=(target.eval.max_new_tokens, target.eval.batch_size), rows=len(held.rows))
         raise Stop
 
-    class Judge:
-        def scores(self, rows: Any) -> list[float]:
-            seen["rows"] = len(rows)
-            raise Stop
-
     monkeypatch.setattr(evaluate, "evaluate_target", stop)
-    monkeypatch.setattr(evaluate.RewardModel, "load", lambda *_: Judge())
-    monkeypatch.setattr(loading, "check_adapter", lambda *_: None)
     run = Run(tmp / "evaluated")
     run.path.mkdir(exist_ok=True)
-    (run.path / "adapter").mkdir(exist_ok=True)
-    (run.path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    save_file({"a": torch.zeros(1)}, run.path / "adapter" / "adapter_model.safetensors")
+    monkeypatch.setattr(targets.loading, "adapter_folder", lambda _: run.path / "adapter")
+    monkeypatch.setattr(targets.loading, "check_adapter", lambda *_: None)
     (tmp / "recipe.yaml").write_text(yaml.safe_dump(recipe(stage, settings, files, tmp)), encoding="utf-8")
     try:
         loaded: Any = recipe_file.load(str(tmp / "recipe.yaml"), RECIPES[stage])
     except UserError as error:
         return str(error)
     (run.path / "recipe.yaml").write_text(recipe_file.to_yaml(resolve(loaded, Hardware())), encoding="utf-8")
-    monkeypatch.setattr(evaluate, "is_reward_run", lambda _: stage == "reward")
     with pytest.raises((Stop, UserError)) as caught:
         evaluate.run([str(run.path)], None, None, None, None, False, None, None)
     return seen or str(caught.value)

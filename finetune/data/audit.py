@@ -269,9 +269,8 @@ class Audit:
             self.counts["dropped"] += 1
             self._note("warning", item, checks.Finding("warning", "overlong", f"{what}: left out"))
             return None
-        end = whole(self.encoder.tokenizer, row.input_ids, int(self.limit or length))
-        labels = row.labels[:end]
-        kept = len(labels) - labels.count(IGNORED)
+        shorter = cut(self.encoder.tokenizer, row, int(self.limit or length))
+        kept = len(shorter.labels) - shorter.labels.count(IGNORED)
         if not kept:
             self.counts["cut_away"] += 1
             what += ": nothing that is trained is left, the row is left out"
@@ -280,7 +279,7 @@ class Audit:
         self.counts["truncated"] += 1
         what += f": cut at the end, {trained - kept} of {trained} trained tokens lost"
         self._note("warning", item, checks.Finding("warning", "overlong", what, "raise data.max_length"))
-        return Encoded(row.input_ids[:end], labels, row.weights and row.weights[:end]), kept
+        return shorter, kept
 
     # --- the outcome ---
 
@@ -471,6 +470,14 @@ def whole(tokenizer: Any, ids: list[int], end: int) -> int:
         if not tokenizer.decode(ids[max(place - 2 * LONGEST, 0) : place]).endswith("\ufffd"):
             return place
     return end
+
+
+def cut(tokenizer: Any, row: Encoded, limit: int | None) -> Encoded:
+    """The first `limit` tokens of a row, less those of a character that would be cut in half."""
+    if limit is None or len(row.input_ids) <= limit:
+        return row
+    end = whole(tokenizer, row.input_ids, limit)
+    return Encoded(row.input_ids[:end], row.labels[:end], row.weights and row.weights[:end])
 
 
 def conversations(sample: Any) -> dict[str, Conversation]:

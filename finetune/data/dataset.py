@@ -2,6 +2,7 @@
 
 load_sft(config, encoder, seed=…) -> SftData           conversations, labels on the trained turns
 load_samples(config, kind) -> list                     checked samples of any kind, not tokenised (DPO, KTO, reward)
+load_held_out(spec, config) -> list[HeldRow]           rows to evaluate on, of whatever kind they are
 load_eval_rows(spec, config) -> list[Conversation]     rows for generation; the last assistant turn is the reference
 """
 
@@ -10,14 +11,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from finetune.data import checks, formats, sources, store
 from finetune.data.audit import Audit, problem_of
 from finetune.data.chat import Encoded
-from finetune.data.samples import all_text, as_held_out, content_hash, read_samples, specs, watched
+from finetune.data.samples import Item, all_text, as_held_out, content_hash, read_samples, specs, watched
 from finetune.data.types import Conversation, RowProblem, Sample, attempted
 from finetune.errors import Problem, UserError
 from finetune.progress import warn
@@ -175,21 +176,32 @@ def load_samples(config: Any, kind: str, *, encoder: Any = None, seed: int = 42,
     return samples
 
 
-def load_eval_rows(spec: Any, config: Any = None, *, encoder: Any = None) -> list[Conversation]:
-    """Conversations for generation, with the `group` that a column of this name gives them. Rows with only a prompt are
-    fine. UserError with every unusable row, and with an encoder also with those that it cannot encode."""
-    rows: list[Conversation] = []
+class HeldRow(NamedTuple):
+    """A row to evaluate on, with its place."""
+
+    file: str
+    row: int
+    sample: Sample
+    group: str | None = None
+    """What its column `group` says. Metrics are given per group, too."""
+
+
+def load_held_out(spec: Any, config: Any = None, kind: str | None = None, *, encoder: Any = None) -> list[HeldRow]:
+    """The rows of a file to evaluate on, of the kind that they are (or of `kind` alone), all of one kind. Conversations
+    with only a prompt are fine. UserError with every unusable row, and with an encoder also with those that it cannot
+    encode."""
+    rows: list[HeldRow] = []
     errors: list[Problem] = []
     columns = as_held_out(config)
     for source in map(sources.held_out, specs(spec)):
-        for item in read_samples(source, columns):
+        for item in read_samples(source, columns, kind):
             if item.problem is not None and item.problem.kind == "empty_file":
                 warn(f"{item.file}: {item.problem.message}")
                 continue
             if item.problem is not None:
                 errors.append(problem_of(item.file, item.row, item.problem))
                 continue
-            assert isinstance(item.sample, Conversation)
+            assert item.sample is not None
             found = checks.check(item.sample, all_text(item.sample))
             bad: list[checks.Finding | RowProblem] = [f for f in found if f.level == "error" and f.kind != "no_answer"]
             if encoder is not None and not bad:
@@ -197,11 +209,29 @@ def load_eval_rows(spec: Any, config: Any = None, *, encoder: Any = None) -> lis
                 bad = [problem] if isinstance(problem, RowProblem) else []
             errors += [problem_of(item.file, item.row, f) for f in bad]
             if not bad:
-                group = formats.shaped(item.data, source.get("columns") or columns.columns).get("group")
-                named = isinstance(group, str | int | float) and group != ""  # a list or an object names no group
-                rows.append(replace(item.sample, group=str(group)) if named else item.sample)
+                rows.append(held_row(item, source.get("columns") or columns.columns))
     if errors:
         raise UserError(errors)
     if not rows:
         raise UserError("no rows", path=str(spec), fix="name a file with rows")
+    other = next((row for row in rows if type(row.sample) is not type(rows[0].sample)), None)
+    if other is not None:
+        raise UserError(
+            f"row {other.row} is of another kind than {rows[0].file}, row {rows[0].row}", path=other.file,
+            fix="evaluate them one after the other",
+        )  # fmt: skip
     return rows
+
+
+def held_row(item: Item, columns: dict[str, str] | None) -> HeldRow:
+    group = formats.shaped(item.data, columns).get("group")
+    named = str(group) if isinstance(group, str | int | float) and group != "" else None  # a list names no group
+    assert item.sample is not None
+    sample = replace(item.sample, group=named) if isinstance(item.sample, Conversation) else item.sample
+    return HeldRow(item.file, item.row, sample, named)
+
+
+def load_eval_rows(spec: Any, config: Any = None, *, encoder: Any = None) -> list[Conversation]:
+    """Conversations for generation; as `load_held_out`."""
+    found = load_held_out(spec, config, "sft", encoder=encoder)
+    return [row.sample for row in found if isinstance(row.sample, Conversation)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from finetune.errors import UserError
 from finetune.recipe import DataConfig
 
 WORLD = "builtin:world"
+EVAL_SEED = 1_000_003  # added to the seed: the held-out text of the endless built-in world
 Encode = Callable[[str], list[int]]
 
 
@@ -68,11 +70,21 @@ def _times(text: str, weight: float) -> int:
     return int(times_used(np.asarray([content_hash(Text(text))], np.uint64), np.asarray([weight]))[0])
 
 
-def pack(texts: Iterable[str], encode: Encode, length: int, separator: Sequence[int]) -> Iterator[list[int]]:
+def separator(tokenizer: Any) -> list[int]:
+    """What stands before every document: what the tokenizer puts before any text, else its bos, else its end token."""
+    before: list[int] = tokenizer.encode("")
+    one = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [i for i in before if i in tokenizer.all_special_ids] or [one]
+
+
+def pack(
+    texts: Iterable[str], encode: Encode, length: int, separator: Sequence[int], rest: bool = False
+) -> Iterator[list[int]]:
     """Blocks of exactly `length` ids; every document is preceded by `separator`.
 
     A document that is cut by the end of a block stands whole at the start of the next one if it fits there, so that no
-    block begins with a rest whose beginning is missing; only longer ones are continued. The last block may be dropped.
+    block begins with a rest whose beginning is missing; only longer ones are continued. What does not fill the last
+    block is left out, or with `rest` a shorter block.
     """
     block: list[int] = []
     for text in texts:
@@ -82,11 +94,13 @@ def pack(texts: Iterable[str], encode: Encode, length: int, separator: Sequence[
         if len(block) < length:
             continue
         yield block
-        rest = ids if room < len(ids) <= length else ids[room:]
-        while len(rest) >= length:
-            yield rest[:length]
-            rest = rest[length:]
-        block = list(rest)
+        more = ids if room < len(ids) <= length else ids[room:]
+        while len(more) >= length:
+            yield more[:length]
+            more = more[length:]
+        block = list(more)
+    if rest and len(block) > 1:  # the first token of a row is predicted from nothing
+        yield block
 
 
 def held_out(texts: Iterable[str], share: float | int) -> tuple[list[str], Iterator[str]]:

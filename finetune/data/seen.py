@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,13 @@ from finetune.data.types import Sample
 from finetune.errors import UserError
 
 
-def trained_on(data: Any, rows: Sequence[Sample], seed: int = 42) -> int | None:
+def trained_on(data: Any, rows: Sequence[Sample], seed: int = 42, apart: Collection[int] | None = None) -> int | None:
     """How many of `rows` stand in the training rows of a run's data section: with the same prompt, nearly the same, or
-    the same question under another system turn. None where that data cannot be read here (gone, remote, endless)."""
+    the same question under another system turn. None where that data cannot be read here (gone, remote, endless).
+
+    Args:
+        apart: the content hashes of what data.eval_split holds out, where they are known; else they are found here.
+    """
     listed = [] if raw.is_endless(data) else specs(data)
     if not listed or any(sources.is_hub(spec) or spec.get("source") == "modelscope" for spec in listed):
         return None
@@ -37,7 +41,10 @@ def trained_on(data: Any, rows: Sequence[Sample], seed: int = 42) -> int | None:
                     matches.append((start + row, match))
     except UserError:
         return None
-    held = held_out(np.asarray(hashes, np.uint64), getattr(data, "eval_split", None))
+    if apart is None:
+        held = held_out(np.asarray(hashes, np.uint64), getattr(data, "eval_split", None))
+    else:
+        held = np.asarray([mark in apart for mark in hashes], bool)
     known = {match for row, match in matches if not held[row]}
     same = {leakage.folded(prompts[row]) for row in known}, {asked[row] for row in known} - {""}
     return sum(leakage.folded(p) in same[0] or a in same[1] for p, a in zip(prompts, asked, strict=True))

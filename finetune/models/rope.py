@@ -80,20 +80,25 @@ LEARNED = ("gpt2", "opt", "gpt_neo", "gpt_bigcode", "openai-gpt", "biogpt", "xgl
 """Positions are rows of a table: there is nothing behind its end."""
 
 
+def context(config: Mapping[str, Any], model: ModelConfig) -> int | None:
+    """How many tokens the base was made for, with its rope_scaling; None where there is no such number."""
+    scaling = model.rope_scaling
+    known = next((int(config[key]) for key in LENGTHS if config.get(key)), None)
+    if known is None or config.get("model_type") == "bloom" or config.get("alibi"):
+        return None
+    if scaling is not None and scaling.factor is not None:
+        return round((scaling.original_max_position_embeddings or known) * scaling.factor)
+    return known
+
+
 def check_length(config: Mapping[str, Any], model: ModelConfig, longest: int, replies: str | None = None) -> str | None:
     """A warning when the longest sample has more tokens than the base was made for; UserError where that is the end of
     its table of positions.
 
     replies: where `longest` counts a sampled reply, too, the key of that reply's length.
     """
-    scaling, name = model.rope_scaling, model.name
-    known = next((int(config[key]) for key in LENGTHS if config.get(key)), None)
-    if known is None or config.get("model_type") == "bloom" or config.get("alibi"):
-        return None
-    limit = known
-    if scaling is not None and scaling.factor is not None:
-        limit = round((scaling.original_max_position_embeddings or known) * scaling.factor)
-    if longest <= limit:
+    name, limit = model.name, context(config, model)
+    if limit is None or longest <= limit:
         return None
     shorter = f"set data.max_length: {limit}," if replies is None else f"set it and {replies} to {limit} together,"
     if config["model_type"] in LEARNED:

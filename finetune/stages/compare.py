@@ -28,13 +28,13 @@ from typing import Any
 import yaml
 
 from finetune import metrics
-from finetune.data import dataset, samples
+from finetune.data import dataset, evaluated, samples
 from finetune.errors import Interrupted, RunError, UserError
 from finetune.places import check_folder as check_place
-from finetune.progress import duration, note, say
+from finetune.progress import command, duration, note, say
 from finetune.recipe import SftRecipe
 from finetune.recipe_file import check, to_yaml
-from finetune.run import Run, changed_keys, write_atomically, write_json
+from finetune.run import Run, changed_keys, write_atomically, write_json, write_lines
 
 # Where the search for the learning rate begins, relative to LoRA's: what moves few or shared numbers needs more.
 CENTRE = {
@@ -94,7 +94,14 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / MARK, to_yaml(recipe))
     note(search_in_words(recipes))
-    rows, reasons = [measure_base(recipe, kind, folder) for kind in quantizations], dict(refused)
+    if recipe.eval.data is None:
+        apart = held_apart(recipe, folder)
+        counts = count_rows(apart)
+        recipes = {job: job_recipe(apart, job, counts) for job in recipes}
+        measure_on = apart
+    else:
+        measure_on = recipe
+    rows, reasons = [measure_base(measure_on, kind, folder) for kind in quantizations], dict(refused)
     seconds = steps = 0.0  # of the jobs that were trained now
     for number, job in enumerate(recipes, 1):
         begun, there = time.perf_counter(), done(job, folder)
@@ -127,6 +134,9 @@ def run(
     if len(fractions) > 1 and not scaling:
         note("no law of loss over data: it takes three shares that all succeeded")
     note(f"written to {folder}/compare.json, compare.md, compare.png")
+    if trained:
+        best = min(trained, key=lambda r: r["metrics"].get("loss", math.inf))
+        note(f"next    {command('eval', folder / best['name'], '--compare-base')}")
     failed = [job.name for job in reasons if job not in refused]
     if failed:
         names = ", ".join(failed)
@@ -176,8 +186,9 @@ def check_folder(folder: Path, recipe: SftRecipe) -> None:
 
 
 def check_recipe(recipe: SftRecipe) -> None:
-    if recipe.eval.data is None:
-        raise UserError("a comparison needs held-out data", key="eval.data", fix="set it in the recipe")
+    if recipe.eval.data is None and recipe.data.eval_split is None:
+        fix = "set it or data.eval_split in the recipe"
+        raise UserError("a comparison needs held-out data", key="eval.data", fix=fix)
     if recipe.model.adapter is not None:
         what = "every method would train the adapter that it names"
         raise UserError(what, key="model.adapter", fix="leave it out")
@@ -193,8 +204,10 @@ def check_jobs(recipe: SftRecipe, jobs: Sequence[Job]) -> tuple[list[int], dict[
     sizes = {sum(share_of(counts, job.fraction)) for job in jobs}
     if len({job.fraction for job in jobs}) > len(sizes):
         raise UserError("several shares are the same number of rows", key="--data-fractions", fix="use fewer or larger")
-    assert recipe.eval.data is not None
-    dataset.load_eval_rows(recipe.eval.data, recipe.data)
+    if recipe.eval.data is not None:
+        dataset.load_eval_rows(recipe.eval.data, recipe.data)
+    else:
+        split_off(recipe)
 
     from finetune.adapters import limits  # torch, which takes its time: what can be wrong without it is said by now
     from finetune.adapters.build import check as check_targets
@@ -215,6 +228,46 @@ def check_jobs(recipe: SftRecipe, jobs: Sequence[Job]) -> tuple[list[int], dict[
     if not recipes:
         raise errors[0]
     return counts, recipes, refused
+
+
+def split_off(recipe: SftRecipe) -> evaluated.HeldOut:
+    """The rows that `ft sft` of this recipe would hold out."""
+    from finetune.data.chat import make_encoder
+    from finetune.families import family
+    from finetune.models import loading
+
+    config = loading.read_config(recipe.model)
+    encoder = make_encoder(loading.load_tokenizer(recipe.model), family(config["model_type"]))
+    return evaluated.split_off(recipe, encoder, None)
+
+
+def held_apart(recipe: SftRecipe, folder: Path) -> SftRecipe:
+    """The recipe with the rows that data.eval_split holds out as its test data, and without them in its training data:
+    the search for the learning rate holds out others, and must not see these."""
+    held = split_off(recipe)
+    place = folder / "data"
+    place.mkdir(exist_ok=True)
+    write_lines(place / "test.jsonl", [as_row(row.sample, row.group) for row in held.rows])
+    assert held.hashes is not None
+    sources = []
+    for number, spec in enumerate(samples.specs(recipe.data), 1):
+        items = samples.read_samples(spec, recipe.data, seed=recipe.train.seed)
+        kept = [i.sample for i in items if i.sample is not None and samples.content_hash(i.sample) not in held.hashes]
+        write_lines(place / f"train-{number}.jsonl", [as_row(sample) for sample in kept])
+        sources.append({"path": str(place.resolve() / f"train-{number}.jsonl"), "weight": spec.get("weight", 1.0)})
+    note(f"measured on the {len(held.rows)} rows that data.eval_split holds out, which no job is trained on")
+    values = yaml.safe_load(to_yaml(recipe))
+    own = {"train": sources, "eval_split": None, "format": None, "columns": None, "max_samples": None, "shuffle": False}
+    values["data"] = {**values["data"], **own}
+    values["eval"] = {**values["eval"], "data": str(place.resolve() / "test.jsonl")}
+    built = check(values, "sft")
+    assert isinstance(built, SftRecipe)
+    return built
+
+
+def as_row(sample: Any, group: str | None = None) -> dict[str, Any]:
+    row = {"messages": sample.messages, "tools": sample.tools, "group": group}
+    return {key: value for key, value in row.items() if value}
 
 
 def job_recipe(recipe: SftRecipe, job: Job, counts: Sequence[int]) -> SftRecipe:

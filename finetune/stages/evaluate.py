@@ -1,49 +1,39 @@
-"""`ft eval`: held-out metrics of runs, recipes or models, with the base beside them on request."""
+"""`ft eval`: held-out metrics of runs, recipes or models, with the base beside them on request.
+
+What is measured follows the rows that are found: conversations, preference pairs, labelled answers, raw text. They are
+those of --data, else of the run's eval.data, else those that its data.eval_split held out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
-from rich.text import Text
 
-from finetune.data import dataset, sources
-from finetune.data.audit import Audit, conversations
+from finetune import eval_options, evaluators
+from finetune.adapters.seats import Seat, seated
+from finetune.data import evaluated
 from finetune.data.chat import make_encoder
+from finetune.data.evaluated import HeldOut
 from finetune.data.seen import trained_on
 from finetune.data.types import Conversation
-from finetune.errors import UserError, visible
-from finetune.evaluation import Evaluation, evaluate, split_reference
+from finetune.errors import UserError
+from finetune.eval_options import quantizations, refuse
+from finetune.eval_report import compare, compared, report, write_predictions
+from finetune.evaluation import Evaluation, split_reference
 from finetune.families import family
-from finetune.metrics import by_group, mean, paired, wilson
+from finetune.metrics import paired
 from finetune.models import hardware, loading
 from finetune.models.quantization import weight_bytes
-from finetune.places import check_file, json_with
-from finetune.progress import console, note, row, say, say_json
-from finetune.progress import show as show_table
-from finetune.recipe import DataConfig, EvalConfig, ModelConfig, Recipe, SourceConfig, absolute_data, compute_dtype
-from finetune.recipe_file import check, load
-from finetune.run import changed_keys, read_recipe, write_json
-from finetune.scoring import RewardModel, is_reward_run
-
-
-@dataclass(frozen=True)
-class Target:
-    """One model to evaluate, with the settings its run would use."""
-
-    name: str
-    model: ModelConfig
-    adapter: Path | None
-    data: DataConfig
-    eval: EvalConfig
-    base: ModelConfig | None = None
-    """What a run started from."""
-    template: Path | None = None
-    """The adapter whose locked chat template is used, where the adapter itself is not."""
+from finetune.models.rope import context
+from finetune.progress import note, warn
+from finetune.recipe import absolute_data, compute_dtype
+from finetune.scoring import RewardModel
+from finetune.targets import Target, bases_of, find_targets, quantized, reference_of
 
 
 def run(
@@ -59,113 +49,152 @@ def run(
     temperature: float = 0.0,
     seed: int = 0,
     reward: str | None = None,
+    predictions: str | None = None,
+    show: int = 3,
 ) -> None:
-    if json_file not in (None, "-"):
-        check_file(Path(str(json_file)), "--json", json_with("runs", "comparisons"))
-    if sum((bool(runs), recipe is not None, adapter is not None)) > 1:
-        raise UserError("runs, --recipe and --adapter exclude each other", fix="give one of them")
-    if runs and all(is_reward_run(path) for path in runs):
-        unused = {"--model": model, "--compare-base": compare_base, "--quantization": quantization, "--reward": reward}
-        refuse(unused, "a reward model has only scores to compare")
-        results = [evaluate_reward(path, data, limit) for path in runs]
-        comparisons = [compare(results[0], other, "preference_accuracy") for other in results[1:]]
-        report(data or "eval.data", results, comparisons, json_file)
-        return
+    eval_options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions)
     kinds = quantizations(quantization)
     targets = find_targets(runs, recipe, model, adapter, compare_base)
-    held_out = data or targets[0].eval.data
-    if held_out is None:
-        raise UserError("no held-out data", key="eval.data", fix="set it in the recipe, or give --data FILE")
+    judges = [target for target in targets if target.scores is not None]
+    if judges:
+        unused = {"--model": model, "--compare-base": compare_base, "--quantization": quantization, "--reward": reward}
+        refuse(unused, f"{judges[0].name} is a reward model, which has only scores to compare")
+        if len(judges) < len(targets):
+            what = f"{judges[0].name} is a reward model, and the others write answers"
+            raise UserError(what, fix="evaluate them one after the other (--reward lets one score the others' answers)")
+    held = held_out(targets[0], data, limit)
+    if judges and held.kind != "pairs":
+        raise UserError("a reward model is measured on preference pairs", path=held.name, fix="give pairs with --data")
+    if judges or held.kind != "answers":
+        without: dict[str, Any] = {"--temperature": temperature, "--seed": seed, "--reward": reward}
+        refuse(without, f"on {'pairs' if judges else held.kind} nothing is answered")
+    split = targets[0].recipe
     if compare_base:
         targets = [*bases_of(targets), *targets]
-    if split := sources.held_out(absolute_data(held_out)).get("split"):
-        note(f"{held_out}: its {split} split")
-    rows = dataset.load_eval_rows(absolute_data(held_out), targets[0].data)[: limit or targets[0].eval.limit]
-    rows = with_few_groups(rows)
-    variants = [[quantized(target, kind) for kind in kinds] for target in targets] if kinds else [targets]
-    evaluated = [[evaluate_target(target, rows, temperature, seed) for target in part] for part in variants]
-    results = [result for part in evaluated for result in part]
-    for target in targets:
-        known = trained_on(target.data, rows) if target.name != "base" else None
-        for result in results if known is not None else ():
-            if result.name == target.name or result.name in [f"{target.name} {kind}" for kind in kinds]:
-                result.metrics["trained_on"] = known
-    for wishes in {str(r.generation["not_followed"]): r.generation["not_followed"] for r in results}.values():
+    if held.kind != "text":
+        held = with_few_groups(held)
+    variants = [[quantized(target, kind) for kind in kinds] for target in targets] if kinds else [[t] for t in targets]
+    measured = [[evaluate_target(target, held, temperature, seed) for target in part] for part in variants]
+    results = [result for part in measured for result in part]
+    for target, part in zip(targets, measured, strict=True):
+        same = split is not None and target.recipe is not None and target.recipe.data == split.data
+        known = trained_on(target.data, held.samples, apart=held.hashes if same else None) if target.trained else None
+        for result in part if known is not None else ():
+            result.metrics["trained_on"] = known
+    tell(results)
+    if reward is not None:
+        judge(reward, results, held.samples)
+    # With quantizations each model is compared with its first kind, otherwise every model with the first one.
+    groups = measured if kinds else [results]
+    metrics = compared(results)
+    if held.kind == "text" and len({tuple(row["tokens"] for row in result.rows) for result in results}) > 1:
+        note("the models read other tokens: their losses per token cannot be compared")
+        metrics = []
+    comparisons = [compare(part[0], other, metric) for part in groups for other in part[1:] for metric in metrics]
+    sampled = {"temperature": temperature, "seed": seed} if temperature else {}
+    tuned = [part[0] for target, part in zip(targets, measured, strict=True) if target.trained]
+    if predictions is not None:
+        write_predictions(predictions, results)
+    report(held.name, results, comparisons, json_file, sampled, tuned or results[:1], show)
+
+
+def held_out(target: Target, data: str | None, limit: int | None) -> HeldOut:
+    """The rows to measure on. UserError when there are none."""
+    limit = limit or target.eval.limit
+    named = data or target.eval.data
+    if named is not None:
+        return evaluated.named(absolute_data(named), target.data, limit)
+    recipe = target.recipe
+    if recipe is None or recipe.data.eval_split is None:
+        fix = "set it or data.eval_split in the recipe, or give --data FILE"
+        raise UserError("no held-out data", key="eval.data", fix=fix)
+    place = target.template or target.adapter
+    if target.scores is not None:
+        place = loading.find_adapter(target.scores)
+    encoder = (
+        None if recipe.stage == "pretrain" else encoder_of(recipe.model.model_copy(update={"adapter": None}), place)
+    )
+    note(f"the rows that data.eval_split {recipe.data.eval_split} held out of {target.name}'s training")
+    return evaluated.split_off(recipe, encoder, limit)
+
+
+def encoder_of(model: Any, template: Path | None) -> Any:
+    tokenizer = loading.load_tokenizer(model, template)
+    return make_encoder(tokenizer, family(loading.read_config(model)["model_type"]))
+
+
+def evaluate_target(target: Target, held: HeldOut, temperature: float = 0.0, seed: int = 0) -> Evaluation:
+    """The metrics of one model on these rows."""
+    size, longest = target.eval.batch_size, target.data.max_length
+    if target.scores is not None:
+        judge = reward_model(target.scores, target.model.dtype)
+        return evaluators.scores(target.name, judge, held.rows, longest)
+    if held.kind == "text":
+        tokenizer, model = loading.load_tokenizer(target.model, target.adapter or target.template), load_model(target)
+        length = min(longest, context(loading.read_config(target.model), target.model) or longest)
+        texts = [sample.text for sample in held.samples]  # type: ignore[union-attr]
+        whole = held.name == evaluated.SPLIT
+        result = evaluators.text(target.name, model, tokenizer, texts, size, length, held.blocks, whole)
+    else:
+        encoder = encoder_of(target.model, target.adapter or target.template)
+        model = load_model(target)
+        if held.kind == "answers":
+            limits = (target.eval.max_new_tokens, size)
+            result = evaluators.answers(target.name, model, encoder, held.rows, *limits, temperature, seed)
+        elif held.kind == "pairs":
+            train_on = "last" if target.data.train_on == "last" else "assistant"
+            kept = reference(target, model)
+            result = evaluators.pairs(target.name, model, encoder, held.rows, size, longest, train_on, kept)
+        else:
+            kept = reference(target, model)
+            result = evaluators.unpaired(target.name, model, encoder, held.rows, size, longest, kept)
+    result.metrics["weights_gb"] = weight_bytes(model) / 1e9
+    return result
+
+
+def load_model(target: Target) -> Any:
+    machine = hardware.detect()
+    model = loading.load_model(target.model, getattr(torch, compute_dtype(target.model.dtype, machine)), machine)
+    return model if target.adapter is None else loading.attach_adapter(model, target.adapter, target.model)
+
+
+def reward_model(path: str, dtype: str = "auto") -> RewardModel:
+    machine = hardware.detect()
+    return RewardModel.load(path, getattr(torch, compute_dtype(dtype, machine)), machine)
+
+
+def reference(target: Target, model: Any) -> evaluators.Reference | None:
+    """The reference of a run that has one: the same model with its adapter off where that is it, else another."""
+    other = reference_of(target)
+    if other is None:
+        return None
+    beta = getattr(target.recipe, target.recipe.stage).beta
+    if target.adapter is not None and other.adapter is None:
+        return (lambda: seated(Seat(model))), beta
+    return (lambda: nullcontext(load_model(replace(other, name=f"{target.name}: its reference")))), beta
+
+
+def tell(results: Sequence[Evaluation]) -> None:
+    """What was not done, of all models, each once."""
+    for wishes in {str(r.generation.get("not_followed")): r.generation.get("not_followed") for r in results}.values():
         if wishes:
             asked = ", ".join(f"{key} {value}" for key, value in wishes.items())
             note(f"not followed, of the base's generation_config.json: {asked}")
-    if "exact_match" not in results[0].metrics:
+    for line in dict.fromkeys(line for result in results for line in result.notes):
+        warn(line)
+    if results[0].kind == "answers" and "exact_match" not in results[0].metrics:
         note("no row has a reference answer: there is nothing to be right about")
-    if reward is not None:
-        judge(reward, results, rows)
-    # With quantizations each model is compared with its first kind, otherwise every model with the first one.
-    metrics = ["exact_match", *(f"exact_match/{group}" for group in results[0].metrics.get("groups", ()))]
-    metrics += ["loss"] if kinds and all(r.losses for r in results) else []
-    metrics = [m for m in metrics if m == "loss" or m in results[0].metrics]
-    comparisons = [compare(part[0], other, m) for part in evaluated for other in part[1:] for m in metrics]
-    if reward is not None:
-        comparisons += [compare(part[0], other, "reward") for part in evaluated for other in part[1:]]
-    report(held_out, results, comparisons, json_file, {"temperature": temperature, "seed": seed} if temperature else {})
 
 
-def report(
-    held_out: str, results: list[Evaluation], comparisons: list[dict[str, Any]], json_file: str | None,
-    sampled: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
-    """As a table on stdout, as JSON there, or both."""
-    sampled = sampled or {}
-    output = {
-        "data": held_out,
-        **sampled,
-        "runs": [{"name": r.name, "n": r.n, "metrics": r.metrics, "generation": r.generation} for r in results],
-        "comparisons": comparisons,
-    }
-    if json_file == "-":
-        say_json(output)
-    else:
-        show(results, comparisons, "".join(f", {name} {value}" for name, value in sampled.items()))
-    if json_file and json_file != "-":
-        write_json(Path(json_file), output)
-        note(f"written to {json_file}")
-
-
-def evaluate_reward(path: str, data: str | None, limit: int | None) -> Evaluation:
-    """How often a reward model scores the chosen answer higher, for all pairs and each group of them."""
-    recipe = check(read_recipe(Path(path)) or {}, "reward", Path(path) / "recipe.yaml")
-    held_out = data or recipe.eval.data
-    if held_out is None:
-        raise UserError("no held-out pairs", key="eval.data", fix="set it in the recipe, or give --data FILE")
-    rows = SourceConfig(**sources.held_out(absolute_data(held_out)))
-    audit = Audit(DataConfig(train=rows, columns=recipe.data.columns), None, "preference")
-    items = [item for item, _ in audit.rows(0)][: limit or recipe.eval.limit]
-    audit.settle()
-    if not items:
-        raise UserError("no rows", path=held_out, fix="name a file with pairs")
-    machine = hardware.detect()
-    model = RewardModel.load(path, getattr(torch, compute_dtype(recipe.model.dtype, machine)), machine)
-    scores = [model.scores([conversations(item.sample)[name] for item in items]) for name in ("chosen", "rejected")]
-    right = [float(a > b) for a, b in zip(*scores, strict=True)]
-    groups = [None if item.data.get("group") is None else str(item.data["group"]) for item in items]
-    values: dict[str, Any] = {"preference_accuracy": mean(right)}
-    values["preference_accuracy_ci"] = list(wilson(int(sum(right)), len(right)))
-    for group, column in by_group(right, groups).items():
-        values[f"preference_accuracy/{group}"] = mean(column)
-        values[f"preference_accuracy/{group}_ci"] = list(wilson(int(sum(column)), len(column)))
-    values["margin"] = mean([a - b for a, b in zip(*scores, strict=True)])
-    known = trained_on(recipe.data, [item.sample for item in items if item.sample is not None])
-    values |= {} if known is None else {"trained_on": known}
-    return Evaluation(Path(path).name or path, len(items), values, [], right, groups=groups)
-
-
-def judge(path: str, results: Sequence[Evaluation], rows: Sequence[Conversation]) -> None:
+def judge(path: str, results: Sequence[Evaluation], rows: Sequence[Any]) -> None:
     """Add the mean reward of each model's answers, with a 95% interval."""
-    machine = hardware.detect()
-    model = RewardModel.load(path, getattr(torch, compute_dtype("auto", machine)), machine)
+    model = reward_model(path)
     asked = [split_reference(row)[0] for row in rows]
     for result in results:
         replies = [{"role": "assistant", "content": text or " "} for text in result.predictions]
         found = model.scores([Conversation([*c.messages, r], c.tools) for c, r in zip(asked, replies, strict=True)])
-        result.rewards.extend(found)
+        for row, value in zip(result.rows, found, strict=True):
+            row["reward"] = value
         interval = paired([0.0] * len(found), found)
         result.metrics["reward"], result.metrics["reward_ci"] = interval["difference"], interval["ci"]
 
@@ -173,184 +202,15 @@ def judge(path: str, results: Sequence[Evaluation], rows: Sequence[Conversation]
 MOST_GROUPS = 20  # a column `group` with more values names rows rather than kinds of rows
 
 
-def with_few_groups(rows: list[Conversation]) -> list[Conversation]:
+def with_few_groups(held: HeldOut) -> HeldOut:
     """The rows, without groups when there are too many to report."""
-    names = {row.group for row in rows if row.group is not None}
+    names = {row.group for row in held.rows if row.group is not None}
     if len(names) <= MOST_GROUPS:
-        return rows
+        return held
     note(f"the column `group` has {len(names)} values, over {MOST_GROUPS}: metrics are given for all rows only")
-    return [replace(row, group=None) for row in rows]
+    rows = [row._replace(group=None, sample=without_group(row.sample)) for row in held.rows]
+    return replace(held, rows=rows)
 
 
-def quantizations(text: str | None) -> list[str]:
-    """`none,int8,int4` as a list."""
-    kinds = [kind.strip() for kind in text.split(",")] if text else []
-    for kind in kinds:
-        if kind not in ("none", "int8", "int4"):
-            raise UserError(f"unknown kind {kind!r}", key="--quantization", fix="a list of none, int8, int4")
-    return kinds
-
-
-def quantized(target: Target, kind: str) -> Target:
-    model = target.model.model_copy(update={"quantization": None if kind == "none" else kind})
-    return replace(target, name=f"{target.name} {kind}", model=model)
-
-
-def find_targets(
-    runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None, compare_base: bool = False
-) -> list[Target]:
-    """What the arguments name. UserError when they name nothing. `model` is the base of runs and adapters."""
-    if recipe is not None:
-        loaded = load(recipe, None)
-        if (Path(loaded.output.dir) / "result.json").exists():
-            return [as_recipe_says(run_target(loaded.output.dir, model, compare_base), loaded)]
-        config = loaded.model if model is None else loaded.model.model_copy(update=elsewhere(model))
-        return [Target("base", config, None, loaded.data, loaded.eval)]
-    if runs:
-        return [run_target(path, model, compare_base) for path in runs]
-    if adapter is not None:
-        return [run_target(adapter, model, compare_base)]
-    if model is not None:
-        return [Target(Path(model).name, ModelConfig(name=model), None, DataConfig(train="-"), EvalConfig())]
-    raise UserError("nothing to evaluate", fix="give a run directory, --recipe, or --model")
-
-
-def elsewhere(model: str) -> dict[str, Any]:
-    return {"name": model, "revision": None, "source": None}
-
-
-def as_recipe_says(target: Target, recipe: Recipe) -> Target:
-    """The run of a recipe that was edited since: what it now says about evaluation holds, and is told."""
-    said = {key: getattr(recipe.eval, key) for key in recipe.eval.model_fields_set}
-    now = target.eval.model_copy(update=said)
-    before = {**target.eval.model_dump(), "data": target.eval.data and absolute_data(target.eval.data)}
-    after = {**now.model_dump(), "data": now.data and absolute_data(now.data)}
-    for key in changed_keys(before, after):
-        note(f"eval.{key} {after[key]}, as the recipe says now; the run had {before[key]}")
-    return replace(target, eval=now, data=recipe.data)
-
-
-def run_target(reference: str, model: str | None = None, compare_base: bool = False) -> Target:
-    """A run directory, or an adapter folder made by any PEFT tool."""
-    path = Path(reference)
-    name = path.name or path.resolve().name
-    values = read_recipe(path)
-    if values is None:
-        folder = loading.adapter_folder(reference)
-        config = loading.configs_of(folder, model)[1]
-        loading.check_adapter(folder, config)
-        return Target(name, config, folder, DataConfig(train="-"), EvalConfig(), config)
-    recipe: Any = check(values, None, path / "recipe.yaml")
-    moved = {} if model is None else elsewhere(model)
-    base: ModelConfig = recipe.model.model_copy(update={"adapter": None, **moved})
-    if model is None and (path / "start").is_dir():  # dpo.start: merge made a base of its own
-        base = base.model_copy(update=elsewhere(str(path / "start")))
-    if recipe.adapter.method == "full":
-        if model is not None and not compare_base:
-            what = "is a full fine-tuning, for which the base is only needed to compare with"
-            raise UserError(what, path=path, key="--model", fix="leave it out, or add --compare-base")
-        # What the saved config.json holds already, and what was locked when it was saved.
-        own = {**elsewhere(str(path / "model")), "rope_scaling": None, "chat_template": None, "quantization": None}
-        tuned = base.model_copy(update=own)
-        from_nothing = getattr(recipe.model, "config", None) is not None  # random weights, which no folder holds
-        return Target(name, tuned, None, recipe.data, recipe.eval, None if from_nothing else base, path / "model")
-    folder = loading.adapter_folder(reference)
-    check_there(base, path)
-    loading.check_adapter(folder, base)
-    return Target(name, base, folder, recipe.data, recipe.eval, base, folder)
-
-
-def check_there(base: ModelConfig, run: Any) -> None:
-    """UserError when the base of a run is gone from where it was."""
-    if Path(base.name).is_absolute() and not Path(base.name).exists():
-        what = f"was trained on {base.name}, which is no longer there"
-        raise UserError(what, path=run, key="--model", fix="give the base's place now")
-
-
-def bases_of(targets: Sequence[Target]) -> list[Target]:
-    """The bases of runs and adapters, each once, asked with the chat template that was trained. UserError without."""
-    found = {(t.base.name, t.base.quantization): t for t in targets if t.base is not None}
-    if not found:
-        fix = "give a run that started from a model, or --adapter"
-        raise UserError(f"{targets[0].name} has no base to compare with", key="--compare-base", fix=fix)
-    names = [f"base {Path(name).name}" for name, _ in found] if len(found) > 1 else ["base"]
-    made = []
-    for name, target in zip(names, found.values(), strict=True):
-        base = target.base
-        assert base is not None
-        check_there(base, target.name)
-        made.append(replace(target, name=name, model=base, adapter=None, base=None))
-    return made
-
-
-def refuse(given: dict[str, Any], why: str) -> None:
-    """UserError that names an option without effect."""
-    for key, value in given.items():
-        if value:
-            raise UserError(f"has no effect: {why}", key=key, fix="leave it out")
-
-
-def evaluate_target(target: Target, rows: Sequence[Any], temperature: float = 0.0, seed: int = 0) -> Evaluation:
-    machine = hardware.detect()
-    dtype = getattr(torch, compute_dtype(target.model.dtype, machine))
-    tokenizer = loading.load_tokenizer(target.model, target.adapter or target.template)
-    encoder = make_encoder(tokenizer, family(loading.read_config(target.model)["model_type"]))
-    model = loading.load_model(target.model, dtype, machine)
-    if target.adapter is not None:
-        model = loading.attach_adapter(model, target.adapter, target.model)
-    with console.status(Text(visible(f"{target.name}: {len(rows)} rows"))):
-        limits = (target.eval.max_new_tokens, target.eval.batch_size)
-        result = evaluate(target.name, model, encoder, rows, *limits, temperature=temperature, seed=seed)
-    result.metrics["weights_gb"] = weight_bytes(model) / 1e9
-    return result
-
-
-def compare(a: Evaluation, b: Evaluation, metric: str = "exact_match") -> dict[str, Any]:
-    """b against a on the same rows, or on those of a group (exact_match/GROUP); of losses the lower one wins."""
-    name, _, group = metric.partition("/")
-    if name == "reward":
-        return {"a": a.name, "b": b.name, "metric": metric, **paired(a.rewards, b.rewards)}
-    if name in ("exact_match", "preference_accuracy"):
-        before, after = (by_group(e.correct, e.groups)[group] if group else e.correct for e in (a, b))
-        return {"a": a.name, "b": b.name, "metric": metric, **paired(before, after)}
-    result = paired(a.losses, b.losses)
-    return {"a": a.name, "b": b.name, "metric": metric, **result, "wins": result["losses"], "losses": result["wins"]}
-
-
-def cell(result: Evaluation, name: str) -> str:
-    value, interval = result.metrics.get(name), result.metrics.get(f"{name}_ci")
-    if value is None:
-        return "–"
-    text = f"{value:.4g}" if name in ("weights_gb", "tokens_per_second") else f"{value:.3f}"
-    return text + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
-
-
-WIDE = 3  # more models than this stand below each other, without the single fields
-
-
-def show(results: Sequence[Evaluation], comparisons: Sequence[dict[str, Any]], title: str = "") -> None:
-    """The table and the comparisons, to stdout; `title` goes on after the number of rows."""
-    names = list(dict.fromkeys(k for r in results for k, v in r.metrics.items() if isinstance(v, float)))
-    fields = list(dict.fromkeys(f for r in results for f in r.metrics.get("fields", {})))
-    seen = {r.name: r.metrics["trained_on"] for r in results if r.metrics.get("trained_on")}
-    table = Table(title=visible(f"{'' if seen else 'held-out, '}n={results[0].n}{title}"), title_justify="left")
-    if len(results) > WIDE:
-        for heading in ("", *(n.replace("_", " ") for n in names)):
-            table.add_column(visible(heading), justify="right" if heading else "left")
-        for result in results:
-            row(table, result.name, *(cell(result, name) for name in names))
-    else:
-        for heading in ("", *(r.name for r in results)):
-            table.add_column(visible(heading), justify="right" if heading else "left")
-        for name in names:
-            row(table, name.replace("_", " "), *(cell(r, name) for r in results))
-        for field in fields:
-            row(table, f"  {field}", *(f"{r.metrics.get('fields', {}).get(field, 0.0):.3f}" for r in results))
-    show_table(table)
-    for name, count in seen.items():
-        say(f"{name} was trained on {count} of these {results[0].n} rows: its figures are not held-out")
-    for item in comparisons:
-        low, high = item["ci"]
-        counts = f"{item['wins']} better, {item['losses']} worse, {item['ties']} same"
-        name = item["metric"].replace("_", " ")
-        say(f"{item['b']} - {item['a']}, {name}: {item['difference']:+.3f} [{low:+.3f}, {high:+.3f}], {counts}")
+def without_group(sample: Any) -> Any:
+    return replace(sample, group=None) if isinstance(sample, Conversation) else sample

@@ -38,7 +38,7 @@ from finetune.families import family
 from finetune.models import hardware, loading, sources
 from finetune.models.chatglm_config import is_chatglm_layout
 from finetune.models.chatglm_export import export_original
-from finetune.progress import note, task, warn
+from finetune.progress import command, note, task, warn
 from finetune.recipe import ModelConfig
 from finetune.run import read_recipe, versions, write_atomically, write_json
 
@@ -169,6 +169,13 @@ def run(
         f"largest logit difference to the unmerged model {largest:.3g}{rounding}; the adapter itself moves logits by "
         f"up to {figures['adapter_effect']:.3g}"
     )
+    shown = f"./{target}" if str(target).startswith("-") else str(target)
+    lines = [("chat", "--model", shown)]
+    recipe = read_recipe(folder.parent) or {}
+    if (recipe.get("eval") or {}).get("data") or (recipe.get("data") or {}).get("eval_split"):
+        lines.insert(0, ("eval", shown, "--compare-base"))
+    for number, parts in enumerate(lines):
+        note(f"{'' if number else 'next':7} {command(*parts)}")
 
 
 def recipe_of(adapter: Path) -> dict[str, Any] | None:

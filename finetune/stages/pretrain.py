@@ -39,7 +39,6 @@ from finetune.run import Run, check_resumable, open_run
 from finetune.trainers import Extras
 
 WORLD_CHATGLM3 = "builtin:world/chatglm3"  # model.tokenizer: the world's tokenizer as a ChatGLM3 tokenizer.model
-EVAL_SEED = 1_000_003  # added to the seed: the held-out text of the endless built-in world
 
 
 class Blocks(Dataset[dict[str, torch.Tensor]]):
@@ -147,7 +146,7 @@ def _blocks(
 ) -> tuple[Blocks, Blocks | None]:
     """(training blocks, held-out blocks) of the recipe's text; `audit` sees its rows."""
     data, train = recipe.data, recipe.train
-    separator = _separator(tokenizer)
+    separator = raw.separator(tokenizer)
 
     def encode(text: str) -> list[int]:
         ids = cast(list[int], tokenizer.encode(text, add_special_tokens=False))
@@ -169,7 +168,7 @@ def _blocks(
         with task("making", wanted, "blocks of text") as advance:
             total = _documents_for(wanted, packed, recipe)
             blocks = list(counted(islice(packed(raw.documents(data, train.seed, total)), wanted), advance))
-        other = raw.documents(data, train.seed + EVAL_SEED, 1)
+        other = raw.documents(data, train.seed + raw.EVAL_SEED, 1)
         held = list(islice(packed(other), data.eval_split)) if data.eval_split else []
     else:
         texts = watched(raw.documents(data, train.seed, 1, audit), data)
@@ -198,13 +197,6 @@ def counted(blocks: Iterator[list[int]], advance: Callable[[int], None]) -> Iter
     for block in blocks:
         advance(1)
         yield block
-
-
-def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands before every document: what the tokenizer puts before any text, else its bos, else its end token."""
-    before = cast(list[int], tokenizer.encode(""))
-    one = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return [i for i in before if i in tokenizer.all_special_ids] or [one]
 
 
 def _documents_for(blocks: int, packed: Any, recipe: PretrainRecipe) -> int:

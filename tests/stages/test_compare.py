@@ -226,3 +226,42 @@ def test_a_signal_reaches_the_job_and_ends_the_comparison(tmp_path: Path, monkey
 def test_bad_lists(lists: tuple[str, str, str], what: str) -> None:
     with pytest.raises(UserError, match=what):
         compare.parse(*lists)
+
+
+def test_rows_of_eval_split_are_measured_on_and_never_trained_on(
+    recipe: Recipes, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very rows that `ft sft` holds out; the search for the learning rate does not see them, either."""
+    from finetune.data import dataset
+
+    loaded = load(str(recipe(data={"train": str(rows), "eval_split": 9})), SftRecipe)
+    seen: list[SftRecipe] = []
+
+    def job(job: compare.Job, built: SftRecipe, *_: Any) -> dict[str, Any]:
+        seen.append(built)
+        raise RunError("not run")
+
+    monkeypatch.setattr(compare, "run_job", job)
+    monkeypatch.setattr(compare, "measure_base", lambda *_: {"name": "base", "metrics": {}})
+    with pytest.raises(RunError, match="1 of 1 jobs failed"):
+        compare.run(loaded, ["lora"], ["none"], [1.0], str(tmp_path / "my comparison"))
+    (built,) = seen
+    held = compare.split_off(loaded)
+    assert len(held.rows) == 9
+    assert dataset.load_eval_rows(built.eval.data) == held.samples
+    used = dataset.load_samples(built.data, "sft")
+    assert built.data.eval_split is None
+    assert sorted(map(repr, [*used, *held.samples])) == sorted(map(repr, dataset.load_samples(loaded.data, "sft")))
+
+
+def test_rows_apart_are_the_same_conversations(tmp_path: Path) -> None:
+    """Whatever format they came in."""
+    from finetune.data import dataset, formats
+    from finetune.run import write_lines
+
+    for name, form in formats.FORMATS.items():
+        if form.kind != "sft":
+            continue
+        before = dataset.load_eval_rows(f"builtin:{form.sample.partition('.')[0]}")
+        write_lines(tmp_path / f"{name}.jsonl", [compare.as_row(row, row.group) for row in before])
+        assert dataset.load_eval_rows(str(tmp_path / f"{name}.jsonl")) == before, name

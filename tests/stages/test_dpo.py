@@ -12,12 +12,13 @@ import torch
 import yaml
 from conftest import SHARED, tensors, train, write_rows
 
+from finetune import targets
 from finetune.errors import UserError
 from finetune.models import loading
 from finetune.recipe import DpoRecipe, KtoRecipe, ModelConfig
 from finetune.recipe_file import load
 from finetune.run import Run
-from finetune.stages import dpo, evaluate, kto
+from finetune.stages import dpo, kto
 
 Write = Callable[..., Path]
 
@@ -180,7 +181,7 @@ def test_from_an_sft_run(aligned: Write, recipe: Write, start: str, tmp_path: Pa
     assert logged(found, "loss")[0] == pytest.approx(0.6931, abs=1e-3)
     identity = json.loads((found.adapter / "base_identity.json").read_text())
     assert (identity["base"] == str(found.path / "start")) == (start == "merge")
-    target = evaluate.run_target(str(found.path))  # what `ft eval RUN` loads
+    target = targets.run_target(str(found.path))  # what `ft eval RUN` loads
     assert target.model.name == identity["base"]
     before = tensors(sft.adapter)
     after = tensors(found.adapter)

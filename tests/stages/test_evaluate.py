@@ -43,9 +43,12 @@ def test_run_and_base(recipe: Recipe, held_out: Path, tmp_path: Path) -> None:
     assert base["perplexity"] == pytest.approx(torch.tensor(base["loss"]).exp().item(), rel=1e-5)
     assert base["loss"] != tuned["loss"]
     assert set(base["fields"]) == {"n"}
-    (comparison,) = written["comparisons"]
-    assert (comparison["a"], comparison["b"], comparison["metric"]) == ("base", "run", "exact_match")
-    assert comparison["wins"] + comparison["losses"] + comparison["ties"] == 7
+    exact, loss = written["comparisons"]
+    assert [(c["a"], c["b"], c["metric"]) for c in (exact, loss)] == [
+        ("base", "run", "exact_match"),
+        ("base", "run", "loss"),
+    ]
+    assert exact["wins"] + exact["losses"] + exact["ties"] == loss["wins"] + loss["losses"] + loss["ties"] == 7
 
 
 def test_json_to_stdout_is_only_json(recipe: Recipe, held_out: Path, base: Path) -> None:
@@ -57,12 +60,12 @@ def test_loss_equals_a_plain_forward_pass(base: Path, held_out: Path) -> None:
     """Mean negative log-likelihood of answer and end-of-turn tokens, one row at a time through plain transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from finetune.data import dataset
+    from finetune.data import dataset, evaluated
 
     (target,) = evaluate.find_targets([], None, str(base), None)
     target = evaluate.Target("x", target.model.model_copy(update={"dtype": "float32"}), None, target.data, target.eval)
     rows = dataset.load_eval_rows(str(held_out), target.data)
-    result = evaluate.evaluate_target(target, rows)
+    result = evaluate.evaluate_target(target, evaluated.named(str(held_out), target.data, None))
     tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     total = count = 0.0
     for row in rows:
@@ -232,7 +235,7 @@ def test_no_held_out_data(recipe: Recipe) -> None:
 
 def test_rows_whose_last_turn_is_not_trained_have_no_loss(base: Path, tmp_path: Path) -> None:
     """They count neither as 0 nor as perfect: the loss is that of the other rows alone."""
-    from finetune.data import dataset
+    from finetune.data import evaluated
 
     def row(number: int, **more: object) -> dict[str, object]:
         answer = {"role": "assistant", "content": f"answer {number}", **more}
@@ -243,7 +246,7 @@ def test_rows_whose_last_turn_is_not_trained_have_no_loss(base: Path, tmp_path: 
 
     def measured(*rows: dict[str, object]) -> evaluate.Evaluation:
         path = write_rows(tmp_path / "rows.jsonl", list(rows))
-        return evaluate.evaluate_target(target, dataset.load_eval_rows(str(path), target.data))
+        return evaluate.evaluate_target(target, evaluated.named(str(path), target.data, None))
 
     alone, mixed = measured(row(1)), measured(row(1), row(2, train=False), row(3, weight=0))
     assert mixed.metrics["loss"] == pytest.approx(alone.metrics["loss"], rel=1e-4)

@@ -360,7 +360,8 @@ def test_interrupt_saves_a_checkpoint_and_resumes(recipe: Recipe, tmp_path: Path
 def test_summary_names_the_next_command(recipe: Recipe, tmp_path: Path) -> None:
     done = ft("sft", "--recipe", recipe(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "next    ft eval run --compare-base --data FILE" in done.stderr
+    assert "next    ft chat --adapter run" in done.stderr
+    assert "no rows were held out" in done.stderr
     assert "warning: only 4 updates" in done.stderr
     assert "step 4/4  loss" in done.stderr
     assert "{'loss'" not in done.stdout + done.stderr, "the libraries' own output stays out of sight"
