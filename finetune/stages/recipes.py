@@ -58,6 +58,8 @@ BODIES = {
     ),
 }  # fmt: skip
 """stage -> the sections that are its own, with the values of the shipped recipes."""
+STAGE_OF = {"sft": "sft", "preference": "dpo", "unpaired": "kto", "text": "pretrain"}
+"""kind of rows -> the stage a recipe for them is for, unless another is asked for."""
 SCHEMA_FILE = "ft-recipe.schema.json"
 
 
@@ -97,11 +99,15 @@ def quoted(text: str) -> str:
     return yaml.safe_dump([text], default_flow_style=True, allow_unicode=True, width=2**16).strip()[1:-1]
 
 
-def new(path: str, stage: str, model: str, data: str) -> None:
-    """Write a recipe and the schema beside it; an existing file is never replaced."""
+def new(path: str, stage: str | None, model: str, data: str) -> None:
+    """Write a recipe and the schema beside it; an existing file is never replaced. Without a stage the rows tell it."""
     target = Path(path)
     if os.path.lexists(target):
         raise UserError("exists already", path=target, fix="choose another name")
+    if stage is None:
+        from finetune.data.samples import kind_of
+
+        stage = STAGE_OF[kind_of(data) or "sft"]
     if stage not in RECIPES:
         raise UserError(f"unknown stage {stage!r}", key="--stage", fix=f"one of {', '.join(RECIPES)}")
     beside = target.parent / SCHEMA_FILE
