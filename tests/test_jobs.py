@@ -116,9 +116,9 @@ def test_sharegpt_with_tools(desk: Path) -> None:
 def test_gsm8k(desk: Path) -> None:
     """Question and answer, as the set is published; the answer with its #### is trained as it stands."""
     rows = [
-        {"question": f"Ann has {n} pens and buys {n}. How many?", "answer": f"{n}+{n} = <<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n}"}
+        {"question": f"Ann has {n} pens and buys 3. How many?", "answer": f"<<{n}+3={n + 3}>>{n + 3}\n#### {n + 3}"}
         for n in range(12)
-    ]  # fmt: skip
+    ]
     write_rows(desk / "gsm.jsonl", rows[:10])
     write_rows(desk / "gsm_test.jsonl", rows[10:])
     told = ("--set", "data.train=gsm.jsonl", "--set", "eval.data=gsm_test.jsonl", "--output", "runs/gsm")
@@ -200,7 +200,7 @@ def test_another_method_by_one_flag(desk: Path, method: str) -> None:
         desk, "sft", "lora_llama.yaml", "--set", f"adapter.method={method}", *little, *SMALL, "-o", "runs/other"
     )
     assert "loraplus_lr_ratio" in said, "what was left out is named"
-    adapter = json.loads((desk / "runs" / "other" / "adapter" / "adapter_config.json").read_text("utf-8"))
+    adapter = json.loads((desk / "runs" / "it" / "adapter" / "adapter_config.json").read_text("utf-8"))
     assert adapter["peft_type"] == {"bitfit": "BITFIT", "prefix_tuning": "PREFIX_TUNING"}[method]
 
 
@@ -220,9 +220,7 @@ def own_model(folder: Path, family: str, template: bool) -> None:
     """A random model and a tokenizer trained on a few lines, as a user makes them."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (
-        AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config,
-    )  # fmt: skip
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
     letters = Tokenizer(models.BPE())
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

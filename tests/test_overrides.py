@@ -71,6 +71,15 @@ def test_pairs_instead_of_a_reward_model() -> None:
     assert lines == ["left out reward.model of the recipe, for another reward takes its place"]
 
 
+def test_own_data_and_the_held_out_rows_of_the_recipe() -> None:
+    """`ft eval` of such a run would ask for tickets, which it has not learned."""
+    (line,) = said("quickstart", SftRecipe, "data.train=mine.json")[1]
+    assert "builtin:tickets/test" in line
+    assert "--set data.eval_split=0.05" in line
+    for more in ("eval.data=other.json", "eval.data=null", "data.train=builtin:tickets/train"):
+        assert said("quickstart", SftRecipe, "data.train=mine.json", more)[1] == []
+
+
 def test_null_means_the_default_where_it_is_no_value() -> None:
     recipe, _ = said("quickstart", SftRecipe, "adapter.r=null", "train.max_grad_norm=null", "data.eval_split=null")
     assert recipe.adapter.r == LoraAdapter().r
