@@ -104,8 +104,8 @@ def test_sharegpt_with_tools(desk: Path) -> None:
     write_json(desk / "tools.json", rows)
     done(desk, "recipes", "new", "tools.yaml", "--data", "tools.json")
     shown = json.loads(ft("data", "preview", "--recipe", "tools.yaml", "--limit", "1", "--json", "-", cwd=desk).stdout)
-    tokens = shown[0]["tokens"]
-    trained = "".join(token["text"] for token in tokens if token["trained"])
+    (sample,) = shown["samples"]
+    trained = "".join(text for text, label in zip(sample["tokens"], sample["labels"], strict=True) if label != -100)
     assert '"price"' in trained
     assert "0 元。" in trained
     assert "yuan" not in trained
