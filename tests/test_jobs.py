@@ -244,14 +244,23 @@ def own_model(folder: Path, family: str, template: bool) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("family", SPECIALS)
-@pytest.mark.parametrize("template", [True, False], ids=["template", "plain"])
+@pytest.mark.parametrize(
+    ("family", "template"),
+    [
+        ("llama", True),
+        ("qwen3", True),
+        ("gemma3", True),
+        pytest.param("llama", False, marks=pytest.mark.slow),
+        pytest.param("qwen3", False, marks=pytest.mark.slow),
+        ("gemma3", False),
+    ],
+)
 def test_own_model(desk: Path, family: str, template: bool) -> None:
-    """A folder made with transformers trains and merges; without a chat template it is said which one is used."""
+    """A folder made with transformers trains and merges; without a chat template it says which one it uses."""
     own_model(desk / "own model", family, template)
     write_json(desk / "rows.json", [{"instruction": ask, "output": said} for ask, said in questions(8)])
     done(desk, "recipes", "new", "own.yaml", "--data", "rows.json", "--model", "own model")
     said = done(desk, "sft", "own.yaml", *SMALL, "--set", "data.max_length=256")
-    assert ("template" in said) == (not template), said
+    assert ("the tokenizer has none" in said) == (not template), said
     if template:
         assert "proven" in done(desk, "merge", "runs/own", "--output", "merged model")
