@@ -41,16 +41,16 @@ BODIES = {
         "train: {{learning_rate: 2.0e-4, num_train_epochs: 3, effective_batch_size: 16}}",
     ),
     "reward": (
-        "data: {{train: {data}, eval_split: 0.05, max_length: 1024}}", LORA,
+        "data: {{train: {data}, eval_split: 0.05, max_length: 2048}}", LORA,
         "train: {{learning_rate: 1.0e-4, num_train_epochs: 1, effective_batch_size: 16}}",
     ),
     "dpo": (
-        "data: {{train: {data}, eval_split: 0.05, max_length: 1024}}", LORA,
+        "data: {{train: {data}, eval_split: 0.05, max_length: 2048}}", LORA,
         "dpo: {{loss_type: sigmoid, beta: 0.1, sft_weight: 0.2}}",
         "train: {{learning_rate: 5.0e-5, num_train_epochs: 1, effective_batch_size: 16}}",
     ),
     "kto": (
-        "data: {{train: {data}, eval_split: 0.05, max_length: 1024}}", LORA,
+        "data: {{train: {data}, eval_split: 0.05, max_length: 2048}}", LORA,
         "kto: {{beta: 0.1}}",
         "train: {{learning_rate: 5.0e-5, num_train_epochs: 1, effective_batch_size: 16}}",
     ),
@@ -65,7 +65,7 @@ BODIES = {
         "reward: {{functions: [rules.py:score]}}", *PPO,
     ),
 }  # fmt: skip
-"""stage -> the sections that are its own, with the values of the shipped recipes."""
+"""stage -> the sections that are its own. Of real pairs more than a few are longer than 1024 tokens before they answer."""
 STAGE_OF = {"sft": "sft", "preference": "dpo", "unpaired": "kto", "text": "pretrain"}
 """kind of rows -> the stage a recipe for them is for, unless another is asked for."""
 SCHEMA_FILE = "ft-recipe.schema.json"
