@@ -65,7 +65,7 @@ BODIES = {
         "reward: {{functions: [rules.py:score]}}", *PPO,
     ),
 }  # fmt: skip
-"""stage -> the sections that are its own. Of real pairs more than a few are longer than 1024 tokens before they answer."""
+"""stage -> the sections that are its own. Among real pairs many a question alone has 1,024 tokens."""
 STAGE_OF = {"sft": "sft", "preference": "dpo", "unpaired": "kto", "text": "pretrain"}
 """kind of rows -> the stage a recipe for them is for, unless another is asked for."""
 SCHEMA_FILE = "ft-recipe.schema.json"
