@@ -197,9 +197,7 @@ def test_going_on_from_an_adapter(desk: Path) -> None:
 def test_another_method_by_one_flag(desk: Path, method: str) -> None:
     """A recipe of LoRA with the keys of LoRA, and one flag."""
     little = ("--set", "data.max_samples=8", "--set", "model.name=tiny-llama")
-    said = done(
-        desk, "sft", "lora_llama.yaml", "--set", f"adapter.method={method}", *little, *SMALL, "-o", "runs/other"
-    )
+    said = done(desk, "sft", "lora_llama.yaml", "--set", f"adapter.method={method}", *little, *SMALL, "-o", "runs/it")
     assert "loraplus_lr_ratio" in said, "what was left out is named"
     adapter = json.loads((desk / "runs" / "it" / "adapter" / "adapter_config.json").read_text("utf-8"))
     assert adapter["peft_type"] == {"bitfit": "BITFIT", "prefix_tuning": "PREFIX_TUNING"}[method]
