@@ -305,7 +305,7 @@ def recipes_show(name: str) -> None:
 @recipes_app.command("new")
 def recipes_new(
     path: Annotated[str, typer.Argument(help="File to write.")],
-    stage: Annotated[str, typer.Option(help="pretrain, sft, reward, dpo, kto or ppo.")] = "sft",
+    stage: Annotated[str | None, typer.Option(help="pretrain, sft, reward, dpo, kto, ppo; the rows tell it.")] = None,
     model: Annotated[str, typer.Option(help="The base model.")] = "tiny-llama",
     data: Annotated[str, typer.Option(help="Training data.")] = "data/train.jsonl",
 ) -> None:

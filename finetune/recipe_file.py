@@ -211,6 +211,33 @@ def _forget_other_method(values: dict[str, Any], before: Any, overridden: Abstra
     return dropped
 
 
+def _other_task(recipe: Recipe) -> bool:
+    """The held-out rows are shipped ones, and the training data is the user's own."""
+    given = recipe.data.train if isinstance(recipe.data.train, list) else [recipe.data.train]
+    paths = [source if isinstance(source, str) else source.path for source in given]
+    return str(recipe.eval.data).startswith("builtin:") and not any(path.startswith("builtin:") for path in paths)
+
+
+REWARD_TRAINING = ("learning_rate", "num_train_epochs", "center_rewards_coefficient")
+
+
+def _forget_other_reward(values: dict[str, Any], overridden: AbstractSet[KeyPath]) -> list[str]:
+    """After `--set reward.model=…` or `reward.train=…` of ft ppo: take the recipe's own reward model out, in place,
+    with the keys that would train it; returns their names. Keys that were set themselves stay.
+    """
+    section = values.get("reward")
+    if values.get("stage") != "ppo" or not isinstance(section, dict):
+        return []
+    given = {name for name in ("model", "train") if section.get(name) is not None and ("reward", name) in overridden}
+    other = {"model": "train", "train": "model"}[given.pop()] if len(given) == 1 else None
+    dropped = [other] if other and section.get(other) is not None and ("reward", other) not in overridden else []
+    if "train" in dropped or (("reward", "train") in overridden and section["train"] is None):
+        dropped += [key for key in REWARD_TRAINING if key in section and ("reward", key) not in overridden]
+    for key in dropped:
+        del section[key]
+    return dropped
+
+
 def _unset(values: dict[str, Any], overridden: AbstractSet[KeyPath]) -> None:
     """`--set adapter.r=null` means the default, in place, where null is no value of the key itself."""
     kind = RECIPES.get(str(values.get("stage")))
@@ -387,8 +414,13 @@ def with_settings(
     overridden = _override(values, overrides)
     if dropped := _forget_other_method(values, before, overridden):
         say(f"adapter.method={values['adapter']['method']}: left out {', '.join(dropped)}, which belong to {before}")
+    if dropped := _forget_other_reward(values, overridden):
+        say(f"left out reward.{', reward.'.join(dropped)} of the recipe, for another reward takes its place")
     _unset(values, overridden)
     recipe = check(values, stage, path, lines, overridden)
+    if ("data", "train") in overridden and ("eval", "data") not in overridden and _other_task(recipe):
+        say(f"eval.data is still {recipe.eval.data}: for rows like yours --set eval.data=FILE, or null and "
+            "--set data.eval_split=0.05")  # fmt: skip
     problem = _placed(path, lines, overridden)
     found = [problem(as_path(key), why, fix) for key, why, fix in effects.refused(recipe)]
     if found:

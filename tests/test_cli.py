@@ -78,6 +78,38 @@ def test_recipes(tmp_path: Path) -> None:
     assert "exists already" in again.stderr
 
 
+@pytest.mark.parametrize(
+    ("data", "stage"),
+    [
+        ("builtin:alpaca", "sft"),
+        ("builtin:preference", "dpo"),
+        ("builtin:ranked", "dpo"),
+        ("builtin:unpaired", "kto"),
+        ("builtin:text", "pretrain"),
+        ("not there.jsonl", "sft"),
+        ("owner/dataset", "sft"),
+    ],
+)
+def test_a_new_recipe_is_for_the_stage_its_rows_are_for(tmp_path: Path, data: str, stage: str) -> None:
+    """Pairs in a recipe for ft sft would be refused, and so would that recipe by ft dpo."""
+    from finetune.stages.recipes import new
+
+    new(str(tmp_path / "mine.yaml"), None, "tiny-llama", data)
+    assert f"stage: {stage}\n" in (tmp_path / "mine.yaml").read_text("utf-8")
+    new(str(tmp_path / "asked.yaml"), "reward", "tiny-llama", data)
+    assert "stage: reward\n" in (tmp_path / "asked.yaml").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("data", "reward"), [("builtin:alpaca", "functions"), ("builtin:preference", "train")])
+def test_a_new_recipe_of_ppo_has_a_reward_that_its_rows_can_give(tmp_path: Path, data: str, reward: str) -> None:
+    from finetune.recipe import PpoRecipe
+    from finetune.recipe_file import load
+    from finetune.stages.recipes import new
+
+    new(str(tmp_path / "ppo.yaml"), "ppo", "tiny-llama", data)
+    assert getattr(load(str(tmp_path / "ppo.yaml"), PpoRecipe).reward, reward)
+
+
 def test_doctor() -> None:
     done = ft("doctor")
     assert done.returncode == 0, done.stderr

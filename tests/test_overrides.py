@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.errors import UserError
-from finetune.recipe import ADAPTERS, LoraAdapter, RewardRecipe, SftRecipe
+from finetune.recipe import ADAPTERS, LoraAdapter, PpoRecipe, RewardRecipe, SftRecipe
 from finetune.recipe_file import load
 
 
@@ -43,6 +43,41 @@ def test_keys_that_mean_the_same_stay(tmp_path: Path) -> None:
     assert adalora.adapter.lora_dropout == 0.1
     with pytest.raises(UserError, match="belongs to another"):  # what was set is never left out
         said(str(path), SftRecipe, "adapter.method=bitfit", "adapter.r=8")
+
+
+KEYS = ("reward.train", "reward.learning_rate", "reward.num_train_epochs")
+
+
+@pytest.mark.parametrize("reference", ["ppo_llama", "ppo_qwen", "ppo_chatglm3"])
+def test_one_flag_changes_what_scores(reference: str) -> None:
+    """`ft reward` says to go on with `--set reward.model=…`: the pairs of the recipe, and how to train on them, go."""
+    recipe, lines = said(reference, PpoRecipe, "reward.model=runs/reward")
+    assert (recipe.reward.model, recipe.reward.train) == ("runs/reward", None)
+    assert lines == [f"left out {', '.join(KEYS)} of the recipe, for another reward takes its place"]
+    alone, _ = said(reference, PpoRecipe, "reward.train=null", "reward.functions=[rules.py:polite]")
+    assert (alone.reward.train, alone.reward.functions) == (None, ["rules.py:polite"])
+    beside, lines = said(reference, PpoRecipe, "reward.functions=[rules.py:polite]")
+    assert beside.reward.train is not None  # several sources are added up
+    assert lines == []
+    with pytest.raises(UserError, match="excludes"):  # what was set is never left out
+        said(reference, PpoRecipe, "reward.model=a", "reward.train=b.jsonl")
+    with pytest.raises(UserError, match="no reward model is trained"):
+        said(reference, PpoRecipe, "reward.model=a", "reward.learning_rate=1e-3")
+
+
+def test_pairs_instead_of_a_reward_model() -> None:
+    recipe, lines = said("align_ppo", PpoRecipe, "reward.train=builtin:tickets/pairs_train")
+    assert (recipe.reward.model, recipe.reward.train) == (None, "builtin:tickets/pairs_train")
+    assert lines == ["left out reward.model of the recipe, for another reward takes its place"]
+
+
+def test_own_data_and_the_held_out_rows_of_the_recipe() -> None:
+    """`ft eval` of such a run would ask for tickets, which it has not learned."""
+    (line,) = said("quickstart", SftRecipe, "data.train=mine.json")[1]
+    assert "builtin:tickets/test" in line
+    assert "--set data.eval_split=0.05" in line
+    for more in ("eval.data=other.json", "eval.data=null", "data.train=builtin:tickets/train"):
+        assert said("quickstart", SftRecipe, "data.train=mine.json", more)[1] == []
 
 
 def test_null_means_the_default_where_it_is_no_value() -> None:

@@ -94,3 +94,21 @@ def test_first_screen_names_both_commands() -> None:
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README + CHINESE))
 def test_links_lead_somewhere(link: str) -> None:
     assert (ROOT / link).exists()
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_the_docs_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_chinese_page_of_data_names_every_format_and_key() -> None:
+    from finetune.data.formats import FORMATS
+    from finetune.recipe import SourceConfig
+
+    page = (ROOT / "docs" / "zh" / "data.md").read_text(encoding="utf-8")
+    english = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\(\.\./data_templates/", english, flags=re.MULTILINE)
+    assert sorted(rows) == sorted(FORMATS)
+    for name in [*rows, *re.findall(r"^\| `(data\.\w+)` \|", english, flags=re.MULTILINE), *SourceConfig.model_fields]:
+        assert f"`{name}`" in page, name

@@ -213,6 +213,13 @@ def test_shipped_recipe_loads(name: str) -> None:
         assert 7 <= len(text.splitlines()) <= 25
 
 
+@pytest.mark.parametrize("name", [name for name in SHIPPED if not name.startswith("pretrain")])
+def test_shipped_recipe_fits_a_run_of_any_length(name: str) -> None:
+    """`--set data.train=mine.json`, `--set train.max_steps=5`: the warm-up is a share, and no more than the run."""
+    stage = yaml.safe_load(SHIPPED[name].read_text(encoding="utf-8"))["stage"]
+    assert recipe_file.load(name, RECIPES[stage]).train.warmup_steps < 1
+
+
 @pytest.mark.parametrize(
     ("train", "expected"),
     [

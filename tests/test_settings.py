@@ -46,6 +46,12 @@ def test_warm_up_is_rounded_down(wanted: float, total: int, steps: int) -> None:
     assert warmup_steps(TrainConfig(warmup_steps=wanted), total) == steps
 
 
+def test_warmup_of_the_measured_recipes() -> None:
+    """The figures of README and docs were measured with 20 steps."""
+    for name, steps in (("quickstart", 282), ("bitfit_llama", 375), ("align_sft", 313)):
+        assert warmup_steps(recipe_file.load(name, RECIPES["sft"]).train, steps) == 20
+
+
 def test_a_run_of_one_update_learns(recipe: Callable[..., Path]) -> None:
     run = train(recipe(train={"max_steps": 1, "warmup_steps": 0.03}))
     assert run.read_metrics()[0]["learning_rate"] == pytest.approx(1e-2)

@@ -139,6 +139,18 @@ def read_samples(spec: Any, config: Any, kind: str | None = "sft", *, seed: int 
         yield Item(file, number, None, problem, weight, data)
 
 
+def kind_of(path: str) -> str | None:
+    """What the rows of a local source are (sft, preference, unpaired, text); None where they cannot be read."""
+    spec = sources.as_dict(path)
+    if sources.is_hub(spec):
+        return None
+    try:
+        head = list(itertools.islice(sources.read_rows(spec), SNIFFED))
+        return formats.FORMATS[checked_format(None, head, None, None, path)].kind
+    except UserError:
+        return None
+
+
 def checked_format(name: str | None, head: list[Row], columns: Any, kind: str | None, path: str) -> str:
     """The format to read with: the one asked for, or the one recognised."""
     if name is None:

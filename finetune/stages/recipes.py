@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from finetune import recipe_reference
+from finetune.data.samples import kind_of
 from finetune.errors import UserError
 from finetune.places import check_file, json_with
 from finetune.progress import command, say, say_json
@@ -26,6 +27,10 @@ model: {{name: {model}}}
 output: {{dir: {output}}}
 """
 LORA = "adapter: {{method: lora, r: 16, lora_alpha: 32}}"
+PPO = (
+    "ppo: {{max_new_tokens: 64, kl_coef: 0.05, num_mini_batches: 4, cliprange_value: 1.0}}",
+    "train: {{learning_rate: 5.0e-5, max_steps: 100, effective_batch_size: 64}}",
+)
 BODIES = {
     "pretrain": (
         "data: {{train: {data}, max_length: 512}}",
@@ -36,28 +41,33 @@ BODIES = {
         "train: {{learning_rate: 2.0e-4, num_train_epochs: 3, effective_batch_size: 16}}",
     ),
     "reward": (
-        "data: {{train: {data}, eval_split: 0.05, max_length: 1024}}", LORA,
+        "data: {{train: {data}, eval_split: 0.05, max_length: 2048}}", LORA,
         "train: {{learning_rate: 1.0e-4, num_train_epochs: 1, effective_batch_size: 16}}",
     ),
     "dpo": (
-        "data: {{train: {data}, eval_split: 0.05, max_length: 1024}}", LORA,
+        "data: {{train: {data}, eval_split: 0.05, max_length: 2048}}", LORA,
         "dpo: {{loss_type: sigmoid, beta: 0.1, sft_weight: 0.2}}",
         "train: {{learning_rate: 5.0e-5, num_train_epochs: 1, effective_batch_size: 16}}",
     ),
     "kto": (
-        "data: {{train: {data}, eval_split: 0.05, max_length: 1024}}", LORA,
+        "data: {{train: {data}, eval_split: 0.05, max_length: 2048}}", LORA,
         "kto: {{beta: 0.1}}",
         "train: {{learning_rate: 5.0e-5, num_train_epochs: 1, effective_batch_size: 16}}",
     ),
     "ppo": (
         "data: {{train: {data}, max_length: 1024}}", LORA,
         "# pairs, of which a reward model is trained first; or model: a run of ft reward, or functions: [file.py:name]",
-        "reward: {{train: {data}, learning_rate: 1.0e-4, num_train_epochs: 1}}",
-        "ppo: {{max_new_tokens: 64, kl_coef: 0.05, num_mini_batches: 4, cliprange_value: 1.0}}",
-        "train: {{learning_rate: 5.0e-5, max_steps: 100, effective_batch_size: 64}}",
+        "reward: {{train: {data}, learning_rate: 1.0e-4, num_train_epochs: 1}}", *PPO,
+    ),
+    "ppo by rule": (
+        "data: {{train: {data}, max_length: 1024}}", LORA,
+        "# a file of yours, as docs/ppo.md shows; or model: a run of ft reward, or train: preference pairs",
+        "reward: {{functions: [rules.py:score]}}", *PPO,
     ),
 }  # fmt: skip
-"""stage -> the sections that are its own, with the values of the shipped recipes."""
+"""stage -> the sections that are its own. Among real pairs many a question alone has 1,024 tokens."""
+STAGE_OF = {"sft": "sft", "preference": "dpo", "unpaired": "kto", "text": "pretrain"}
+"""kind of rows -> the stage a recipe for them is for, unless another is asked for."""
 SCHEMA_FILE = "ft-recipe.schema.json"
 
 
@@ -97,17 +107,19 @@ def quoted(text: str) -> str:
     return yaml.safe_dump([text], default_flow_style=True, allow_unicode=True, width=2**16).strip()[1:-1]
 
 
-def new(path: str, stage: str, model: str, data: str) -> None:
-    """Write a recipe and the schema beside it; an existing file is never replaced."""
+def new(path: str, stage: str | None, model: str, data: str) -> None:
+    """Write a recipe and the schema beside it; an existing file is never replaced. Without a stage the rows tell it."""
     target = Path(path)
     if os.path.lexists(target):
         raise UserError("exists already", path=target, fix="choose another name")
-    if stage not in RECIPES:
+    if stage is not None and stage not in RECIPES:
         raise UserError(f"unknown stage {stage!r}", key="--stage", fix=f"one of {', '.join(RECIPES)}")
+    kind = kind_of(data)
+    stage = stage or STAGE_OF[kind or "sft"]
     beside = target.parent / SCHEMA_FILE
     check_file(target, "PATH", lambda _: False)
     check_file(beside, "PATH", json_with("$schema", "$defs"))
-    body = "\n".join(BODIES[stage]).format(data=quoted(data))
+    body = "\n".join(BODIES["ppo by rule" if stage == "ppo" and kind == "sft" else stage]).format(data=quoted(data))
     output = quoted(f"runs/{target.stem}")
     text = TEMPLATE.format(stage=stage, path=path, model=quoted(model), body=body, output=output, schema=SCHEMA_FILE)
     write_atomically(target, text)
