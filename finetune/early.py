@@ -109,7 +109,7 @@ def base(model: Any) -> None:
         sources.check(model)
         sources.check_there(model)
     elif model.tokenizer is not None and not model.tokenizer.startswith("builtin:"):
-        sources.locate(ModelConfig(name=model.tokenizer))
+        sources.check_there(ModelConfig(name=model.tokenizer))
 
 
 def announce(model: Any) -> None:
@@ -120,8 +120,10 @@ def announce(model: Any) -> None:
 
 def judge(reference: str) -> None:
     """A reward model: a run of `ft reward`, or a model."""
-    if not (Path(reference).expanduser() / "model").is_dir():
-        sources.what_is(reference)
+    if (Path(reference).expanduser() / "model").is_dir() or sources.what_is(reference) == "adapter":
+        return
+    if sources.file(ModelConfig(name=reference), "config.json") is None:
+        raise UserError("has no config.json", path=reference, key="reward.model", fix="give a complete model")
 
 
 def file(path: str | None, key: str, fix: str) -> None:

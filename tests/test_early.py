@@ -73,6 +73,7 @@ CASES: list[tuple[str, str]] = [
     ("sft mine.yaml --set model.chat_template=no.jinja", "no.jinja: model.chat_template: no such file"),
     ("ppo ppo.yaml --set reward.functions=[rulez.py:f]", "rulez.py: reward.functions: no such file"),
     ("ppo ppo.yaml --set reward.model=runs/naer", "runs/naer: no such run, adapter or model → did you mean runs/near?"),
+    ("ppo ppo.yaml --set reward.model=owner/judge", "owner/judge: model.name: is neither here nor in the cache"),
     ("ppo ppo.yaml --set reward.train=rowz.jsonl", "rowz.jsonl: reward.train: no such file"),
     *((f"{stage} {stage}.yaml --set model.name=tiny-lama", "did you mean tiny-llama?") for stage in early.ROWS),
     *((f"{stage} {stage}.yaml --set data.train=rowz.jsonl", "did you mean rows.jsonl?") for stage in early.ROWS),
