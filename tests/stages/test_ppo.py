@@ -379,7 +379,7 @@ def test_goes_on_after_a_stop_while_the_reward_model_trains(
 
     with monkeypatch.context() as patch:
         patch.setattr(Ppo, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match="interrupted; go on with ft ppo"):
             run_ppo(path, resume=True)
     broken = run_ppo(path, resume=True)
     assert comparable(broken) == comparable(whole)
