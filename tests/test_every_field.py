@@ -336,7 +336,7 @@ class Watch:
 
         return loaded
 
-    def judge(self, recipe: Any, run: Run) -> None:
+    def judge(self, recipe: Any, run: Run, go_on: str) -> None:
         self.seen["reward model"] = recipe_file.to_yaml(recipe)
         raise Stop
 

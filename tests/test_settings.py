@@ -161,7 +161,7 @@ def test_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, na
     cli.alone()
     monkeypatch.setenv(name, "2")
     with pytest.raises(UserError, match=f"{name}: this is one of 2 processes"):
-        cli._recipe("quickstart", "sft", [], "/tmp/never", False, False)
+        cli.alone()
 
 
 def test_other_gpus_stay_out_of_the_batch(monkeypatch: pytest.MonkeyPatch, recipe: Callable[..., Path]) -> None:

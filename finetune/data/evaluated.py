@@ -67,7 +67,7 @@ def split_off(recipe: Any, encoder: Any, limit: int | None) -> HeldOut:
     kind = {"sft": "sft", "dpo": "preference", "reward": "preference", "kto": "unpaired"}[recipe.stage]
     audit = Audit(data, encoder, kind)
     kept: list[tuple[int, Item]] = []
-    for item, _ in watched(audit.rows(seed), "reading data"):
+    for item, _ in watched(audit.rows(seed), data, "reading"):
         assert item.sample is not None
         kept.append((content_hash(item.sample), item))
         if len(kept) >= 2 * MANY:  # what is not held out of these is not held out of more

@@ -316,7 +316,7 @@ def test_a_hub_id_is_fetched_without_the_second_kind_of_weights(tmp_path, monkey
         raise OSError("no connection\nand more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(UserError, match=r"cannot be fetched \(no connection\)"):
+    with pytest.raises(UserError, match=r"cannot be had from the hub \(no connection\)"):
         fetch("THUDM/chatglm2-6b")
 
 

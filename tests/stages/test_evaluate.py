@@ -216,7 +216,7 @@ def test_recipe_without_a_run_evaluates_the_base(recipe: Recipe, held_out: Path)
     ("arguments", "expected"),
     [
         ((), "nothing to evaluate"),
-        (("nowhere",), "no such run or adapter"),
+        (("nowhere",), "no such run, adapter or model"),
         (("--model", "no/such/model", "--data", "builtin:tickets/test"), "no such model"),
     ],
 )

@@ -119,7 +119,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(write: Write, stage: str) -> Non
     """Between two logged steps, and after the last step, which lies inside an epoch: no step more."""
     sections = {"data": {"eval_split": 4}, "train": {"eval_steps": 3}}
     whole = run(write(stage, "whole", **sections))
-    assert [row["step"] for row in whole.read_metrics() if "loss" in row] == [2, 4, 6]
+    assert [row["step"] for row in whole.read_metrics() if "loss" in row] == [2, 4, 6, 7]  # the last one, too
     for step in (3, 7):
         broken = stopped_after(whole, f"broken{step}", step)
         same_run(
