@@ -276,3 +276,12 @@ def test_a_broken_config_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{not json")
     with pytest.raises(UserError, match="is not JSON"):
         loading.read_config(ModelConfig(name=str(tmp_path)))
+
+
+def test_chatglm_takes_no_other_template(tmp_path: Path) -> None:
+    """Its turns are tokens that no text becomes; a template would be without effect."""
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages }}", encoding="utf-8")
+    with pytest.raises(UserError, match="no template can replace them") as caught:
+        loading.load_tokenizer(ModelConfig(name="tiny-chatglm3", chat_template=str(template)))
+    assert caught.value.problems[0].key == "model.chat_template"
