@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import threading
 import time
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import write_rows
+from conftest import ft, write_rows
 
 from finetune import measuring
 from finetune.errors import Interrupted, RunError, UserError
@@ -34,7 +35,7 @@ def checked(recipe: Recipes, rows: Path, monkeypatch: pytest.MonkeyPatch) -> Sft
 def test_a_comparison_from_start_to_end(
     checked: SftRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "comparison"
+    folder = tmp_path / "a comparison"
     lists = compare.parse("lora, prompt_tuning,lora", "none", "1")
     compare.run(checked, *lists, str(folder))
     base, *jobs = json.loads((folder / "compare.json").read_text())["jobs"]
@@ -53,7 +54,12 @@ def test_a_comparison_from_start_to_end(
         )
         assert [step["learning_rate"] for step in job["search"]] == [job["learning_rate"]]
     table = (folder / "compare.md").read_text()
-    assert table in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert table in shown.out
+    (told,) = [line for line in shown.err.splitlines() if line.startswith("next ")]
+    done = ft(*shlex.split(told)[2:], "--limit", 2, cwd=tmp_path)  # as it is printed, in a folder with a space
+    assert done.returncode == 0, done.stderr
+    assert "exact match" in done.stdout
     assert "| base | – |" in table
     assert "| prompt_tuning |" in table
     assert (folder / "compare.png").stat().st_size > 1000
