@@ -69,7 +69,7 @@ def make_tokenizer(path: Path) -> Any:
 def structural(path: str, rows: int, out: Any) -> None:
     """In a process of its own, so that the peak memory is that of the check."""
     from finetune.data import audit
-    from finetune.recipe import DataConfig
+    from finetune.recipe.sections import DataConfig
 
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), time.process_time()
@@ -83,7 +83,7 @@ def structural(path: str, rows: int, out: Any) -> None:
 def token_level(path: Path, rows: int) -> dict[str, float]:
     from finetune.data import audit, chat
     from finetune.data.samples import read_samples
-    from finetune.recipe import DataConfig
+    from finetune.recipe.sections import DataConfig
 
     tokenizer = make_tokenizer(path)
     encoder = chat.make_encoder(tokenizer)

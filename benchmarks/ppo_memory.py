@@ -23,10 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from finetune.commands import ppo, reward, sft
 from finetune.models import loading
-from finetune.recipe import ModelConfig, PpoRecipe, RewardRecipe, SftRecipe
-from finetune.recipe_file import load
-from finetune.stages import ppo, reward, sft
+from finetune.recipe.file import load
+from finetune.recipe.sections import ModelConfig
+from finetune.recipe.stages import PpoRecipe, RewardRecipe, SftRecipe
 
 STAGES: dict[str, Any] = {"sft": (SftRecipe, sft), "reward": (RewardRecipe, reward), "ppo": (PpoRecipe, ppo)}
 REPLY = 32  # tokens

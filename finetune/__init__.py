@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 
 def _register() -> None:
-    from finetune.adapters import bitfit, bottleneck, last_layers  # noqa: F401 (importing them registers them)
+    from finetune.adapters.tuners import bitfit, bottleneck, last_layers  # noqa: F401
 
 
 class _WhenPeftIsImported(MetaPathFinder):

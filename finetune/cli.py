@@ -17,7 +17,7 @@ from finetune import __version__
 from finetune.errors import FinetuneError, Interrupted, UserError, explained, render, visible
 
 if TYPE_CHECKING:
-    from finetune.recipe import Recipe
+    from finetune.recipe.stages import Recipe
 
 app = typer.Typer(
     name="ft",
@@ -50,7 +50,7 @@ VERBOSE = False
 
 def _quiet(bars: bool = True) -> None:
     """Before the first import of torch; without `bars` before what needs no transformers."""
-    from finetune import noise
+    from finetune.terminal import noise
 
     if not VERBOSE:
         noise.silence()
@@ -59,18 +59,18 @@ def _quiet(bars: bool = True) -> None:
 
 
 def _warn(message: str | None) -> None:
-    from finetune.progress import warn
+    from finetune.terminal.progress import warn
 
     if message is not None:
         warn(message)
 
 
 def _module(name: str) -> ModuleType:
-    """finetune.stages.NAME; importing the libraries takes seconds."""
-    from finetune.progress import task
+    """finetune.commands.NAME; importing the libraries takes seconds."""
+    from finetune.terminal.progress import task
 
     with task("importing the libraries", after=1.0):
-        return importlib.import_module(f"finetune.stages.{name}")
+        return importlib.import_module(f"finetune.commands.{name}")
 
 
 def _one_of(plain: str | None, option: str | None, name: str, usage: str) -> str:
@@ -117,7 +117,7 @@ TRAINING = {
 
 
 def _training_command(stage: str) -> Callable[..., None]:
-    """`ft STAGE --recipe R`: check everything that needs no torch, then run finetune.stages.STAGE."""
+    """`ft STAGE --recipe R`: check everything that needs no torch, then run finetune.commands.STAGE."""
 
     def command(
         plain: RecipeArgument = None,
@@ -222,15 +222,15 @@ def compare(
     output: Annotated[str, typer.Option(help="Folder of the comparison.")] = "runs/compare",
 ) -> None:
     """Train methods on the same data and budget, and measure what each costs and brings."""
-    from finetune.progress import command
-    from finetune.recipe import SftRecipe
-    from finetune.recipe_file import load
+    from finetune.recipe.file import load
+    from finetune.recipe.stages import SftRecipe
+    from finetune.terminal.progress import command
 
     reference = _one_of(plain, recipe, "--recipe", "ft compare RECIPE --methods lora,bitfit")
     checked = load(reference, SftRecipe, set_, output)
     _quiet(bars=False)
     from finetune import early
-    from finetune.stages.compare import check_folder, check_recipe, parse, run
+    from finetune.commands.compare import check_folder, check_recipe, parse, run
 
     wanted = parse(methods, quantization, data_fractions)
     try:
@@ -271,7 +271,7 @@ def chat(
 def doctor() -> None:
     """Versions, hardware, precision, and which extras are missing."""
     _quiet()
-    from finetune.stages.doctor import run
+    from finetune.commands.doctor import run
 
     run()
 
@@ -281,7 +281,7 @@ def models_list(
     markdown: Annotated[bool, typer.Option("--markdown", help="As docs/models.md is made.")] = False,
 ) -> None:
     """Families, what was tested and how, and what never ran on real hardware."""
-    from finetune.stages.models import show
+    from finetune.commands.models import show
 
     show(markdown)
 
@@ -289,7 +289,7 @@ def models_list(
 @recipes_app.command("list")
 def recipes_list() -> None:
     """Shipped recipes, with what each needs."""
-    from finetune.stages.recipes import show_all
+    from finetune.commands.recipes import show_all
 
     show_all()
 
@@ -297,7 +297,7 @@ def recipes_list() -> None:
 @recipes_app.command("show")
 def recipes_show(name: str) -> None:
     """Print a shipped recipe."""
-    from finetune.stages.recipes import show
+    from finetune.commands.recipes import show
 
     show(name)
 
@@ -310,7 +310,7 @@ def recipes_new(
     data: Annotated[str, typer.Option(help="Training data.")] = "data/train.jsonl",
 ) -> None:
     """Write a recipe to start from."""
-    from finetune.stages.recipes import new
+    from finetune.commands.recipes import new
 
     new(path, stage, model, data)
 
@@ -318,7 +318,7 @@ def recipes_new(
 @recipes_app.command("schema")
 def recipes_schema() -> None:
     """Print the JSON schema of recipes."""
-    from finetune.stages.recipes import show_schema
+    from finetune.commands.recipes import show_schema
 
     show_schema()
 
@@ -329,7 +329,7 @@ def recipes_explain(
     markdown: Annotated[bool, typer.Option("--markdown", help="All of them, as docs/recipe.md is made.")] = False,
 ) -> None:
     """What a recipe's key does: its values, its default, and where it applies."""
-    from finetune.stages.recipes import explain
+    from finetune.commands.recipes import explain
 
     explain(key, markdown)
 
@@ -344,7 +344,7 @@ def _recipe_or_data(plain: str | None, recipe: str | None, data: str | None) -> 
     """(--recipe, --data): a plain argument is a recipe when it is a .yaml file or a shipped recipe's name."""
     if plain is None:
         return recipe, data
-    from finetune.recipe_file import shipped
+    from finetune.recipe.file import shipped
 
     named = plain.lower().endswith((".yaml", ".yml")) or (f"{plain}.yaml" in shipped() and not Path(plain).exists())
     name, option = ("--recipe", recipe) if named else ("--data", data)
@@ -367,7 +367,7 @@ def data_check(
     """Find everything that is wrong with the data, row by row."""
     recipe, data = _recipe_or_data(plain, recipe, data)
     _quiet(bars=False)
-    from finetune.stages.data import check
+    from finetune.commands.data import check
 
     raise typer.Exit(check(recipe, set_, data, model, stage, eval_data, fix, json_))
 
@@ -387,7 +387,7 @@ def data_preview(
     """Show samples as the model sees them, trained tokens coloured."""
     recipe, data = _recipe_or_data(plain, recipe, data)
     _quiet(bars=False)
-    from finetune.stages.data import preview
+    from finetune.commands.data import preview
 
     preview(recipe, set_, data, model, stage, limit, json_, html)
 
@@ -419,7 +419,7 @@ def main() -> None:
         return
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
-    from finetune.progress import settle_streams
+    from finetune.terminal.progress import settle_streams
 
     settle_streams()
     try:
@@ -441,7 +441,7 @@ def main() -> None:
                 raise
             _print_bug(error.__cause__)
             sys.exit(1)
-        from finetune.progress import command
+        from finetune.terminal.progress import command
 
         _print_errors([f"interrupted; start again with {command(*arguments)}"], "yellow")
         sys.exit(130)
@@ -469,7 +469,7 @@ def _print_bug(error: BaseException) -> None:
 
 
 def _print_errors(lines: list[str], style: str) -> None:
-    from finetune.progress import note
+    from finetune.terminal.progress import note
 
     for line in lines:
         note(line, style)

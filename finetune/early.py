@@ -6,7 +6,7 @@
                           the same for what a command is given
     gpu_missing(…)        a warning, where a recipe's first line asks for a GPU and there is none
 
-What needs weights or a tokenizer is checked by the stages.
+What needs weights or a tokenizer is checked by the commands.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from typing import Any
 
 import yaml
 
-from finetune import eval_options, places
+from finetune import places
 from finetune.data import sources as data_sources
 from finetune.errors import Problem, UserError
+from finetune.evaluation import options
 from finetune.models import sources
-from finetune.progress import note, warn
-from finetune.recipe import RECIPES, Hardware, ModelConfig, Recipe, absolute_data, resolve
-from finetune.recipe_file import find, load, recipe_text
+from finetune.recipe.file import find, load, recipe_text
+from finetune.recipe.resolve import Hardware, absolute_data, resolve
+from finetune.recipe.sections import ModelConfig
+from finetune.recipe.stages import RECIPES, Recipe
 from finetune.run import check_inputs, check_output, check_resumable, read_recipe
+from finetune.terminal.progress import note, warn
 
 ENDLESS = "builtin:world"
 ROWS = {
@@ -71,7 +74,7 @@ def recipe(
 
     together(lambda: check_inputs(found, find(reference)) if overwrite else None, place, *checks_of(found))
     if not endless(found.data.train):
-        from finetune.data.dataset import screen
+        from finetune.data.conversations import screen
 
         screen(found.data, ROWS[stage])
     announce(found.model)
@@ -206,7 +209,7 @@ def evaluated(
     """UserError for options of `ft eval` that cannot be, and for runs, recipes, models, adapters and data that are not
     there."""
     checks: list[Callable[[], object]] = [
-        lambda: eval_options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions)
+        lambda: options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions)
     ]
     if recipe is not None:
         loaded = load(recipe, None)

@@ -30,9 +30,10 @@ from filelock import FileLock, Timeout
 
 from finetune import places
 from finetune.errors import Interrupted, Problem, UserError
-from finetune.progress import command, shown_path, warn
-from finetune.recipe import Recipe, SourceConfig
-from finetune.recipe_file import to_yaml
+from finetune.recipe.file import to_yaml
+from finetune.recipe.sections import SourceConfig
+from finetune.recipe.stages import Recipe
+from finetune.terminal.progress import command, shown_path, warn
 
 # Everything a run writes; --overwrite removes these and nothing else.
 CONTENTS = (

@@ -119,10 +119,10 @@ def ft(
 
 def train(recipe_path: Path, *overrides: str, resume: bool = False, overwrite: bool = False) -> Any:
     """Run an SFT recipe in this process; returns its Run."""
-    from finetune.recipe import SftRecipe
-    from finetune.recipe_file import load
+    from finetune.commands import sft
+    from finetune.recipe.file import load
+    from finetune.recipe.stages import SftRecipe
     from finetune.run import Run
-    from finetune.stages import sft
 
     loaded = load(str(recipe_path), SftRecipe, overrides)
     sft.run(loaded, resume=resume, overwrite=overwrite)

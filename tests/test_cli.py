@@ -92,7 +92,7 @@ def test_recipes(tmp_path: Path) -> None:
 )
 def test_a_new_recipe_is_for_the_stage_its_rows_are_for(tmp_path: Path, data: str, stage: str) -> None:
     """Pairs in a recipe for ft sft would be refused, and so would that recipe by ft dpo."""
-    from finetune.stages.recipes import new
+    from finetune.commands.recipes import new
 
     new(str(tmp_path / "mine.yaml"), None, "tiny-llama", data)
     assert f"stage: {stage}\n" in (tmp_path / "mine.yaml").read_text("utf-8")
@@ -102,9 +102,9 @@ def test_a_new_recipe_is_for_the_stage_its_rows_are_for(tmp_path: Path, data: st
 
 @pytest.mark.parametrize(("data", "reward"), [("builtin:alpaca", "functions"), ("builtin:preference", "train")])
 def test_a_new_recipe_of_ppo_has_a_reward_that_its_rows_can_give(tmp_path: Path, data: str, reward: str) -> None:
-    from finetune.recipe import PpoRecipe
-    from finetune.recipe_file import load
-    from finetune.stages.recipes import new
+    from finetune.commands.recipes import new
+    from finetune.recipe.file import load
+    from finetune.recipe.stages import PpoRecipe
 
     new(str(tmp_path / "ppo.yaml"), "ppo", "tiny-llama", data)
     assert getattr(load(str(tmp_path / "ppo.yaml"), PpoRecipe).reward, reward)
@@ -125,7 +125,7 @@ def test_a_file_that_ends_too_early_is_no_interrupt(
     def cut_off() -> None:
         raise EOFError("Ran out of input")
 
-    monkeypatch.setattr("finetune.stages.doctor.run", cut_off)
+    monkeypatch.setattr("finetune.commands.doctor.run", cut_off)
     monkeypatch.setattr("sys.argv", ["ft", "doctor"])
     with pytest.raises(SystemExit) as caught:
         cli.main()

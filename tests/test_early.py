@@ -14,8 +14,10 @@ import pytest
 from finetune import early, hub
 from finetune.errors import UserError
 from finetune.models import sources
-from finetune.recipe import Hardware, ModelConfig, SftRecipe, resolve
-from finetune.recipe_file import load, to_yaml
+from finetune.recipe.file import load, to_yaml
+from finetune.recipe.resolve import Hardware, resolve
+from finetune.recipe.sections import ModelConfig
+from finetune.recipe.stages import SftRecipe
 
 RECIPE = """\
 # ft sft --recipe mine.yaml            one 24 GB GPU (bfloat16)

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 from conftest import train, write_rows
 
-from finetune import alignment, early, training
-from finetune.callbacks import Recorder
+from finetune import early
 from finetune.cli import main
-from finetune.data import dataset
+from finetune.data import conversations
 from finetune.errors import Interrupted
 from finetune.models import loading
-from finetune.recipe import RECIPES, SftRecipe
-from finetune.recipe_file import load
+from finetune.recipe.file import load
+from finetune.recipe.stages import RECIPES, SftRecipe
 from finetune.run import GO_ON, Run, open_run, to_go_on
+from finetune.training import alignment, session
+from finetune.training.callbacks import Recorder
 
 Recipes = Callable[..., Path]
 STAGES = ("pretrain", "sft", "reward", "dpo", "kto", "ppo")
@@ -99,7 +100,7 @@ def test_ctrl_c_while_loading_says_how_to_start_again(
 def test_ctrl_c_while_reading_data(
     recipe: Recipes, monkeypatch: pytest.MonkeyPatch, typed: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(dataset, "screen", interrupt)
+    monkeypatch.setattr(conversations, "screen", interrupt)
     place = str(tmp_path / "a run")
     code, said = typed("sft", str(recipe()), "--output", place)
     assert (code, again_of(said)) == (130, ["sft", "--recipe", str(recipe()), "--output", place])
@@ -111,7 +112,7 @@ def test_ctrl_c_before_the_first_checkpoint(
     """The run's folder holds something by now: the command takes it over, and works."""
     path = str(recipe())
     with monkeypatch.context() as patch:
-        patch.setattr(training, "make_trainer", interrupt)
+        patch.setattr(session, "make_trainer", interrupt)
         code, said = typed("sft", path)
     assert (code, again_of(said)) == (130, ["sft", "--recipe", path, "--overwrite"])
     early.recipe(path, "sft", [], None, resume=False, overwrite=True)
@@ -150,7 +151,7 @@ def test_ctrl_c_in_a_comparison(
     recipe: Recipes, rows: Path, monkeypatch: pytest.MonkeyPatch, typed: Callable[..., tuple[int, str]], stop: Any,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    from finetune.stages import compare
+    from finetune.commands import compare
 
     def stopped(*_: Any) -> None:
         raise Interrupted("stopped")
@@ -178,7 +179,7 @@ def test_a_dry_run_warns_as_the_run_does(
     recipe: Any = load(str(written(tmp_path, base, stage, data={"max_length": 600})), RECIPES[stage])
     monkeypatch.setattr(alignment, "cache_folder", lambda: tmp_path / "cache")
     found: list[list[str]] = []
-    announce = training.announce
+    announce = session.announce
 
     def noted(*arguments: Any) -> list[str]:
         found.append(announce(*arguments))
@@ -186,8 +187,8 @@ def test_a_dry_run_warns_as_the_run_does(
             raise Announced
         return found[-1]
 
-    monkeypatch.setattr(training, "announce", noted)
-    stage_of = importlib.import_module(f"finetune.stages.{stage}")
+    monkeypatch.setattr(session, "announce", noted)
+    stage_of = importlib.import_module(f"finetune.commands.{stage}")
     stage_of.run(recipe, dry_run=True)
     with pytest.raises(Announced):
         stage_of.run(recipe)

@@ -104,7 +104,7 @@ def test_links_of_the_docs_lead_somewhere(page: Path) -> None:
 
 def test_chinese_page_of_data_names_every_format_and_key() -> None:
     from finetune.data.formats import FORMATS
-    from finetune.recipe import SourceConfig
+    from finetune.recipe.sections import SourceConfig
 
     page = (ROOT / "docs" / "zh" / "data.md").read_text(encoding="utf-8")
     english = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

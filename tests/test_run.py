@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from finetune.errors import RunError, UserError
-from finetune.recipe import Recipe, SftRecipe
-from finetune.recipe_file import check, to_yaml
+from finetune.recipe.file import check, to_yaml
+from finetune.recipe.stages import Recipe, SftRecipe
 from finetune.run import ASIDE, CONTENTS, Run, changed_keys, check_inputs, check_output, check_resumable, open_run
 
 

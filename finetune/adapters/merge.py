@@ -24,8 +24,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from finetune.adapters.bitfit import empty_bias, fill_bias_slots
-from finetune.adapters.limits import BIAS_SLOTS
+from finetune.adapters.compatibility import BIAS_SLOTS
+from finetune.adapters.tuners.bitfit import empty_bias, fill_bias_slots
 from finetune.errors import RunError, UserError
 
 # What the float32 sum of a layer may miss: this share of what the adapter does to the layer's output, …

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from finetune.errors import UserError
-from finetune.recipe import PrefixTuningAdapter, PromptTuningAdapter, PTuningAdapter
+from finetune.recipe.adapters import PrefixTuningAdapter, PromptTuningAdapter, PTuningAdapter
 
 SoftPrompt = PromptTuningAdapter | PTuningAdapter | PrefixTuningAdapter
 TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from finetune.data import chat_glm, forgery, shown, templates
-from finetune.data.forgery import Guard
+from finetune.data import chat_glm, control_tokens, shown, templates
+from finetune.data.control_tokens import Guard
 from finetune.data.glm_encoder import GlmEncoder
 from finetune.data.messages import is_plain
-from finetune.data.tokens import ByLength, Tokens, check_embedded, first_from
+from finetune.data.offsets import ByLength, Tokens, check_embedded, first_from
 from finetune.data.types import IGNORED, Conversation, Encoded, Message, RowProblem, attempted
 
 
@@ -163,7 +163,7 @@ class Encoder:
         if self.markers is None:
             return []
         texts = [
-            m["content"] if len(m) == 2 else forgery.all_strings([v for k, v in m.items() if k != "role"])
+            m["content"] if len(m) == 2 else control_tokens.all_strings([v for k, v in m.items() if k != "role"])
             for m in messages
         ]
         return [(number, hit) for number, text in enumerate(texts, 1) for hit in self.markers.findall(text)]
@@ -208,14 +208,16 @@ class Encoder:
     def _guarded(self, messages: list[Message], tools: Any) -> tuple[list[Message], Any, str, str | None]:
         """(messages and tools with written-out control tokens marked, all their text, the mark or None)."""
         plain = not tools and is_plain(messages)
-        content = "\n".join([m["content"] for m in messages]) if plain else forgery.all_strings([messages, tools])
+        content = (
+            "\n".join([m["content"] for m in messages]) if plain else control_tokens.all_strings([messages, tools])
+        )
         if not self.guard.suspicious(content):
             return messages, tools, content, None
         found = self.guard.found
         turns = [{k: v for k, v in m.items() if k != "role"} for m in messages]
         if not any(found(t, m["role"]) for t, m in zip(turns, messages, strict=True)) and not found(tools):
             return messages, tools, content, None
-        mark = forgery.unused(content, 1)
+        mark = control_tokens.unused(content, 1)
         guarded = [
             {"role": m["role"], **self.guard.mark(t, mark, m["role"])} for t, m in zip(turns, messages, strict=True)
         ]
@@ -229,7 +231,7 @@ class Encoder:
             assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
             edges = templates.EDGES
             if edges[0] in content or edges[1] in content:
-                edges = forgery.unused(content, 4)[2:]  # the first may be the mark
+                edges = control_tokens.unused(content, 4)[2:]  # the first may be the mark
             text, blocks = templates.render_spans(self.annotated, messages, tools, self.variables, edges)
             if len(blocks) == len(assistants) and self._same(text, messages, tools):
                 spans = dict(zip(assistants, blocks, strict=True))
@@ -239,7 +241,7 @@ class Encoder:
 
     def _tool_output(self, text: str, messages: list[Message], tools: Any, content: str) -> list[tuple[int, int]]:
         """Character ranges of what tools returned, found by rendering it between two characters that occur nowhere."""
-        fence = forgery.unused(content, 6)
+        fence = control_tokens.unused(content, 6)
         first, last = fence[4], fence[5]
         fenced = [{**m, "content": f"{first}{m['content']}{last}"} if from_tool(m) else m for m in messages]
         head, *parts = templates.render(self.template, fenced, tools, self.variables).split(first)
@@ -352,7 +354,7 @@ class Encoder:
         """The turn markers that the template writes as plain text."""
         texts = (templates.attempt(self.template, m, t, self.variables) or "" for m, t in templates.PROBES)
         found = {hit for text in texts for hit in MARKER.findall(self.guard.all_added.sub(" ", text))}
-        return forgery.pattern(found) if found else None
+        return control_tokens.pattern(found) if found else None
 
     def _ends(self) -> tuple[tuple[str, ...], list[int]]:
         """(the strings that end an assistant turn, the ids that stop generation)."""

@@ -35,7 +35,7 @@ TOOL_PROMPT_GLM4 = (
 
 
 def glm_version(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The marker that finetune/models/chatglm_tokenizer.py leaves in tokenizer_config.json."""
+    """The marker that finetune/models/chatglm/tokenizer.py leaves in tokenizer_config.json."""
     return tokenizer.init_kwargs.get("glm_version")
 
 

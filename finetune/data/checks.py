@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from finetune.data.forgery import all_strings
+from finetune.data.control_tokens import all_strings
 from finetune.data.messages import MEDIA, READ, REASONING, is_plain
 from finetune.data.types import Conversation, Message, Preference, Sample, Text, Unpaired
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data import raw, sources
+from finetune.data import sources
+from finetune.data import text as raw
 from finetune.data.audit import Audit
-from finetune.data.dataset import HeldRow, held_out, held_row, load_held_out, watched
+from finetune.data.conversations import HeldRow, held_out, held_row, load_held_out, watched
 from finetune.data.samples import Item, content_hash
 from finetune.data.types import Conversation, Preference, Sample, Text, Unpaired
 from finetune.errors import UserError
-from finetune.progress import note
+from finetune.terminal.progress import note
 
 KINDS: dict[type, str] = {Conversation: "answers", Preference: "pairs", Unpaired: "unpaired", Text: "text"}
 SPLIT = "data.eval_split"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.data import chat_glm, shown
-from finetune.data.tokens import check_embedded
+from finetune.data.offsets import check_embedded
 from finetune.data.types import IGNORED, Conversation, Encoded, Message, RowProblem, attempted
 
 

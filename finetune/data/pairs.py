@@ -15,7 +15,7 @@ import numpy as np
 
 from finetune.data.audit import Audit
 from finetune.data.chat import IGNORED, Encoded, scored_ids
-from finetune.data.dataset import SftData, held_out, times_used, uneven
+from finetune.data.conversations import SftData, held_out, times_used, uneven
 from finetune.data.samples import content_hash, watched
 from finetune.data.types import Unpaired
 from finetune.errors import UserError

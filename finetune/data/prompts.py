@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.audit import Audit
-from finetune.data.dataset import times_used
+from finetune.data.conversations import times_used
 from finetune.data.samples import content_hash, watched
 from finetune.data.shown import told
 from finetune.data.types import Conversation, Message, Preference, RowProblem, Text, Unpaired, attempted

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from finetune.data import templates
 from finetune.data.formats import FORMATS
-from finetune.recipe import DataConfig, SourceConfig, resource_path
+from finetune.recipe.sections import DataConfig, SourceConfig
+from finetune.resources import resource_path
 
 BEGIN, END = "<!-- table: {} -->", "<!-- end -->"
 STAGES = {"sft": "ft sft", "preference": "ft dpo, ft reward", "unpaired": "ft kto", "text": "ft pretrain"}

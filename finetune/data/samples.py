@@ -25,7 +25,7 @@ from finetune.data.messages import is_plain
 from finetune.data.nulls import filled, without_nulls
 from finetune.data.types import Conversation, Preference, Row, RowProblem, Sample, Text, Unpaired
 from finetune.errors import UserError
-from finetune.progress import shown_name, task
+from finetune.terminal.progress import shown_name, task
 
 SNIFFED = 100
 R = TypeVar("R")

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data import leakage, raw, sources
+from finetune.data import leakage, sources, text
 from finetune.data.audit import BATCH, batched
-from finetune.data.dataset import held_out
+from finetune.data.conversations import held_out
 from finetune.data.samples import content_hash, prompt_text, questions, read_samples, specs
 from finetune.data.types import Sample
 from finetune.errors import UserError
@@ -23,7 +23,7 @@ def trained_on(data: Any, rows: Sequence[Sample], seed: int = 42, apart: Collect
     Args:
         apart: the content hashes of what data.eval_split holds out, where they are known; else they are found here.
     """
-    listed = [] if raw.is_endless(data) else specs(data)
+    listed = [] if text.is_endless(data) else specs(data)
     if not listed or any(sources.is_hub(spec) or spec.get("source") == "modelscope" for spec in listed):
         return None
     prompts, asked = [prompt_text(row) for row in rows], [questions(row) for row in rows]

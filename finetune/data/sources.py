@@ -30,7 +30,8 @@ from finetune.data.readers import SUFFIXES, EmptyFile, is_plain_text, read_file
 from finetune.data.types import Row, RowProblem
 from finetune.errors import UserError
 from finetune.json_text import same
-from finetune.recipe import SourceConfig, resource_path
+from finetune.recipe.sections import SourceConfig
+from finetune.resources import resource_path
 
 Spec = str | Path | dict[str, Any] | SourceConfig
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -18,7 +18,7 @@ from typing import Any
 from finetune.data.messages import is_plain
 from finetune.data.types import Message, RowProblem
 from finetune.errors import UserError
-from finetune.recipe import resource_path
+from finetune.resources import resource_path
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Variables = dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from finetune.recipe import Hardware
+from finetune.recipe.resolve import Hardware
 
 GB = 1e9
 

@@ -20,7 +20,7 @@ from finetune.errors import UserError
 from finetune.models.quantization import HEADS
 from finetune.models.sources import commit
 from finetune.models.weight_files import DERIVED, read_json, tensors, weight_files
-from finetune.recipe import ModelConfig
+from finetune.recipe.sections import ModelConfig
 
 IDENTITY_FILE = "base_identity.json"
 SCHEME = "xxh3:"  # fingerprints of earlier versions have no such beginning

@@ -38,17 +38,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from finetune import hub
 from finetune.errors import FinetuneError, Problem, UserError
-from finetune.models import chatglm, fused, quantization, rope, sanity, sentencepiece_tokenizer, sources
+from finetune.models import baichuan, quantization, rope, sanity, sentencepiece_tokenizer, sources
 from finetune.models.adapter_files import check_fit, described, own_embeddings, resize
 from finetune.models.adapter_files import weights as weights_of
-from finetune.models.chatglm import fetch, glm_config, is_chatglm_layout
-from finetune.models.chatglm_adapter import convert_adapter_from_original, is_original_adapter, save_adapter
-from finetune.models.chatglm_tokenizer import build_tokenizer
+from finetune.models.chatglm import weights as chatglm
+from finetune.models.chatglm.adapter import convert_adapter_from_original, is_original_adapter, save_adapter
+from finetune.models.chatglm.tokenizer import build_tokenizer
+from finetune.models.chatglm.weights import fetch, glm_config, is_chatglm_layout
 from finetune.models.identity import check_identity, locked_template, read_identity
 from finetune.models.sources import HUB_HELP, base_of, builtin_names, folder, locate
 from finetune.models.weight_files import DERIVED, check_file, read_json, tensors, weight_files
-from finetune.progress import shown_name, task
-from finetune.recipe import Hardware, ModelConfig, resource_path
+from finetune.recipe.resolve import Hardware
+from finetune.recipe.sections import ModelConfig
+from finetune.resources import resource_path
+from finetune.terminal.progress import shown_name, task
 
 __all__ = [
     "adapter_folder", "attach_adapter", "base_of", "builtin_names", "check_adapter", "check_loading", "configs_of",
@@ -80,7 +83,7 @@ def check_config(config: dict[str, Any], model: ModelConfig) -> None:
     kind = config.get("model_type")
     if kind is not None and not isinstance(kind, str):
         raise UserError(f"model_type {kind!r} is no name", path=model.name, key="model.name", fix=HUB_HELP)
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or fused.is_fused_layout(config):
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or baichuan.is_fused_layout(config):
         return
     if kind is None:
         raise UserError(
@@ -242,8 +245,8 @@ def _network(model: ModelConfig, config: dict[str, Any]) -> Any:
         network: Any = glm_config(config, model.name, reading)
         if reading is not None:
             return network
-    elif fused.is_fused_layout(config):
-        network = fused.llama_config(config, model.name)
+    elif baichuan.is_fused_layout(config):
+        network = baichuan.llama_config(config, model.name)
     else:
         revision = sources.hub_revision(model)
         with _as_user_error(model):
@@ -261,8 +264,8 @@ def _from_pretrained(
     if is_chatglm_layout(config):
         return chatglm.load(fetch(source, revision), network, **options)
     with _as_user_error(model):
-        if fused.is_fused_layout(config):
-            loaded, info = fused.load(source, network, revision=revision, **options)
+        if baichuan.is_fused_layout(config):
+            loaded, info = baichuan.load(source, network, revision=revision, **options)
         else:
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 source, config=network, revision=revision, trust_remote_code=False,

@@ -20,7 +20,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from finetune.errors import UserError
-from finetune.recipe import ModelConfig
+from finetune.recipe.sections import ModelConfig
 
 MOST_UNQUANTIZED = 0.2  # share of the block weights that may stay unquantized
 HEADS = ["lm_head", "score", "embed_out", "output_layer"]

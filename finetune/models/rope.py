@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from finetune.errors import UserError
-from finetune.recipe import ModelConfig, RopeScaling
+from finetune.recipe.sections import ModelConfig, RopeScaling
 
 KEY = "model.rope_scaling"
 KEPT = ("rope_theta", "partial_rotary_factor")

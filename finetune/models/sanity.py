@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.errors import UserError
 from finetune.models.hardware import input_device
-from finetune.progress import warn
-from finetune.recipe import ModelConfig
+from finetune.recipe.sections import ModelConfig
+from finetune.terminal.progress import warn
 
 LISTS = ("red,lamp,Berlin,A7301,Alice,broken,128\n", "北京,蓝色,水壶,王小明,B9876,金额,250\n")
 READINGS = 3

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, processors
 from transformers import PreTrainedTokenizerFast
 
 from finetune.errors import UserError
-from finetune.models.chatglm_tokenizer import sentencepiece_bpe
+from finetune.models.chatglm.tokenizer import sentencepiece_bpe
 from finetune.models.weight_files import read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")

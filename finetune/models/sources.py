@@ -25,8 +25,9 @@ from finetune import hub
 from finetune.errors import UserError
 from finetune.families import refused, refused_name
 from finetune.places import read_json
-from finetune.progress import note
-from finetune.recipe import BUILTIN_MODELS, ModelConfig
+from finetune.recipe.sections import ModelConfig
+from finetune.resources import BUILTIN_MODELS
+from finetune.terminal.progress import note
 
 HUB_HELP = "check the name, or download it first and give the folder (offline: HF_HUB_OFFLINE=1 uses the cache)"
 WEIGHTS = ("*.safetensors", "*.bin")

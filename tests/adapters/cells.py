@@ -13,14 +13,14 @@ import torch
 import yaml
 from conftest import make_tokenizer, tensors, train, write_rows
 
-from finetune import training
+from finetune.commands import merge
 from finetune.data.chat import make_encoder
 from finetune.errors import UserError
-from finetune.evaluation import generate
+from finetune.evaluation.generation import generate
 from finetune.families import family
 from finetune.models import loading
-from finetune.recipe import ModelConfig
-from finetune.stages import merge
+from finetune.recipe.sections import ModelConfig
+from finetune.training import session
 
 GLM = Path(__file__).parent.parent / "fixtures" / "chatglm" / "chatglm3" / "checkpoint"
 
@@ -140,13 +140,13 @@ def run(
     recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
 
     kept: dict[str, Any] = {}
-    finish = training.finish
+    finish = session.finish
 
     def keep_model(recipe: Any, run: Any, trainer: Any, *rest: Any) -> Any:
         kept["model"] = trainer.model
         return finish(recipe, run, trainer, *rest)
 
-    monkeypatch.setattr(training, "finish", keep_model)
+    monkeypatch.setattr(session, "finish", keep_model)
     try:
         done = train(recipe)
     except UserError as error:

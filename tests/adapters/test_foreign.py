@@ -15,12 +15,13 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from finetune.adapters import build
+from finetune.adapters import load, methods
 from finetune.adapters.merge import check_layers
+from finetune.commands import chat, evaluate, merge
 from finetune.errors import UserError
 from finetune.models import loading
-from finetune.recipe import ADAPTERS, ModelConfig
-from finetune.stages import chat, evaluate, merge
+from finetune.recipe.adapters import ADAPTERS
+from finetune.recipe.sections import ModelConfig
 
 Recipe = Callable[..., Path]
 IDS = torch.arange(40, 60)[None]
@@ -351,13 +352,13 @@ def test_no_merge_where_there_is_no_place(base: Path, tmp_path: Path) -> None:
 SIZES: dict[str, dict[str, Any]] = {"vera": {"r": 8}, "oft": {"oft_block_size": 16}, "last_layers": {"num_layers": 1}}
 
 
-@pytest.mark.parametrize("method", build.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
 def test_every_method_of_ours_fits_its_base(base: Path, tmp_path: Path, method: str) -> None:
     """The look at names and shapes refuses nothing that was saved here, and the weights arrive."""
     model = config_of(base)
     network = loading.load_model(model, torch.float32)
-    adapted = build.apply(network, ADAPTERS[method](**SIZES.get(method, {})), loading.load_tokenizer(model))
+    adapted = load.apply(network, ADAPTERS[method](**SIZES.get(method, {})), loading.load_tokenizer(model))
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:

@@ -21,11 +21,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from finetune.adapters import build, merge, ranks
-from finetune.adapters.inits import REWRITING
-from finetune.adapters.proof import Proof
+from finetune.adapters import adalora, load, merge, methods
+from finetune.adapters.lora_init import REWRITING
 from finetune.models import quantization
-from finetune.recipe import Adapter
+from finetune.recipe.adapters import Adapter
+from finetune.training.weight_check import Proof
 
 IDS = torch.randint(3, 262, (2, 20), generator=torch.Generator().manual_seed(0))
 SECTIONS: TypeAdapter[Any] = TypeAdapter(Adapter)
@@ -64,7 +64,7 @@ def fit(model: Any, rate: float, steps: int = 6, autocast: bool = False) -> list
         loss.backward()
         proof.look()
         optimizer.step()
-        ranks.allocate(model, step + 1)
+        adalora.allocate(model, step + 1)
         optimizer.zero_grad()
         proof.count(rate)
         losses.append(loss.item())
@@ -76,9 +76,9 @@ def adapted(family: str, variant: str, base: Any) -> tuple[Any, float]:
     values, rate = VARIANTS[variant]
     section = SECTIONS.validate_python(values)
     torch.manual_seed(1)
-    model = build.apply(base, section, _words)
+    model = load.apply(base, section, _words)
     if section.method == "adalora":
-        ranks.plan(model, section, 6)
+        adalora.plan(model, section, 6)
     return model, rate
 
 
@@ -112,7 +112,7 @@ def test_method(variant: str, family: str, tmp_path: Path) -> None:
     trained = logits(model)
     assert (trained - bare).abs().max() > 1e-2
 
-    build.save(model, tmp_path)
+    load.save(model, tmp_path)
     again = PeftModel.from_pretrained(make(family), tmp_path)
     torch.testing.assert_close(logits(again), trained, atol=2 * rounding, rtol=0)
     with again.disable_adapter():
@@ -227,4 +227,4 @@ def test_every_family_has_defaults() -> None:
         warnings.simplefilter("ignore")
         for family in ("llama", "qwen2", "glm"):
             for variant in HERE:
-                build.check(make(family), SECTIONS.validate_python(VARIANTS[variant][0]))
+                methods.check(make(family), SECTIONS.validate_python(VARIANTS[variant][0]))

@@ -16,12 +16,13 @@ from conftest import tensors, train
 from test_methods import make
 from transformers import AutoModelForCausalLM
 
-from finetune import recipe_file
-from finetune.adapters import build, inits, limits, soft_prompts
+from finetune.adapters import compatibility, load, lora_init, methods, soft_prompts
 from finetune.errors import UserError
-from finetune.evaluation import batches
-from finetune.optim import faster_b
-from finetune.recipe import BottleneckAdapter, LoraAdapter, PromptTuningAdapter, SftRecipe
+from finetune.evaluation.generation import batches
+from finetune.recipe import file
+from finetune.recipe.adapters import BottleneckAdapter, LoraAdapter, PromptTuningAdapter
+from finetune.recipe.stages import SftRecipe
+from finetune.training.optim import faster_b
 
 Recipe = Callable[..., Path]
 
@@ -35,7 +36,7 @@ def with_adapter(path: Path, **section: Any) -> Path:
 def test_plain_peft_knows_the_adapters(base: Path, tmp_path: Path, first: str) -> None:
     """A bottleneck adapter, loaded with peft alone by somebody who has only imported finetune."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    build.save(build.apply(model, BottleneckAdapter(bottleneck_size=4)), tmp_path)
+    load.save(load.apply(model, BottleneckAdapter(bottleneck_size=4)), tmp_path)
     code = f"""
 import sys, {first}
 if "{first}" == "finetune":
@@ -51,7 +52,7 @@ assert sum("bottleneck_up" in name for name, _ in model.named_parameters()) == 8
 
 
 def test_loraplus_groups() -> None:
-    model = build.apply(make("llama"), LoraAdapter())
+    model = load.apply(make("llama"), LoraAdapter())
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     decayed = [p for n, p in named.items() if "layers.0" in n]
     rest = [p for n, p in named.items() if "layers.0" not in n]
@@ -100,11 +101,11 @@ def test_prompt_starts() -> None:
             return {"input_ids": [7, 8, 9]}
 
     section = PromptTuningAdapter(num_virtual_tokens=4, prompt_tuning_init="text", prompt_tuning_init_text="x y z")
-    model = build.apply(base, section, Tokenizer())
+    model = load.apply(base, section, Tokenizer())
     expected = base.get_input_embeddings().weight[[7, 8, 9, 7]]
     assert torch.equal(model.prompt_encoder["default"].embedding.weight, expected)
     section = PromptTuningAdapter(num_virtual_tokens=200, prompt_tuning_init="random")
-    wide = build.apply(make("llama"), section).prompt_encoder["default"].embedding.weight.std().item()
+    wide = load.apply(make("llama"), section).prompt_encoder["default"].embedding.weight.std().item()
     assert wide == pytest.approx(base.get_input_embeddings().weight.std().item(), rel=0.1)
     assert soft_prompts.is_before_text(model)
 
@@ -115,8 +116,8 @@ def test_a_start_that_rewrites_the_base(init: str, tmp_path: Path) -> None:
     from peft import PeftModel
 
     section = LoraAdapter(r=4, init_lora_weights=init)  # type: ignore[arg-type]
-    assert inits.rewrites_base(section)
-    build.save(build.apply(make("llama"), section), tmp_path)
+    assert lora_init.rewrites_base(section)
+    load.save(load.apply(make("llama"), section), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 64.0, True)
     base, ids = make("llama"), torch.arange(3, 20)[None]
@@ -171,14 +172,14 @@ def test_no_key_of_the_section_is_ignored_beside_model_adapter(section: dict[str
     raw = SftRecipe.model_validate(values)
     if key is not None:
         with pytest.raises(UserError) as caught:
-            limits.continued(raw, STORED, "a")
+            compatibility.continued(raw, STORED, "a")
         assert [problem.key for problem in caught.value.problems] == [key]
         return
-    found = limits.continued(raw, STORED, "a")
+    found = compatibility.continued(raw, STORED, "a")
     assert isinstance(found.adapter, LoraAdapter)
     assert (found.adapter.r, found.adapter.loraplus_lr_ratio) == (4, 4.0)
     assert found.adapter.target_modules == ["q_proj", "v_proj"]
-    assert limits.continued(found, STORED, "a") == found  # as it is read back from recipe.yaml
+    assert compatibility.continued(found, STORED, "a") == found  # as it is read back from recipe.yaml
 
 
 def test_other_targets_beside_model_adapter(recipe: Recipe, tmp_path: Path) -> None:
@@ -203,12 +204,12 @@ def test_other_targets_beside_model_adapter(recipe: Recipe, tmp_path: Path) -> N
 )  # fmt: skip
 def test_pefts_spellings(given: dict[str, Any], field: str, expected: str) -> None:
     values = {"version": 1, "stage": "sft", "model": {"name": "x"}, "data": {"train": "x"}, "output": {"dir": "x"}}
-    found = recipe_file.check({**values, "adapter": given}, "sft", Path("recipe.yaml"))
+    found = file.check({**values, "adapter": given}, "sft", Path("recipe.yaml"))
     assert getattr(found.adapter, field) == expected
 
 
 def test_modules_to_save_are_merged(recipe: Recipe, tmp_path: Path) -> None:
-    from finetune.stages import merge
+    from finetune.commands import merge
 
     run = train(with_adapter(recipe(), method="lora", r=4, modules_to_save=["lm_head"]))
     merge.run(str(run.path), str(tmp_path / "merged"))
@@ -217,23 +218,21 @@ def test_modules_to_save_are_merged(recipe: Recipe, tmp_path: Path) -> None:
 
 METHOD_RECIPES = [
     name
-    for name, path in recipe_file.shipped().items()
+    for name, path in file.shipped().items()
     if name.endswith("_llama.yaml") and "name: tiny-llama" in path.read_text() and "pretrain" not in name
 ]
 
 
 def test_every_method_has_a_recipe() -> None:
-    named = {
-        yaml.safe_load(path.read_text()).get("adapter", {}).get("method") for path in recipe_file.shipped().values()
-    }
-    assert {*build.METHODS, "full"} <= named
+    named = {yaml.safe_load(path.read_text()).get("adapter", {}).get("method") for path in file.shipped().values()}
+    assert {*methods.METHODS, "full"} <= named
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHOD_RECIPES)
 def test_shipped_recipe_trains(name: str, recipe: Recipe, base: Path, rows: Path, tmp_path: Path) -> None:
     """With its own adapter and learning rate, on a random base: the loss falls."""
-    path = recipe_file.find(name)
+    path = file.find(name)
     run = train(
         path, f"model.name={base}", f"data.train={rows}", "train.max_steps=40", f"output.dir={tmp_path / 'run'}",
         "model.sanity_check=false", "train.logging_steps=1", "train.warmup_steps=2",

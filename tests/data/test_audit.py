@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from chat_kit import assistant, encoder, make_rows, system, user, write
 
-from finetune.data import audit, leakage, mend
+from finetune.data import audit, fix, leakage
 from finetune.errors import UserError
-from finetune.recipe import DataConfig
+from finetune.recipe.sections import DataConfig
 
 
 def report(
@@ -204,7 +204,7 @@ def test_mending(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "{oops\n")
     before = path.read_text()
     out = tmp_path / "clean" / "y.jsonl"
-    kept, taken, rejects = mend.mend(DataConfig(train=str(path)), out, eval_data=held)
+    kept, taken, rejects = fix.mend(DataConfig(train=str(path)), out, eval_data=held)
     assert (kept, taken) == (4, 5)
     assert [json.loads(line) for line in out.read_text().splitlines()] == make_rows(4)
     listed = [json.loads(line) for line in rejects.read_text().splitlines()]
@@ -218,13 +218,13 @@ def test_mending(tmp_path: Path) -> None:
     assert path.read_text() == before
     assert report(str(out), eval_data=held).problems == []
     with pytest.raises(UserError, match="this file exists"):
-        mend.mend(DataConfig(train=str(path)), out)
+        fix.mend(DataConfig(train=str(path)), out)
     with pytest.raises(UserError, match="--fix takes one source"):
-        mend.mend(DataConfig(train=[str(path), str(path)]), tmp_path / "z.jsonl")
+        fix.mend(DataConfig(train=[str(path), str(path)]), tmp_path / "z.jsonl")
 
 
 def test_the_structural_check_starts_without_the_heavy_libraries() -> None:
-    code = "import sys, finetune.stages.data, finetune.data.audit, finetune.data.mend, finetune.data.preview;"
+    code = "import sys, finetune.commands.data, finetune.data.audit, finetune.data.fix, finetune.data.preview;"
     code += "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets', 'pandas')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -232,7 +232,7 @@ def test_the_structural_check_starts_without_the_heavy_libraries() -> None:
 def test_half_a_character_can_be_taken_out(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(make_rows(1)[0]) + '\n{"messages": [{"role": "user", "content": "\\ud83d"}]}\n')
-    mend.mend(DataConfig(train=str(path)), tmp_path / "y.jsonl")
+    fix.mend(DataConfig(train=str(path)), tmp_path / "y.jsonl")
     assert "\\ud83d" in (tmp_path / "y.rejects.jsonl").read_text()
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import make_tokenizer, write_rows
 
-from finetune.data import dataset
+from finetune.data import conversations
 from finetune.data.chat import make_encoder
 
 
@@ -22,5 +22,5 @@ def test_merged_boundary_is_named(tmp_path: Path, merges: bool) -> None:
         for i in range(8)
     ]
     config = SimpleNamespace(train=str(write_rows(tmp_path / "r.jsonl", rows)), max_length=512, eval_split=None)
-    data = dataset.load_sft(config, make_encoder(tokenizer))
+    data = conversations.load_sft(config, make_encoder(tokenizer))
     assert any("8 of 8 sampled rows the tokenizer merges" in line for line in data.warnings) is merges

@@ -281,7 +281,7 @@ def test_what_cannot_be_encoded_is_the_users_to_mend() -> None:
 
 def test_chatglm_goes_its_own_way() -> None:
     """Its goldens stand in test_chat_glm.py; here only the way through the common door."""
-    from finetune.models.chatglm_tokenizer import build_tokenizer
+    from finetune.models.chatglm.tokenizer import build_tokenizer
 
     made = build_tokenizer(Path(__file__).parents[1] / "fixtures" / "chatglm" / "chatglm3" / "checkpoint")
     encoder = chat.make_encoder(made)

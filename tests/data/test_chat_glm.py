@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from finetune.data.chat import make_encoder, scored_end, scored_ids
 from finetune.data.chat_glm import encode_messages, encode_weighted, glm_version, prompt_ids, reply_text, stop_ids
 from finetune.data.types import Conversation, RowProblem
-from finetune.models.chatglm_tokenizer import build_tokenizer
+from finetune.models.chatglm.tokenizer import build_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "chatglm"
 CASES = ("chatglm3", "chatglm3_ratio50", "chatglm3_mha")

@@ -13,7 +13,7 @@ from finetune.data import formats
 from finetune.data.converters import label_of
 from finetune.data.samples import read_samples
 from finetune.data.types import Conversation, Preference, RowProblem
-from finetune.recipe import DataConfig
+from finetune.recipe.sections import DataConfig
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}

@@ -16,7 +16,8 @@ from finetune.data.samples import read_samples
 from finetune.data.sources import read_rows
 from finetune.data.types import Conversation, Preference, RowProblem, Text, Unpaired
 from finetune.errors import UserError
-from finetune.recipe import DataConfig, resource_path
+from finetune.recipe.sections import DataConfig
+from finetune.resources import resource_path
 
 SAMPLES = resource_path("data_templates")
 CALL = {"type": "function", "function": {"name": "order_status", "arguments": {"order_id": "4417"}}}

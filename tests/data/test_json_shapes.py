@@ -16,7 +16,7 @@ from finetune import json_text
 from finetune.data import audit
 from finetune.data.sources import read_rows
 from finetune.errors import UserError
-from finetune.recipe import DataConfig
+from finetune.recipe.sections import DataConfig
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "json_shapes"
 ROWS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(6)]

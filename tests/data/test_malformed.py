@@ -11,7 +11,7 @@ from chat_kit import encoder
 
 from finetune.data import audit
 from finetune.errors import UserError
-from finetune.recipe import DataConfig
+from finetune.recipe.sections import DataConfig
 
 U = '{"role": "user", "content": "q"}'
 A = '{"role": "assistant", "content": "a"}'

@@ -10,7 +10,7 @@ import pytest
 from chat_kit import assistant, user, write
 
 from finetune.data.samples import read_samples
-from finetune.recipe import DataConfig
+from finetune.recipe.sections import DataConfig
 
 
 def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:

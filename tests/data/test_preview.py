@@ -13,7 +13,7 @@ from chat_kit import assistant, encoder, make_rows, tokenizer, user, write
 
 from finetune.data import preview
 from finetune.errors import UserError
-from finetune.recipe import DataConfig
+from finetune.recipe.sections import DataConfig
 
 
 def shown(path: str, **settings: Any) -> list[dict[str, Any]]:

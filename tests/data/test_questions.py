@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data import dataset
+from finetune.builtin.world import KEYS, documents, leaks, pairs, questions
+from finetune.builtin.world.__main__ import SHIPPED, jsonl, shipped
+from finetune.builtin.world.phrasings import FIELDS
+from finetune.builtin.world.questions import ABSTAIN, INSTRUCTION, QUESTIONS, RESERVED, case
+from finetune.data import conversations
 from finetune.data.audit import Audit
-from finetune.data.world import KEYS, documents, leaks, pairs, questions
-from finetune.data.world.__main__ import SHIPPED, jsonl, shipped
-from finetune.data.world.phrasings import FIELDS
-from finetune.data.world.questions import ABSTAIN, INSTRUCTION, QUESTIONS, RESERVED, case
-from finetune.recipe import DataConfig, resource_path
+from finetune.recipe.sections import DataConfig
+from finetune.resources import resource_path
 
 TRAIN, TEST = shipped("tickets_questions_train.jsonl"), shipped("tickets_questions_test.jsonl")
 PAIRS_TRAIN, PAIRS_TEST = shipped("tickets_pairs_train.jsonl"), shipped("tickets_pairs_test.jsonl")
@@ -62,7 +63,7 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
 
 
 def test_other_rows_from_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "finetune.data.world", "--output", str(tmp_path / "out.jsonl")]
+    command = [sys.executable, "-m", "finetune.builtin.world", "--output", str(tmp_path / "out.jsonl")]
     options = ["--task", "pairs", "--rows", "20", "--seed", "3", "--split", "train"]
     subprocess.run([*command, *options], check=True)
     assert (tmp_path / "out.jsonl").read_bytes() == jsonl(pairs(3, 20, "train")).encode()
@@ -207,5 +208,5 @@ def test_the_samples_page_lists_what_is_shipped() -> None:
 
 
 def test_evaluation_knows_the_groups() -> None:
-    rows = dataset.load_eval_rows("builtin:tickets/questions_test")
+    rows = conversations.load_eval_rows("builtin:tickets/questions_test")
     assert Counter(row.group for row in rows) == {"answerable": 150, "unanswerable": 150}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.data import reference
-from finetune.recipe import DataConfig
+from finetune.recipe.sections import DataConfig
 
 
 @pytest.mark.parametrize(("path", "folder"), reference.files().items(), ids=lambda value: Path(value).name)

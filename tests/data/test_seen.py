@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from chat_kit import assistant, make_rows, system, user, write
 
-from finetune.data.dataset import held_out
+from finetune.data.conversations import held_out
 from finetune.data.samples import content_hash
 from finetune.data.seen import trained_on
 from finetune.data.types import Conversation, Preference, Sample
-from finetune.recipe import DataConfig
+from finetune.recipe.sections import DataConfig
 
 
 def samples(count: int, name: str = "x") -> list[Sample]:

@@ -14,7 +14,7 @@ from test_templates import make
 from finetune.data import audit, chat, shown, templates
 from finetune.data.types import Conversation
 from finetune.errors import UserError
-from finetune.recipe import DataConfig
+from finetune.recipe.sections import DataConfig
 
 PUBLISHED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "qname", "arguments": {"qkey": "qvalue"}}}
@@ -153,7 +153,7 @@ def test_keys_that_nobody_reads_are_named(tmp_path: Path) -> None:
 
 def test_chatglm_has_no_place_for_thinking() -> None:
     from finetune.models import loading
-    from finetune.recipe import ModelConfig
+    from finetune.recipe.sections import ModelConfig
 
     made = chat.make_encoder(loading.load_tokenizer(ModelConfig(name="tiny-chatglm3")))
     assert made.encode(Conversation(ROWS["reasoning"])).lost == (("the thinking of turn 2", True),)
@@ -212,7 +212,7 @@ def test_one_good_row_stays_good(tmp_path: Path) -> None:
 
 def test_a_template_that_is_none_is_told_with_file_and_line(tmp_path: Path) -> None:
     from finetune.models import loading
-    from finetune.recipe import ModelConfig
+    from finetune.recipe.sections import ModelConfig
 
     def built(text: str) -> Any:
         (tmp_path / "x.jinja").write_text(text)
@@ -255,7 +255,7 @@ def test_tokens_outside_of_the_embedding_are_told_before_training(tmp_path: Path
 
 def test_the_size_of_the_embedding_comes_from_the_config() -> None:
     from finetune.models import loading
-    from finetune.recipe import ModelConfig
+    from finetune.recipe.sections import ModelConfig
 
     assert loading.load_tokenizer(ModelConfig(name="tiny-llama")).embedding_rows == 1024
     assert loading.load_tokenizer(ModelConfig(name="tiny-chatglm3")).embedding_rows == 1088

@@ -18,7 +18,7 @@ from chat_kit import assistant, user, write
 from finetune.data.samples import read_samples
 from finetune.data.sources import files_of, is_hub, read_rows
 from finetune.errors import UserError
-from finetune.recipe import DataConfig, SourceConfig
+from finetune.recipe.sections import DataConfig, SourceConfig
 
 ROWS: list[dict[str, Any]] = [{"question": f"问 {i}", "answer": f'a,{i}\n"x"'} for i in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

@@ -17,7 +17,7 @@ from chat_kit import assistant, byte_level, system, user
 from finetune.data import chat, templates
 from finetune.data.types import Conversation
 from finetune.families import Family
-from finetune.recipe import resource_path
+from finetune.resources import resource_path
 
 PUBLISHED = Path(trl.__file__).parent / "chat_templates"
 LLAMA2 = (

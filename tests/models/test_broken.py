@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from finetune.errors import UserError
 from finetune.models import loading
-from finetune.recipe import ModelConfig
+from finetune.recipe.sections import ModelConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"

@@ -16,8 +16,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GlmForCausalLM, GlmForSequenceClassification
 
 from finetune.errors import UserError
-from finetune.models.chatglm import Fused, fetch, glm_config, is_chatglm_layout, load, original_shapes, read_config
-from finetune.models.chatglm_export import export_hf
+from finetune.models.chatglm.export import export_hf
+from finetune.models.chatglm.weights import (
+    Fused,
+    fetch,
+    glm_config,
+    is_chatglm_layout,
+    load,
+    original_shapes,
+    read_config,
+)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -305,9 +313,11 @@ def test_a_hub_id_is_fetched_without_the_second_kind_of_weights(tmp_path, monkey
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     there = "model.safetensors.index.json"
-    monkeypatch.setattr("finetune.models.chatglm.cached_file", lambda name, file, **_: file if file == there else None)
+    monkeypatch.setattr(
+        "finetune.models.chatglm.weights.cached_file", lambda name, file, **_: file if file == there else None
+    )
     assert fetch("THUDM/chatglm3-6b", "v1") == tmp_path
-    monkeypatch.setattr("finetune.models.chatglm.cached_file", lambda name, file, **_: None)
+    monkeypatch.setattr("finetune.models.chatglm.weights.cached_file", lambda name, file, **_: None)
     assert fetch("THUDM/chatglm2-6b") == tmp_path
     assert asked == [("THUDM/chatglm3-6b", "v1", "*.safetensors"), ("THUDM/chatglm2-6b", None, "*.bin")]
     assert fetch(str(tmp_path)) == tmp_path  # a folder is used as it is

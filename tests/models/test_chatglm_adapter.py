@@ -12,13 +12,13 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import UserError
-from finetune.models.chatglm import load, read_config
-from finetune.models.chatglm_adapter import (
+from finetune.models.chatglm.adapter import (
     convert_adapter_from_original,
     convert_adapter_to_original,
     is_original_adapter,
     save_adapter,
 )
+from finetune.models.chatglm.weights import load, read_config
 
 # peft reads a property that transformers 5.23 renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

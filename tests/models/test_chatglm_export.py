@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GlmConfig, GlmForCausalLM
 
-import finetune.models.chatglm_export as export
+import finetune.models.chatglm.export as export
 from finetune.errors import UserError
-from finetune.models.chatglm import glm_config, load, read_config, weight_files
-from finetune.models.chatglm_tokenizer import build_tokenizer
+from finetune.models.chatglm.tokenizer import build_tokenizer
+from finetune.models.chatglm.weights import glm_config, load, read_config, weight_files
 
 
 def stored(folder):

@@ -19,7 +19,7 @@ from chatglm_reference import CASES, FIXTURES
 from transformers import AutoTokenizer
 
 from finetune.errors import UserError
-from finetune.models.chatglm_tokenizer import GLM4_PATTERN, build_tokenizer, glm_version
+from finetune.models.chatglm.tokenizer import GLM4_PATTERN, build_tokenizer, glm_version
 
 CHECKPOINT = FIXTURES / "chatglm3" / "checkpoint"
 ALPHABET = [*"aab  \n\t你好世界ethsop.,-0019▁🙂é", "<|user|>", "[gMASK]", "sop", "</s>", "    "]

@@ -14,13 +14,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from finetune import families
-from finetune.adapters.build import apply
+from finetune.adapters.load import apply
 from finetune.adapters.merge import largest_difference, logits_of, merge_in_float32
 from finetune.data.chat import make_encoder
 from finetune.errors import UserError
-from finetune.evaluation import generate, left_pad
+from finetune.evaluation.generation import generate, left_pad
 from finetune.models import loading
-from finetune.recipe import LoraAdapter, ModelConfig
+from finetune.recipe.adapters import LoraAdapter
+from finetune.recipe.sections import ModelConfig
 
 TEXTS = ["say 7", "tell me about the weather 天气", "a", "订单号 A7301 在哪里？"]
 

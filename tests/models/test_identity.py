@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from finetune.errors import UserError
 from finetune.models import weight_files
 from finetune.models.identity import IDENTITY_FILE, check_identity, fingerprint, sampled
-from finetune.recipe import BUILTIN_MODELS
+from finetune.resources import BUILTIN_MODELS
 
 QWEN = BUILTIN_MODELS / "tiny-qwen"  # tied embeddings
 EMBEDDING = "model.embed_tokens.weight"

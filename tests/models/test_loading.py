@@ -18,15 +18,16 @@ import torch
 from conftest import train
 from safetensors.torch import load_file, save_file
 
-from finetune.adapters.build import apply
+from finetune.adapters.load import apply
 from finetune.adapters.merge import logits_of
+from finetune.commands import chat, evaluate, merge
 from finetune.data.chat import make_encoder
 from finetune.errors import UserError
-from finetune.evaluation import generate
+from finetune.evaluation.generation import generate
 from finetune.models import loading, sources
 from finetune.models.identity import fingerprint, read_identity
-from finetune.recipe import LoraAdapter, ModelConfig
-from finetune.stages import chat, evaluate, merge
+from finetune.recipe.adapters import LoraAdapter
+from finetune.recipe.sections import ModelConfig
 
 Recipe = Callable[..., Path]
 IDS = [[5, 9, 17, 30, 44]]

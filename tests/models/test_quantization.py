@@ -10,7 +10,7 @@ import torch
 
 from finetune.errors import UserError
 from finetune.models import loading, quantization
-from finetune.recipe import ModelConfig
+from finetune.recipe.sections import ModelConfig
 
 GLM = Path(__file__).parent.parent / "fixtures" / "chatglm" / "chatglm3" / "checkpoint"
 

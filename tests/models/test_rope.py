@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from finetune.errors import UserError
 from finetune.models import loading
-from finetune.recipe import ModelConfig, RopeScaling
+from finetune.recipe.sections import ModelConfig, RopeScaling
 
 ROTARY = ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "phi3", "falcon", "glm", "glm4", "mixtral"]
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.errors import UserError
 from finetune.models import loading, sanity
-from finetune.recipe import ModelConfig
+from finetune.recipe.sections import ModelConfig
 
 State = dict[str, torch.Tensor]
 BASES = loading.builtin_names()

@@ -13,10 +13,11 @@ from conftest import make_tokenizer
 
 from finetune.data.chat import make_encoder
 from finetune.data.types import Conversation
-from finetune.evaluation import generate, stop_ids
+from finetune.evaluation.generation import generate, stop_ids
 from finetune.families import family
 from finetune.models import loading
-from finetune.recipe import ModelConfig, resource_path
+from finetune.recipe.sections import ModelConfig
+from finetune.resources import resource_path
 
 # model_type, template, the tokens it needs, the token that ends a turn
 TURNS = [

@@ -1,0 +1,278 @@
+"""What cannot be, with reasons: known from recipe and config.json, refused before anything is loaded. No torch.
+
+LIMITS                what a method cannot do, each with its reason and what to do instead
+check_base(…)         what a kind of base adds to them
+check(recipe, …)      UserError with every row of it that the recipe meets
+continued(recipe, …)  model.adapter: what it is, and whether the recipe says the same
+NOT_MERGEABLE         peft type -> why its adapters are no part of any weight
+check_merge(…)        UserError for an adapter that cannot be merged
+BIAS_SLOTS            which layers' biases an architecture's checkpoints can hold
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from finetune.errors import Problem, UserError
+from finetune.recipe.adapters import ADAPTERS, PrefixTuningAdapter, PromptTuningAdapter
+from finetune.recipe.stages import DpoRecipe, KtoRecipe, PpoRecipe, PretrainRecipe, Recipe, RewardRecipe, SftRecipe
+
+AnyRecipe = TypeVar("AnyRecipe", PretrainRecipe, SftRecipe, DpoRecipe, KtoRecipe, RewardRecipe, PpoRecipe)
+QKV = ("q_proj", "k_proj", "v_proj")
+
+# model_type -> {flag of config.json: the linear layers that all have a bias when it is set}. qwen2 has no flag: q, k
+# and v always have one, nothing else ever does.
+BIAS_SLOTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "llama": {"attention_bias": (*QKV, "o_proj"), "mlp_bias": ("gate_proj", "up_proj", "down_proj")},
+    "qwen2": {"": QKV},
+    "qwen3": {"attention_bias": (*QKV, "o_proj")},
+    "qwen3_moe": {"attention_bias": (*QKV, "o_proj")},
+    "chatglm": {"attention_bias": QKV},
+    "baichuan": {"attention_bias": (*QKV, "o_proj"), "mlp_bias": ("gate_proj", "up_proj", "down_proj")},
+    "glm": {"attention_bias": QKV},
+    "glm4": {"attention_bias": QKV},
+}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One row: when it holds for a recipe, and why."""
+
+    holds: Callable[[Any, Any, Any], bool]
+    """Of (adapter section, model section, train section)."""
+    key: str
+    why: str
+    fix: str
+
+
+def method(*names: str) -> Callable[[Any, Any, Any], bool]:
+    return lambda adapter, model, train: adapter.method in names
+
+
+def quantized(*kinds: str) -> Callable[[Any, Any, Any], bool]:
+    return lambda adapter, model, train: model.quantization in (kinds or ("int8", "int4"))
+
+
+def init(*names: str) -> Callable[[Any, Any, Any], bool]:
+    return lambda adapter, model, train: getattr(adapter, "init_lora_weights", "") in names
+
+
+def both(*conditions: Callable[[Any, Any, Any], bool]) -> Callable[[Any, Any, Any], bool]:
+    return lambda adapter, model, train: all(condition(adapter, model, train) for condition in conditions)
+
+
+LIMITS: tuple[Limit, ...] = (
+    Limit(
+        lambda adapter, model, train: adapter.method == "other" and not model.adapter,
+        "adapter.method",
+        "other is what an adapter of another tool is called that is trained on; nothing new can be made of it",
+        "give model.adapter, or use another method",
+    ),
+    Limit(
+        both(method("full"), quantized()), "model.quantization",
+        "quantized weights are integers and have no gradient, so they cannot all be trained",
+        "leave model.quantization out, or use adapter.method: last_layers, whose blocks are kept unquantized, or lora",
+    ),
+    Limit(
+        both(method("loha", "lokr"), quantized()), "model.quantization",
+        "LoHa and LoKr add their update to the weight itself, and peft's do not unpack quantized weights",
+        "use adapter.method: lora, or leave model.quantization out",
+    ),
+    Limit(
+        both(lambda adapter, model, train: getattr(adapter, "use_dora", False), quantized("int8")),
+        "adapter.use_dora",
+        "DoRA unpacks int8 weights in every step, and peft 0.21 then loses their scales (on CPUs; not tried on GPUs)",
+        "set model.quantization: int4, or use_dora: false",
+    ),
+    Limit(
+        both(init("pissa", "olora"), quantized()), "adapter.init_lora_weights",
+        "pissa and olora take their start out of the base's weights, and what would remain cannot be put back into "
+        "quantized ones exactly",
+        "use init_lora_weights: default or, on int4, loftq",
+    ),
+    Limit(
+        lambda adapter, model, train: init("loftq")(adapter, model, train) and model.quantization != "int4",
+        "adapter.init_lora_weights",
+        "loftq makes up for what int4 rounds away, and this base is not in int4",
+        "set model.quantization: int4, or init_lora_weights: default",
+    ),
+    Limit(
+        lambda adapter, model, train: init("pissa", "olora", "loftq")(adapter, model, train) and bool(model.adapter),
+        "adapter.init_lora_weights",
+        "an adapter that is continued has its weights already",
+        "leave init_lora_weights out",
+    ),
+    Limit(
+        lambda adapter, model, train: getattr(adapter, "loraplus_lr_ratio", None) is not None and train.optim == "muon",
+        "adapter.loraplus_lr_ratio",
+        "muon scales every update to the same size, so B would not learn faster",
+        "use train.optim: adamw",
+    ),
+    Limit(
+        lambda adapter, model, train: method("bitfit", "ln_tuning", "ia3", "vera")(adapter, model, train)
+        and train.optim == "muon",
+        "train.optim",
+        "muon is for matrices, and this method trains vectors",
+        "use train.optim: adamw",
+    ),
+    Limit(
+        lambda adapter, model, train: init("loftq", "pissa", "olora")(adapter, model, train) and adapter.use_dora,
+        "adapter.use_dora",
+        "DoRA takes its magnitudes from the base's weights before these starts change what they stand for",
+        "use init_lora_weights: default, or use_dora: false",
+    ),
+    Limit(
+        lambda adapter, model, train: init("orthogonal")(adapter, model, train) and adapter.r % 2 == 1,
+        "adapter.r",
+        "an orthogonal start shares its vectors out between A and B, so the rank must be even",
+        "use an even r",
+    ),
+    Limit(
+        lambda adapter, model, train: adapter.method == "adalora" and adapter.target_r >= adapter.init_r,
+        "adapter.target_r",
+        "AdaLoRA cuts ranks and never adds any, so target_r must be below init_r",
+        "lower target_r or raise init_r",
+    ),
+    Limit(
+        lambda adapter, model, train: isinstance(adapter, PromptTuningAdapter)
+        and (adapter.prompt_tuning_init == "text") != bool(adapter.prompt_tuning_init_text),
+        "adapter.prompt_tuning_init_text",
+        "prompt_tuning_init: text and prompt_tuning_init_text go together",
+        "give both or none",
+    ),
+    Limit(
+        lambda adapter, model, train: isinstance(adapter, PrefixTuningAdapter)
+        and (adapter.prefix_init == "text") != bool(adapter.prefix_init_text),
+        "adapter.prefix_init_text",
+        "prefix_init: text and prefix_init_text go together",
+        "give both or none",
+    ),
+    Limit(
+        lambda adapter, model, train: isinstance(adapter, PrefixTuningAdapter)
+        and adapter.prefix_projection and adapter.prefix_init == "text",
+        "adapter.prefix_init",
+        "with prefix_projection the prefix comes out of a network, which starts at random",
+        "leave prefix_init out, or set prefix_projection: false",
+    ),
+)  # fmt: skip
+
+
+def check_base(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """UserError for what cannot be on the base of this config.json."""
+    if getattr(recipe.adapter, "init_lora_weights", None) == "loftq" and config.get("model_type") == "chatglm":
+        raise UserError(
+            "loftq reads the base's weights by name, and ChatGLM's original layout has other names",
+            key="adapter.init_lora_weights", fix="use init_lora_weights: default",
+        )  # fmt: skip
+
+
+def check(recipe: Recipe) -> None:
+    """UserError listing every limit that the recipe meets."""
+    problems = [
+        Problem(limit.why, key=limit.key, fix=limit.fix)
+        for limit in LIMITS
+        if limit.holds(recipe.adapter, recipe.model, recipe.train)
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+APPLIED = ("loraplus_lr_ratio", "tinit", "tfinal")  # of an adapter section, to any training; the rest is in the adapter
+
+
+def continued(recipe: AnyRecipe, stored: Mapping[str, Any], folder: Any) -> AnyRecipe:
+    """The recipe with an `adapter` section that says what the adapter of model.adapter is.
+
+    UserError with every key in which the recipe asks for something else: the adapter on disk is what would be trained
+    all the same. Targets are compared where the network is known (`build.check_targets`).
+
+    Args:
+        stored: adapter_config.json in `folder`.
+    """
+    method = str(stored["peft_type"]).lower()
+    if method not in ADAPTERS:
+        method, stored = "other", {**stored, "kind": str(stored["peft_type"])}
+    section = recipe.adapter if "adapter" in recipe.model_fields_set else None
+    if section is not None and section.method != method:
+        raise UserError(
+            f"model.adapter is {method}, and would be trained on as that", path=folder, key="adapter.method",
+            fix="leave out the section adapter, or model.adapter",
+        )  # fmt: skip
+    made = ADAPTERS[method]
+    if method == "last_layers":
+        stored = {**stored, "head": bool(stored.get("modules_to_save"))}
+    kept = set(made.model_fields) & set(stored) - {"method", *APPLIED} - STARTS
+    values = {key: stored[key] for key in sorted(kept) if stored[key] is not None}
+    problems = []
+    for key in sorted(section.model_fields_set - {"method", *APPLIED}) if section is not None else ():
+        given = getattr(section, key)
+        if key == "target_modules" and given is not None:
+            continue
+        if key in kept:
+            if not _same(given, stored[key]):
+                problems.append(
+                    Problem(f"model.adapter has {stored[key]} here", folder, key=f"adapter.{key}", fix="leave it out")
+                )
+        elif given != made.model_fields[key].default:
+            what = "says how a new adapter is made, and that of model.adapter has its weights already"
+            problems.append(Problem(what, folder, key=f"adapter.{key}", fix="leave it out, or model.adapter"))
+    if problems:
+        raise UserError(problems)
+    if section is not None:
+        values |= {key: getattr(section, key) for key in section.model_fields_set & set(APPLIED)}
+    return recipe.model_copy(update={"adapter": _section(made, {**values, "method": method})})
+
+
+# Keys of both the recipe and peft's config that only matter to a new adapter, under values that may differ.
+STARTS = {"init_lora_weights", "prompt_tuning_init", "prompt_tuning_init_text", "d_initial"}
+
+
+def _same(given: Any, stored: Any) -> bool:
+    if isinstance(given, list) or isinstance(stored, list):
+        return {*(given or ())} == {*(stored or ())}
+    return bool(given == stored)
+
+
+def _section(made: Any, values: dict[str, Any]) -> Any:
+    """Without what other tools allow and a recipe does not say (an OFT by number of blocks, an alpha below zero)."""
+    try:
+        return made.model_validate(values)
+    except ValidationError as error:
+        wrong = {str(problem["loc"][0]) for problem in error.errors()}
+        return made.model_validate({key: value for key, value in values.items() if key not in wrong})
+
+
+NOT_MERGEABLE = {
+    "PROMPT_TUNING": "its embeddings stand before the text and are no part of any weight",
+    "P_TUNING": "its embeddings stand before the text and are no part of any weight",
+    "MULTITASK_PROMPT_TUNING": "its embeddings stand before the text and are no part of any weight",
+    "CPT": "its embeddings stand before the text and are no part of any weight",
+    "CARTRIDGE": "its keys and values stand before the text and are no part of any weight",
+    "ADAPTION_PROMPT": "its prompts stand before the text and are no part of any weight",
+    "XLORA": "it mixes several adapters anew for every token",
+    "POLY": "it mixes several adapters by task",
+    "PREFIX_TUNING": "its keys and values stand before the text and are no part of any weight",
+    "BOTTLENECK": "its networks are non-linear and no part of any weight",
+}
+
+
+def check_merge(adapter_config: Mapping[str, Any], model_type: str, path: Any = None) -> None:
+    """UserError if the adapter of this adapter_config.json can never be merged, before anything is loaded."""
+    kind = str(adapter_config.get("peft_type"))
+    if kind in NOT_MERGEABLE:
+        raise UserError(
+            f"{kind.lower()} cannot be merged: {NOT_MERGEABLE[kind]}", path=path, key="--adapter",
+            fix="use it as it is: ft eval, ft chat and peft load it onto the base",
+        )  # fmt: skip
+    if kind == "BITFIT":
+        slots = {name for group in BIAS_SLOTS.get(model_type, {}).values() for name in group}
+        names = {str(name).rpartition(".")[2] for name in adapter_config["target_modules"]}
+        if slots and not names <= slots:
+            raise UserError(
+                f"{model_type} checkpoints cannot hold a bias on {', '.join(sorted(names - slots))}", path=path,
+                key="--adapter", fix="use it as it is, or train it with adapter.targets: storable",
+            )  # fmt: skip

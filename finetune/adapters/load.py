@@ -1,0 +1,97 @@
+"""A model with its adapter: fresh, loaded to go on, saved."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import (
+    PeftConfig,
+    TaskType,
+    get_peft_model,
+)
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from transformers import PreTrainedModel
+
+from finetune.adapters import lora_init, soft_prompts
+from finetune.adapters.methods import METHODS
+from finetune.adapters.targets import (
+    linear_names,
+)
+from finetune.errors import UserError
+from finetune.recipe.adapters import Adapter, FullAdapter
+
+
+def as_score_task(config: PeftConfig) -> PeftConfig:
+    """The same adapter on a model with a score head, which is trained and saved with it."""
+    config.task_type = TaskType.SEQ_CLS
+    return config
+
+
+def apply(
+    model: PreTrainedModel, section: Adapter, tokenizer: Any = None, folder: Path | None = None,
+    adjust: Callable[[PeftConfig], PeftConfig] = lambda config: config,
+) -> Any:  # fmt: skip
+    """`model` with a fresh adapter.
+
+    UserError when the targets match nothing, listing what there is.
+
+    Args:
+        tokenizer: for soft prompts that start from text; folder: the base's own weights, for loftq.
+        adjust: last word on peft's config.
+    """
+    if isinstance(section, FullAdapter):
+        model.requires_grad_(True)
+        return model
+    try:
+        adapted = get_peft_model(model, adjust(METHODS[section.method](model, section)))
+    except ValueError as error:
+        raise UserError(str(error).splitlines()[0], key="adapter", fix=f"modules: {linear_names(model)}") from None
+    if section.method == "lora":
+        if section.init_lora_weights == "loftq":
+            assert folder is not None
+            lora_init.loftq(adapted, folder)
+        if lora_init.rewrites_base(section):
+            lora_init.remember(adapted)
+    elif section.method in ("prompt_tuning", "p_tuning", "prefix_tuning"):
+        soft_prompts.initialise(adapted, section, tokenizer)
+    prepare(adapted)
+    return adapted
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """peft's own description of a saved adapter."""
+    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return found
+
+
+def loads_trainable(folder: Path) -> bool:
+    """Whether `PeftModel.from_pretrained(…, is_trainable=True)` continues from the adapter in `folder`.
+
+    Not from a soft prompt: peft would put the finished embeddings into a fresh network. `prepare` makes them trainable.
+    """
+    return adapter_config(folder)["peft_type"] not in soft_prompts.TYPES
+
+
+def prepare(adapted: Any) -> None:
+    """What a fresh or a loaded adapter needs before training."""
+    soft_prompts.prepare(adapted)
+    for module in adapted.modules():
+        if isinstance(module, LNTuningLayer):  # its float32 weights make float32 of what comes in as bfloat16
+            module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+    # By default peft asks the hub whether the vocabulary has grown, and for ChatGLM's layout (`padded_vocab_size`)
+    # wrongly saves the embeddings into every adapter. Only an adapter that came with its own keeps them.
+    keep = getattr(adapted, "holds_embeddings", False)
+    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=keep)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # fp16 gradients cannot be unscaled; bf16 updates round away
+            parameter.data = parameter.data.float()
+
+
+def save(model: Any, folder: Path) -> None:
+    """The adapter in PEFT's format; starts that rewrote the base become plain LoRA for the base as it was."""
+    model.save_pretrained(folder, selected_adapters=[model.active_adapter])  # not the frozen reference of DPO
+    lora_init.plain_lora(model, folder)

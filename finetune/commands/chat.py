@@ -1,0 +1,122 @@
+"""`ft chat`: a conversation in the terminal, streamed; with piped input, one answer per line."""
+
+from __future__ import annotations
+
+import sys
+from threading import Thread
+from typing import Any
+
+import torch
+from transformers import TextIteratorStreamer
+
+from finetune.data.chat import make_encoder
+from finetune.errors import FinetuneError, RunError, UserError
+from finetune.evaluation.generation import Sampled, answer, not_followed, stop_ids
+from finetune.families import family
+from finetune.models import hardware, loading
+from finetune.recipe.resolve import compute_dtype
+from finetune.recipe.sections import ModelConfig
+from finetune.terminal.progress import note, say, warn
+
+HELP = "/reset forgets the conversation, /exit leaves"
+
+
+def run(model: str | None, adapter: str | None, system: str | None, temperature: float, max_new_tokens: int) -> None:
+    folder = loading.adapter_folder(adapter) if adapter else None
+    if model is None and folder is None:
+        raise UserError("no model to talk to", fix="give --model, or --adapter RUN")
+    config = ModelConfig(name=str(model)) if folder is None else loading.configs_of(folder, model)[1]
+    if folder is not None:
+        loading.check_adapter(folder, config)
+    machine = hardware.detect()
+    tokenizer = loading.load_tokenizer(config, folder)
+    encoder = make_encoder(tokenizer, family(loading.read_config(config)["model_type"]))
+    network = loading.load_model(config, getattr(torch, compute_dtype(config.dtype, machine)), machine)
+    if folder is not None:
+        network = loading.attach_adapter(network, folder, config)
+    network.eval()
+    if ignored := not_followed(network):
+        note(f"not followed, of the base's generation_config.json: {', '.join(f'{k} {v}' for k, v in ignored.items())}")
+    interactive = sys.stdin.isatty()
+    if interactive:
+        note(HELP)
+
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            return
+        except UnicodeDecodeError:
+            raise UserError("the input is not UTF-8 text", fix="save or send it as UTF-8") from None
+        except KeyboardInterrupt:
+            print()
+            return
+        if line == "/exit":
+            return
+        if line == "/reset":
+            messages = list(start)
+            continue
+        if line.startswith("/") and interactive and line in ("/help", "/?"):
+            note(HELP)
+            continue
+        if not line:
+            continue
+        asked = [*messages, {"role": "user", "content": line}]
+        try:
+            text = reply(network, encoder, encoder.prompt_ids(asked, None), temperature, max_new_tokens)
+        except FinetuneError as error:  # the turn is forgotten: its message may be what went wrong
+            if not interactive:
+                raise
+            warn("; ".join(error.lines()))
+            continue
+        messages = [*asked, {"role": "assistant", "content": text}]
+
+
+def reply(model: Any, encoder: Any, prompt: list[int], temperature: float, max_new_tokens: int) -> str:
+    """Stream one answer to stdout; Ctrl-C ends the answer, not the conversation. RunError when the model fails."""
+    stop = StopFlag()
+    streamer = TextIteratorStreamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = torch.tensor([prompt], device=hardware.input_device(model))
+    sampled = Sampled(temperature) if temperature else None
+    failed: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            answer(
+                model, ids, torch.ones_like(ids), max_new_tokens, stop_ids(model, encoder),
+                encoder.tokenizer.pad_token_id, sampled, streamer=streamer, stopping_criteria=[stop],
+            )  # fmt: skip
+        except BaseException as error:  # of a thread nobody would see it
+            failed.append(error)
+        finally:
+            streamer.text_queue.put(streamer.stop_signal)  # whoever reads the stream would wait for ever
+
+    thread = Thread(target=write)
+    parts = []
+    try:
+        thread.start()
+        for part in streamer:
+            parts.append(part)
+            say(part, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        stop.requested = True
+        thread.join()
+    print()
+    if failed:
+        reason = next(iter(str(failed[0]).splitlines()), "")
+        advice = "a shorter conversation (/reset) or a smaller --max-new-tokens may help"
+        raise RunError(f"the model could not go on: {type(failed[0]).__name__}: {reason}; {advice}") from failed[0]
+    return "".join(parts).strip()
+
+
+class StopFlag:
+    """A stopping criterion that another thread can raise."""
+
+    requested = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device, dtype=torch.bool)

@@ -1,0 +1,206 @@
+"""`ft data check` and `ft data preview`: look at data before any model is loaded.
+
+Without a model only the structure is checked; with one (from the recipe or --model) also what the model would see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune import early
+from finetune.errors import UserError, visible
+from finetune.places import check_file, json_with
+from finetune.recipe.file import find, load, parse_value, recipe_text, with_settings
+from finetune.recipe.resolve import absolute_source
+from finetune.recipe.sections import DataConfig
+from finetune.recipe.stages import RECIPES
+from finetune.run import write_atomically, write_json
+from finetune.terminal.progress import note, say, say_json
+from finetune.terminal.progress import output as output_console
+
+KINDS = {
+    "pretrain": "text", "sft": "sft", "reward": "preference", "dpo": "preference", "kto": "unpaired", "ppo": "prompts",
+}  # fmt: skip
+WORST = 20  # problems of each level shown in the terminal; --json has them all
+
+
+def check(
+    recipe: str | None,
+    overrides: Sequence[str],
+    data: str | None,
+    model: str | None,
+    stage: str | None,
+    eval_data: str | None,
+    fix: str | None,
+    json_file: str | None,
+) -> int:
+    """Exit code: 2 when a row cannot be used, else 0."""
+    from finetune.data import audit, samples, sources
+    from finetune.data import fix as mend
+
+    check_outputs(("--json", json_file, json_with("problems", "kinds")))
+    if fix is not None:
+        mend.check_free(Path(fix))
+        if json_file is not None and Path(json_file).resolve() in {p.resolve() for p in mend.files(Path(fix))}:
+            raise UserError("is the file of --fix", path=json_file, key="--json", fix="name another file")
+    config, base, kind, held_out = settings(recipe, overrides, data, model, stage, eval_data)
+    early.data_of(config, base if kind != "text" else None, held_out)
+    encoder = make_encoder(base) if base is not None and kind != "text" else None
+    if fix is not None:
+        kept, taken, rejects = mend.mend(config, Path(fix), encoder, kind, held_out)
+        note(f"{kept:,} rows written to {fix}, {taken:,} rejects with their reasons to {rejects}")
+    report = audit.check(config, encoder, kind=kind, eval_data=held_out)
+    tell = note if json_file == "-" else found
+    if encoder is not None and encoder.notice is not None:
+        tell(encoder.notice)
+    for line in sources.left_out(samples.specs(config), offer=held_out is None):
+        tell(line)
+    if json_file == "-":
+        say_json(report.as_json())
+    else:
+        show(report)
+    if json_file and json_file != "-":
+        write_json(Path(json_file), report.as_json())
+    return 2 if report.errors and fix is None else 0
+
+
+def preview(
+    recipe: str | None,
+    overrides: Sequence[str],
+    data: str | None,
+    model: str | None,
+    stage: str | None,
+    limit: int,
+    json_file: str | None,
+    html_file: str | None,
+) -> None:
+    from finetune.data import preview as views
+
+    check_outputs(("--json", json_file, json_with("samples", "template")), ("--html", html_file, is_page))
+    if json_file is not None and html_file is not None and Path(json_file).resolve() == Path(html_file).resolve():
+        raise UserError("is the file of --json", path=html_file, key="--html", fix="name another file")
+    config, base, kind, _ = settings(recipe, overrides, data, model, stage, None)
+    early.data_of(config, base, None)
+    if base is None:
+        raise UserError("a preview needs a tokenizer", key="--model", fix="give --model or --recipe")
+    encoder = make_encoder(base)
+    shown = views.samples(config, encoder, limit, kind)
+    rows = views.packs(shown, config.max_length) if config.packing else None
+    if json_file is not None:
+        kept = [{key: value for key, value in sample.items() if key != "roles"} for sample in shown]
+        output: dict[str, Any] = {"template": encoder.origin, "samples": kept}
+        if rows is not None:
+            output["packs"] = rows
+        if json_file == "-":
+            say_json(output, indent=None)
+        else:
+            write_json(Path(json_file), output)
+    if html_file is not None:
+        write_atomically(Path(html_file), views.as_html(shown, rows))
+        note(f"written to {html_file}")
+    if json_file is None and html_file is None:
+        coloured = (
+            output_console.is_terminal and not output_console.no_color and output_console.color_system is not None
+        )
+        if not coloured:
+            say(f"{'…'.join(views.MARKS)} is trained, the rest is only read · {encoder.origin}")
+        output_console.print(views.as_text(shown, rows, coloured), soft_wrap=True)
+        if coloured:
+            note(f"green is trained · {encoder.origin}")
+
+
+def check_outputs(*files: tuple[str, str | None, Callable[[Path], bool]]) -> None:
+    """UserError for what cannot be written; before anything is read."""
+    for key, file, ours in files:
+        if file is not None and file != "-":
+            check_file(Path(file), key, ours)
+
+
+def is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"<title>ft data preview</title>" in file.read(200)
+
+
+def settings(
+    recipe: str | None,
+    overrides: Sequence[str],
+    data: str | None,
+    model: str | None,
+    stage: str | None,
+    eval_data: str | None,
+) -> tuple[DataConfig, Any, str | None, str | None]:
+    """(data section, model section or None, kind of data, held-out data). Arguments win over the recipe."""
+    from finetune.recipe.sections import ModelConfig
+
+    if stage is not None and stage not in KINDS:
+        raise UserError(f"unknown stage {stage!r}", key="--stage", fix=f"one of {', '.join(KINDS)}")
+    base: Any = ModelConfig(name=model) if model is not None else None
+    if recipe is None:
+        if data is None:
+            raise UserError("nothing to look at", fix="give --recipe R, or --data D")
+        config = data_settings(stage, data, overrides)
+        return config, base, KINDS[stage] if stage else None, eval_data
+    kind: Any = RECIPES[stage_of(recipe)]
+    loaded: Any = load(recipe, kind, overrides)
+    config = loaded.data if data is None else loaded.data.model_copy(update={"train": absolute_source(data)})
+    return config, base or loaded.model, KINDS[stage or loaded.stage], eval_data or loaded.eval.data
+
+
+def data_settings(stage: str | None, data: str, overrides: Sequence[str]) -> DataConfig:
+    """A data section without a recipe; `data.` may be left out of the keys. UserError as for a recipe."""
+    items = [item if item.startswith("data.") else f"data.{item}" for item in overrides]
+    named = stage or "sft"
+    values: dict[str, Any] = {
+        "version": 1, "stage": named, "model": {"name": "-"}, "output": {"dir": "-"},
+        "data": {"train": str(absolute_source(data))}, **({"reward": {"model": "-"}} if named == "ppo" else {}),
+    }  # fmt: skip
+    return with_settings(values, named, items).data
+
+
+def stage_of(recipe: str) -> str:
+    """The stage a recipe file names; what is wrong with the file is said by `load`."""
+    try:
+        values = parse_value(recipe_text(find(recipe)))
+    except (yaml.YAMLError, UserError):
+        return "sft"
+    stage = values.get("stage") if isinstance(values, dict) else None
+    return stage if stage in RECIPES else "sft"
+
+
+def make_encoder(model: Any) -> Any:
+    from finetune.data import chat
+    from finetune.families import family
+    from finetune.models import loading
+
+    config = loading.read_config(model)
+    return chat.make_encoder(loading.load_tokenizer(model), family(config["model_type"]))
+
+
+def show(report: Any) -> None:
+    """The report for people, on stdout: problems first, then what the data is like."""
+    for level, style in (("error", "red"), ("warning", "yellow")):
+        listed = [p for p in report.problems if p["level"] == level]
+        for problem in listed[:WORST]:
+            found(f"{level}: {problem['file']}, row {problem['row']}: {problem['message']}", style)
+        if len(listed) > WORST:
+            found(f"… and {len(listed) - WORST:,} more ({level}s; --json lists them)")
+    trained = f", {report.trained_tokens:,} trained tokens" if report.trained_tokens is not None else ""
+    found(f"{report.rows:,} rows, {report.counts['used']:,} usable{trained}")
+    kinds = sorted((count, kind) for kind, count in report.kinds.items() if count)
+    if kinds:
+        found(" · ".join(f"{kind} {count:,}" for count, kind in reversed(kinds)))
+    found("languages: " + ", ".join(f"{name} {count:,}" for name, count in report.languages.items()))
+    lengths = report.tokens or report.characters
+    most = max(lengths.values(), default=1)
+    for name, count in lengths.items():
+        unit = "tokens" if report.tokens else "characters"
+        found(f"{name:>13} {unit} {'█' * max(1, round(30 * count / most))} {count:,}")
+
+
+def found(line: str, style: str | None = None) -> None:
+    """One line of a report: a result, so it goes to stdout."""
+    output_console.print(visible(line), style=style, soft_wrap=True)

@@ -1,0 +1,35 @@
+"""`ft dpo`: learning from preference pairs (Rafailov et al. 2023, arXiv:2305.18290, and its kin).
+
+check recipe, output and pairs -> load the base -> policy and reference -> train -> save and report.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune.data import pairs
+from finetune.data.conversations import SftData
+from finetune.recipe.resolve import Hardware
+from finetune.recipe.sections import ModelConfig
+from finetune.recipe.stages import DpoRecipe
+from finetune.run import Run
+from finetune.training import alignment
+from finetune.training.alignment import Parts
+from finetune.training.preference import stuck
+from finetune.training.session import Layout
+
+
+def run(raw: DpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
+    alignment.run_stage(raw, resume, overwrite, dry_run, load, make, lambda run: stuck(run.read_metrics()))
+
+
+def load(recipe: DpoRecipe, parts: Parts) -> SftData:
+    return pairs.load_pairs(recipe.data, parts.encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
+
+
+def make(
+    recipe: DpoRecipe, run: Run, parts: Parts, data: SftData, plan: Layout, machine: Hardware
+) -> tuple[Any, ModelConfig, Any]:
+    base = alignment.merged_start(recipe, run) if recipe.dpo.start == "merge" else recipe.model
+    model, copy = alignment.policy(recipe, base, parts, machine)
+    return model, base, alignment.dpo_trainer(recipe, run, model, copy, base, parts, data, plan, machine)

@@ -1,0 +1,136 @@
+"""`ft models list`: what loads, how it was tested, what is refused. docs/models.md is its --markdown."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from finetune.families import FAMILIES, NAMES, REFUSED, TESTED, Refused
+from finetune.resources import BUILTIN_MODELS
+from finetune.terminal.progress import output as console
+
+HONEST = (
+    "What never ran: no published weights of any family, on any machine, and no family on a GPU. Every figure is from "
+    "random or built-in tiny models on CPUs. That is why every load checks the names and shapes of all weights, and "
+    "then that the model can copy a list it has just read (`model.sanity_check`): a wrong mapping shows in the first "
+    "second."
+)
+
+
+def kinds() -> list[str]:
+    """How families are tested, as keys of TESTED, each once."""
+    return list(dict.fromkeys(row.tested for row in FAMILIES.values()))
+
+
+def refusals() -> list[Refused]:
+    return list(dict.fromkeys([*REFUSED.values(), *NAMES.values()]))
+
+
+def show(markdown: bool = False) -> None:
+    if markdown:
+        print(document(), end="")
+        return
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
+    for column in ("model_type", "family", "models", "tested"):
+        table.add_column(column, overflow="fold")
+    for model_type, row in FAMILIES.items():
+        table.add_row(model_type, row.name, row.models, row.tested)
+    console.print(table)
+    console.print()
+    for kind in kinds():
+        console.print(f"{kind:8} {TESTED[kind]}", soft_wrap=True)
+    rest = "any other causal language model of transformers goes through the same door, with the same checks"
+    console.print(f"\nnot tested: {rest}\n\n{HONEST}\n", soft_wrap=True)
+    console.print("refused:")
+    for refused in refusals():
+        console.print(f"  {refused.name}: {refused.why}; {refused.instead}", soft_wrap=True)
+    bases = ", ".join(sorted(path.parent.name for path in BUILTIN_MODELS.glob("*/config.json")))
+    console.print(f"\nbuilt-in bases: {bases or 'none'}")
+
+
+def document() -> str:
+    """docs/models.md."""
+    lines = [
+        "# Models",
+        "",
+        "<!-- Made by `ft models list --markdown > docs/models.md` from finetune/families.py; do not edit. -->",
+        "",
+        HONEST,
+        "",
+        "| model_type | family | published models | tested | remarks |",
+        "|---|---|---|---|---|",
+        *(f"| {k} | {f.name} | {f.models} | {f.tested} | {f.note} |" for k, f in FAMILIES.items()),
+        "| any other causal model of transformers |  |  | no | the same door and the same checks |",
+        "",
+        "How it was tested:",
+        "",
+        *(f"- **{kind}**: {TESTED[kind]}" for kind in kinds()),
+        "",
+        "## Refused",
+        "",
+        "| what | why | instead |",
+        "|---|---|---|",
+        *(f"| {r.name} | {r.why} | {r.instead} |" for r in refusals()),
+        "| any model_type without a native network | its code comes with the checkpoint, and is never run | another |",
+        "",
+        *GUIDE.strip().splitlines(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+GUIDE = """
+## Where models come from
+
+`model.name` is a built-in base, a local folder, or a hub id.
+
+| what | how |
+|---|---|
+| hub id at a fixed state | `model.revision: <branch, tag or commit>`; recorded in adapter/base_identity.json |
+| local folder | `model.name: ./folder`; an existing folder wins over a hub id, `model.source: hub` says otherwise |
+| ModelScope | `pip install ft-recipes[modelscope]`, `model.source: modelscope`, `model.name: ZhipuAI/chatglm3-6b` |
+| a mirror of the hub | `HF_ENDPOINT=https://… ft sft …`, the hub client's own variable |
+| no network | download once (`hf download ID`), then `HF_HUB_OFFLINE=1`; or copy the folder and name it |
+
+Nothing from a checkpoint is run: no remote code, and `.bin` files are read with `weights_only`. Safetensors are
+preferred where a repository holds both.
+
+## Longer contexts
+
+`model.rope_scaling: {rope_type: yarn, factor: 4}`. The key is kept beside the adapter and used again by eval, merge and
+chat. Passkeys found by a forerunner of tiny-llama (trained on rows of 192 tokens), each figure from 20 trials on a CPU;
+tests/models/test_rope.py does the same with tiny-llama itself:
+
+| tokens | 100 | 300 | 400 | 600 | 760 |
+|---|---|---|---|---|---|
+| no scaling | 1.00 | 0.45 | 0.00 | 0.00 | 0.00 |
+| dynamic, factor 4 | 1.00 | 1.00 | 1.00 | 1.00 | 0.45 |
+| yarn, factor 4 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 |
+| linear, factor 4 | 0.00 | 0.00 | 0.00 | 0.00 | 0.00 |
+| linear, factor 2, after 300 training steps on 384 tokens | 1.00 | 0.80 |  |  |  |
+
+| rope_type | what it does | fine-tuning |
+|---|---|---|
+| linear | positions are divided by factor | needed: without it the model is lost at every length |
+| dynamic | the base grows with the text; short texts are computed as before | helps |
+| yarn | only slow frequencies are divided | helps; short texts lose a little |
+| default | the base's own frequencies; settles what a ChatGLM `rope_ratio` means |  |
+
+## Models larger than one card
+
+`model.device_map: auto` spreads a model over all GPUs, main memory and disk (`model.max_memory`,
+`model.offload_folder`). It can then generate and be evaluated; training is refused when weights lie on disk, or in main
+memory beside a GPU. To train, hold the base in 4 bits (`model.quantization: int4`).
+
+## Adapters and their base
+
+adapter/base_identity.json holds the base's name, source, revision, a fingerprint of its weights, its `rope_scaling` and
+a hash of the chat template. Whenever an adapter meets a base (to go on training, in eval, merge and chat) the
+fingerprint is compared, and another base is an error. It is a hash over name, dtype, shape and every byte of every
+tensor that is loaded: the same as one file, in shards, or as .bin, with or without a copy of tied embeddings, whatever
+else lies in the folder; fingerprints of earlier versions are still compared by their own rule. The chat template that
+was trained is used everywhere, whatever `model.chat_template` has become since; `ft eval RUN --compare-base` asks the
+base with it, too. A base that has moved is given with `--model`.
+
+Adapters of other PEFT tools say nothing of the kind; their names and shapes are compared with the network before its
+weights are loaded. Where one was trained on more (or fewer) embeddings than the base has, or a tokenizer with added
+tokens lies beside it, the base is resized and that tokenizer used. .bin adapters are read with `weights_only`.
+"""

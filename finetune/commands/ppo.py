@@ -1,0 +1,180 @@
+"""`ft ppo`: reinforcement learning from a reward model or from rules, on one base in memory.
+
+check recipe, output, prompts and rules -> train the reward model first where pairs are given, in a process of its own
+-> load the base and its adapters -> rollouts and updates -> save and report.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from finetune.data import pairs, prompts, sources
+from finetune.errors import Interrupted, RunError, UserError
+from finetune.evaluation.rewards import load_rule
+from finetune.models import hardware
+from finetune.models.rope import check_length
+from finetune.recipe.file import to_yaml
+from finetune.recipe.resolve import a_step, batch_layout
+from finetune.recipe.sections import DataConfig, OutputConfig, SourceConfig, TrainConfig
+from finetune.recipe.stages import PpoRecipe, RewardModelConfig, RewardRecipe
+from finetune.rl import models
+from finetune.rl.ppo import Ppo, rollouts
+from finetune.run import GO_ON, Run, check_resumable, open_run, resumable, to_go_on, write_atomically
+from finetune.terminal.progress import command as told
+from finetune.terminal.progress import note
+from finetune.training import alignment, session
+from finetune.training.callbacks import HANGUP, at_terminal, leave, stopping
+from finetune.training.optim import check_schedule
+
+
+def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
+    machine = hardware.detect()
+    recipe = session.resolved(raw, machine)
+    if resume:
+        check_resumable(recipe)
+    parts = alignment.check(recipe)
+    models.check(recipe)
+    scorers = {name: load_rule(spec) for name, spec in names_of(recipe.reward.functions).items()}
+    data = prompts.load_prompts(recipe.data, parts.encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
+    if len(data.rows) < recipe.ppo.num_mini_batches:
+        what = f"{len(data.rows)} prompts are too few for {recipe.ppo.num_mini_batches} minibatches"
+        raise UserError(what, key="ppo.num_mini_batches", fix="lower it, or give more prompts")
+    held_out = []
+    if recipe.eval.data is not None:
+        held = SourceConfig(**sources.held_out(recipe.eval.data))
+        section = DataConfig(train=held, columns=recipe.data.columns, max_length=recipe.data.max_length)
+        held_out = prompts.load_prompts(section, parts.encoder).rows[: recipe.eval.limit]
+    folder = Run(Path(recipe.output.dir))
+    judge = reward_recipe(recipe, folder) if recipe.reward.train is not None else None
+    if judge is not None and (overwrite or not trained(folder)):
+        pairs.load_pairs(judge.data, parts.encoder, to_score=True)  # what is wrong with them is said now
+    longest = max(len(row.ids) for row in data.rows) + recipe.ppo.max_new_tokens
+    too_long = check_length(parts.config, recipe.model, longest, "ppo.max_new_tokens")
+    batch, per_epoch, total = rollouts(recipe, len(data.rows))
+    check_schedule(recipe.train, total)
+    plan = session.Layout(*batch_layout(*a_step(recipe), machine), per_epoch, total)
+    inputs = session.known_inputs(recipe, parts.tokenizer, parts.encoder.template, resume, dry_run)
+    if judge is not None and resume and trained(folder):
+        session.known_inputs(judge, parts.tokenizer, parts.encoder.template, resume)
+    fewer = None if batch == recipe.train.effective_batch_size else f"{len(data.rows)} prompts: rollouts are of {batch}"
+    updates = plan.total_steps * recipe.ppo.num_ppo_epochs * recipe.ppo.num_mini_batches
+    notes = session.announce(data.warnings, updates, too_long, fewer, session.other_devices(recipe))
+    if dry_run:
+        session.show_plan(recipe, data.counts, plan, f"rollouts of {batch} prompts; updates")
+        return
+
+    with open_run(recipe, overwrite, resume):
+        reward = recipe.reward.model if judge is None else train_reward(judge, folder, to_go_on(recipe))
+        session.start(recipe)
+        cast = models.build(recipe, parts, machine, reward)
+        session.start(recipe)  # the same replies however many models were drawn
+        arguments = session.arguments(recipe, folder, plan, machine, has_eval=False)
+        rows = plan.rows_per_pass
+        trainer = Ppo(
+            recipe, folder, cast, parts.encoder, data.rows, held_out, scorers, arguments, rows, inputs
+        )  # fmt: skip
+        with session.memory_advice("ppo.max_new_tokens"):
+            outcome = trainer.train(folder.usable_checkpoint() if resume else None)
+        if not trainer.finished:
+            where = f"checkpoint saved in {folder.checkpoints}"
+            raise Interrupted(f"stopped at step {trainer.state.step}; {where}; go on with {to_go_on(recipe)}")
+        model = cast.policy.model
+        weights = session.save(recipe, folder, model, parts.tokenizer, parts.encoder.template)
+        session.finish(recipe, folder, SimpleNamespace(model=model), outcome, data.counts, notes)
+        session.summary(recipe, folder, weights)
+
+
+def names_of(rules: list[str]) -> dict[str, str]:
+    """{file.py:function, the whole path where two are alike: path}. UserError for one that is given twice."""
+    short = [rule.replace("\\", "/").rpartition("/")[2] for rule in rules]
+    found = {name if short.count(name) == 1 else rule: rule for name, rule in zip(short, rules, strict=True)}
+    if len(found) < len(rules):
+        raise UserError("a rule stands here twice", key="reward.functions", fix="set its weight in reward.weights")
+    return found
+
+
+def reward_recipe(recipe: PpoRecipe, run: Run) -> RewardRecipe:
+    """What trains the reward model on `reward.train`."""
+    given, section, usual = recipe.reward, recipe.data, TrainConfig()
+    assert given.train is not None
+    values: dict[str, Any] = {"version": 1, "stage": "reward", "model": recipe.model, "adapter": recipe.adapter}
+    train = recipe.train.model_copy(
+        update={
+            "learning_rate": given.learning_rate or recipe.train.learning_rate,
+            "warmup_steps": usual.warmup_steps, "lr_scheduler_type": usual.lr_scheduler_type,
+            "num_train_epochs": given.num_train_epochs, "max_steps": None, "effective_batch_size": 16,
+            "per_device_train_batch_size": None, "gradient_accumulation_steps": None, "save_steps": None,
+            "eval_steps": None,
+        }
+    )  # fmt: skip
+    longest = section.max_length + recipe.ppo.max_new_tokens  # a prompt and its reply
+    data = section.model_copy(
+        update={
+            "train": given.train, "format": None, "columns": None, "max_length": longest, "packing": False,
+            "train_on": "assistant",
+            "eval_split": 0.05,  # its accuracy on these pairs says whether PPO has anything to follow
+        }
+    )  # fmt: skip
+    objective = RewardModelConfig(center_rewards_coefficient=given.center_rewards_coefficient)
+    output = OutputConfig(dir=str(run.reward))
+    return RewardRecipe(**values, data=data, train=train, reward=objective, output=output)
+
+
+def trained(run: Run) -> bool:
+    """Whether the reward model is there already."""
+    return Run(run.reward).result.exists()
+
+
+def passing_signals(command: list[str], environment: dict[str, str] | None = None) -> int:
+    """Exit code of a command that gets the signals that stop this process, once, and the time it wants to end.
+
+    subprocess.run gives it a quarter of a second after Ctrl-C; a step may take longer, and the checkpoint comes after.
+    """
+    # Its own group, or the terminal's Ctrl-C would reach it a second time.
+    child = subprocess.Popen(command, process_group=0, env=environment)
+    numbers, terminals = stopping(), at_terminal()
+
+    def passed_on(number: int, frame: Any) -> None:
+        if number == HANGUP:
+            leave(terminals)
+        child.send_signal(number)
+
+    before = [signal.signal(number, passed_on) for number in numbers]
+    try:
+        return child.wait()
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def train_reward(recipe: RewardRecipe, run: Run, go_on: str) -> str:
+    """`ft reward` in its own process, from where it was stopped; kept when it is already there.
+
+    Args:
+        go_on: the command that goes on with the whole.
+    """
+    if trained(run):
+        return str(run.reward)
+    path = run.path / "reward.yaml"
+    write_atomically(path, to_yaml(recipe, "# ft reward --recipe reward.yaml\n"))
+    note("first the reward model:")
+    how = "--resume" if Run(run.reward).last_checkpoint() else "--overwrite"
+    command = [sys.executable, "-m", "finetune", "reward", "--recipe", str(path), how]
+    code = passing_signals(command, {**os.environ, GO_ON: go_on})
+    if code == 130 and not resumable(run):
+        raise KeyboardInterrupt
+    if code == 130:
+        raise Interrupted(f"stopped while training the reward model; go on with {go_on}")
+    if code < 0:
+        what = f"the process that trains the reward model was ended by signal {-code}"
+        raise RunError(f"{what}; go on with {go_on}" if resumable(run) else what)
+    if code:
+        error = UserError if code == 2 else RunError
+        raise error(f"the reward model could not be trained ({told('reward', '--recipe', path)})")
+    return str(run.reward)

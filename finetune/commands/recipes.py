@@ -1,0 +1,127 @@
+"""`ft recipes`: what is shipped, a start for one's own, and the schema for editors."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import yaml
+
+from finetune.data.samples import kind_of
+from finetune.errors import UserError
+from finetune.places import check_file, json_with
+from finetune.recipe import reference
+from finetune.recipe.file import find, schema, shipped
+from finetune.recipe.stages import RECIPES
+from finetune.run import write_atomically
+from finetune.terminal.progress import command, say, say_json
+
+TEMPLATE = """\
+# ft {stage} --recipe {path}
+# $schema: {schema}
+version: 1
+stage: {stage}
+model: {{name: {model}}}
+{body}
+output: {{dir: {output}}}
+"""
+LORA = "adapter: {{method: lora, r: 16, lora_alpha: 32}}"
+PPO = (
+    "ppo: {{max_new_tokens: 64, kl_coef: 0.05, num_mini_batches: 4, cliprange_value: 1.0}}",
+    "train: {{learning_rate: 5.0e-5, max_steps: 100, effective_batch_size: 64}}",
+)
+BODIES = {
+    "pretrain": (
+        "data: {{train: {data}, max_length: 512}}",
+        "train: {{learning_rate: 5.0e-5, num_train_epochs: 1, effective_batch_size: 16}}",
+    ),
+    "sft": (
+        "data: {{train: {data}, eval_split: 0.05, max_length: 2048}}", LORA,
+        "train: {{learning_rate: 2.0e-4, num_train_epochs: 3, effective_batch_size: 16}}",
+    ),
+    "reward": (
+        "data: {{train: {data}, eval_split: 0.05, max_length: 2048}}", LORA,
+        "train: {{learning_rate: 1.0e-4, num_train_epochs: 1, effective_batch_size: 16}}",
+    ),
+    "dpo": (
+        "data: {{train: {data}, eval_split: 0.05, max_length: 2048}}", LORA,
+        "dpo: {{loss_type: sigmoid, beta: 0.1, sft_weight: 0.2}}",
+        "train: {{learning_rate: 5.0e-5, num_train_epochs: 1, effective_batch_size: 16}}",
+    ),
+    "kto": (
+        "data: {{train: {data}, eval_split: 0.05, max_length: 2048}}", LORA,
+        "kto: {{beta: 0.1}}",
+        "train: {{learning_rate: 5.0e-5, num_train_epochs: 1, effective_batch_size: 16}}",
+    ),
+    "ppo": (
+        "data: {{train: {data}, max_length: 1024}}", LORA,
+        "# pairs, of which a reward model is trained first; or model: a run of ft reward, or functions: [file.py:name]",
+        "reward: {{train: {data}, learning_rate: 1.0e-4, num_train_epochs: 1}}", *PPO,
+    ),
+    "ppo by rule": (
+        "data: {{train: {data}, max_length: 1024}}", LORA,
+        "# a file of yours, as docs/ppo.md shows; or model: a run of ft reward, or train: preference pairs",
+        "reward: {{functions: [rules.py:score]}}", *PPO,
+    ),
+}  # fmt: skip
+"""stage -> the sections that are its own. Among real pairs many a question alone has 1,024 tokens."""
+STAGE_OF = {"sft": "sft", "preference": "dpo", "unpaired": "kto", "text": "pretrain"}
+"""kind of rows -> the stage a recipe for them is for, unless another is asked for."""
+SCHEMA_FILE = "ft-recipe.schema.json"
+
+
+def show_all() -> None:
+    """Every shipped recipe with what it needs: those for built-in bases first, then those that download theirs."""
+    groups: dict[str, list[str]] = {"": []}
+    for name, path in shipped().items():
+        text = path.read_text(encoding="utf-8")
+        run_with, _, needs = text.splitlines()[0].lstrip("# ").partition("  ")
+        model = str(yaml.safe_load(text)["model"]["name"])
+        download = "" if "/" not in model else f"these download {model} first"
+        groups.setdefault(download, []).append(f"{name:30} {needs.strip() or run_with}")
+    for download, lines in groups.items():
+        say(f"\n{download}:" if download else "on built-in bases, without a download:")
+        say("\n".join(lines))
+    say("\nft recipes show NAME prints one; --set model.name=tiny-llama runs any of them on a built-in base")
+
+
+def show(name: str) -> None:
+    say(find(name).read_text(encoding="utf-8"), end="")
+
+
+def explain(key: str | None, markdown: bool) -> None:
+    """A key or a section in words; all of them without a name."""
+    if markdown:
+        say(reference.document(), end="")
+    else:
+        say("\n".join(reference.explain(key)))
+
+
+def show_schema() -> None:
+    say_json(schema())
+
+
+def quoted(text: str) -> str:
+    """`text` as it stands in YAML, in quotes where it needs them."""
+    return yaml.safe_dump([text], default_flow_style=True, allow_unicode=True, width=2**16).strip()[1:-1]
+
+
+def new(path: str, stage: str | None, model: str, data: str) -> None:
+    """Write a recipe and the schema beside it; an existing file is never replaced. Without a stage the rows tell it."""
+    target = Path(path)
+    if os.path.lexists(target):
+        raise UserError("exists already", path=target, fix="choose another name")
+    if stage is not None and stage not in RECIPES:
+        raise UserError(f"unknown stage {stage!r}", key="--stage", fix=f"one of {', '.join(RECIPES)}")
+    kind = kind_of(data)
+    stage = stage or STAGE_OF[kind or "sft"]
+    beside = target.parent / SCHEMA_FILE
+    check_file(target, "PATH", lambda _: False)
+    check_file(beside, "PATH", json_with("$schema", "$defs"))
+    body = "\n".join(BODIES["ppo by rule" if stage == "ppo" and kind == "sft" else stage]).format(data=quoted(data))
+    output = quoted(f"runs/{target.stem}")
+    text = TEMPLATE.format(stage=stage, path=path, model=quoted(model), body=body, output=output, schema=SCHEMA_FILE)
+    write_atomically(target, text)
+    write_atomically(beside, json.dumps(schema(), ensure_ascii=False, indent=2))
+    say(f"wrote {target} and {beside}; now run {command(stage, '--recipe', target, '--dry-run')}")

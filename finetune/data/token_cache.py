@@ -1,0 +1,153 @@
+"""Tokenised rows in a columnar table: in memory while small, in a cached file when large.
+
+Writer(path or None): add(encoded, hash, weight), table() -> datasets.Dataset
+cache_key(…) -> str         changes with content, template, tokenizer, settings and this package's code
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from finetune.terminal.progress import warn
+
+LARGE = 16 << 20  # bytes of source files from which on tokenised rows are kept on disk
+FLUSH = 2000  # rows per record batch
+
+
+@functools.cache
+def cache_folder() -> Path:
+    """Beside the cache of datasets, which the user may have moved; for this process only where that is read-only."""
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "finetune"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    except OSError:
+        pass
+    warn(f"no cache can be kept in {folder}: set HF_DATASETS_CACHE to a folder that can be written to")
+    scratch = tempfile.mkdtemp(prefix="ft-cache-")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return Path(scratch)
+
+
+def cache_key(files: Iterable[Path], *parts: Any) -> str:
+    digest = xxhash.xxh3_128()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+        digest.update(b"\x00")
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    for part in parts:
+        digest.update(repr(part).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+class Writer:
+    """Collects rows; `path` is written beside its final place and moved there when it is complete."""
+
+    def __init__(self, path: Path | None) -> None:
+        import pyarrow as pa
+
+        self.path, self.batches = path, []  # type: ignore[var-annotated]
+        self.hashes: list[int] = []
+        self.repeats: list[float] = []
+        self.rows: list[Any] = []
+        self.schema = pa.schema(
+            {
+                "input_ids": pa.list_(pa.int32()),
+                "labels": pa.list_(pa.int32()),
+                "weights": pa.list_(pa.float32()),
+                "content_hash": pa.uint64(),
+                "repeat": pa.float32(),
+            }
+        )
+        self.count, self.weighted = 0, False
+        self.part = path.with_name(f"{path.name}.{os.getpid()}.part") if path else None
+        self.sink: Any = None
+        if self.part is not None:
+            self.part.parent.mkdir(parents=True, exist_ok=True)
+            self.sink = pa.ipc.new_stream(self.part, self.schema)
+
+    def add(self, encoded: Any, content_hash: int, repeat: float) -> None:
+        self.rows.append(encoded)
+        self.hashes.append(content_hash)
+        self.repeats.append(repeat)
+        self.count += 1
+        if len(self.rows) >= FLUSH:
+            self.flush()
+
+    def flush(self) -> None:
+        import pyarrow as pa
+
+        if not self.rows:
+            return
+        offsets = pa.array(np.cumsum([0] + [len(r.input_ids) for r in self.rows]), pa.int32())
+        self.weighted |= any(r.weights is not None for r in self.rows)
+        columns = [
+            pa.ListArray.from_arrays(offsets, flat([r.input_ids for r in self.rows], np.int32)),
+            pa.ListArray.from_arrays(offsets, flat([r.labels for r in self.rows], np.int32)),
+            pa.array([r.weights for r in self.rows], pa.list_(pa.float32())),
+            pa.array(self.hashes, pa.uint64()),
+            pa.array(self.repeats, pa.float32()),
+        ]
+        batch = pa.record_batch(columns, schema=self.schema)
+        if self.sink is not None:
+            self.sink.write_batch(batch)
+        else:
+            self.batches.append(batch)
+        self.rows, self.hashes, self.repeats = [], [], []
+
+    def table(self) -> Any:
+        """All rows as a dataset, with the columns content_hash and repeat."""
+        import datasets
+        import pyarrow as pa
+
+        self.flush()
+        if self.sink is None or self.path is None or self.part is None:
+            batches = [filled(batch) for batch in self.batches] if self.weighted else self.batches
+            return datasets.Dataset(pa.Table.from_batches(batches, self.schema))
+        self.sink.close()
+        if self.weighted:
+            second = self.part.with_suffix(".filled")
+            with pa.memory_map(str(self.part)) as source, pa.ipc.new_stream(second, self.schema) as sink:
+                for batch in pa.ipc.open_stream(source):
+                    sink.write_batch(filled(batch))
+            os.replace(second, self.part)
+        os.replace(self.part, self.path)
+        return datasets.Dataset.from_file(str(self.path))
+
+    def discard(self) -> None:
+        """Remove the unfinished file."""
+        if self.sink is not None and self.part is not None:
+            self.sink.close()
+            self.part.unlink(missing_ok=True)
+
+
+def filled(batch: Any) -> Any:
+    """The batch with weights 1 and 0 on rows that asked for none, beside rows that did."""
+    import pyarrow as pa
+
+    pairs = zip(batch.column("weights").to_pylist(), batch.column("labels").to_pylist(), strict=True)
+    weights = [[float(x != -100) for x in labels] if given is None else given for given, labels in pairs]
+    at = batch.schema.get_field_index("weights")
+    return batch.set_column(at, batch.schema.field(at), pa.array(weights, batch.schema.field(at).type))
+
+
+def flat(lists: list[list[int]], dtype: Any) -> Any:
+    import pyarrow as pa
+
+    return pa.array(np.fromiter((x for row in lists for x in row), dtype, sum(map(len, lists))))

@@ -1,0 +1,251 @@
+"""One function per kind of held-out rows; each returns an Evaluation.
+
+answers(…)    conversations: what the model answers, beside the references
+pairs(…)      preference pairs: which answer the model finds more probable
+unpaired(…)   answers labelled good or bad: how probable the model finds them
+text(…)       raw text: loss and perplexity per token
+scores(…)     preference pairs, scored by a reward model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Any
+
+from finetune.data import text as raw
+from finetune.data.audit import conversations, cut
+from finetune.data.chat import IGNORED
+from finetune.data.conversations import HeldRow
+from finetune.data.types import Encoded
+from finetune.errors import UserError
+from finetune.evaluation.generation import Evaluation, evaluate, losses_of, score, shares
+from finetune.evaluation.rewards import RewardModel, score_rows, scored_reply
+from finetune.metrics import mean, perplexity, ratio_interval
+from finetune.terminal.progress import task
+
+Scored = list[tuple[float, int]]
+"""Of each row, the summed negative log-likelihood in nats and the number of tokens."""
+Reference = tuple[Callable[[], AbstractContextManager[Any]], float]
+"""The model that an objective keeps near, and its beta."""
+
+
+def answers(
+    name: str, model: Any, encoder: Any, rows: Sequence[HeldRow], max_new_tokens: int, batch_size: int,
+    temperature: float = 0.0, seed: int = 0,
+) -> Evaluation:  # fmt: skip
+    """Exact match, fields of JSON answers, loss and perplexity of the references: see `evaluation.evaluate`."""
+    samples: Any = [row.sample for row in rows]
+    with task(f"{name}: answering", len(rows)) as advance:
+        found = evaluate(name, model, encoder, samples, max_new_tokens, batch_size, advance, temperature, seed)
+    for place, (values, row) in enumerate(zip(found.rows, rows, strict=True)):
+        values |= {"place": place, "file": row.file, "row": row.row}
+    return found
+
+
+def pairs(
+    name: str, model: Any, encoder: Any, rows: Sequence[HeldRow], batch_size: int, max_length: int | None,
+    train_on: str = "assistant", reference: Reference | None = None,
+) -> Evaluation:  # fmt: skip
+    """In how many pairs the chosen answer has the higher summed log-probability, and by how many nats on average; loss
+    and perplexity of the chosen answers.
+
+    With a reference also the same of the rewards, beta * log(probability / the reference's): reward_accuracy and
+    reward_margin.
+    """
+    encoded, notes = _encoded(encoder, rows, train_on, max_length)
+    kept = [i for i, pair in enumerate(encoded) if all(map(_trained, pair.values())) and _differ(pair)]
+    if not kept:
+        raise UserError(
+            f"no pair differs within data.max_length {max_length}", path=rows[0].file, fix="raise it, or give others"
+        )
+    sides = [encoded[i][side] for side in ("chosen", "rejected") for i in kept]
+    pad = encoder.tokenizer.pad_token_id
+    chosen, rejected = _halves(_score(f"{name}: log-probabilities", model, sides, pad, batch_size))
+    margins = [b - a for (a, _), (b, _) in zip(chosen, rejected, strict=True)]
+    correct = [float(margin > 0) for margin in margins]
+    values = shares("preference_accuracy", correct, [rows[i].group for i in kept])
+    values |= _mean("margin", margins)
+    values |= losses_of("loss", chosen)
+    values["perplexity"] = perplexity(values["loss"])
+    found = [
+        {
+            "place": i, "file": rows[i].file, "row": rows[i].row, "messages": sample.prompt, "chosen": sample.chosen,
+            "rejected": sample.rejected, "correct": right, "margin": margin, "loss": total / count,
+            "group": rows[i].group,
+        }
+        for i, right, margin, (total, count) in zip(kept, correct, margins, chosen, strict=True)
+        for sample in [_sample(rows[i])]
+    ]  # fmt: skip
+    if reference is not None:
+        make, beta = reference
+        with make() as other:
+            before = _halves(_score(f"{name}: the reference's log-probabilities", other, sides, pad, batch_size))
+        start = [b - a for (a, _), (b, _) in zip(*before, strict=True)]
+        gained = [beta * (now - then) for now, then in zip(margins, start, strict=True)]
+        values |= shares("reward_accuracy", [float(value > 0) for value in gained], [None] * len(gained))
+        values |= _mean("reward_margin", gained)
+        found = [{**row, "reward_margin": value} for row, value in zip(found, gained, strict=True)]
+    return Evaluation(
+        name, len(kept), values, found, "pairs", notes=[*notes, *_left_out(len(rows) - len(kept), max_length)]
+    )
+
+
+def unpaired(
+    name: str, model: Any, encoder: Any, rows: Sequence[HeldRow], batch_size: int, max_length: int | None,
+    reference: Reference | None = None,
+) -> Evaluation:  # fmt: skip
+    """Loss and perplexity of the good answers, the loss of the bad ones, and what lies between them.
+
+    With a reference, the rewards beta * log(probability / the reference's): reward_accuracy, the share of answers that
+    moved to the right side (good ones more probable, bad ones less), and reward_margin, good less bad on average.
+    """
+    encoded, notes = _encoded(encoder, rows, "assistant", max_length)
+    kept = [i for i, parts in enumerate(encoded) if all(map(_trained, parts.values()))]
+    if not kept:
+        raise UserError(f"no answer begins within data.max_length {max_length}", path=rows[0].file, fix="raise it")
+    sides, pad = [encoded[i][""] for i in kept], encoder.tokenizer.pad_token_id
+    good = [_sample(rows[i]).label for i in kept]
+    scored = _score(f"{name}: log-probabilities", model, sides, pad, batch_size)
+    by_label = [[pair for pair, label in zip(scored, good, strict=True) if label is side] for side in (True, False)]
+    values: dict[str, Any] = {"good": good.count(True), "bad": good.count(False)}
+    values |= losses_of("loss", by_label[0])
+    if "loss" in values:
+        values["perplexity"] = perplexity(values["loss"])
+    values |= losses_of("bad_loss", by_label[1])
+    if "loss" in values and "bad_loss" in values:
+        values["margin"] = values["bad_loss"] - values["loss"]
+    correct: list[float | None] = [None] * len(kept)
+    rewards: list[float | None] = [None] * len(kept)
+    if reference is not None:
+        make, beta = reference
+        with make() as other:
+            before = _score(f"{name}: the reference's log-probabilities", other, sides, pad, batch_size)
+        moved = [beta * (then - now) for (now, _), (then, _) in zip(scored, before, strict=True)]
+        right = [float(value > 0 if label else value < 0) for value, label in zip(moved, good, strict=True)]
+        values |= shares("reward_accuracy", right, [rows[i].group for i in kept])
+        if "margin" in values:
+            halves = [[v for v, label in zip(moved, good, strict=True) if label is side] for side in (True, False)]
+            values["reward_margin"] = mean(halves[0]) - mean(halves[1])
+        correct, rewards = list(right), list(moved)
+    found = [
+        {
+            "place": i, "file": rows[i].file, "row": rows[i].row, "messages": sample.prompt,
+            "completion": sample.completion,
+            "label": sample.label, "correct": right, "loss": total / count, "answer_reward": reward,
+            "group": rows[i].group,
+        }
+        for i, right, reward, (total, count) in zip(kept, correct, rewards, scored, strict=True)
+        for sample in [_sample(rows[i])]
+    ]  # fmt: skip
+    return Evaluation(
+        name, len(kept), values, found, "unpaired", notes=[*notes, *_left_out(len(rows) - len(kept), max_length)]
+    )
+
+
+def text(
+    name: str, model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int, length: int, blocks: int | None,
+    whole: bool,
+) -> Evaluation:  # fmt: skip
+    """Loss and perplexity per token, in blocks of `length` tokens as in training.
+
+    Args:
+        blocks: only so many; whole: what does not fill the last block is left out, as in training.
+    """
+
+    def encode(document: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(document, add_special_tokens=False)
+        return ids
+
+    packed = raw.pack(texts, encode, length, raw.separator(tokenizer), rest=not whole)
+    found = [Encoded(ids, list(ids)) for ids in islice(packed, blocks)]
+    if not found:
+        raise UserError(f"the text does not fill one block of {length} tokens", key="data.max_length", fix="lower it")
+    scored = _score(f"{name}: loss", model, found, tokenizer.pad_token_id, batch_size, "blocks")
+    values = losses_of("loss", scored)
+    values["perplexity"] = perplexity(values["loss"])
+    values["tokens"] = sum(count for _, count in scored)
+    rows = [
+        {"row": i, "text": tokenizer.decode(block.input_ids), "tokens": count, "correct": None, "loss": total / count}
+        for i, (block, (total, count)) in enumerate(zip(found, scored, strict=True), 1)
+    ]
+    return Evaluation(name, len(found), values, rows, "text")
+
+
+def scores(name: str, model: RewardModel, rows: Sequence[HeldRow], max_length: int | None) -> Evaluation:
+    """How often a reward model scores the chosen answer higher, for all pairs and each group of them, and by how much
+    on average."""
+
+    def ids(row: HeldRow) -> list[list[int]]:
+        both = conversations(row.sample)
+        return [scored_reply(model.encoder, both[side], max_length) for side in ("chosen", "rejected")]
+
+    read = [ids(row) for row in rows]
+    kept = [i for i, (chosen, rejected) in enumerate(read) if chosen != rejected]
+    if not kept:
+        raise UserError(
+            f"no pair differs within data.max_length {max_length}", path=rows[0].file, fix="raise it, or give others"
+        )
+    sides = [read[i][side] for side in (0, 1) for i in kept]
+    with task(f"{name}: scoring", len(sides), "answers") as advance:
+        found = score_rows(model.model, sides, model.tokenizer.pad_token_id, on_batch=advance)
+    chosen, rejected = found[: len(kept)], found[len(kept) :]
+    correct = [float(a > b) for a, b in zip(chosen, rejected, strict=True)]
+    values = shares("preference_accuracy", correct, [rows[i].group for i in kept])
+    margins = [a - b for a, b in zip(chosen, rejected, strict=True)]
+    values |= _mean("margin", margins)
+    result = [
+        {
+            "place": i, "file": rows[i].file, "row": rows[i].row, "messages": sample.prompt, "chosen": sample.chosen,
+            "rejected": sample.rejected, "correct": right, "loss": None, "margin": good - bad, "chosen_score": good,
+            "rejected_score": bad, "group": rows[i].group,
+        }
+        for i, right, good, bad in zip(kept, correct, chosen, rejected, strict=True)
+        for sample in [_sample(rows[i])]
+    ]  # fmt: skip
+    return Evaluation(name, len(kept), values, result, "pairs", notes=_left_out(len(rows) - len(kept), max_length))
+
+
+def _sample(row: HeldRow) -> Any:
+    return row.sample
+
+
+def _encoded(
+    encoder: Any, rows: Sequence[HeldRow], train_on: str, limit: int | None
+) -> tuple[list[dict[str, Encoded]], list[str]]:
+    """(the answers of each row by name, cut to `limit` tokens; what is to be said of that)"""
+    found, cuts = [], 0
+    for row in rows:
+        parts = {name: encoder.encode(part, train_on) for name, part in conversations(row.sample).items()}
+        short = {name: cut(encoder.tokenizer, part, limit) for name, part in parts.items()}
+        cuts += sum(short[name] is not parts[name] for name in parts)
+        found.append(short)
+    return found, [f"{cuts} answers are cut to data.max_length {limit}"] if cuts else []
+
+
+def _trained(row: Encoded) -> bool:
+    return any(label != IGNORED for label in row.labels[1:])
+
+
+def _differ(pair: dict[str, Encoded]) -> bool:
+    return pair["chosen"].input_ids != pair["rejected"].input_ids
+
+
+def _score(what: str, model: Any, rows: Sequence[Encoded], pad: int, batch_size: int, unit: str = "answers") -> Scored:
+    with task(what, len(rows), unit) as advance:
+        return score(model, [(row.input_ids, row.labels) for row in rows], pad, batch_size, advance)
+
+
+def _halves(scored: Scored) -> tuple[Scored, Scored]:
+    return scored[: len(scored) // 2], scored[len(scored) // 2 :]
+
+
+def _mean(name: str, values: Sequence[float]) -> dict[str, Any]:
+    """The mean with a 95% interval."""
+    return {name: mean(values), f"{name}_ci": list(ratio_interval(values, [1] * len(values)))}
+
+
+def _left_out(count: int, limit: int | None) -> list[str]:
+    what = f"{count} rows are left out: nothing to compare within data.max_length {limit}"
+    return [what] if count else []

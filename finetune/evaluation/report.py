@@ -1,0 +1,196 @@
+"""What `ft eval` says: the table, the comparisons, some wrong answers, and the files for scripts.
+
+compare(a, b, metric)    two models on the rows that both have measured
+report(…)                as a table on stdout, as JSON there, or both
+write_predictions(…)     a line for each row and model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.cells import cell_len, set_cell_size
+from rich.table import Table
+
+from finetune.errors import visible
+from finetune.evaluation.generation import Evaluation
+from finetune.metrics import paired
+from finetune.run import write_json, write_lines
+from finetune.terminal.progress import note, output, row, say, say_json
+from finetune.terminal.progress import show as show_table
+
+MEANS = ("loss", "reward")  # of these of a row; the other metrics are shares of rows that are `correct`
+
+
+def compared(results: Sequence[Evaluation]) -> list[str]:
+    """The metrics in which these can be compared row by row."""
+    first = results[0].metrics
+    shares = [name for name in ("exact_match", "preference_accuracy", "reward_accuracy") if name in first]
+    if results[0].kind == "pairs":
+        shares = [name for name in shares if name == "preference_accuracy"]
+    names = [*shares, *(f"{name}/{group}" for name in shares for group in first.get("groups", ()))]
+    names += [name for name in ("loss", "reward") if name in first]
+    return [name for name in names if all(name in result.metrics for result in results)]
+
+
+def compare(a: Evaluation, b: Evaluation, metric: str = "exact_match") -> dict[str, Any]:
+    """b against a on the rows that both have, or on those of a group (exact_match/GROUP); of losses the lower wins."""
+    name, _, group = metric.partition("/")
+    before, after = (column(result, name, group) for result in (a, b))
+    places = [place for place in before if place in after]
+    found = paired([before[place] for place in places], [after[place] for place in places])
+    if name == "loss":
+        found |= {"wins": found["losses"], "losses": found["wins"]}
+    return {"a": a.name, "b": b.name, "metric": metric, **found}
+
+
+def column(result: Evaluation, name: str, group: str) -> dict[Any, float]:
+    """Place -> value of the rows that have one."""
+    key = name if name in MEANS else "correct"
+    found = {}
+    for number, values in enumerate(result.rows):
+        wanted = not group or values.get("group") == group
+        wanted &= name != "loss" or values.get("label") is not False  # of unpaired answers the good ones
+        if wanted and values.get(key) is not None:
+            found[values.get("place", number)] = float(values[key])
+    return found
+
+
+def report(
+    name: str, results: Sequence[Evaluation], comparisons: Sequence[dict[str, Any]], json_file: str | None,
+    sampled: dict[str, Any], shown: Sequence[Evaluation], most: int,
+) -> None:  # fmt: skip
+    """As a table on stdout with `most` wrong answers of each of `shown`, as JSON there, or both."""
+    runs = [
+        {"name": r.name, "n": r.n, "kind": r.kind, "metrics": r.metrics, "generation": r.generation} for r in results
+    ]
+    found = {"data": name, **sampled, "runs": runs, "comparisons": list(comparisons)}
+    if json_file == "-":
+        say_json(found)
+    else:
+        by_split = " by data.eval_split" if name == "data.eval_split" else ""
+        show(results, comparisons, by_split, "".join(f", {key} {value}" for key, value in sampled.items()))
+        for result in shown if most else ():
+            show_rows(result, most)
+    if json_file and json_file != "-":
+        write_json(Path(json_file), found)
+        note(f"written to {json_file}")
+
+
+UNITS = {"answers": "", "pairs": " pairs", "unpaired": " answers", "text": " blocks of text"}
+
+
+def cell(result: Evaluation, name: str) -> str:
+    value, interval = result.metrics.get(name), result.metrics.get(f"{name}_ci")
+    if value is None:
+        return "–"
+    text = f"{value:.4g}" if name in ("weights_gb", "tokens_per_second") else f"{value:.3f}"
+    return text + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
+WIDE = 3  # more models than this stand below each other, without the single fields
+
+
+def show(
+    results: Sequence[Evaluation], comparisons: Sequence[dict[str, Any]], by_split: str = "", title: str = ""
+) -> None:
+    """The table and the comparisons, to stdout.
+
+    Args:
+        by_split: how the rows were held out; title: what goes on after their number.
+    """
+    names = list(dict.fromkeys(k for r in results for k, v in r.metrics.items() if isinstance(v, float)))
+    fields = list(dict.fromkeys(f for r in results for f in r.metrics.get("fields", {})))
+    seen = {r.name: r.metrics["trained_on"] for r in results if r.metrics.get("trained_on")}
+    number = f"n={results[0].n}{UNITS[results[0].kind]}{title}"
+    table = Table(title=visible(number if seen else f"held-out{by_split}, {number}"), title_justify="left")
+    if len(results) > WIDE:
+        for heading in ("", *(n.replace("_", " ") for n in names)):
+            table.add_column(visible(heading), justify="right" if heading else "left")
+        for result in results:
+            row(table, result.name, *(cell(result, name) for name in names))
+    else:
+        for heading in ("", *(r.name for r in results)):
+            table.add_column(visible(heading), justify="right" if heading else "left")
+        for name in names:
+            row(table, name.replace("_", " "), *(cell(r, name) for r in results))
+        for field in fields:
+            row(table, f"  {field}", *(f"{r.metrics.get('fields', {}).get(field, 0.0):.3f}" for r in results))
+    show_table(table)
+    for name, count in seen.items():
+        what = "the texts" if results[0].kind == "text" else f"these {results[0].n} rows"
+        say(f"{name} was trained on {count} of {what}: its figures are not held-out")
+    for item in comparisons:
+        low, high = item["ci"]
+        counts = f"{item['wins']} better, {item['losses']} worse, {item['ties']} same"
+        name = item["metric"].replace("_", " ")
+        say(f"{item['b']} - {item['a']}, {name}: {item['difference']:+.3f} [{low:+.3f}, {high:+.3f}], {counts}")
+
+
+def show_rows(result: Evaluation, most: int) -> None:
+    """Some rows that the model has wrong, or where nothing is right or wrong those that it finds least probable."""
+    judged = [r for r in result.rows if r["correct"] is not None]
+    if judged:
+        found = [r for r in judged if not r["correct"]]
+        what = {"answers": "wrong answers", "pairs": "pairs the wrong way round", "unpaired": "on the wrong side"}
+        title = f"{result.name}: {min(most, len(found))} of {len(found)} {what[result.kind]}"
+    elif result.kind == "answers":
+        found = result.rows
+        title = f"{result.name}: {min(most, len(found))} of {len(found)} answers"
+    else:
+        known = [r for r in result.rows if r["loss"] is not None and r.get("label") is not False]
+        found = sorted(known, key=lambda r: -r["loss"])
+        title = f"{result.name}: what it finds least probable"
+    if not found:
+        return
+    say(title)
+    for values in found[:most]:
+        say(f"  row {values['row']}")
+        for name, text in parts_of(values, result.kind).items():
+            say(line(f"    {name:<10} ", text))
+
+
+def parts_of(values: dict[str, Any], kind: str) -> dict[str, str]:
+    """What is shown of a row, by name."""
+    asked = {} if kind == "text" else {"asked": str(values["messages"][-1]["content"]) if values["messages"] else ""}
+    loss = "" if values["loss"] is None else f" (loss {values['loss']:.3f})"
+    if kind == "answers":
+        reference = values["reference"]
+        return {**asked, **({} if reference is None else {"reference": reference}), "answer": values["prediction"]}
+    if kind == "text":
+        return {f"loss {values['loss']:.3f}": values["text"]}
+    if kind == "unpaired":
+        return {**asked, "good" if values["label"] else "bad": content(values["completion"]) + loss}
+    unit = "" if "chosen_score" in values else " nats"
+    margin = f" (by {-values['margin']:.3f}{unit})"
+    return {**asked, "chosen": content(values["chosen"]), "preferred": content(values["rejected"]) + margin}
+
+
+def content(messages: Sequence[dict[str, Any]]) -> str:
+    return " ".join(str(message["content"]) for message in messages)
+
+
+def line(start: str, text: str) -> str:
+    """One line of the terminal's width, without what a terminal would obey. Both ends of a long text are kept: a
+    question stands at the end of its prompt, and an answer's first words at its beginning."""
+    room = max(20, output.width - cell_len(start))
+    shown = visible(text.replace("\n", "⏎").replace("\t", " "))
+    if cell_len(shown) <= room:
+        return start + shown
+    tail = shown[-(room // 3) :]
+    while cell_len(tail) > room // 3:
+        tail = tail[1:]
+    return start + set_cell_size(shown, room - cell_len(tail) - 1).rstrip() + "…" + tail
+
+
+def write_predictions(path: str, results: Sequence[Evaluation]) -> None:
+    """A line for each row and model: run, row, what was asked, reference, prediction, correct, loss, …"""
+    rows = [
+        {"run": result.name, **{k: v for k, v in values.items() if k != "place" and (k != "group" or v is not None)}}
+        for result in results
+        for values in result.rows
+    ]
+    write_lines(Path(path), rows)
+    note(f"{len(rows)} rows written to {path}")

@@ -1,0 +1,146 @@
+"""`resolve` fills in what depends on the machine; nothing changes a recipe afterwards. No torch."""
+
+from __future__ import annotations
+
+import glob
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from finetune.recipe.sections import OutputConfig, SourceConfig, TrainConfig
+from finetune.recipe.stages import PpoRecipe, R, Recipe, RewardSources
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What `resolve` needs to know of the machine."""
+
+    device: Literal["cpu", "cuda", "mps", "xpu"] = "cpu"
+    bf16: bool = False
+    """Fast bfloat16 matrix products."""
+    memory_gb: float = 0.0
+    """Memory of one device."""
+    processes: int = 1
+    """Data-parallel processes."""
+
+
+def absolute(path: str, exists_only: bool = True) -> str:
+    """Absolute path of a local file or folder; anything else (builtin:…, hub ids) unchanged."""
+    if path.startswith("builtin:") or (exists_only and not Path(path).expanduser().exists()):
+        return path
+    return str(Path(path).expanduser().resolve())
+
+
+def absolute_data(path: str) -> str:
+    """The same data, found from any folder; globs, too. What names a file or folder as it stands is no pattern."""
+    place = Path(path).expanduser()
+    if path.startswith("builtin:") or place.exists() or not glob.has_magic(path):
+        return absolute(path)
+    return str(Path(glob.escape(str(Path.cwd()))) / place)
+
+
+REMOTE = ("hub", "modelscope")
+
+
+def absolute_source(source: str | SourceConfig) -> str | SourceConfig:
+    if isinstance(source, SourceConfig):
+        if source.source in REMOTE:
+            return source
+        return source.model_copy(update={"path": absolute_data(source.path)})
+    return absolute_data(source)
+
+
+def absolute_rewards(reward: RewardSources) -> RewardSources:
+    """The same, found from any folder."""
+    sources = reward.train if isinstance(reward.train, list) else [] if reward.train is None else [reward.train]
+    rules = [
+        f"{absolute(file)}:{name}" if file else name  # without a function the rule is refused when it is loaded
+        for file, _, name in (rule.rpartition(":") for rule in reward.functions)
+    ]
+    return reward.model_copy(
+        update={
+            "train": [absolute_source(s) for s in sources] or None,
+            "model": reward.model and absolute(reward.model),
+            "functions": rules,
+        }
+    )
+
+
+def compute_dtype(wanted: str, hardware: Hardware) -> str:
+    if wanted != "auto":
+        return wanted
+    if hardware.bf16:
+        return "bfloat16"
+    return "float16" if hardware.device == "cuda" else "float32"
+
+
+def a_step(recipe: Recipe) -> tuple[TrainConfig, int]:
+    """(train with the rows of an optimizer step, their length). PPO's are a minibatch of prompts and replies."""
+    if not isinstance(recipe, PpoRecipe):
+        return recipe.train, recipe.data.max_length
+    rows = recipe.train.effective_batch_size // recipe.ppo.num_mini_batches
+    train = recipe.train.model_copy(update={"effective_batch_size": rows})
+    return train, recipe.data.max_length + recipe.ppo.max_new_tokens
+
+
+def batch_layout(train: TrainConfig, max_length: int, hardware: Hardware) -> tuple[int, int]:
+    """(rows per forward pass, forward passes per optimizer step); × processes = effective_batch_size."""
+    per_process = max(1, train.effective_batch_size // hardware.processes)
+    if train.per_device_train_batch_size and train.gradient_accumulation_steps:
+        return train.per_device_train_batch_size, train.gradient_accumulation_steps
+    if train.per_device_train_batch_size:
+        return train.per_device_train_batch_size, max(1, round(per_process / train.per_device_train_batch_size))
+    if train.gradient_accumulation_steps:
+        return max(1, round(per_process / train.gradient_accumulation_steps)), train.gradient_accumulation_steps
+    # Activations grow with tokens per pass; 512 tokens per GB is a cautious start that `ft plan` refines.
+    budget = max(4096, int(hardware.memory_gb * 512))
+    limit = max(1, budget // max_length)
+    micro = max(n for n in range(1, per_process + 1) if per_process % n == 0 and n <= limit)
+    return micro, per_process // micro
+
+
+def resolve(recipe: R, hardware: Hardware) -> R:
+    """Fill in everything that depends on the machine. Pure; nothing changes a recipe afterwards.
+
+    The result is complete: written to recipe.yaml and run again, it gives the same run from any folder.
+    """
+    train, data = recipe.train, recipe.data
+    is_ppo = isinstance(recipe, PpoRecipe)
+    micro, accumulation = batch_layout(*a_step(recipe), hardware)
+    best = train.load_best_model_at_end or train.early_stopping_patience is not None
+    sources = data.train if isinstance(data.train, list) else [data.train]
+    sections: dict[str, Any] = {
+        "model": recipe.model.model_copy(
+            update={
+                "name": recipe.model.name if recipe.model.source in REMOTE else absolute(recipe.model.name),
+                "adapter": recipe.model.adapter and absolute(recipe.model.adapter),
+                "chat_template": recipe.model.chat_template and absolute(recipe.model.chat_template),
+                "offload_folder": recipe.model.offload_folder
+                and absolute(recipe.model.offload_folder, exists_only=False),
+                "dtype": compute_dtype(recipe.model.dtype, hardware),
+            }
+        ),
+        "data": data.model_copy(update={"train": [absolute_source(s) for s in sources]}),
+        "train": train.model_copy(
+            update={
+                # How many samples a packed row holds is known only once they are packed.
+                "per_device_train_batch_size": train.per_device_train_batch_size if data.packing else micro,
+                "gradient_accumulation_steps": train.gradient_accumulation_steps if data.packing else accumulation,
+                "per_device_eval_batch_size": (
+                    None if is_ppo or data.eval_split is None else train.per_device_eval_batch_size or micro
+                ),
+                "gradient_checkpointing": (
+                    hardware.device != "cpu" if train.gradient_checkpointing is None else train.gradient_checkpointing
+                ),
+                "load_best_model_at_end": best,
+                # The best model can only be kept where it was evaluated.
+                "save_steps": train.save_steps or (train.eval_steps if best else None),
+                "eval_steps": train.eval_steps or (train.save_steps if best else None),
+            }
+        ),
+        "eval": recipe.eval.model_copy(update={"data": recipe.eval.data and absolute_data(recipe.eval.data)}),
+        "output": OutputConfig(dir=absolute(recipe.output.dir, exists_only=False)),
+    }
+    if isinstance(recipe, PpoRecipe):
+        sections["reward"] = absolute_rewards(recipe.reward)
+    return cast("R", recipe.model_copy(update=sections))

@@ -1,0 +1,305 @@
+"""The recipe: one strict, frozen pydantic class per stage, and `resolve`, which fills in what depends on the machine.
+
+    PretrainRecipe | SftRecipe | RewardRecipe | …           model, data, adapter, train, eval, output, the stage's own
+    RECIPES                     stage name -> class; `recipe_file.load` reads YAML into one of these
+
+Field names are those of transformers, peft and trl. The docstring under a field is its only description: the JSON
+schema (`ft recipes schema`) is generated from it. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+# peft's names, in lower case, for values of keys that are spelled as peft's.
+SPELLINGS = {"init_lora_weights": {"true": "default"}, "prompt_tuning_init": {"sample_vocab": "vocabulary"}}
+
+
+def _choices(annotation: Any) -> Iterator[Any]:
+    """The members of every Literal in it."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    else:
+        for part in get_args(annotation):
+            yield from _choices(part)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=(),
+        allow_inf_nan=False,
+    )  # fmt: skip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelling(cls, values: Any) -> Any:
+        """Words of a fixed list in any case, and by peft's names."""
+        if not isinstance(values, dict):
+            return values
+        read = dict(values)
+        for key, field in cls.model_fields.items():
+            if isinstance(word := values.get(key), str | bool):
+                word = SPELLINGS.get(key, {}).get(str(word).lower(), word)
+                same = [c for c in _choices(field.annotation) if isinstance(c, str) and c.lower() == str(word).lower()]
+                if isinstance(word, str) and same and word not in same:
+                    word = same[0]
+                read[key] = word
+        return read
+
+
+def _percent(value: Any) -> Any:
+    """5% -> 0.05; anything else as it is."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip()[:-1]) / 100
+        except ValueError:
+            return value
+    return value
+
+
+Percent = BeforeValidator(_percent, json_schema_input_type=float | int | str | None)
+
+
+def _listed(value: Any) -> Any:
+    """q_proj -> [q_proj]; "q_proj, v_proj" -> [q_proj, v_proj]. As a regular expression, which peft makes of a text, a
+    name means no module at all: full names begin with the model's."""
+    if isinstance(value, str) and value not in WORDS and re.fullmatch(r"\s*[\w.]+(\s*,\s*[\w.]+)*\s*", value):
+        return [name.strip() for name in value.split(",")]
+    return value
+
+
+WORDS = ("all-linear", "all", "storable")
+Names = BeforeValidator(_listed, json_schema_input_type=str | list[str])
+OptionalNames = BeforeValidator(_listed, json_schema_input_type=str | list[str] | None)
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class RopeScaling(Section):
+    rope_type: Literal["default", "linear", "dynamic", "yarn"]
+    """linear: positions are divided by factor (wants fine-tuning at the new length); dynamic: the base grows with the
+    text, short texts are computed as before; yarn: only slow frequencies are divided; default: no scaling."""
+    factor: Annotated[float, Field(ge=1)] | None = None
+    """New length / original length."""
+    original_max_position_embeddings: Count | None = None
+    """The length the base was trained on; config.json's max_position_embeddings when unset."""
+    attention_factor: Annotated[float, Field(gt=0)] | None = None
+    """yarn: scale of the attention logits."""
+    beta_fast: Annotated[float, Field(gt=0)] | None = None
+    """yarn: frequencies with more turns than this over the original length stay as they are."""
+    beta_slow: Annotated[float, Field(gt=0)] | None = None
+    """yarn: frequencies with fewer turns than this are divided by factor."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, values: Any) -> Any:
+        """`type` is what config.json files called it until 2024."""
+        if isinstance(values, dict) and "type" in values and "rope_type" not in values:
+            return {"rope_type": values["type"], **{k: v for k, v in values.items() if k != "type"}}
+        return {"rope_type": values} if isinstance(values, str) else values
+
+    @model_validator(mode="after")
+    def _complete(self) -> RopeScaling:
+        if self.factor is None and self.rope_type in ("dynamic", "yarn"):
+            raise ValueError("model.rope_scaling.factor: missing, new length / original length")
+        return self
+
+
+class ModelConfig(Section):
+    name: str
+    """Built-in base (tiny-llama), local folder, or hub id."""
+    adapter: str | None = None
+    """Run directory or adapter folder to continue from; its base must be `name`."""
+    source: Literal["local", "hub", "modelscope"] | None = None
+    """Where `name` lies; unset: a built-in base or a local folder when there is one, otherwise a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    rope_scaling: RopeScaling | None = None
+    """Longer contexts than the base was trained on, e.g. {rope_type: yarn, factor: 4}. For ChatGLM checkpoints whose
+    `rope_ratio` could mean two things, {rope_type: default} (ChatGLM3, GLM-4) or {rope_type: linear} (ChatGLM2)."""
+    sanity_check: Literal["auto"] | bool = "auto"
+    """Loss on a fixed text right after loading must be far below that of guessing: true an error, false not looked at,
+    auto an error from 20 million parameters on and a warning below (small models are often random ones for tests)."""
+    device_map: Literal["auto", "balanced", "sequential"] | dict[str, int | str] | None = None
+    """Spread the model over several devices, main memory and disk; unset: one device. What lies in main memory (beside
+    a GPU) or on disk can generate but not train."""
+    max_memory: dict[int | str, int | str] | None = None
+    """With device_map, the most to use: {0: 20GB, cpu: 60GB}."""
+    offload_folder: str | None = None
+    """With device_map, where weights on disk go; a temporary folder when unset."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the computation; trainable weights are always float32. auto: bfloat16 where the hardware has it,
+    float16 with loss scaling on older GPUs, float32 on other CPUs."""
+    quantization: Literal["int8", "int4"] | None = None
+    """Hold the base in 8 or 4 bits (bitsandbytes); embeddings, norms and the output head keep their precision."""
+    quantization_type: Literal["nf4", "fp4"] = "nf4"
+    """Data type of int4."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Attention kernel; transformers chooses when unset."""
+    chat_template: str | None = None
+    """File of a Jinja chat template that replaces the tokenizer's own."""
+
+
+class PretrainModelConfig(ModelConfig):
+    config: dict[str, Any] | None = None
+    """Start from random weights with this transformers config (`model_type`, `hidden_size`, …) instead of loading
+    `name`, which then only names the result."""
+    tokenizer: str | None = None
+    """Tokenizer folder or hub id; with `config` only. `builtin:tickets` trains the tiny bases' own on the corpus."""
+
+
+class SourceConfig(Section):
+    path: str
+    """File, folder, glob, `builtin:` name, or dataset id."""
+    source: Literal["local", "hub", "modelscope"] | None = None
+    """Where `path` lies; unset: a local path when it exists, otherwise a hub id."""
+    name: str | None = None
+    """Configuration of a hub dataset."""
+    split: str | None = None
+    """Split of a hub dataset (train when unset)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    format: str | None = None
+    """Row format of this source; recognised when unset."""
+    columns: dict[str, str] | None = None
+    """Rename columns: {the format's name: the file's name}."""
+    filter: dict[str, str | int | float | bool | list[str | int | float | bool]] | None = None
+    """Use only rows whose columns have these values: {column: value or list of values}."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each row is used: 2 twice, 0.5 half of the rows (chosen by content hash)."""
+    max_samples: Count | None = None
+    """Use only this many rows of this source."""
+
+
+class DataConfig(Section):
+    train: str | SourceConfig | list[str | SourceConfig]
+    """Training data: file, folder, glob, `builtin:tickets/train`, hub dataset id, or a mapping with more (path, split,
+    weight, filter, …); several as a list."""
+    eval_split: Annotated[Fraction | Count | None, Percent] = None
+    """Hold this share (0.05 or 5%, at least one row) or number of rows of `train` out for the loss during training, by
+    content hash."""
+    format: str | None = None
+    """Row format; recognised from the rows when unset."""
+    columns: dict[str, str] | None = None
+    """Rename columns: {the format's name: your name}."""
+    text_unit: Literal["line", "paragraph", "file"] = "line"
+    """What one document of plain text (.txt) is in `ft pretrain`: a line, what stands between blank lines, or the whole
+    file."""
+    max_length: Count = 2048
+    """Longest sample in tokens."""
+    packing: bool = False
+    """Put several samples of `ft sft` into one row of max_length tokens; off when a probe finds that they see each
+    other."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which turns carry loss: every assistant turn, only the last one, or all text but tool output."""
+    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """A sample longer than max_length: cut its end, leave it out, or stop. Counted in result.json."""
+    on_error: Literal["stop", "drop"] = "stop"
+    """A row that cannot be used: stop with all of them listed, or leave them out (at most max_dropped)."""
+    max_dropped: Annotated[float, Field(ge=0, le=1), Percent] = 0.05
+    """The largest share of rows (0.05 or 5%) that may be left out: with on_error: drop those that cannot be used, and
+    those whose first max_length tokens hold nothing that is trained."""
+    max_samples: Count | None = None
+    """Use only this many rows of each source: the first ones, or with shuffle a random choice."""
+    shuffle: bool = False
+    """Draw max_samples at random by seed instead of taking the first rows. (Training order is always shuffled.)"""
+    streaming: bool = False
+    """Read hub datasets as a stream instead of downloading them first."""
+    on_forged_marker: Literal["error", "allow"] = "error"
+    """Turn markers that are plain text to the tokenizer ([INST] of Llama-2, [|Human|]: of BlueLM) inside content: an
+    error, or allowed and counted. Control tokens inside content always become text."""
+    cache: bool = True
+    """Keep tokenised large data of `ft sft` on disk, keyed by content, template, tokenizer and settings."""
+
+
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
+    "warmup_stable_decay",
+]  # fmt: skip
+Optimizer = Literal[
+    "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "sgd", "lion_8bit", "muon",
+]  # fmt: skip
+
+
+class TrainConfig(Section):
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the data; max_steps overrides it."""
+    max_steps: Count | None = None
+    """Optimizer steps; overrides num_train_epochs."""
+    effective_batch_size: Count = 16
+    """Original samples per optimizer step over all devices, packed or not; micro-batch and accumulation follow."""
+    per_device_train_batch_size: Count | None = None
+    """Rows per forward pass and device, a divisor of effective_batch_size; derived when unset."""
+    gradient_accumulation_steps: Count | None = None
+    """Forward passes per optimizer step, a divisor of effective_batch_size; derived when unset."""
+    per_device_eval_batch_size: Count | None = None
+    """Rows per forward pass in evaluation; derived when unset."""
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.03
+    """Linear warm-up from 0: a number of steps, or below 1 a fraction of all steps, rounded down."""
+    lr_scheduler_type: Scheduler = "cosine_with_min_lr"
+    """Shape of the learning rate; cosine_with_min_lr ends at lr_min_ratio of the peak."""
+    lr_min_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Floor of cosine_with_min_lr and warmup_stable_decay, as a share of the peak."""
+    lr_decay_ratio: Fraction = 0.35
+    """warmup_stable_decay: share of the steps spent in the final decay."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this norm; 0 switches it off."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay on matrices (not on biases, norms, and the vectors and scales of adapters)."""
+    optim: Optimizer = "adamw"
+    """Optimizer. muon: orthogonalised momentum on matrices, AdamW on the rest."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the second moment."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Momentum of muon on matrices."""
+    muon_adamw_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the AdamW part of muon (embeddings, norms, biases); learning_rate when unset."""
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Noise on the embeddings while training (arXiv:2310.05914)."""
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target probability spread over the vocabulary."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations instead of keeping them; unset: on GPUs yes, on CPUs no."""
+    torch_compile: bool = False
+    """Compile the model with torch.compile; pays in long runs."""
+    group_by_length: bool = True
+    """Batch samples of similar length (less padding); without effect when packed."""
+    seed: int = 42
+    """Seed of weights, order and dropout, set before anything is initialised."""
+    logging_steps: Count = 10
+    """Steps between rows of metrics.jsonl."""
+    eval_steps: Count | None = None
+    """Steps between evaluations of the held-out loss (data.eval_split); unset: at the end of every epoch."""
+    save_steps: Count | None = None
+    """Steps between checkpoints; unset: at the end of every epoch. With load_best_model_at_end a multiple of
+    eval_steps, and equal to it when unset."""
+    save_total_limit: Count = 2
+    """Checkpoints kept (the best one beside them)."""
+    load_best_model_at_end: bool = False
+    """Keep the checkpoint with the lowest held-out loss instead of the last."""
+    early_stopping_patience: Count | None = None
+    """Stop after this many evaluations without a lower held-out loss; implies load_best_model_at_end."""
+
+
+class EvalConfig(Section):
+    data: str | None = None
+    """Held-out data with reference answers."""
+    max_new_tokens: Count = 256
+    """Longest generated answer."""
+    batch_size: Count = 32
+    """Prompts per generation batch."""
+    limit: Count | None = None
+    """Only the first n rows."""
+
+
+class OutputConfig(Section):
+    dir: str
+    """Run directory; never overwritten without --overwrite."""

@@ -1,0 +1,201 @@
+"""What happens during training besides training: records, proofs, signals."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from typing import Any
+
+from transformers import TrainerCallback
+
+from finetune.adapters import adalora
+from finetune.errors import RunError
+from finetune.models.hardware import peak_memory_gb
+from finetune.recipe.adapters import AdaLoraAdapter
+from finetune.run import Run
+from finetune.terminal.progress import Progress
+from finetune.training.weight_check import Proof
+
+
+class Recorder(TrainerCallback):
+    """Writes metrics.jsonl and feeds the progress display."""
+
+    def __init__(self, run: Run, progress: Progress, may_stop: bool = False) -> None:
+        """
+        Args:
+            may_stop: whether an evaluation can end the run.
+        """
+        self.run, self.progress, self.tokens, self.may_stop = run, progress, 0.0, may_stop
+        self.scored = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.start(state.max_steps, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        self.progress.step(state.global_step)
+        # The last step is always on record; an evaluation may be what ends the run (early stopping).
+        control.should_log |= state.global_step >= state.max_steps or (self.may_stop and control.should_evaluate)
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        control.should_log |= self.may_stop and control.should_evaluate
+        return control
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
+        self.scored += 1
+        self.progress.doing(f"held-out batch {self.scored:,}/{len(eval_dataloader):,}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.scored = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = dict(logs or {})
+        if "train_runtime" in logs:  # the summary at the end; result.json has it
+            return
+        row = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4), **logs}
+        tokens = row.pop("num_tokens", None)
+        if "loss" in row and tokens is not None:
+            row["tokens_per_second"] = self.progress.rate(tokens - self.tokens)
+            self.tokens = tokens
+            row["num_tokens"] = tokens
+        row["peak_memory_gb"] = round(peak_memory_gb(), 3)
+        row = {
+            key: value
+            for key, value in row.items()
+            if not key.endswith(("_runtime", "_per_second")) or key == "tokens_per_second"
+        }
+        if skipped(kwargs.get("optimizer")):
+            row.pop("grad_norm", None)  # loss scaling has left the step out, by design
+        self.run.append_metrics(row)
+        self.progress.log(row)
+        for key in ("loss", "grad_norm", "eval_loss"):
+            if key in row and not math.isfinite(float(row[key])):
+                advice = "lower train.learning_rate, look at the data with `ft data check`, or set model.dtype: float32"
+                raise RunError(f"{key} became {row[key]} at step {state.global_step}: {advice}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.stop()
+
+
+class Proven(TrainerCallback):
+    """Follows what is trained (see `adapters.proof`). Sharded gradients (FSDP, DeepSpeed) are not looked at."""
+
+    def __init__(self) -> None:
+        self.proof: Proof | None = None
+        self.steps = self.left_out = 0
+        """Steps taken, and left out by loss scaling."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if not args.deepspeed and not args.fsdp:
+            self.proof = Proof(model)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if skipped(optimizer):
+            self.left_out += 1
+            check_scale(optimizer.scaler, state.global_step + 1)
+            return
+        self.steps += 1
+        if self.proof is not None and self.proof.watching:
+            self.proof.look()
+            self.proof.count(max(group["lr"] for group in optimizer.param_groups))
+
+
+SMALLEST_SCALE = 1e-4
+
+
+def skipped(optimizer: Any) -> bool:
+    """Whether float16's loss scaling has left the last step out: its gradients were too large for the scale."""
+    return bool(getattr(optimizer, "step_was_skipped", False))
+
+
+def check_scale(scaler: Any, step: int) -> None:
+    """RunError when steps are left out however small the scale: then it is not the scale."""
+    if scaler.get_scale() < SMALLEST_SCALE:
+        raise RunError(
+            f"the gradients are not finite in float16 at step {step}, whatever the loss scale: "
+            "set model.dtype: bfloat16 or float32"
+        )
+
+
+class Ranks(TrainerCallback):
+    """AdaLoRA: share out the ranks after every step, while the gradients are still there."""
+
+    def __init__(self, section: AdaLoraAdapter) -> None:
+        self.section = section
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        adalora.plan(model, self.section, state.max_steps)
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        if not skipped(optimizer):  # its gradients are no numbers
+            adalora.allocate(model, state.global_step + 1)
+
+
+class Guard(TrainerCallback):
+    """SIGINT, SIGTERM and SIGHUP: finish the step, save a checkpoint, stop. A second one stops at once, but for SIGHUP,
+    which shells and the system send beside others."""
+
+    def __init__(self) -> None:
+        self.stopped = self.asked = False
+        self.before: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        terminals = at_terminal()
+
+        def stop(number: int, frame: Any) -> None:
+            if number == HANGUP:
+                leave(terminals)
+            elif self.asked:
+                raise KeyboardInterrupt
+            else:
+                self.asked = True
+            self.stopped = True
+
+        for number in stopping():
+            self.before[number] = signal.signal(number, stop)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        while self.before:
+            signal.signal(*self.before.popitem())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if self.stopped:
+            ends_epoch = state.epoch == int(state.epoch)
+            # At the end of an epoch the evaluation that belongs there comes first, then its checkpoint.
+            control.should_save |= not (ends_epoch and args.save_strategy == "epoch")
+            control.should_training_stop = True
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if self.stopped and state.epoch != int(state.epoch):  # the epoch is not over: it goes on with --resume
+            control.should_evaluate = control.should_save = False
+        return control
+
+
+HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
+
+
+def at_terminal() -> list[int]:
+    """Which of stdout and stderr is a terminal."""
+    return [fd for fd in (1, 2) if os.isatty(fd)]
+
+
+def leave(terminals: list[int]) -> None:
+    """After a hang-up: writing there would end the run before its checkpoint is saved."""
+    with open(os.devnull, "wb") as nowhere:
+        for fd in terminals:
+            os.dup2(nowhere.fileno(), fd)
+
+
+def stopping() -> list[signal.Signals]:
+    """The signals at which a run saves a checkpoint; not a hang-up that is ignored (nohup)."""
+    found = [signal.SIGINT, signal.SIGTERM]
+    if HANGUP is not None and signal.getsignal(HANGUP) is not signal.SIG_IGN:
+        found.append(HANGUP)
+    return found

@@ -1,0 +1,208 @@
+"""README.md beside weights: a model card in the hub's format, with nothing left to fill in.
+
+card(…)            the text for a run's weights
+merged_card(…)     the text for a merged model
+licence_of(base)   what the base's own card says
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.resources import BUILTIN_MODELS
+from finetune.terminal.progress import command, shown_name
+from finetune.training.report import shown, with_intervals
+
+OWN_METHODS = ("bottleneck", "bitfit", "last_layers")  # peft knows them once finetune is imported
+
+
+def licence_of(base: str, folder: Path) -> str | None:
+    """The licence in the base's model card, or None when it has no card or names none."""
+    if folder.parent == BUILTIN_MODELS:
+        return "apache-2.0"
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return None
+    parts = readme.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        head = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    named = head.get("license_name") or head.get("license") if isinstance(head, dict) else None
+    return str(named) if named else None
+
+
+def card(
+    recipe: dict[str, Any], result: dict[str, Any], base: str | None, licence: str | None, *,
+    place: str | None = None, original_layout: bool = False,
+) -> str:  # fmt: skip
+    """The model card of a run's weights.
+
+    Args:
+        recipe: the resolved recipe; result: result.json.
+        base: name of the base, None for a new model; licence: the base's, None when unknown.
+        place: where the base is loaded from, seen from the card's folder; the name when unset.
+        original_layout: base (or model) is in ChatGLM's own layout, which plain transformers does not read.
+    """
+    stage, method, model = recipe["stage"], recipe["adapter"]["method"], recipe["model"]
+    kind = "A reward model" if stage == "reward" else "A model" if method == "full" else "An adapter"
+    name = base and shown_name(base)
+    head = {
+        **({"base_model": name} if name else {}),
+        **({"license": licence} if licence else {}),
+        **({"library_name": "peft"} if method != "full" else {"library_name": "transformers"}),
+        "pipeline_tag": "text-classification" if stage == "reward" else "text-generation",
+        "tags": ["ft", stage, method],
+    }
+    section = {k: v for k, v in recipe["adapter"].items() if k != "method" and v is not None}
+    settings = ", ".join(f"{k} {v}" for k, v in section.items())
+    train = recipe["train"]
+    share = result["trainable_parameters"] / max(1, result["total_parameters"])
+    rows = [
+        ("base", name or "none: a new model"),
+        ("revision of the base", model.get("revision")),
+        ("licence of the base", licence or (name and UNKNOWN_LICENCE)),
+        ("goes on from", model.get("adapter") and shown_name(model["adapter"])),
+        ("stage", f"`ft {stage}`"),
+        ("method", f"{method}{f' ({settings})' if settings else ''}"),
+        ("data", ", ".join(names_of(recipe["data"]["train"]))),
+        ("held-out data", _split(recipe) or ", ".join(names_of(recipe["eval"].get("data")))),
+        ("trained", f"{shown(result['trainable_parameters'])} of {shown(result['total_parameters'])} parameters "
+                    f"({share:.2%}), {shown(result['steps'])} steps, learning rate {train['learning_rate']:g}"),
+        ("quantization of the base", model.get("quantization")),
+        ("rope scaling of the base", model.get("rope_scaling")),
+    ]  # fmt: skip
+    metrics = {"training loss": shown(result["train_loss"]), **with_intervals(result.get("eval") or {})}
+    metrics = {name.replace("_", " "): value for name, value in metrics.items() if name != "num_tokens"}
+    lines = [
+        *front(head), f"# {shown_name(recipe['output']['dir'])}", "",
+        f"{kind} made by `ft {stage}` (package ft-recipes); `recipe.yaml` in the run directory makes it again.", "",
+        *table(rows), "", "## Metrics", "", *table(metrics.items()), "",
+        "All but the training loss on the held-out data; in brackets 95% intervals. `ft eval` measures answers.", "",
+        "## Use", "", *usage(stage, method, place or name, original_layout, model.get("revision")), "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def merged_card(
+    report: dict[str, Any], base: str, licence: str | None, recipe: dict[str, Any] | None, title: str
+) -> str:
+    """The model card of a merged model.
+
+    Args:
+        report: merge.json; recipe: the resolved recipe of the adapter's run, where there is one.
+    """
+    stage = recipe["stage"] if recipe else None
+    if recipe and Path(base) == Path(recipe["output"]["dir"]) / "start":  # the run had merged an adapter into it first
+        base = recipe["model"]["name"]
+    head = {
+        "base_model": shown_name(base), **({"license": licence} if licence else {}), "library_name": "transformers",
+        "pipeline_tag": "text-generation", "tags": ["ft", *filter(None, [stage]), report["method"].lower(), "merged"],
+    }  # fmt: skip
+    rows = [
+        ("base", shown_name(base)),
+        ("licence of the base", licence or UNKNOWN_LICENCE),
+        ("weights of the base", report["base_weights"]),
+        ("adapter", shown_name(recipe["output"]["dir"] if recipe else report["adapter"])),
+        ("method", report["method"].lower()),
+        ("stage", stage and f"`ft {stage}`"),
+        ("data", recipe and ", ".join(names_of(recipe["data"]["train"]))),
+        ("precision", report["dtype"]),
+        ("quantization in training", report["quantization"]),
+    ]
+    told = {
+        "max_logit_diff": "largest difference of a logit to base + adapter",
+        "base_logit_diff": f"the same by rounding the base alone to {report['dtype']}",
+        "adapter_effect": "largest change of a logit by the adapter",
+        "diff_to_trained_model": "largest difference to the quantized model as trained",
+        "compared_tokens": "tokens compared",
+    }
+    figures = [(what, shown(report[key])) for key, what in told.items() if report.get(key) is not None]
+    proof = report["sum"]
+    figures += [
+        ("layers summed and compared", shown(proof["layers"])),
+        ("what the float32 sum misses of the adapter, at most", shown(proof["largest_miss"])),
+        ("tensors read back, equal bit by bit", shown(proof["tensors"])),
+    ]
+    how = ["```bash", command("chat", "--model", "."), "```"] if report["format"] == "chatglm" else python(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer", "", HERE,
+        "model = AutoModelForCausalLM.from_pretrained(folder)",
+    )  # fmt: skip
+    lines = [
+        *front(head), f"# {title}", "", "An adapter merged into its base by `ft merge` (package ft-recipes).", "",
+        *table(rows), "", "## Merge", "", *table(figures), "", "## Use", "", *how, "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+UNKNOWN_LICENCE = "not stated in the base's files: look it up before you pass this on"
+HERE = 'folder = "."  # the one this file is in'
+
+
+def front(head: dict[str, Any]) -> list[str]:
+    return ["---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
+
+
+def table(rows: Iterable[tuple[str, Any]]) -> list[str]:
+    """Two columns; rows without a value are left out."""
+    cells = [(name, str(value).replace("|", "\\|").replace("\n", " ")) for name, value in rows if value]
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)]
+
+
+def names_of(given: Any) -> list[str]:
+    """Names of data: of local files only the last part, since the rest is somebody's home."""
+    listed = given if isinstance(given, list) else [given] if given else []
+    return [shown_name(item if isinstance(item, str) else item["path"]) for item in listed]
+
+
+def place_of(base: str, folder: Path) -> str:
+    """What transformers loads the base from: in the directory of a run of `full` it is model/."""
+    name = shown_name(base)
+    return f"{name}/model" if Path(base).is_absolute() and Path(base).resolve() == folder.parent else name
+
+
+def _split(recipe: dict[str, Any]) -> str | None:
+    split = recipe["data"].get("eval_split")
+    if not split:
+        return None
+    return (
+        f"{split:g} of the training data, by content"
+        if isinstance(split, float)
+        else f"{split:,} rows of the training data"
+    )
+
+
+def usage(stage: str, method: str, base: str | None, original_layout: bool, revision: str | None = None) -> list[str]:
+    """How to load it, as Markdown lines; the Python runs in the card's folder."""
+    if original_layout:
+        what = ["--model", "."] if method == "full" or base is None else ["--model", base, "--adapter", "."]
+        return [
+            "In ChatGLM's original layout, which plain transformers does not read:", "",
+            "```bash", command("chat", *what), "```",
+        ]  # fmt: skip
+    auto = "AutoModelForSequenceClassification" if stage == "reward" else "AutoModelForCausalLM"
+    if method == "full" or base is None:
+        return python(
+            f"from transformers import AutoTokenizer, {auto}", "", HERE, f"model = {auto}.from_pretrained(folder)"
+        )
+    builtin = (BUILTIN_MODELS / base).is_dir()
+    where = f'BUILTIN_MODELS / "{base}"' if builtin else json.dumps(base, ensure_ascii=False)
+    where += f", revision={json.dumps(revision)}" if revision else ""
+    own = ["import finetune  # makes its methods known to peft"] if method in OWN_METHODS else []
+    own += ["from finetune.recipe import BUILTIN_MODELS"] if builtin else []
+    return python(
+        *own, "from peft import PeftModel", f"from transformers import AutoTokenizer, {auto}", "", HERE,
+        f"base = {auto}.from_pretrained({where}{', num_labels=1' if stage == 'reward' else ''})",
+        "model = PeftModel.from_pretrained(base, folder)",
+    )  # fmt: skip
+
+
+def python(*code: str) -> list[str]:
+    return ["```python", *code, "tokenizer = AutoTokenizer.from_pretrained(folder)", "```"]

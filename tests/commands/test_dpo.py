@@ -1,0 +1,350 @@
+"""`ft dpo` and `ft kto`: trl's own numbers, the right reference, real files, exact resume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import SHARED, tensors, train, write_rows
+
+from finetune.commands import dpo, kto
+from finetune.errors import UserError
+from finetune.evaluation import targets
+from finetune.models import loading
+from finetune.recipe.file import load
+from finetune.recipe.sections import ModelConfig
+from finetune.recipe.stages import DpoRecipe, KtoRecipe
+from finetune.run import Run
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Reference log-probabilities of a test stay with the test."""
+    monkeypatch.setattr("finetune.training.alignment.cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache" / "reference"
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    rows = [
+        {"prompt": f"say {i}", "chosen": f"{i} yes please", "rejected": f"{i} no"} for i in range(32)
+    ]  # a property that is easy to prefer
+    return write_rows(tmp_path / "pairs.jsonl", rows)
+
+
+@pytest.fixture
+def unpaired(tmp_path: Path) -> Path:
+    rows = [
+        {"prompt": f"say {i}", "completion": f"{i} {'yes please' if i % 2 else 'no'}", "label": bool(i % 2)}
+        for i in range(32)
+    ]
+    return write_rows(tmp_path / "kto.jsonl", rows)
+
+
+@pytest.fixture
+def aligned(tmp_path: Path, base: Path, pairs: Path) -> Write:
+    def write(stage: str = "dpo", **sections: Any) -> Path:
+        values: dict[str, Any] = {
+            "version": 1,
+            "stage": stage,
+            "model": {"name": str(base), "dtype": "float32"},
+            "data": {"train": str(pairs), "max_length": 64},
+            "adapter": {"method": "lora", "r": 4, "lora_alpha": 8},
+            "train": {"max_steps": 6, "effective_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 1},
+            "output": {"dir": str(tmp_path / stage)},
+        }
+        for name, section in sections.items():
+            values[name] = {**values.get(name, {}), **section}
+        path = tmp_path / f"{stage}.yaml"
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    return write
+
+
+def run(path: Path, resume: bool = False) -> Run:
+    stage = yaml.safe_load(path.read_text())["stage"]
+    kind, module = {"dpo": (DpoRecipe, dpo), "kto": (KtoRecipe, kto)}[stage]
+    loaded: Any = load(str(path), kind)
+    module.run(loaded, resume=resume)
+    return Run(Path(loaded.output.dir))
+
+
+def logged(found: Run, key: str) -> list[float]:
+    return [row[key] for row in found.read_metrics() if key in row]
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_losses_equal_those_of_trl(
+    aligned: Write, base: Path, pairs: Path, unpaired: Path, tmp_path: Path, stage: str
+) -> None:
+    """The same rows in the same order through trl's own trainer with its own tokenisation."""
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
+    source = {"dpo": pairs, "kto": unpaired}[stage]
+    settings = {"effective_batch_size": 32, "max_steps": 4, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    ours = logged(run(aligned(stage, train=settings, data={"train": str(source)})), "loss")
+
+    def turns(row: dict[str, Any]) -> dict[str, Any]:
+        roles = {"prompt": "user"}
+        return {
+            key: value if key == "label" else [{"role": roles.get(key, "assistant"), "content": value}]
+            for key, value in row.items()
+        }
+
+    rows = [turns(json.loads(line)) for line in source.read_text().splitlines()]
+    set_seed(42)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    start = {k: v for k, v in get_peft_model(model, config).state_dict().items() if "lora" in k}
+    model = AutoModelForCausalLM.from_pretrained(base)
+    made, arguments = {"dpo": (DPOTrainer, DPOConfig), "kto": (KTOTrainer, KTOConfig)}[stage]
+    trainer = made(
+        model=model,
+        args=arguments(
+            output_dir=str(tmp_path / "trl"), per_device_train_batch_size=32, max_steps=4, learning_rate=5e-3,
+            lr_scheduler_type="constant", logging_steps=1, bf16=False, use_cpu=True, report_to="none", max_length=64,
+            activation_checkpointing=False, beta=0.1, save_strategy="no", disable_tqdm=True, weight_decay=0.0,
+        ),
+        train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(base),
+        peft_config=config,
+    )  # fmt: skip
+    names = {
+        k.replace("base_model.model.", "base_model.model.", 1).replace(".default", ""): v for k, v in start.items()
+    }
+    set_peft_model_state_dict(trainer.model, names)
+    trainer.train()
+    theirs = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert ours == pytest.approx(theirs, abs=1e-3)
+    assert ours[0] == pytest.approx({"dpo": 0.6931, "kto": 0.5}[stage], abs=1e-4)
+    assert ours[-1] < ours[0] - 0.01
+
+
+def test_learns_the_preference(aligned: Write) -> None:
+    found = run(aligned(train={"max_steps": 25}, data={"eval_split": 8}))
+    assert logged(found, "eval_rewards/accuracies")[-1] == 1.0
+    assert logged(found, "loss")[-1] < 0.4
+    assert {p.name for p in found.adapter.iterdir()} >= {"adapter_model.safetensors", "base_identity.json"}
+    assert not (found.adapter / "ref").exists(), "the frozen reference is not part of the result"
+
+
+@pytest.mark.parametrize("loss", ["ipo", "hinge", "robust", "apo_zero", "simpo", "orpo", "sigmoid_norm"])
+def test_objectives_widen_the_margin(aligned: Write, loss: str) -> None:
+    settings = {"loss_type": loss, "label_smoothing": 0.1 if loss == "robust" else 0.0}
+    margins = logged(run(aligned(dpo=settings, train={"max_steps": 15})), "rewards/margins")
+    assert margins[-1] > margins[0]
+
+
+def test_sft_weight_raises_the_chosen_answers(aligned: Write, tmp_path: Path) -> None:
+    plain = run(aligned(train={"max_steps": 12}))
+    weighted = run(
+        aligned(train={"max_steps": 12}, dpo={"sft_weight": 1.0}, output={"dir": str(tmp_path / "weighted")})
+    )
+    assert logged(weighted, "logps/chosen")[-1] > logged(plain, "logps/chosen")[-1]
+
+
+def test_reference_is_computed_once(
+    aligned: Write, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl import DPOTrainer
+
+    calls = []
+    whole = DPOTrainer.compute_ref_log_probs
+    monkeypatch.setattr(
+        DPOTrainer, "compute_ref_log_probs", lambda self, *a, **k: calls.append(1) or whole(self, *a, **k)
+    )
+    first = run(aligned())
+    computed = len(calls)
+    again = run(aligned(output={"dir": str(tmp_path / "again")}))
+    assert computed > 0
+    assert len(calls) == computed
+    assert len(list(cache.iterdir())) == 1
+    assert logged(first, "loss") == logged(again, "loss")
+    run(aligned(output={"dir": str(tmp_path / "other")}, model={"dtype": "bfloat16"}))
+    assert len(calls) > computed
+
+
+@pytest.mark.parametrize("start", ["continue", "merge"])
+def test_from_an_sft_run(aligned: Write, recipe: Write, start: str, tmp_path: Path) -> None:
+    """Policy and reference begin as the SFT model, whichever way; merged, the base is a new one."""
+    sft = train(recipe(train={"max_steps": 20}))
+    found = run(aligned(model={"adapter": str(sft.path)}, dpo={"start": start}, data={"eval_split": 8}))
+    assert logged(found, "loss")[0] == pytest.approx(0.6931, abs=1e-3)
+    identity = json.loads((found.adapter / "base_identity.json").read_text())
+    assert (identity["base"] == str(found.path / "start")) == (start == "merge")
+    target = targets.run_target(str(found.path))  # what `ft eval RUN` loads
+    assert target.model.name == identity["base"]
+    before = tensors(sft.adapter)
+    after = tensors(found.adapter)
+    if start == "continue":
+        assert before.keys() == after.keys()
+        assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"method": "bitfit"}, {"method": "ia3"}, {"method": "vera", "r": 16}, {"method": "lokr", "r": 4},
+        {"method": "last_layers", "num_layers": 1}, {"method": "prompt_tuning", "num_virtual_tokens": 4},
+        {"method": "prefix_tuning", "num_virtual_tokens": 4},
+    ],
+    ids=lambda section: section["method"],
+)  # fmt: skip
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_the_reference_of_every_method_is_where_it_starts(
+    aligned: Write, recipe: Write, unpaired: Path, stage: str, section: dict[str, Any]
+) -> None:
+    """peft keeps the weights of some methods under other names than LoRA's, which a copy by name misses."""
+
+    def with_section(path: Path) -> Path:
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "adapter": section}))
+        return path
+
+    sft = train(with_section(recipe(train={"max_steps": 5, "learning_rate": 3e-2})))
+    sections: dict[str, Any] = {"model": {"adapter": str(sft.path)}, "train": {"max_steps": 3, "warmup_steps": 0}}
+    if stage == "kto":
+        sections["data"] = {"train": str(unpaired)}
+    found = run(with_section(aligned(stage, **sections)))
+    first = found.read_metrics()[0]
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    if stage == "dpo":
+        assert first["loss"] == pytest.approx(0.6931, abs=1e-4)
+    before, after = tensors(sft.adapter), tensors(found.adapter)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_merge_without_an_adapter(aligned: Write) -> None:
+    with pytest.raises(UserError, match="there is no adapter to merge"):
+        run(aligned(dpo={"start": "merge"}))
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "bitfit", "prompt_tuning", "prefix_tuning", "adalora", "full"])
+def test_other_methods_as_policy(aligned: Write, tmp_path: Path, method: str) -> None:
+    path = aligned(train={"max_steps": 15})
+    values = yaml.safe_load(path.read_text())
+    values["adapter"] = {"method": method}
+    path.write_text(yaml.safe_dump(values))
+    margins = logged(run(path), "rewards/margins")
+    assert margins[-1] > margins[0]
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_a_start_that_rewrites_the_base_rewrites_it_once(
+    aligned: Write, unpaired: Path, base: Path, stage: str
+) -> None:
+    """Learning nothing, the saved adapter is the base; the reference beside the policy must not move it."""
+    settings = {"max_steps": 1, "learning_rate": 1e-12, "warmup_steps": 0}
+    data = {"train": str(unpaired)} if stage == "kto" else {}
+    found = run(aligned(stage, data=data, train=settings, adapter={"init_lora_weights": "pissa"}))
+    if stage == "dpo":
+        assert logged(found, "loss")[0] == pytest.approx(0.6931, abs=1e-4)
+    ids = torch.arange(3, 20)[None]
+    config = ModelConfig(name=str(base), sanity_check=False)
+    bare = loading.load_model(config, torch.float32)(ids).logits
+    tuned = loading.attach_adapter(loading.load_model(config, torch.float32), found.adapter, config)(ids).logits
+    torch.testing.assert_close(tuned, bare, atol=1e-4, rtol=0)
+
+
+def test_advice_is_for_the_stage(aligned: Write, recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that cannot be is advised on by DPO's keys, not by PPO's."""
+    sft = train(recipe(train={"max_steps": 1}))
+
+    def refuse(*_: Any) -> None:
+        raise UserError("cannot stand twice on one base", key="adapter.method", fix="set ppo.models: separate")
+
+    monkeypatch.setattr("finetune.training.trainers.copy_adapter", refuse)
+    with pytest.raises(UserError, match=r"cannot stand twice.*dpo\.start") as caught:
+        run(aligned(model={"adapter": str(sft.path)}))
+    assert "ppo" not in str(caught.value)
+
+
+def test_adalora_cannot_stand_twice(aligned: Write, recipe: Write, tmp_path: Path) -> None:
+    path = recipe(train={"max_steps": 12})
+    values = yaml.safe_load(path.read_text())
+    values["adapter"] = {"method": "adalora", "init_r": 4, "target_r": 2}
+    path.write_text(yaml.safe_dump(values))
+    sft = train(path)
+    path = aligned(model={"adapter": str(sft.path)}, adapter={"method": "adalora", "init_r": 4, "target_r": 2})
+    values = yaml.safe_load(path.read_text())
+    del values["adapter"]["r"], values["adapter"]["lora_alpha"]
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="only once"):
+        run(path)
+    assert not (tmp_path / "dpo").exists()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_on_quantized_bases(aligned: Write, kind: str) -> None:
+    found = run(aligned(model={"quantization": kind}, train={"max_steps": 15}, data={"eval_split": 8}))
+    assert all(norm > 0 for norm in logged(found, "grad_norm"))
+    assert logged(found, "rewards/margins")[-1] > 0
+
+
+def test_resume_is_exact(aligned: Write, tmp_path: Path) -> None:
+    settings = {"max_steps": 8, "save_steps": 2, "save_total_limit": 9}
+    whole = run(aligned(train=settings, output={"dir": str(tmp_path / "whole")}))
+    path = aligned(train=settings, output={"dir": str(tmp_path / "broken")})
+    broken = run(path)
+    broken.result.unlink()
+    for step in (6, 8):
+        (broken.checkpoints / f"checkpoint-{step}" / "complete").unlink()
+    resumed = run(path, resume=True)
+    assert logged(resumed, "loss") == logged(whole, "loss")
+    a, b = tensors(whole.adapter), tensors(resumed.adapter)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_kto_wants_two_rows_per_step(aligned: Write, unpaired: Path) -> None:
+    """In one pass or in two."""
+    alone = aligned("kto", data={"train": str(unpaired)}, train={"effective_batch_size": 1})
+    with pytest.raises(UserError, match=r"alone in it.*set it to 2"):
+        run(alone)
+    settings = {"per_device_train_batch_size": 1, "effective_batch_size": 2, "max_steps": 2}
+    assert len(logged(run(aligned("kto", data={"train": str(unpaired), "eval_split": 4}, train=settings)), "loss")) == 2
+
+
+def test_kto_learns(aligned: Write, unpaired: Path) -> None:
+    found = run(aligned("kto", data={"train": str(unpaired)}, train={"max_steps": 20}))
+    assert logged(found, "rewards/margins")[-1] > 0
+
+
+def test_kto_reads_a_pair_as_a_good_and_a_bad_answer(aligned: Write) -> None:
+    found = run(aligned("kto", train={"max_steps": 20}))
+    assert json.loads(found.result.read_text())["data"]["used"] == 64
+    assert logged(found, "rewards/margins")[-1] > 0
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "p", "chosen": "same", "rejected": "same"}, "row 2"),
+        ({"prompt": "p", "chosen": "a"}, "row 2"),
+    ],
+)
+def test_unusable_pairs(aligned: Write, tmp_path: Path, row: dict[str, str], expected: str) -> None:
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    data = {"train": str(write_rows(tmp_path / "bad.jsonl", [good, row]))}
+    with pytest.raises(UserError, match=expected):
+        run(aligned(data=data))
+    assert not (tmp_path / "dpo").exists()
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the real preference file")
+def test_real_file(aligned: Write) -> None:
+    data = {
+        "train": str(SHARED / "data" / "dpo_zh_demo.json"),
+        "max_length": 512,
+        "on_overlong": "drop",
+    }
+    assert len(logged(run(aligned(data=data, train={"max_steps": 2})), "loss")) == 2
