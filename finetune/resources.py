@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-BUILTIN_MODELS = PACKAGE / "models" / "bases"
+BUILTIN_MODELS = PACKAGE / "builtin" / "bases"
 
 
 def resource_path(*parts: str) -> Path:

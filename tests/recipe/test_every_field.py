@@ -553,8 +553,8 @@ def probe_cache(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, t
     if stage != "sft":
         assert key in arguments(stage, {key: False}, files, tmp)
         return
-    monkeypatch.setattr(conversations.store, "LARGE", 0)
-    monkeypatch.setattr(conversations.store, "cache_folder", lambda: tmp / "tokenised")
+    monkeypatch.setattr(conversations.token_cache, "LARGE", 0)
+    monkeypatch.setattr(conversations.token_cache, "cache_folder", lambda: tmp / "tokenised")
     monkeypatch.setattr(session, "show_plan", lambda *_: None)
     for cache in (False, True):
         loaded = file.with_settings(recipe(stage, {key: cache}, files, tmp), stage, ())
