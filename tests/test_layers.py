@@ -1,4 +1,4 @@
-"""Imports point one way: cli -> commands -> rl -> evaluation -> training -> adapters -> data | models -> recipe -> errors."""
+"""Imports point one way: cli -> commands -> rl -> evaluation -> training -> adapters -> data, models -> … -> errors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ LEVELS = [
     {"metrics", "places", "terminal", "hub", "builtin"},
     {"run"},
     {"data", "models"},
+    {"base"},
     {"adapters"},
     {"training"},
     {"evaluation"},

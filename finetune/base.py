@@ -1,0 +1,68 @@
+"""An open base: what is read of a model before its weights are, each once.
+
+    base = Base.open(model)               config.json; UserError for what cannot be loaded
+    base = Base.open(model, adapter)      with the chat template and the tokens that were trained with an adapter
+    base.tokenizer, .encoder, .folder, .fingerprint, .skeleton     on first use
+    base.load(dtype, machine)             the network, in eval mode, with the adapter on it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.data.chat import make_encoder
+from finetune.families import Family, family
+from finetune.models import loading, sources
+from finetune.models.identity import fingerprint
+from finetune.recipe.resolve import Hardware
+from finetune.recipe.sections import ModelConfig
+
+
+@dataclass(frozen=True)
+class Base:
+    model: ModelConfig
+    config: dict[str, Any]
+    """config.json"""
+    adapter: Path | None = None
+    """Folder of the adapter that is used with it, not trained."""
+
+    @classmethod
+    def open(cls, model: ModelConfig, adapter: Path | None = None) -> Base:
+        return cls(model, loading.read_config(model), adapter)
+
+    @property
+    def family(self) -> Family:
+        return family(self.config["model_type"])
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where its files lie on this machine."""
+        return sources.folder(self.model)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return loading.load_tokenizer(self.model, self.adapter)
+
+    @cached_property
+    def encoder(self) -> Any:
+        """Conversations as ids, in this base's chat format or in that of the adapter."""
+        return make_encoder(self.tokenizer, self.family)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights."""
+        return fingerprint(self.folder)
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """The network without weights."""
+        return loading.skeleton(self.model)
+
+    def load(self, dtype: torch.dtype, machine: Hardware) -> Any:
+        network = loading.load_model(self.model, dtype, machine)
+        return network if self.adapter is None else loading.attach_adapter(network, self.adapter, self.model)
