@@ -1,9 +1,9 @@
 """An open base: what is read of a model before its weights are, each once.
 
-    base = Base.open(model)               config.json; UserError for what cannot be loaded
-    base = Base.open(model, adapter)      with the chat template and the tokens that were trained with an adapter
-    base.tokenizer, .encoder, .folder, .fingerprint, .skeleton     on first use
-    base.load(dtype, machine)             the network, in eval mode, with the adapter on it
+base = Base.open(model)               config.json; UserError for what cannot be loaded
+base = Base.open(model, adapter)      with the chat template and the tokens that were trained with an adapter
+base.tokenizer, .encoder, .folder, .fingerprint, .skeleton     on first use
+base.load(dtype, machine)             the network, in eval mode, with the adapter on it
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Base:
     """config.json"""
     adapter: Path | None = None
     """Folder of the adapter that is used with it, not trained."""
+    own_tokenizer: Any = None
+    """Of a new model, which no folder holds."""
 
     @classmethod
     def open(cls, model: ModelConfig, adapter: Path | None = None) -> Base:
@@ -46,6 +48,8 @@ class Base:
 
     @cached_property
     def tokenizer(self) -> Any:
+        if self.own_tokenizer is not None:
+            return self.own_tokenizer
         return loading.load_tokenizer(self.model, self.adapter)
 
     @cached_property
@@ -55,8 +59,8 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the weights."""
-        return fingerprint(self.folder)
+        """Of the weights; that of a new model is empty."""
+        return "" if self.model.is_new else fingerprint(self.folder)
 
     @cached_property
     def skeleton(self) -> Any:

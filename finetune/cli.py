@@ -138,7 +138,7 @@ def _training_command(stage: str) -> Callable[..., None]:
             checked = early.recipe(reference, stage, set_, output, resume, overwrite, dry_run)
             _quiet()
             _warn(early.gpu_missing(reference, checked))
-            _module(stage).run(checked, resume, overwrite, dry_run)
+            _module(stage).run(checked, resume=resume, overwrite=overwrite, dry_run=dry_run)
         except KeyboardInterrupt:
             from finetune.run import to_start_again
 

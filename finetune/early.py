@@ -108,7 +108,7 @@ def checks_of(recipe: Recipe) -> list[Callable[[], object]]:
 
 def base(model: Any) -> None:
     """UserError when the base, or the tokenizer of a new model, is not there."""
-    if getattr(model, "config", None) is None:
+    if not model.is_new:
         sources.check(model)
         sources.check_there(model)
     elif model.tokenizer is not None and not model.tokenizer.startswith("builtin:"):
@@ -117,7 +117,7 @@ def base(model: Any) -> None:
 
 def announce(model: Any) -> None:
     """Say what will be downloaded; a new model has nothing to download."""
-    if getattr(model, "config", None) is None:
+    if not model.is_new:
         sources.announce(model)
 
 

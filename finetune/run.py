@@ -557,6 +557,7 @@ def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> I
     if overwrite:
         check_inputs(recipe)
     check_output(run.path, overwrite, resume)
+    made = not run.path.exists()
     run.path.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(run.path / LOCK, blocking=False).acquire()
@@ -577,6 +578,8 @@ def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> I
                 put_back(run)
             elif aside.is_dir():
                 warn(f"what this run replaces is in {aside} until it is finished")
+            if made and isinstance(error, UserError) and not resumable(run):
+                places.remove(run.path)  # refused: nothing was written
             if isinstance(error, KeyboardInterrupt) and resumable(run):
                 raise Interrupted(f"interrupted; go on with {to_go_on(recipe)}") from None
             raise

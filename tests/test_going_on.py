@@ -16,6 +16,7 @@ from conftest import train, write_rows
 
 from finetune import early
 from finetune.cli import main
+from finetune.commands import sft
 from finetune.data import conversations
 from finetune.errors import Interrupted
 from finetune.models import loading
@@ -112,7 +113,7 @@ def test_ctrl_c_before_the_first_checkpoint(
     """The run's folder holds something by now: the command takes it over, and works."""
     path = str(recipe())
     with monkeypatch.context() as patch:
-        patch.setattr(session, "make_trainer", interrupt)
+        patch.setattr(sft, "make_trainer", interrupt)
         code, said = typed("sft", path)
     assert (code, again_of(said)) == (130, ["sft", "--recipe", path, "--overwrite"])
     early.recipe(path, "sft", [], None, resume=False, overwrite=True)
@@ -179,15 +180,15 @@ def test_a_dry_run_warns_as_the_run_does(
     recipe: Any = load(str(written(tmp_path, base, stage, data={"max_length": 600})), RECIPES[stage])
     monkeypatch.setattr(alignment, "cache_folder", lambda: tmp_path / "cache")
     found: list[list[str]] = []
-    announce = session.announce
+    plan = session.Session.plan
 
-    def noted(*arguments: Any) -> list[str]:
-        found.append(announce(*arguments))
+    def noted(self: Any, *arguments: Any, **more: Any) -> None:
+        plan(self, *arguments, **more)
+        found.append(self.notes)
         if len(found) == 2:
             raise Announced
-        return found[-1]
 
-    monkeypatch.setattr(session, "announce", noted)
+    monkeypatch.setattr(session.Session, "plan", noted)
     stage_of = importlib.import_module(f"finetune.commands.{stage}")
     stage_of.run(recipe, dry_run=True)
     with pytest.raises(Announced):

@@ -67,6 +67,10 @@ def both(*conditions: Callable[[Any, Any, Any], bool]) -> Callable[[Any, Any, An
 
 LIMITS: tuple[Limit, ...] = (
     Limit(
+        lambda adapter, model, train: model.is_new and adapter.method != "full",
+        "adapter.method", "a new model has nothing to adapt", "use method: full",
+    ),
+    Limit(
         lambda adapter, model, train: adapter.method == "other" and not model.adapter,
         "adapter.method",
         "other is what an adapter of another tool is called that is trained on; nothing new can be made of it",

@@ -11,83 +11,88 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from finetune.data import pairs, prompts, sources
 from finetune.errors import Interrupted, RunError, UserError
 from finetune.evaluation.rewards import load_rule
-from finetune.models import hardware
-from finetune.models.rope import check_length
 from finetune.recipe.file import to_yaml
 from finetune.recipe.resolve import a_step, batch_layout
 from finetune.recipe.sections import DataConfig, OutputConfig, SourceConfig, TrainConfig
 from finetune.recipe.stages import PpoRecipe, RewardModelConfig, RewardRecipe
 from finetune.rl import models
 from finetune.rl.ppo import Ppo, rollouts
-from finetune.run import GO_ON, Run, check_resumable, open_run, resumable, to_go_on, write_atomically
+from finetune.run import GO_ON, Run, resumable, to_go_on, write_atomically
 from finetune.terminal.progress import command as told
 from finetune.terminal.progress import note
-from finetune.training import alignment, session
 from finetune.training.callbacks import HANGUP, at_terminal, leave, stopping
+from finetune.training.finish import Words
+from finetune.training.inputs import known_inputs
 from finetune.training.optim import check_schedule
+from finetune.training.plan import Layout
+from finetune.training.session import prepare
+from finetune.training.start import seed_everything
 
 
-def run(raw: PpoRecipe, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
-    machine = hardware.detect()
-    recipe = session.resolved(raw, machine)
-    if resume:
-        check_resumable(recipe)
-    parts = alignment.check(recipe)
+def run(raw: PpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
+    session = prepare(raw, resume)
+    recipe, encoder = session.recipe, session.base.encoder
     models.check(recipe)
     scorers = {name: load_rule(spec) for name, spec in names_of(recipe.reward.functions).items()}
-    data = prompts.load_prompts(recipe.data, parts.encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
-    if len(data.rows) < recipe.ppo.num_mini_batches:
-        what = f"{len(data.rows)} prompts are too few for {recipe.ppo.num_mini_batches} minibatches"
+    rows = prompts.load_prompts(recipe.data, encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
+    if len(rows.rows) < recipe.ppo.num_mini_batches:
+        what = f"{len(rows.rows)} prompts are too few for {recipe.ppo.num_mini_batches} minibatches"
         raise UserError(what, key="ppo.num_mini_batches", fix="lower it, or give more prompts")
     held_out = []
     if recipe.eval.data is not None:
         held = SourceConfig(**sources.held_out(recipe.eval.data))
         section = DataConfig(train=held, columns=recipe.data.columns, max_length=recipe.data.max_length)
-        held_out = prompts.load_prompts(section, parts.encoder).rows[: recipe.eval.limit]
+        held_out = prompts.load_prompts(section, encoder).rows[: recipe.eval.limit]
     folder = Run(Path(recipe.output.dir))
     judge = reward_recipe(recipe, folder) if recipe.reward.train is not None else None
     if judge is not None and (overwrite or not trained(folder)):
-        pairs.load_pairs(judge.data, parts.encoder, to_score=True)  # what is wrong with them is said now
-    longest = max(len(row.ids) for row in data.rows) + recipe.ppo.max_new_tokens
-    too_long = check_length(parts.config, recipe.model, longest, "ppo.max_new_tokens")
-    batch, per_epoch, total = rollouts(recipe, len(data.rows))
+        pairs.load_pairs(judge.data, encoder, to_score=True)  # what is wrong with them is said now
+    batch, per_epoch, total = rollouts(recipe, len(rows.rows))
     check_schedule(recipe.train, total)
-    plan = session.Layout(*batch_layout(*a_step(recipe), machine), per_epoch, total)
-    inputs = session.known_inputs(recipe, parts.tokenizer, parts.encoder.template, resume, dry_run)
+    session.plan(
+        rows,
+        longest=max(len(row.ids) for row in rows.rows) + recipe.ppo.max_new_tokens,
+        cut=Layout(*batch_layout(*a_step(recipe), session.machine), per_epoch, total),
+        updates=total * recipe.ppo.num_ppo_epochs * recipe.ppo.num_mini_batches,
+        also=None
+        if batch == recipe.train.effective_batch_size
+        else f"{len(rows.rows)} prompts: rollouts are of {batch}",
+    )
     if judge is not None and resume and trained(folder):
-        session.known_inputs(judge, parts.tokenizer, parts.encoder.template, resume)
-    fewer = None if batch == recipe.train.effective_batch_size else f"{len(data.rows)} prompts: rollouts are of {batch}"
-    updates = plan.total_steps * recipe.ppo.num_ppo_epochs * recipe.ppo.num_mini_batches
-    notes = session.announce(data.warnings, updates, too_long, fewer, session.other_devices(recipe))
+        known_inputs(judge, session.base, session.template, resume)
     if dry_run:
-        session.show_plan(recipe, data.counts, plan, f"rollouts of {batch} prompts; updates")
+        session.show(f"rollouts of {batch} prompts; updates")
         return
-
-    with open_run(recipe, overwrite, resume):
+    with session.run(overwrite):
         reward = recipe.reward.model if judge is None else train_reward(judge, folder, to_go_on(recipe))
-        session.start(recipe)
-        cast = models.build(recipe, parts, machine, reward)
-        session.start(recipe)  # the same replies however many models were drawn
-        arguments = session.arguments(recipe, folder, plan, machine, has_eval=False)
-        rows = plan.rows_per_pass
-        trainer = Ppo(
-            recipe, folder, cast, parts.encoder, data.rows, held_out, scorers, arguments, rows, inputs
-        )  # fmt: skip
-        with session.memory_advice("ppo.max_new_tokens"):
-            outcome = trainer.train(folder.usable_checkpoint() if resume else None)
-        if not trainer.finished:
-            where = f"checkpoint saved in {folder.checkpoints}"
-            raise Interrupted(f"stopped at step {trainer.state.step}; {where}; go on with {to_go_on(recipe)}")
-        model = cast.policy.model
-        weights = session.save(recipe, folder, model, parts.tokenizer, parts.encoder.template)
-        session.finish(recipe, folder, SimpleNamespace(model=model), outcome, data.counts, notes)
-        session.summary(recipe, folder, weights)
+        seed_everything(recipe)
+        cast = models.build(recipe, session.base, session.machine, reward)
+        seed_everything(recipe)  # the same replies however many models were drawn
+        arguments, size = session.arguments(), session.layout.rows_per_pass
+        trainer = Ppo(recipe, folder, cast, encoder, rows.rows, held_out, scorers, arguments, size, session.known)
+        session.train(trainer, fit=fit, words=Words(gist))
+
+
+def fit(trainer: Ppo, run: Run, checkpoint: Path | None, inputs: dict[str, str]) -> dict[str, Any]:
+    """As that of the other stages."""
+    outcome = trainer.train(checkpoint)
+    if not trainer.finished:
+        where = f"checkpoint saved in {run.checkpoints}"
+        raise Interrupted(f"stopped at step {trainer.state.step}; {where}; go on with {to_go_on(trainer.recipe)}")
+    return outcome
+
+
+def gist(held_out: dict[str, Any]) -> str | None:
+    if "reward_difference" not in held_out:
+        return None
+    low, high = held_out["reward_difference_ci"]
+    change = f"{held_out['reward_difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"held-out reward {held_out['reward_before']:.3f} -> {held_out['reward_mean']:.3f} ({change})"
 
 
 def names_of(rules: list[str]) -> dict[str, str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -15,32 +17,28 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import (
-    GlmConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from finetune.adapters import compatibility
-from finetune.adapters.load import apply, loads_trainable, prepare
-from finetune.adapters.methods import check
+from finetune.adapters.load import apply
+from finetune.base import Base
 from finetune.builtin import initial, tokenizers, world
 from finetune.data import text as raw
 from finetune.data.audit import Audit
 from finetune.data.offsets import check_embedded
 from finetune.data.samples import watched
 from finetune.errors import UserError
-from finetune.models import hardware, loading
+from finetune.models import loading
 from finetune.models.chatglm import export
 from finetune.models.chatglm import tokenizer as chatglm_tokenizer
-from finetune.models.rope import check_length
-from finetune.recipe.sections import ModelConfig
+from finetune.recipe.sections import ModelConfig, PretrainModelConfig
 from finetune.recipe.stages import PretrainRecipe
-from finetune.run import Run, check_resumable, open_run
+from finetune.run import Run
 from finetune.terminal.progress import task
-from finetune.training import session
+from finetune.training.finish import save
+from finetune.training.fit import finish_setup
+from finetune.training.plan import one_device
+from finetune.training.session import Session, prepare
+from finetune.training.start import policy
 from finetune.training.trainers import Extras
 
 WORLD_CHATGLM3 = "builtin:world/chatglm3"  # model.tokenizer: the world's tokenizer as a ChatGLM3 tokenizer.model
@@ -60,7 +58,7 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "labels": ids}
 
 
-class _Trainer(Extras, Trainer):
+class BlockTrainer(Extras, Trainer):
     """Keeps the order of the blocks."""
 
     block_length: int
@@ -75,82 +73,61 @@ class _Trainer(Extras, Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def run(raw_recipe: PretrainRecipe, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
-    machine = hardware.detect()
-    recipe = session.resolved(raw_recipe, machine)
-    if resume:
-        check_resumable(recipe)
-    compatibility.check(recipe)
-    too_long = _check_base(recipe)
-    tokenizer = _tokenizer(recipe)
-    audit = None if raw.is_endless(recipe.data) else Audit(recipe.data, None, "text", recipe.eval.data)
-    train, held_out = _blocks(recipe, tokenizer, audit)
-    counts = {"rows": len(train), "dropped": 0, **(dict(audit.counts) if audit is not None else {})}
-    counts |= {"blocks": len(train), "trained_tokens": len(train) * (recipe.data.max_length - 1)}
-    plan = session.layout(recipe, len(train), len(train), machine)
-    found = audit.warnings() if audit is not None else []
-    few = session.few_rows(recipe, len(train))
-    inputs = session.known_inputs(recipe, tokenizer, None, resume, dry_run)
-    notes = session.announce(found, plan.total_steps, too_long, few, session.other_devices(recipe))
+def run(given: PretrainRecipe, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
+    session = prepare(given, resume, open_base)
+    recipe = session.recipe
+    rows = load_blocks(recipe, session.base.tokenizer)
+    session.plan(rows, recipe.data.max_length)
     if dry_run:
-        session.show_plan(recipe, counts, plan)
+        session.show()
         return
-
-    session.start(recipe)
-    model = _model(recipe, tokenizer, machine)
-
-    with open_run(recipe, overwrite, resume) as folder:
-        trainer = _make_trainer(recipe, folder, model, train, held_out, plan, machine)
-        outcome = session.fit(trainer, folder, resume, inputs)
-        if recipe.model.config is not None:
-            initial.separate_unseen(model, train.ids)
-        weights = _save(recipe, folder, model, tokenizer)
-        session.finish(recipe, folder, trainer, outcome, counts, notes)
-        session.summary(recipe, folder, weights)
+    with session.run(overwrite):
+        if recipe.model.is_new:
+            model = new_model(recipe, session.base)
+        else:
+            model = policy(recipe, session.base, session.machine)
+        written = partial(save_new, seen=rows.train.ids) if recipe.model.is_new else save
+        session.train(make_trainer(session, model), save=written)
 
 
-def _tokenizer(recipe: PretrainRecipe) -> PreTrainedTokenizerBase:
-    """The model's own, or that of `model.tokenizer` for a new model."""
-    if recipe.model.config is None:
-        return loading.load_tokenizer(recipe.model)
-    name = recipe.model.tokenizer
+def open_base(model: PretrainModelConfig) -> Base:
+    """The base, or for a new model its config and the tokenizer that it gets."""
+    return Base.open(model) if model.config is None else Base(model, model.config, own_tokenizer=tokenizer_of(model))
+
+
+@dataclass
+class BlockRows:
+    train: Blocks
+    eval: Blocks | None
+    counts: dict[str, Any]
+    warnings: list[str]
+
+
+def tokenizer_of(model: PretrainModelConfig) -> Any:
+    """Of a new model."""
+    name = model.tokenizer
     if name is None:
         raise UserError(
             "is needed with model.config", key="model.tokenizer", fix=f"give a folder, a hub id or {raw.WORLD}"
         )
     if name == raw.WORLD:
         with task("making the tokenizer", after=1.0):
-            return cast(PreTrainedTokenizerBase, tokenizers.build_tokenizer(_world_texts(), world.HAN))
+            return tokenizers.build_tokenizer(_world_texts(), world.HAN)
     if name == WORLD_CHATGLM3:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "tokenizer.model").write_bytes(tokenizers.build_sentencepiece(_world_texts(), world.HAN))
             return chatglm_tokenizer.build_tokenizer(folder, version=3)
-    return loading.load_tokenizer(ModelConfig(name=name, chat_template=recipe.model.chat_template))
+    return loading.load_tokenizer(ModelConfig(name=name, chat_template=model.chat_template))
 
 
 def _world_texts() -> Iterator[str]:
     return islice(world.documents(0, 8_000), 8_000)
 
 
-def _check_base(recipe: PretrainRecipe) -> str | None:
-    """UserError for what can be wrong with base and adapter, before text is read or weights are loaded; a warning for
-    blocks longer than the base was made for."""
-    if recipe.model.config is not None:
-        if recipe.adapter.method != "full":
-            raise UserError("a new model has nothing to adapt", key="adapter.method", fix="use method: full")
-        return None
-    config = loading.read_config(recipe.model)
-    compatibility.check_base(recipe, config)
-    if recipe.model.adapter is None:
-        check(loading.skeleton(recipe.model), recipe.adapter)
-    return check_length(config, recipe.model, recipe.data.max_length)
-
-
-def _blocks(
-    recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase, audit: Audit | None
-) -> tuple[Blocks, Blocks | None]:
-    """(training blocks, held-out blocks) of the recipe's text; `audit` sees its rows."""
+def load_blocks(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> BlockRows:
+    """Training and held-out blocks of the recipe's text."""
     data, train = recipe.data, recipe.train
+    audit = None if raw.is_endless(data) else Audit(data, None, "text", recipe.eval.data)
     separator = raw.separator(tokenizer)
 
     def encode(text: str) -> list[int]:
@@ -195,7 +172,10 @@ def _blocks(
             f"the texts held out do not fill one block of {data.max_length} tokens", key="data.eval_split",
             fix="hold out more, or leave it out",
         )  # fmt: skip
-    return Blocks(blocks), Blocks(held) if held else None
+    counts = {"rows": len(blocks), "dropped": 0, **(dict(audit.counts) if audit is not None else {})}
+    counts |= {"blocks": len(blocks), "trained_tokens": len(blocks) * (data.max_length - 1)}
+    warnings = audit.warnings() if audit is not None else []
+    return BlockRows(Blocks(blocks), Blocks(held) if held else None, counts, warnings)
 
 
 def counted(blocks: Iterator[list[int]], advance: Callable[[int], None]) -> Iterator[list[int]]:
@@ -218,57 +198,43 @@ def _documents_for(blocks: int, packed: Any, recipe: PretrainRecipe) -> int:
     return blocks * used // found
 
 
-def _model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase, machine: Any) -> Any:
-    """What is trained: the base with its adapter, fresh or continued, or a new model."""
-    if recipe.model.config is None:
-        loaded = loading.load_model(recipe.model, session.weights_dtype(recipe), machine)
-        loading.refuse_training(loaded, recipe.model.name)
-        if recipe.model.adapter is None:
-            return apply(loaded, recipe.adapter, tokenizer, loading.folder(recipe.model))
-        start = loading.adapter_folder(recipe.model.adapter)
-        model = loading.attach_adapter(loaded, start, recipe.model, trainable=loads_trainable(start))
-        prepare(model)
-        return model
+def new_model(recipe: PretrainRecipe, base: Base) -> Any:
+    """A network with random weights that knows the tokenizer's ids."""
+    tokenizer = base.tokenizer
     ids = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    model = apply(loading.new_model({**ids, **recipe.model.config}, torch.float32), recipe.adapter)
+    model = apply(loading.new_model({**ids, **base.config}, torch.float32), recipe.adapter)
     initial.calm_residuals(model)
     return model
 
 
-def _save(recipe: PretrainRecipe, run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """As `training.save`; a new model with ChatGLM3's tokenizer is stored in ChatGLM3's original layout."""
+def save_new(
+    recipe: PretrainRecipe, run: Run, model: Any, base: Base, template: str | None, seen: torch.Tensor
+) -> Path:
+    """As `save`; with ChatGLM3's tokenizer in ChatGLM3's original layout."""
+    initial.separate_unseen(model, seen)
     if recipe.model.tokenizer != WORLD_CHATGLM3:
-        return session.save(recipe, run, model, tokenizer, None)
+        return save(recipe, run, model, base, template)
     model.to(getattr(torch, recipe.model.dtype))
     if model.config.tie_word_embeddings:  # the layout has a matrix for each
         model.get_output_embeddings().weight = nn.Parameter(model.get_output_embeddings().weight.detach().clone())
         model.config.tie_word_embeddings = False
-    export.export_original(model, export.original_config(cast(GlmConfig, model.config)), run.model)
+    export.export_original(model, export.original_config(model.config), run.model)
     (run.model / "tokenizer.model").write_bytes(tokenizers.build_sentencepiece(_world_texts(), world.HAN))
     return run.model
 
 
-def _make_trainer(
-    recipe: PretrainRecipe,
-    run: Run,
-    model: PreTrainedModel,
-    train: Blocks,
-    held_out: Blocks | None,
-    plan: Any,
-    machine: Any,
-) -> _Trainer:
-    config = TrainingArguments(**session.arguments(recipe, run, plan, machine, held_out is not None))
-    trainer = _Trainer(
+def make_trainer(session: Session[PretrainRecipe], model: Any) -> BlockTrainer:
+    trainer = BlockTrainer(
         model=model,
-        args=session.one_device(config),
-        train_dataset=train,
-        eval_dataset=held_out,
-        callbacks=session.callbacks(recipe, run, held_out is not None),
+        args=one_device(TrainingArguments(**session.arguments())),
+        train_dataset=session.rows.train,
+        eval_dataset=session.rows.eval,
+        callbacks=session.callbacks(),
     )
-    trainer.block_length = recipe.data.max_length
-    return cast(_Trainer, session.finish_setup(trainer, recipe))
+    trainer.block_length = session.recipe.data.max_length
+    return finish_setup(trainer, session.recipe)

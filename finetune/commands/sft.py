@@ -1,63 +1,53 @@
-"""`ft sft`: supervised fine-tuning of a recipe.
-
-check recipe, output and data -> load the base -> put the adapter on -> train -> save and report. Nothing is written
-before everything that can be checked has been checked.
-"""
+"""`ft sft`: supervised fine-tuning of a recipe."""
 
 from __future__ import annotations
 
-from finetune.adapters import compatibility
-from finetune.adapters.load import apply, loads_trainable, prepare
-from finetune.adapters.methods import check
+from typing import Any
+
+from trl import SFTConfig
+
 from finetune.data import conversations
-from finetune.data.chat import make_encoder
-from finetune.families import family
-from finetune.models import hardware, loading
-from finetune.models.quantization import is_held_quantized
-from finetune.models.rope import check_length
 from finetune.recipe.stages import SftRecipe
-from finetune.run import check_resumable, open_run
-from finetune.training import session
+from finetune.training.fit import finish_setup
+from finetune.training.packing import pack_if_isolated, packing_outlook
+from finetune.training.plan import longest_row, one_device, pad_multiple
+from finetune.training.session import Session, prepare
+from finetune.training.start import policy
+from finetune.training.trainers import Collator, Sft
 
 
-def run(raw: SftRecipe, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
-    machine = hardware.detect()
-    recipe = session.resolved(raw, machine)
-    if resume:
-        check_resumable(recipe)
-    compatibility.check(recipe)
-    config = loading.read_config(recipe.model)
-    compatibility.check_base(recipe, config)
-    if recipe.model.adapter is None:
-        check(loading.skeleton(recipe.model), recipe.adapter, is_held_quantized(recipe.model, config))
-    tokenizer = loading.load_tokenizer(recipe.model)
-    encoder = make_encoder(tokenizer, family(config["model_type"]))
-    data = conversations.load_sft(recipe.data, encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
-    too_long = check_length(config, recipe.model, session.longest_row(data.train))
-    plan = session.layout(recipe, len(data.train), len(data.train), machine)
-    said = (too_long, session.few_rows(recipe, len(data.train)), session.other_devices(recipe))
-    inputs = session.known_inputs(recipe, tokenizer, encoder.template, resume, dry_run)
+def run(raw: SftRecipe, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
+    session = prepare(raw, resume)
+    recipe, base = session.recipe, session.base
+    rows = conversations.load_sft(recipe.data, base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
+    session.plan(rows, longest_row(rows.train), also=packing_outlook(recipe) if dry_run else None)
     if dry_run:
-        session.announce(data.warnings, plan.total_steps, *said, session.packing_outlook(recipe))
-        session.show_plan(recipe, data.counts, plan)
+        session.show()
         return
+    with session.run(overwrite):
+        model = policy(recipe, base, session.machine)
+        train, reason = pack_if_isolated(recipe, model, base.tokenizer, rows.train)
+        session.note(reason)
+        session.train(make_trainer(session, model, train))
 
-    session.start(recipe)
-    base = loading.load_model(recipe.model, session.weights_dtype(recipe), machine)
-    loading.refuse_training(base, recipe.model.name)
-    if recipe.model.adapter is None:
-        model = apply(base, recipe.adapter, tokenizer, loading.folder(recipe.model))
-    else:
-        start = loading.adapter_folder(recipe.model.adapter)
-        model = loading.attach_adapter(base, start, recipe.model, trainable=loads_trainable(start))
-        prepare(model)
-    rows, packing_note = session.pack_if_isolated(recipe, model, tokenizer, data.train)
-    plan = session.layout(recipe, len(data.train), len(rows), machine)
-    notes = session.announce(data.warnings, plan.total_steps, packing_note, *said)
 
-    with open_run(recipe, overwrite, resume) as folder:
-        trainer = session.make_trainer(recipe, folder, model, tokenizer, rows, data.eval, plan, machine)
-        outcome = session.fit(trainer, folder, resume, inputs)
-        weights = session.save(recipe, folder, model, tokenizer, encoder.template)
-        session.finish(recipe, folder, trainer, outcome, data.counts, notes)
-        session.summary(recipe, folder, weights)
+def make_trainer(session: Session[SftRecipe], model: Any, train: Any) -> Sft:
+    """trl's SFTTrainer over encoded rows (input_ids, labels and, when packed, seq_lengths)."""
+    packed = "seq_lengths" in train.column_names
+    if packed:
+        session.repack(len(train))
+    config = SFTConfig(**session.arguments(), dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
+    trainer = Sft(
+        model=model,
+        args=one_device(config),
+        train_dataset=train,
+        eval_dataset=session.rows.eval,
+        processing_class=session.base.tokenizer,
+        data_collator=Collator(
+            pad_token_id=session.base.tokenizer.pad_token_id,
+            padding_free=packed,
+            pad_to_multiple_of=None if packed else pad_multiple(session.machine),
+        ),
+        callbacks=session.callbacks(),
+    )
+    return finish_setup(trainer, session.recipe)

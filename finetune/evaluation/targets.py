@@ -146,7 +146,7 @@ def run_target(reference: str, model: str | None = None, compare_base: bool = Fa
         # What the saved config.json holds already, and what was locked when it was saved.
         own = {**elsewhere(str(path / "model")), "rope_scaling": None, "chat_template": None, "quantization": None}
         tuned = base.model_copy(update=own)
-        from_nothing = getattr(recipe.model, "config", None) is not None  # random weights, which no folder holds
+        from_nothing = recipe.model.is_new  # random weights, which no folder holds
         start = None if from_nothing else base
         return Target(name, tuned, None, recipe.data, recipe.eval, start, path / "model", recipe)
     folder = loading.adapter_folder(reference)

@@ -41,7 +41,7 @@ def in_stage(*stages: str) -> Callable[[Any], bool]:
 
 def is_new(r: Any) -> bool:
     """A model that starts from a config."""
-    return getattr(r.model, "config", None) is not None
+    return bool(r.model.is_new)
 
 
 def method(*names: str) -> Callable[[Any], bool]:

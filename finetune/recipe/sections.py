@@ -143,6 +143,11 @@ class ModelConfig(Section):
     chat_template: str | None = None
     """File of a Jinja chat template that replaces the tokenizer's own."""
 
+    @property
+    def is_new(self) -> bool:
+        """A network that pre-training makes, without a base's weights."""
+        return False
+
 
 class PretrainModelConfig(ModelConfig):
     config: dict[str, Any] | None = None
@@ -150,6 +155,10 @@ class PretrainModelConfig(ModelConfig):
     `name`, which then only names the result."""
     tokenizer: str | None = None
     """Tokenizer folder or hub id; with `config` only. `builtin:tickets` trains the tiny bases' own on the corpus."""
+
+    @property
+    def is_new(self) -> bool:
+        return self.config is not None
 
 
 class SourceConfig(Section):

@@ -32,6 +32,7 @@ from finetune.adapters.multiple import (
     copy_adapter,
     train_only,
 )
+from finetune.base import Base
 from finetune.errors import UserError
 from finetune.evaluation.rewards import RewardModel, check_model, checkpoint_of, is_reward_run, peft_type_of
 from finetune.models import loading
@@ -40,7 +41,7 @@ from finetune.models.identity import check_identity
 from finetune.recipe.adapters import Adapter
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.stages import PpoRecipe
-from finetune.training import alignment, session
+from finetune.training import alignment, start
 
 
 @dataclass
@@ -111,10 +112,10 @@ def check_shared(recipe: PpoRecipe, reward: Path) -> None:
         )  # fmt: skip
 
 
-def build(recipe: PpoRecipe, parts: alignment.Parts, machine: Hardware, reward: str | None) -> Actors:
+def build(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None) -> Actors:
     """Load and place everything. `reward`: a run of `ft reward` or a classification model; None with rules only."""
     make = _shared if recipe.ppo.models == "shared" else _separate
-    actors = make(recipe, parts, machine, reward)
+    actors = make(recipe, base, machine, reward)
     for model in actors.all_models():
         no_dropout(model)
         if recipe.train.gradient_checkpointing and model in actors.trained_models():
@@ -123,8 +124,8 @@ def build(recipe: PpoRecipe, parts: alignment.Parts, machine: Hardware, reward: 
     return actors
 
 
-def _shared(recipe: PpoRecipe, parts: alignment.Parts, machine: Hardware, reward: str | None) -> Actors:
-    model, copied = alignment.policy(recipe, recipe.model, parts, machine)
+def _shared(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None) -> Actors:
+    model, copied = alignment.policy(recipe, base, machine)
     copied = copied or not starts_as_base(recipe.adapter)
     if copied:
         copy_adapter(model, POLICY, REFERENCE)
@@ -142,15 +143,15 @@ def _shared(recipe: PpoRecipe, parts: alignment.Parts, machine: Hardware, reward
     return actors
 
 
-def _separate(recipe: PpoRecipe, parts: alignment.Parts, machine: Hardware, reward: str | None) -> Actors:
+def _separate(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None) -> Actors:
     def policy() -> Any:
-        session.start(recipe)  # every copy starts from the same draw
-        return alignment.policy(recipe, recipe.model, parts, machine)[0]
+        start.seed_everything(recipe)  # every copy starts from the same draw
+        return start.policy(recipe, base, machine)
 
     model, reference = policy(), policy()
     judge, value = None, None
     if reward is not None:
-        dtype = session.weights_dtype(recipe)
+        dtype = start.weights_dtype(recipe)
         judge = RewardModel.load(reward, dtype, machine)
         folder = Path(reward) / "adapter"
         if folder.is_dir() and same_base(recipe, folder):

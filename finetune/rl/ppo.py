@@ -388,6 +388,11 @@ class Ppo:
         return result
 
     @property
+    def model(self) -> Any:
+        """The policy."""
+        return self.actors.policy.model
+
+    @property
     def finished(self) -> bool:
         return self.state.step >= self.total
 

@@ -1,9 +1,6 @@
-"""Learning from preferences: what `ft dpo`, `ft kto` and `ft reward` share before and around the training loop.
+"""The trainers of `ft dpo`, `ft kto` and `ft reward`, and what their reference is.
 
-    run_stage(recipe, …)     a whole run, given how to load rows and make the trainer
-    check(recipe)            tokenizer and encoder, after everything that can be checked without weights
     policy(recipe, …)        the model to train, and whether its reference is a frozen copy of where it starts
-    reward_model(recipe, …)  the model to train, with a score head
     dpo_trainer, kto_trainer, reward_trainer
 
 Where the reference comes from: a fresh adapter starts as the base, so the base with the adapter off is the reference;
@@ -14,181 +11,45 @@ on disk.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from trl import DPOConfig, KTOConfig, RewardConfig
 
-from finetune.adapters import compatibility
-from finetune.adapters.load import adapter_config, apply, as_score_task, loads_trainable, prepare
+from finetune.adapters.load import adapter_config
 from finetune.adapters.lora_init import rewrites_base
-from finetune.adapters.methods import check as check_targets
-from finetune.adapters.multiple import HEAD_WEIGHTS
-from finetune.data.chat import make_encoder
+from finetune.base import Base
 from finetune.data.conversations import SftData
 from finetune.data.token_cache import cache_folder
-from finetune.errors import RunError, UserError
-from finetune.families import family
-from finetune.models import hardware, loading
+from finetune.errors import UserError
+from finetune.models import loading
 from finetune.models.adapter_files import weights
 from finetune.models.identity import fingerprint
-from finetune.models.quantization import is_held_quantized
-from finetune.models.rope import check_length
-from finetune.models.score_head import with_score_head
-from finetune.recipe.adapters import LastLayersAdapter
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.sections import ModelConfig
 from finetune.recipe.stages import DpoRecipe, KtoRecipe, PpoRecipe, RewardRecipe
-from finetune.run import Run, check_resumable, open_run
-from finetune.terminal.progress import command, warn
-from finetune.training import session, trainers
+from finetune.run import Run
+from finetune.training import start, trainers
+from finetune.training.fit import callbacks, finish_setup
+from finetune.training.plan import Layout, arguments, one_device, pad_multiple
 from finetune.training.preference import PairCollator, ScoreCollator
 
 
-@dataclass(frozen=True)
-class Parts:
-    tokenizer: Any
-    encoder: Any
-    config: dict[str, Any]
-    """config.json of the base."""
+def policy(recipe: DpoRecipe | KtoRecipe | PpoRecipe, base: Base, machine: Hardware) -> tuple[Any, bool]:
+    """(the model to train, whether its reference is a frozen copy of it)."""
+    return start.policy(recipe, base, machine), base.model.adapter is not None or moves_reference(recipe.adapter)
 
 
-R = TypeVar("R", DpoRecipe, KtoRecipe, RewardRecipe)
-Maker = Callable[[R, Run, Parts, SftData, session.Layout, Hardware], tuple[Any, ModelConfig, Any]]
-
-
-def check(recipe: DpoRecipe | KtoRecipe | RewardRecipe | PpoRecipe) -> Parts:
-    """UserError for what recipe, config.json and tokenizer can be wrong in."""
-    compatibility.check(recipe)
-    config = loading.read_config(recipe.model)
-    compatibility.check_base(recipe, config)
-    if recipe.stage == "reward" and recipe.data.train_on != "assistant":
-        what = "has no effect in ft reward: an answer is scored at its end"
-        raise UserError(what, key="data.train_on", fix="leave it out")
-    if recipe.stage == "kto" and recipe.data.train_on == "all":
-        what = "KTO measures its KL term on other prompts' answers, and with `all` a prompt is part of the answer"
-        raise UserError(what, key="data.train_on", fix="leave it out")
-    if recipe.model.adapter is None:
-        if getattr(getattr(recipe, recipe.stage), "start", "continue") == "merge":
-            key = f"{recipe.stage}.start"
-            raise UserError("there is no adapter to merge", key=key, fix="set model.adapter, or leave it out")
-        check_targets(loading.skeleton(recipe.model), recipe.adapter, is_held_quantized(recipe.model, config))
-    elif recipe.stage in ("dpo", "kto") and getattr(recipe, recipe.stage).start == "continue":
+def check_continues(recipe: DpoRecipe | KtoRecipe) -> None:
+    """UserError where model.adapter cannot be what dpo.start or kto.start says."""
+    key, how = f"{recipe.stage}.start", getattr(recipe, recipe.stage).start
+    if recipe.model.adapter is None and how == "merge":
+        raise UserError("there is no adapter to merge", key=key, fix="set model.adapter, or leave it out")
+    if recipe.model.adapter is not None and how == "continue":
         folder = loading.adapter_folder(recipe.model.adapter)
         if adapter_config(folder)["peft_type"] == "ADALORA":
             what = "AdaLoRA can stand on a base only once, and the reference would be a second copy of this adapter"
-            raise UserError(what, path=folder, key="model.adapter", fix=f"set {recipe.stage}.start: merge")
-    tokenizer = loading.load_tokenizer(recipe.model)
-    return Parts(tokenizer, make_encoder(tokenizer, family(config["model_type"])), config)
-
-
-def run_stage(
-    raw: R, resume: bool, overwrite: bool, dry_run: bool, load: Callable[[R, Parts], SftData], make: Maker[R],
-    look: Callable[[Run], str | None] = lambda run: None,
-) -> None:  # fmt: skip
-    """What the three stages do alike: check recipe, output and pairs -> make model and trainer -> train, save, report.
-
-    Args:
-        load: the rows to train on.
-        make: the model, the base its adapter sits on, and the trainer.
-        look: what the finished run's metrics should warn of.
-    """
-    machine = hardware.detect()
-    recipe = session.resolved(raw, machine)
-    if resume:
-        check_resumable(recipe)
-    parts = check(recipe)
-    data = load(recipe, parts)
-    too_long = check_length(parts.config, recipe.model, session.longest_row(data.train))
-    plan = session.layout(recipe, len(data.train), len(data.train), machine)
-    check_step(recipe, plan, data.train)
-    inputs = session.known_inputs(recipe, parts.tokenizer, parts.encoder.template, resume, dry_run)
-    few = session.few_rows(recipe, len(data.train))
-    notes = session.announce(data.warnings, plan.total_steps, too_long, few, session.other_devices(recipe))
-    if dry_run:
-        session.show_plan(recipe, data.counts, plan)
-        return
-
-    with open_run(recipe, overwrite, resume) as folder:
-        session.start(recipe)
-        with session.memory_advice("data.max_length"):  # the reference's pass comes with the trainer
-            model, base, trainer = make(recipe, folder, parts, data, plan, machine)
-        outcome = session.fit(trainer, folder, resume, inputs)
-        weights = session.save(recipe, folder, model, parts.tokenizer, parts.encoder.template, base)
-        if (reason := look(folder)) is not None:
-            warn(reason)
-            notes.append(reason)
-        session.finish(recipe, folder, trainer, outcome, data.counts, notes, base)
-        session.summary(recipe, folder, weights)
-
-
-def check_step(recipe: DpoRecipe | KtoRecipe | RewardRecipe, plan: session.Layout, rows: Any) -> None:
-    """UserError for an objective that needs several rows or prompts beside each other, where there is one."""
-    if recipe.stage == "kto" and plan.rows_per_pass * plan.accumulation < 2:
-        what = "KTO's KL term is measured on the other rows of a step, and one is alone in it"
-        raise UserError(what, key="train.effective_batch_size", fix="set it to 2 or more")
-    if recipe.stage == "kto" and len({tuple(ids) for ids in rows["prompt_ids"]}) < 2:
-        what = "every answer is to the same prompt, and KTO's KL term is measured on answers to others"
-        raise UserError(what, key="data.train", fix="give rows with other prompts, too")
-    if isinstance(recipe, DpoRecipe) and recipe.dpo.loss_type in trainers.SORTED and plan.accumulation > 1:
-        pairs = plan.rows_per_pass * plan.accumulation
-        what = f"{recipe.dpo.loss_type} sorts the pairs of a step, and a pass holds {plan.rows_per_pass} of {pairs}"
-        fix = f"set it to {pairs} and train.gradient_accumulation_steps to 1, or use another dpo.loss_type"
-        raise UserError(what, key="train.per_device_train_batch_size", fix=fix)
-
-
-def merged_start(recipe: DpoRecipe | KtoRecipe, run: Run) -> ModelConfig:
-    """The base with model.adapter merged into it in its original precision, in the run directory."""
-    target = run.path / "start"
-    if not (target / "merge.json").exists():
-        assert recipe.model.adapter is not None
-        arguments = ["merge", f"--adapter={recipe.model.adapter}", f"--output={target}"]
-        done = subprocess.run(
-            [sys.executable, "-m", "finetune", *arguments], capture_output=True, text=True, errors="replace"
-        )
-        if done.returncode:
-            raise RunError(f"{command(*arguments)} failed: {done.stderr.strip()[-400:]}")
-    return recipe.model.model_copy(update={"name": str(target), "adapter": None, "revision": None, "source": None})
-
-
-def policy(
-    recipe: DpoRecipe | KtoRecipe | PpoRecipe, base: ModelConfig, parts: Parts, machine: Hardware
-) -> tuple[Any, bool]:
-    """(the model to train, whether its reference is a frozen copy of it)."""
-    network = loading.load_model(base, session.weights_dtype(recipe), machine)
-    loading.refuse_training(network, base.name)
-    if base.adapter is None:
-        model = apply(network, recipe.adapter, parts.tokenizer, loading.folder(base))
-        return model, moves_reference(recipe.adapter)
-    start = loading.adapter_folder(base.adapter)
-    model = loading.attach_adapter(network, start, base, trainable=loads_trainable(start))
-    prepare(model)
-    return model, True
-
-
-def reward_model(recipe: RewardRecipe, parts: Parts, machine: Hardware) -> Any:
-    """The base with a score head and an adapter: fresh, or started from that of model.adapter."""
-    network = loading.load_model(recipe.model, session.weights_dtype(recipe), machine)
-    loading.refuse_training(network, recipe.model.name)
-    scored = with_score_head(network, recipe.model.name)
-    if recipe.model.adapter is None:
-        section, where = recipe.adapter, loading.folder(recipe.model)
-        if isinstance(section, LastLayersAdapter):
-            section = section.model_copy(update={"head": False})  # that of the scores is always trained
-        return apply(scored, section, parts.tokenizer, where, as_score_task)
-    start = loading.adapter_folder(recipe.model.adapter)
-    weight = scored.score.weight.detach().cpu()  # the adapter brings none
-    head = {HEAD_WEIGHTS[not loads_trainable(start)]: weight}
-    model = loading.attach_adapter(scored, start, recipe.model, loads_trainable(start), as_score_task, head)
-    for name, parameter in model.named_parameters():
-        if name.endswith("score.modules_to_save.default.weight"):
-            parameter.requires_grad = True
-    prepare(model)
-    return model
+            raise UserError(what, path=folder, key="model.adapter", fix=f"set {key}: merge")
 
 
 # Of what is kept: 1 had other references where an adapter was continued, 2 rounded adapters on quantized bases and one
@@ -204,7 +65,7 @@ def moves_reference(section: Any) -> bool:
 def reference_key(recipe: DpoRecipe | KtoRecipe, base: ModelConfig) -> str:
     """What identifies the reference: base, quantization, precision, and the adapter it starts from."""
     parts = [REFERENCE_VERSION, fingerprint(loading.folder(base)), str(base.quantization), base.quantization_type]
-    parts += [recipe.model.dtype, str(session.weights_dtype(recipe))]  # what computes, and what holds the weights
+    parts += [recipe.model.dtype, str(start.weights_dtype(recipe))]  # what computes, and what holds the weights
     parts += [str(base.rope_scaling), str(base.attn_implementation)]
     if base.adapter is not None:
         parts.append(fingerprint_of_adapter(loading.adapter_folder(base.adapter)))
@@ -221,21 +82,21 @@ def fingerprint_of_adapter(folder: Path) -> str:
 
 
 def dpo_trainer(
-    recipe: DpoRecipe, run: Run, model: Any, copy: bool, base: ModelConfig, parts: Parts, data: SftData,
-    plan: session.Layout, machine: Hardware,
+    recipe: DpoRecipe, run: Run, model: Any, copy: bool, base: ModelConfig, parts: Base, data: SftData,
+    plan: Layout, machine: Hardware,
 ) -> Any:  # fmt: skip
     """trl's DPOTrainer with the recipe's objective."""
     dpo = recipe.dpo
     loss = "sigmoid" if dpo.loss_type in trainers.REFERENCE_FREE else dpo.loss_type
     config = DPOConfig(
-        **session.arguments(recipe, run, plan, machine, data.eval is not None),
+        **arguments(recipe, run, plan, machine, data.eval is not None),
         loss_type=[loss],
         beta=dpo.beta,
         label_smoothing=dpo.label_smoothing,
         precompute_ref_log_probs=True,
         max_length=None,
     )
-    session.one_device(config)
+    one_device(config)
     trainer = trainers.Dpo(
         dpo=dpo,
         copy=copy,
@@ -246,26 +107,26 @@ def dpo_trainer(
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=parts.tokenizer,
-        data_collator=PairCollator(parts.tokenizer.pad_token_id, session.pad_multiple(machine)),
-        callbacks=session.callbacks(recipe, run, data.eval is not None),
+        data_collator=PairCollator(parts.tokenizer.pad_token_id, pad_multiple(machine)),
+        callbacks=callbacks(recipe, run, data.eval is not None),
     )
-    return session.finish_setup(trainer, recipe)
+    return finish_setup(trainer, recipe)
 
 
 def kto_trainer(
-    recipe: KtoRecipe, run: Run, model: Any, copy: bool, parts: Parts, data: SftData, plan: session.Layout,
+    recipe: KtoRecipe, run: Run, model: Any, copy: bool, parts: Base, data: SftData, plan: Layout,
     machine: Hardware,
 ) -> Any:  # fmt: skip
     """trl's KTOTrainer with the recipe's objective."""
     kto = recipe.kto
     config = KTOConfig(
-        **session.arguments(recipe, run, plan, machine, data.eval is not None),
+        **arguments(recipe, run, plan, machine, data.eval is not None),
         beta=kto.beta,
         desirable_weight=kto.desirable_weight,
         undesirable_weight=kto.undesirable_weight,
         max_length=None,
     )
-    session.one_device(config)
+    one_device(config)
     trainer = trainers.Kto(
         copy=copy,
         model=model,
@@ -273,29 +134,29 @@ def kto_trainer(
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=parts.tokenizer,
-        callbacks=session.callbacks(recipe, run, data.eval is not None),
+        callbacks=callbacks(recipe, run, data.eval is not None),
     )
-    return session.finish_setup(trainer, recipe)
+    return finish_setup(trainer, recipe)
 
 
 def reward_trainer(
-    recipe: RewardRecipe, run: Run, model: Any, parts: Parts, data: SftData, plan: session.Layout, machine: Hardware
+    recipe: RewardRecipe, run: Run, model: Any, parts: Base, data: SftData, plan: Layout, machine: Hardware
 ) -> Any:
     """trl's RewardTrainer with the recipe's objective."""
     config = RewardConfig(
-        **session.arguments(recipe, run, plan, machine, data.eval is not None),
+        **arguments(recipe, run, plan, machine, data.eval is not None),
         center_rewards_coefficient=recipe.reward.center_rewards_coefficient,
         disable_dropout=False,
         max_length=None,
     )
-    session.one_device(config)
+    one_device(config)
     trainer = trainers.Reward(
         model=model,
         args=config,
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=parts.tokenizer,
-        data_collator=ScoreCollator(parts.tokenizer.pad_token_id, recipe.reward.margin, session.pad_multiple(machine)),
-        callbacks=session.callbacks(recipe, run, data.eval is not None),
+        data_collator=ScoreCollator(parts.tokenizer.pad_token_id, recipe.reward.margin, pad_multiple(machine)),
+        callbacks=callbacks(recipe, run, data.eval is not None),
     )
-    return session.finish_setup(trainer, recipe)
+    return finish_setup(trainer, recipe)

@@ -142,9 +142,9 @@ def run(
     kept: dict[str, Any] = {}
     finish = session.finish
 
-    def keep_model(recipe: Any, run: Any, trainer: Any, *rest: Any) -> Any:
-        kept["model"] = trainer.model
-        return finish(recipe, run, trainer, *rest)
+    def keep_model(recipe: Any, run: Any, model: Any, *rest: Any) -> Any:
+        kept["model"] = model
+        return finish(recipe, run, model, *rest)
 
     monkeypatch.setattr(session, "finish", keep_model)
     try:

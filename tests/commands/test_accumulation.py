@@ -11,13 +11,13 @@ import yaml
 from conftest import write_rows
 
 from finetune.commands import dpo, kto, reward
-from finetune.data.chat import make_encoder
+from finetune.commands.dpo import check_sorted
 from finetune.errors import UserError
-from finetune.models import hardware, loading
 from finetune.recipe.file import check
 from finetune.recipe.stages import DpoLoss
 from finetune.run import Run
-from finetune.training import alignment, session
+from finetune.training import session
+from finetune.training.plan import Layout
 from finetune.training.preference import mismatched
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "preferences"
@@ -43,13 +43,19 @@ def recipe_of(base: Path, stage: str, file: str = "uneven", **sections: Any) -> 
 
 def made(recipe: Any, folder: Path, rows: int = 4, passes: int = 1) -> Any:
     """The stage's trainer, as it stands before its first step."""
-    module, machine = STAGES[recipe.stage], hardware.detect()
-    recipe = session.resolved(recipe, machine)
-    parts = alignment.check(recipe)
-    data = module.load(recipe, parts)
-    plan = session.Layout(rows, passes, 1, 1)
-    session.start(recipe)
-    return module.make(recipe, Run(folder), parts, data, plan, machine)[2]
+    found: list[Any] = []
+
+    def stop(_: Any, trainer: Any, *args: Any, **more: Any) -> None:
+        found.append(trainer)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "layout", lambda *_: Layout(rows, passes, 1, 1))
+        patch.setattr(session.Session, "train", stop)
+        output = recipe.output.model_copy(update={"dir": str(folder / "run")})
+        with pytest.raises(KeyboardInterrupt):
+            STAGES[recipe.stage].run(recipe.model_copy(update={"output": output}), overwrite=True)
+    return found[0]
 
 
 def step(trainer: Any, passes: int) -> tuple[float, dict[str, torch.Tensor]]:
@@ -120,9 +126,9 @@ def test_sft_weight_is_per_answer(base: Path, tmp_path: Path) -> None:
 def test_sorted_pairs_stand_in_one_pass(base: Path) -> None:
     for loss in ("aot", "aot_unpaired"):
         recipe = recipe_of(base, "dpo", dpo={"loss_type": loss})
-        alignment.check_step(recipe, session.Layout(16, 1, 1, 1), [])
+        check_sorted(recipe, Layout(16, 1, 1, 1))
         with pytest.raises(UserError, match=r"per_device_train_batch_size.*set it to 16"):
-            alignment.check_step(recipe, session.Layout(4, 4, 1, 1), [])
+            check_sorted(recipe, Layout(4, 4, 1, 1))
 
 
 @pytest.mark.parametrize("loss", get_args(DpoLoss))
@@ -238,8 +244,9 @@ def smoothed(trainer: Any, weights: bool, smoothing: float) -> float:
 @pytest.mark.parametrize("weights", [False, True])
 def test_label_smoothing_holds_with_weights(base: Path, tmp_path: Path, weights: bool, method: str) -> None:
     """In training, in any layout, and in evaluation; with virtual tokens before the text, too."""
-    from finetune.adapters.load import apply
+    from finetune.commands import sft
     from finetune.data import conversations
+    from finetune.training import start
 
     turns = (
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "first", "weight": 0.5}] if weights else []
@@ -250,18 +257,18 @@ def test_label_smoothing_holds_with_weights(base: Path, tmp_path: Path, weights:
     ]
     file = write_rows(tmp_path / "rows.jsonl", rows)
     sections = {"data": {"train": str(file)}, "adapter": {"method": method}}
-    recipe = session.resolved(
-        recipe_of(base, "sft", train={"max_steps": 1, "label_smoothing_factor": 0.2}, **sections), hardware.detect()
-    )
-    machine = hardware.detect()
-    tokenizer = loading.load_tokenizer(recipe.model)
-    data = conversations.load_sft(recipe.data, make_encoder(tokenizer))
+    recipe = recipe_of(base, "sft", train={"max_steps": 1, "label_smoothing_factor": 0.2}, **sections)
+    prepared = session.prepare(recipe, resume=False)
+    data = conversations.load_sft(prepared.recipe.data, prepared.base.encoder)
     assert ("weights" in data.train.column_names) is weights
+    data.eval = data.train
+    prepared.plan(data, 40)
+    prepared.folder = Run(tmp_path)
     for per_pass, passes in ((6, 1), (4, 2)):
-        session.start(recipe)
-        model = apply(loading.load_model(recipe.model, torch.float32, machine), recipe.adapter, tokenizer)
-        plan = session.Layout(per_pass, passes, 1, 1)
-        trainer = session.make_trainer(recipe, Run(tmp_path), model, tokenizer, data.train, data.train, plan, machine)
+        start.seed_everything(prepared.recipe)
+        model = start.policy(prepared.recipe, prepared.base, prepared.machine)
+        prepared.layout = Layout(per_pass, passes, 1, 1)
+        trainer = sft.make_trainer(prepared, model, data.train)
         assert step(trainer, passes)[0] == pytest.approx(smoothed(trainer, weights, 0.2), abs=1e-4)
     batch = next(iter(trainer.get_eval_dataloader(data.train.select(range(4)))))
     trainer.model.eval()

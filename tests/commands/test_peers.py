@@ -22,7 +22,7 @@ from finetune.data.conversations import SftData
 from finetune.recipe.file import load
 from finetune.recipe.stages import DpoRecipe, SftRecipe
 from finetune.run import Run
-from finetune.training import alignment, session, trainers
+from finetune.training import trainers
 
 WORKLOAD = SHARED / "bench" / "make_workload.py"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not WORKLOAD.exists(), reason="needs the recorded runs of peers")]
@@ -69,7 +69,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_dpo(workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = alignment.dpo_trainer
+    make = dpo.dpo_trainer
 
     def with_newline(*args: Any) -> Any:
         data = next(a for a in args if isinstance(a, SftData))
@@ -77,7 +77,7 @@ def test_dpo(workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         data.train = data.train.map(lambda row: {name: [*row[name][:-1], 1] for name in names})
         return make(*args)
 
-    monkeypatch.setattr(alignment, "dpo_trainer", with_newline)
+    monkeypatch.setattr(dpo, "dpo_trainer", with_newline)
     monkeypatch.setattr("finetune.training.alignment.cache_folder", lambda: tmp_path)
     path = write(tmp_path, workload, "dpo", "dpo_trl_bench32.jsonl", batch=4, epochs=1, dpo={"beta": 0.1})
     dpo.run(load(str(path), DpoRecipe))
@@ -85,9 +85,10 @@ def test_dpo(workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_sft(workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = session.make_trainer
+    make = sft.make_trainer
 
-    def with_newline(recipe: Any, run: Any, model: Any, tokenizer: Any, rows: Any, *rest: Any) -> Any:
+    def with_newline(session: Any, model: Any, rows: Any) -> Any:
+        tokenizer = session.base.tokenizer
         newline = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
         end = tokenizer.eos_token_id
 
@@ -98,9 +99,9 @@ def test_sft(workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                     labels[i] = newline
             return {"labels": labels}
 
-        return make(recipe, run, model, tokenizer, rows.map(label), *rest)
+        return make(session, model, rows.map(label))
 
-    monkeypatch.setattr(session, "make_trainer", with_newline)
+    monkeypatch.setattr(sft, "make_trainer", with_newline)
     path = write(tmp_path, workload, "sft", "sft_bench64.jsonl", batch=8, epochs=2)
     sft.run(load(str(path), SftRecipe))
     found = losses(tmp_path)

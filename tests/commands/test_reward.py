@@ -17,19 +17,18 @@ from finetune.errors import UserError
 from finetune.evaluation.rewards import RewardModel, score_rows
 from finetune.models import hardware
 from finetune.recipe.file import load
-from finetune.recipe.resolve import resolve
 from finetune.recipe.stages import RewardRecipe
-from finetune.training import alignment, session
+from finetune.training import session
+from finetune.training.start import reward_model, seed_everything
 
 WHOLE = {"effective_batch_size": 32, "max_steps": 3, "lr_scheduler_type": "constant", "warmup_steps": 0}
 
 
 def start(path: Path) -> tuple[Any, Any]:
     """(the model as it is before training, its tokenizer and encoder)."""
-    recipe = resolve(load(str(path), RewardRecipe), hardware.detect())
-    parts = alignment.check(recipe)
-    session.start(recipe)
-    return alignment.reward_model(recipe, parts, hardware.detect()), parts
+    prepared = session.prepare(load(str(path), RewardRecipe), resume=False)
+    seed_everything(prepared.recipe)
+    return reward_model(prepared.recipe, prepared.base, prepared.machine), prepared.base
 
 
 def text(i: int, answer: str) -> str:

@@ -22,7 +22,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from finetune import hub
 from finetune.adapters import methods
-from finetune.commands import evaluate, ppo, pretrain, sft
+from finetune.base import Base
+from finetune.commands import dpo, evaluate, kto, ppo, pretrain, sft
 from finetune.data import conversations, pairs, prompts
 from finetune.errors import RunError, UserError
 from finetune.evaluation import targets
@@ -34,7 +35,7 @@ from finetune.recipe.sections import ModelConfig, SourceConfig
 from finetune.recipe.stages import RECIPES
 from finetune.rl.ppo import Ppo
 from finetune.run import Run
-from finetune.training import alignment, session
+from finetune.training import plan, session
 from finetune.training.callbacks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -292,15 +293,16 @@ class Watch:
         self.files = files
         self.until = "training"  # or "loading"
         for module, name in ((conversations, "load_sft"), (pairs, "load_pairs"), (pairs, "load_unpaired"),
-                             (prompts, "load_prompts"), (pretrain, "_blocks")):  # fmt: skip
+                             (prompts, "load_prompts"), (pretrain, "load_blocks")):  # fmt: skip
             monkeypatch.setattr(module, name, self.reading(getattr(module, name)))
         monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", self.load)
         monkeypatch.setattr(quantization, "after_loading", lambda *_: None)
         monkeypatch.setattr(loading, "_check_quantized_shapes", lambda *_: None)
         monkeypatch.setattr(sanity, "check", lambda _, __, model: self.seen.update(sanity=model.sanity_check))
         monkeypatch.setattr(loading, "load_tokenizer", self.tokenizer)
-        monkeypatch.setattr(session, "fit", self.fit)
-        monkeypatch.setattr(alignment, "merged_start", self.merged)
+        monkeypatch.setattr(session, "fit_trainer", self.fit)
+        for command in (dpo, kto):
+            monkeypatch.setattr(command, "merged_start", self.merged)
         monkeypatch.setattr(ppo, "train_reward", self.judge)
         monkeypatch.setattr(Ppo, "train", lambda trainer, resume: self.ppo(trainer, resume))
 
@@ -322,9 +324,7 @@ class Watch:
     def reading(self, load: Callable[..., Any]) -> Callable[..., Any]:
         def loaded(*arguments: Any, **more: Any) -> Any:
             found = load(*arguments, **more)
-            if isinstance(found, tuple):
-                self.seen["rows"], self.seen["held out"] = map(table, found)
-            elif isinstance(found, prompts.Prompts):
+            if isinstance(found, prompts.Prompts):
                 self.seen["rows"] = [(row.ids, row.columns) for row in found.rows]
             else:
                 self.seen["rows"], self.seen["held out"] = table(found.train), table(found.eval)
@@ -336,11 +336,11 @@ class Watch:
         self.seen["reward model"] = file.to_yaml(recipe)
         raise Stop
 
-    def merged(self, recipe: Any, run: Run) -> ModelConfig:
+    def merged(self, recipe: Any, run: Run) -> Base:
         self.seen["merged"] = recipe.model.adapter
-        return recipe.model.model_copy(update={"adapter": None})
+        return Base.open(recipe.model.model_copy(update={"adapter": None}))
 
-    def fit(self, trainer: Any, run: Run, resume: bool, inputs: dict[str, str]) -> None:
+    def fit(self, trainer: Any, run: Run, checkpoint: Path | None, inputs: dict[str, str]) -> None:
         model = trainer.model
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Ranks):
@@ -444,8 +444,8 @@ def arguments(stage: str, settings: dict[str, Any], files: dict[str, Any], tmp: 
     except UserError as error:
         return "; ".join(error.lines())
     made = resolve(checked, machine)
-    plan = session.Layout(*batch_layout(*a_step(made), machine), 4, 40)
-    return session.arguments(made, Run(tmp), plan, machine, made.data.eval_split is not None)
+    layout = plan.Layout(*batch_layout(*a_step(made), machine), 4, 40)
+    return plan.arguments(made, Run(tmp), layout, machine, made.data.eval_split is not None)
 
 
 PLANS: dict[str, Any] = {}
@@ -555,7 +555,7 @@ def probe_cache(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, t
         return
     monkeypatch.setattr(conversations.token_cache, "LARGE", 0)
     monkeypatch.setattr(conversations.token_cache, "cache_folder", lambda: tmp / "tokenised")
-    monkeypatch.setattr(session, "show_plan", lambda *_: None)
+    monkeypatch.setattr(session.Session, "show", lambda *_: None)
     for cache in (False, True):
         loaded = file.with_settings(recipe(stage, {key: cache}, files, tmp), stage, ())
         sft.run(loaded, dry_run=True, overwrite=True)

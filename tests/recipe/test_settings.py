@@ -24,7 +24,7 @@ from finetune.recipe import file as recipe_file
 from finetune.recipe.sections import DataConfig, ModelConfig, TrainConfig
 from finetune.recipe.stages import RECIPES, PretrainRecipe
 from finetune.run import Run
-from finetune.training import session
+from finetune.training import plan
 from finetune.training.optim import check_schedule, warmup_steps
 
 CASES = SHARED / "cases" / "train-flow"
@@ -173,12 +173,12 @@ def test_other_gpus_stay_out_of_the_batch(monkeypatch: pytest.MonkeyPatch, recip
     config = TrainingArguments(output_dir="x", per_device_train_batch_size=4, use_cpu=True)
     config._n_gpu = 4
     assert config.train_batch_size == 16  # what DataParallel makes of it
-    assert session.one_device(config).train_batch_size == 4
+    assert plan.one_device(config).train_batch_size == 4
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     section = SimpleNamespace(model=ModelConfig(name="x"))
-    assert "4 GPUs are here and one is used" in str(session.other_devices(section))  # type: ignore[arg-type]
+    assert "4 GPUs are here and one is used" in str(plan.other_devices(section))  # type: ignore[arg-type]
     spread = SimpleNamespace(model=ModelConfig(name="x", device_map="auto"))
-    assert session.other_devices(spread) is None  # type: ignore[arg-type]
+    assert plan.other_devices(spread) is None  # type: ignore[arg-type]
 
 
 def test_every_trainer_is_on_one_device() -> None:

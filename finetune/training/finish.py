@@ -1,0 +1,132 @@
+"""What a run leaves: weights, model card, report, result.json; and what to type next."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from finetune import places
+from finetune.adapters.load import save as save_adapter
+from finetune.base import Base
+from finetune.errors import UserError
+from finetune.models import sources
+from finetune.models.chatglm.weights import is_chatglm_layout
+from finetune.models.hardware import peak_memory_gb
+from finetune.models.identity import write_identity
+from finetune.models.quantization import parameter_counts
+from finetune.recipe.file import to_yaml
+from finetune.recipe.stages import Recipe
+from finetune.run import Run, write_atomically
+from finetune.terminal.progress import command, duration, note, shown_path
+from finetune.training import model_card, report
+from finetune.training.weight_check import check_finite
+
+
+def save(recipe: Recipe, run: Run, model: Any, base: Base, template: str | None) -> Path:
+    """adapter/ in PEFT's format, or model/ after full fine-tuning, with tokenizer, template and the base's identity.
+
+    base: what the adapter sits on.
+    """
+    if template is not None:
+        base.tokenizer.chat_template = template
+    if recipe.adapter.method == "full":
+        model.to(getattr(torch, recipe.model.dtype))
+        check_finite(model.named_parameters(), f"in {recipe.model.dtype}")
+        model.save_pretrained(run.model)
+        base.tokenizer.save_pretrained(run.model)
+        return run.model
+    save_adapter(model, run.adapter)
+    base.tokenizer.save_pretrained(run.adapter)
+    write_identity(run.adapter, base.model, base.fingerprint, template)
+    return run.adapter
+
+
+def finish(
+    recipe: Recipe, run: Run, model: Any, outcome: dict[str, Any], counts: dict[str, Any], notes: list[str], base: Base
+) -> dict[str, Any]:
+    """The model card, loss.png, report.html and, last, result.json.
+
+    outcome: what the trainer says, of `fit`; base: as for `save`.
+    """
+    trainable, total = parameter_counts(model)
+    result = {
+        "stage": recipe.stage,
+        "status": "done",
+        "eval": {},
+        **outcome,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "trained_tokens": counts["trained_tokens"],
+        "dropped_rows": counts["dropped"],
+        "data": counts,
+        "peak_memory_gb": round(peak_memory_gb(), 3),
+        "decisions": notes,
+    }
+    write_card(recipe, run, result, base)
+    report.write(run, result)
+    run.finish(result)
+    return result
+
+
+def write_card(recipe: Recipe, run: Run, result: dict[str, Any], base: Base) -> None:
+    """README.md beside the weights, in the place of peft's empty form; all of it as the umask has it."""
+    full = recipe.adapter.method == "full"
+    weights = run.model if full else run.adapter
+    config = places.read_json(weights / "config.json") if full else base.config
+    name = licence = place = None
+    if not recipe.model.is_new:
+        name, folder = recipe.model.name, sources.folder(recipe.model)
+        with suppress(UserError):  # a hub's snapshot may be without it, and the hub away by now
+            sources.file(recipe.model, "README.md")
+        licence = model_card.licence_of(name, folder)
+        place = model_card.place_of(name, folder) if base.model.name == name else os.path.relpath(base.folder, weights)
+    values = yaml.safe_load(to_yaml(recipe))
+    original = is_chatglm_layout(config)
+    text = model_card.card(values, result, name, licence, place=place, original_layout=original)
+    write_atomically(weights / "README.md", text)
+    places.as_umask(weights)
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the summary of a stage says."""
+
+    gist: Callable[[dict[str, Any]], str | None] = lambda held_out: None
+    """The figure of its evaluation that says most; None for the losses."""
+    answers: bool = True
+    """Whether the result writes answers."""
+    hint: str | None = None
+    """What else can be done with it; {run} is its directory."""
+
+
+def summary(recipe: Recipe, run: Run, weights: Path, result: dict[str, Any], words: Words) -> None:
+    """What was done, where it is, and what to type next."""
+    share = result["trainable_parameters"] / result["total_parameters"]
+    held_out = f", held-out loss {result['eval']['loss']:.4f}" if "loss" in result["eval"] else ""
+    gist = words.gist(result["eval"]) or f"training loss {result['train_loss']:.4f}{held_out}"
+    note(f"done in {duration(result['seconds'])}: {result['steps']:,} steps, {gist}")
+    note(f"trained {result['trainable_parameters']:,} of {result['total_parameters']:,} parameters ({share:.2%})")
+    note(f"weights {shown_path(weights)}   report {shown_path(run.path / 'report.html')}")
+    for number, line in enumerate(next_commands(recipe, shown_path(run.path), words.answers)):
+        note(f"{'' if number else 'next':7} {command(*line)}")
+    if recipe.eval.data is None and recipe.data.eval_split is None:
+        note("no rows were held out: for figures give ft eval a file with --data, or set data.eval_split")
+    if words.hint is not None:
+        note(words.hint.format(run=shown_path(run.path)))
+
+
+def next_commands(recipe: Recipe, name: str, answers: bool) -> list[list[str]]:
+    """What can be done with a run, as it stands: each of these can be typed."""
+    found = []
+    if recipe.eval.data is not None or recipe.data.eval_split is not None:
+        found.append(["eval", name, *(["--compare-base"] if answers and not recipe.model.is_new else [])])
+    if answers:
+        found.append(["chat", "--model" if recipe.adapter.method == "full" else "--adapter", name])
+    return found

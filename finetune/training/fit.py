@@ -1,0 +1,94 @@
+"""A transformers trainer from its first or its last checkpoint to its outcome."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    TrainerCallback,
+)
+
+from finetune.errors import Interrupted, RunError
+from finetune.recipe.adapters import AdaLoraAdapter
+from finetune.recipe.stages import Recipe
+from finetune.run import Run, known_of, to_go_on
+from finetune.terminal.progress import Progress
+from finetune.training.callbacks import Guard, Proven, Ranks, Recorder
+from finetune.training.trainers import CountOn
+from finetune.training.weight_check import check_finite, trained
+
+
+def callbacks(recipe: Recipe, run: Run, has_eval: bool) -> list[TrainerCallback]:
+    """What happens beside training, for any trainer."""
+    may_stop = bool(recipe.train.early_stopping_patience and has_eval)
+    found: list[TrainerCallback] = [Recorder(run, Progress(recipe.stage), may_stop), Guard(), Proven()]
+    if isinstance(recipe.adapter, AdaLoraAdapter):
+        found.append(Ranks(recipe.adapter))
+    if may_stop:
+        found.append(EarlyStoppingCallback(early_stopping_patience=recipe.train.early_stopping_patience))
+    return found
+
+
+def finish_setup(trainer: Any, recipe: Recipe) -> Any:
+    """What a trainer of trl needs after it is made."""
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # trl casts those on quantized bases to bfloat16, where small updates round away
+            parameter.data = parameter.data.float()
+    trainer.recipe, trainer.recipe_train = recipe, recipe.train
+    trainer.loraplus_lr_ratio = getattr(recipe.adapter, "loraplus_lr_ratio", None)
+    trainer.remove_callback(PrinterCallback)  # Recorder prints
+    return trainer
+
+
+def fit(trainer: Any, run: Run, checkpoint: Path | None, inputs: dict[str, str]) -> dict[str, Any]:
+    """Train; returns what result.json says about it. Interrupted after a signal, with a checkpoint on disk.
+
+    Args:
+        checkpoint: where to go on from; inputs: what the run reads, of `known_inputs`, kept in the checkpoints.
+    """
+    if checkpoint is not None:
+        run.forget_after(int(checkpoint.name.rpartition("-")[2]))
+    trainer.inputs = inputs
+    trainer.add_callback(CountOn(trainer, checkpoint))
+    found = trainer.callback_handler.callbacks
+    guard, proven, recorder = (next(c for c in found if isinstance(c, kind)) for kind in (Guard, Proven, Recorder))
+    recorder.tokens = known_of(checkpoint).get("counters", {}).get("tokens", 0) if checkpoint is not None else 0
+    try:
+        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        step = trainer.state.global_step
+        if guard.stopped:
+            where = f"checkpoint saved in {run.checkpoints}"
+            raise Interrupted(f"stopped at step {step}; {where}; go on with {to_go_on(trainer.recipe)}")
+        if proven.left_out and not proven.steps:
+            what = f"loss scaling has left out all {proven.left_out} steps: nothing was trained"
+            raise RunError(f"{what}; take more steps, or set model.dtype: bfloat16 or float32")
+        check_finite(trained(trainer.model), "at the end")
+        held_out = of_the_saved_weights(trainer, run)
+    finally:
+        guard.restore()  # a trainer that raises calls no on_train_end
+    return {
+        "trained": proven.proof.finish() if proven.proof is not None and proven.proof.seen else None,
+        "train_loss": output.training_loss,
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch or 0.0, 4),
+        "seconds": round(time.perf_counter() - trainer.begun, 2),
+        "seen_tokens": int(trainer.state.num_input_tokens_seen or trainer._total_train_tokens),
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        "eval": held_out,
+    }
+
+
+def of_the_saved_weights(trainer: Any, run: Run) -> dict[str, float]:
+    """The evaluation of the weights that the model holds now: the best or the last; {} without held-out rows."""
+    if trainer.eval_dataset is None:
+        return {}
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    step = int(best.rpartition("-")[2]) if best else trainer.state.global_step
+    rows = [row for row in run.read_metrics() if row.get("step") == step and "eval_loss" in row]
+    row = rows[-1] if rows else trainer.evaluate()
+    timed = ("_runtime", "_per_second", "_time")
+    return {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_") and not k.endswith(timed)}

@@ -1,0 +1,90 @@
+"""What a run reads, by content: a run that goes on must find the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.base import Base
+from finetune.data import sources as data_sources
+from finetune.data import text as raw
+from finetune.models import loading
+from finetune.models.identity import fingerprint
+from finetune.recipe.stages import PpoRecipe, Recipe
+from finetune.run import check_unchanged
+from finetune.terminal.progress import task
+
+
+def known_inputs(
+    recipe: Recipe, base: Base, template: str | None, resume: bool, dry_run: bool = False
+) -> dict[str, str]:
+    """{key: digest} of what a run reads, by content: base, tokenizer, template, adapter and data.
+
+    UserError naming what is not as it was, when the run is to go on; a dry run that is not to go on reads nothing.
+    """
+    if dry_run and not resume:
+        return {}
+    backend = getattr(base.tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else repr(sorted(base.tokenizer.get_vocab().items()))
+    with task("reading the base for its fingerprint", after=1.0):
+        found = {"model.tokenizer" if base.model.is_new else "model.name": digest([base.fingerprint, vocabulary])}
+    if template is not None:
+        found["model.chat_template"] = digest([template])
+    if recipe.model.adapter is not None:
+        found["model.adapter"] = digest(_weights(loading.adapter_folder(recipe.model.adapter)))
+    found["data.train"] = digest(_rows(recipe.data.train))
+    if recipe.eval.data is not None:
+        found["eval.data"] = digest(_rows(recipe.eval.data))
+    if isinstance(recipe, PpoRecipe):
+        found |= _reward_inputs(recipe.reward)
+    if resume:
+        check_unchanged(recipe, found)
+    return found
+
+
+def _reward_inputs(reward: Any) -> dict[str, str]:
+    """Pairs, the reward model where it is on this machine, and the rules' files."""
+    found = {}
+    if reward.train is not None:
+        found["reward.train"] = digest(_rows(reward.train))
+    if reward.model is not None:
+        adapter = loading.find_adapter(reward.model)
+        place = Path(reward.model).expanduser()
+        folder = adapter or next((p for p in (place / "model", place) if p.is_dir()), None)
+        found["reward.model"] = digest([reward.model] if folder is None else _weights(folder))
+    if reward.functions:
+        rules = [rule.rpartition(":")[::2] for rule in reward.functions]
+        found["reward.functions"] = digest(part for file, name in rules for part in (Path(file).read_bytes(), name))
+    return found
+
+
+def digest(parts: Iterable[str | bytes]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        found.update(len(data).to_bytes(8, "little") + data)
+    return found.hexdigest()
+
+
+def _weights(folder: Path) -> Iterator[str | bytes]:
+    """Of a model or an adapter."""
+    files = sorted(folder.glob("adapter_*"))
+    yield from (file.read_bytes() for file in files)
+    if not files:
+        yield fingerprint(folder)
+
+
+def _rows(data: Any) -> Iterator[str | bytes]:
+    """What sources hold: the bytes of their files, or the rows of a hub."""
+    for source in data if isinstance(data, list) else [data]:
+        spec = data_sources.as_dict(source)
+        if str(spec["path"]) == raw.WORLD:
+            yield raw.WORLD
+        elif data_sources.is_hub(spec) or spec.get("source") == "modelscope":
+            yield from (repr(row.data) for row in data_sources.read_rows(source))
+        else:
+            for file in data_sources.files_of(spec["path"]):
+                with file.open("rb") as stream:
+                    yield from iter(lambda stream=stream: stream.read(1 << 22), b"")  # type: ignore[misc]

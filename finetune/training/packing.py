@@ -1,0 +1,66 @@
+"""Packing, where documents in one row cannot see each other: found by trying."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+)
+
+from finetune.adapters import soft_prompts
+from finetune.recipe.stages import Recipe
+from finetune.terminal.progress import task
+
+
+@torch.no_grad()
+def documents_isolated(model: PreTrainedModel, ids: list[int]) -> bool:
+    """Whether documents packed into one row are invisible to each other, found by trying.
+
+    Two documents share a row, told apart by position ids alone. If changing the first changes the logits of the
+    second, attention (or virtual tokens, or ALiBi) leaks, whatever the documentation says.
+    """
+    half = len(ids) // 2
+    positions = torch.tensor([[*range(half), *range(len(ids) - half)]], device=model.device)
+    changed = [(i + 1) % 256 for i in ids[:half]] + ids[half:]
+    was_training = model.training
+    model.eval()
+    try:
+        rows = [torch.tensor([row], device=model.device) for row in (ids, changed)]
+        # As in training: what is trained is float32, also on a bfloat16 base.
+        with torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32):
+            a, b = (model(input_ids=row, position_ids=positions, use_cache=False).logits for row in rows)
+    finally:
+        model.train(was_training)
+    return bool(a.shape[1] == len(ids)) and bool(torch.equal(a[:, half:], b[:, half:]))
+
+
+SHARED_TOKENS = "packing is off: documents in one row would share the virtual tokens and see each other"
+
+
+def pack_if_isolated(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, rows: Any) -> tuple[Any, str | None]:
+    """(rows, packed if asked for and safe; one line saying why not)."""
+    if not recipe.data.packing:
+        return rows, None
+    if soft_prompts.peft_type(model) in soft_prompts.TYPES:
+        return rows, SHARED_TOKENS
+    from finetune.data.packing import pack
+
+    sample = [i for ids in rows[: min(len(rows), 64)]["input_ids"] for i in ids][:64]
+    sample = (sample * 64)[:32] if len(sample) < 32 else sample
+    with task("looking whether packed documents see each other", after=1.0):
+        isolated = documents_isolated(model, sample)
+    if not isolated:
+        return rows, "packing is off: documents in one row would see each other with this model and adapter"
+    with task(f"packing {len(rows):,} rows", after=1.0):
+        return pack(rows, recipe.data.max_length), None
+
+
+def packing_outlook(recipe: Recipe) -> str | None:
+    """What a dry run can say of packing."""
+    if not recipe.data.packing:
+        return None
+    if recipe.adapter.method.upper() in soft_prompts.TYPES:
+        return SHARED_TOKENS
+    return "packing: whether documents in one row are apart is tried when the model is loaded; steps are those without"

@@ -1,0 +1,84 @@
+"""Where training starts: the base in memory, with what is trained on it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from finetune.adapters.load import apply, as_score_task, loads_trainable, prepare
+from finetune.adapters.multiple import HEAD_WEIGHTS
+from finetune.base import Base
+from finetune.errors import RunError
+from finetune.models import loading
+from finetune.models.score_head import with_score_head
+from finetune.recipe.adapters import LastLayersAdapter
+from finetune.recipe.resolve import Hardware
+from finetune.recipe.stages import DpoRecipe, KtoRecipe, Recipe, RewardRecipe
+from finetune.run import Run
+from finetune.terminal.progress import command
+
+
+def seed_everything(recipe: Recipe) -> None:
+    """Before any weight is drawn."""
+    set_seed(recipe.train.seed)
+
+
+def weights_dtype(recipe: Recipe) -> torch.dtype:
+    """Dtype in which the base is held: that of the computation, but float32 where all of it is trained."""
+    return torch.float32 if recipe.adapter.method == "full" else getattr(torch, recipe.model.dtype)
+
+
+def policy(recipe: Recipe, base: Base, machine: Hardware) -> Any:
+    """The model to train: the base with a fresh adapter, or with that of model.adapter."""
+    network = loaded(recipe, base, machine)
+    if base.model.adapter is None:
+        return apply(network, recipe.adapter, base.tokenizer, base.folder)
+    start = loading.adapter_folder(base.model.adapter)
+    model = loading.attach_adapter(network, start, base.model, trainable=loads_trainable(start))
+    prepare(model)
+    return model
+
+
+def reward_model(recipe: RewardRecipe, base: Base, machine: Hardware) -> Any:
+    """The base with a score head and an adapter: fresh, or started from that of model.adapter."""
+    scored = with_score_head(loaded(recipe, base, machine), base.model.name)
+    if base.model.adapter is None:
+        section = recipe.adapter
+        if isinstance(section, LastLayersAdapter):
+            section = section.model_copy(update={"head": False})  # that of the scores is always trained
+        return apply(scored, section, base.tokenizer, base.folder, as_score_task)
+    start = loading.adapter_folder(base.model.adapter)
+    weight = scored.score.weight.detach().cpu()  # the adapter brings none
+    head = {HEAD_WEIGHTS[not loads_trainable(start)]: weight}
+    model = loading.attach_adapter(scored, start, base.model, loads_trainable(start), as_score_task, head)
+    for name, parameter in model.named_parameters():
+        if name.endswith("score.modules_to_save.default.weight"):
+            parameter.requires_grad = True
+    prepare(model)
+    return model
+
+
+def loaded(recipe: Recipe, base: Base, machine: Hardware) -> Any:
+    """The network of the base, which can be trained on."""
+    network = loading.load_model(base.model, weights_dtype(recipe), machine)
+    loading.refuse_training(network, base.model.name)
+    return network
+
+
+def merged_start(recipe: DpoRecipe | KtoRecipe, run: Run) -> Base:
+    """The base with model.adapter merged into it in its original precision, in the run directory."""
+    target = run.path / "start"
+    if not (target / "merge.json").exists():
+        assert recipe.model.adapter is not None
+        arguments = ["merge", f"--adapter={recipe.model.adapter}", f"--output={target}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "finetune", *arguments], capture_output=True, text=True, errors="replace"
+        )
+        if done.returncode:
+            raise RunError(f"{command(*arguments)} failed: {done.stderr.strip()[-400:]}")
+    merged = {"name": str(target), "adapter": None, "revision": None, "source": None}
+    return Base.open(recipe.model.model_copy(update=merged))
