@@ -1,10 +1,10 @@
 """Several adapters of one type on one base: policy, reference, reward and value of PPO.
 
-Seat(model, adapter)        who computes: an adapter, or the base with all adapters off
-seated(seat)                a context in which that one is active; requires_grad stays as it was
-copy_adapter(…)             another adapter with the same weights
-add_adapter(…)              one from a folder, with the score head that a reward model brings
-train_only(…)               which adapters learn
+ActiveAdapter(model, adapter)   who computes: an adapter, or the base with all adapters off
+activated(active)               a context in which that one is active; requires_grad stays as it was
+copy_adapter(…)                 another adapter with the same weights
+add_adapter(…)                  one from a folder, with the score head that a reward model brings
+train_only(…)                   which adapters learn
 """
 
 from __future__ import annotations
@@ -29,20 +29,22 @@ HEAD_WEIGHTS = ("base_model.model.score.weight", "base_model.score.weight")  # t
 
 
 @dataclass(frozen=True)
-class Seat:
+class ActiveAdapter:
+    """A model, and which of its adapters computes."""
+
     model: Any
     adapter: str | None = None
     """None: with a PEFT model all adapters are off; otherwise the model as it is."""
 
 
 @contextmanager
-def seated(seat: Seat) -> Iterator[Any]:
-    """The model of a seat with its adapter active.
+def activated(active: ActiveAdapter) -> Iterator[Any]:
+    """The model with that adapter active.
 
     peft's `set_adapter` and `disable_adapter` make the active adapter trainable and all others frozen; here every
     requires_grad stays what it was.
     """
-    model = seat.model
+    model = active.model
     if not isinstance(model, PeftModel):
         yield model
         return
@@ -50,10 +52,10 @@ def seated(seat: Seat) -> Iterator[Any]:
     before = model.active_adapter
     try:
         with ExitStack() as stack:
-            if seat.adapter is None:
+            if active.adapter is None:
                 stack.enter_context(model.disable_adapter())
-            elif seat.adapter != before:
-                model.set_adapter(seat.adapter)
+            elif active.adapter != before:
+                model.set_adapter(active.adapter)
                 stack.callback(model.set_adapter, before)
             _restore(flags)
             yield model

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from finetune.adapters.multiple import Seat, seated
+from finetune.adapters.multiple import ActiveAdapter, activated
 from finetune.data import evaluated
 from finetune.data.chat import make_encoder
 from finetune.data.evaluated import HeldOut
@@ -170,7 +170,7 @@ def reference(target: Target, model: Any) -> evaluators.Reference | None:
         return None
     beta = getattr(target.recipe, target.recipe.stage).beta
     if target.adapter is not None and other.adapter is None:
-        return (lambda: seated(Seat(model))), beta
+        return (lambda: activated(ActiveAdapter(model))), beta
     return (lambda: nullcontext(load_model(replace(other, name=f"{target.name}: its reference")))), beta
 
 

@@ -26,7 +26,7 @@ from finetune.adapters.multiple import (
     REFERENCE,
     REWARD,
     VALUE,
-    Seat,
+    ActiveAdapter,
     add_adapter,
     as_causal,
     copy_adapter,
@@ -46,11 +46,11 @@ from finetune.training import alignment, start
 
 @dataclass
 class Actors:
-    policy: Seat
-    reference: Seat
-    value: Seat
+    policy: ActiveAdapter
+    reference: ActiveAdapter
+    value: ActiveAdapter
     value_head: nn.Linear
-    reward: Seat | None = None
+    reward: ActiveAdapter | None = None
     reward_head: nn.Linear | None = None
     judge: RewardModel | None = None
     """The reward model where it is not on the policy's base."""
@@ -62,10 +62,10 @@ class Actors:
 
     def all_models(self) -> Iterator[Any]:
         seen: set[int] = set()
-        for seat in (self.policy, self.reference, self.value, self.reward):
-            if seat is not None and id(seat.model) not in seen:
-                seen.add(id(seat.model))
-                yield seat.model
+        for actor in (self.policy, self.reference, self.value, self.reward):
+            if actor is not None and id(actor.model) not in seen:
+                seen.add(id(actor.model))
+                yield actor.model
 
 
 def check(recipe: PpoRecipe) -> None:
@@ -130,13 +130,16 @@ def _shared(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None
     if copied:
         copy_adapter(model, POLICY, REFERENCE)
     actors = Actors(
-        Seat(model, POLICY), Seat(model, REFERENCE if copied else None), Seat(model, VALUE), new_head(model)
+        ActiveAdapter(model, POLICY),
+        ActiveAdapter(model, REFERENCE if copied else None),
+        ActiveAdapter(model, VALUE),
+        new_head(model),
     )
     if reward is not None:
         folder = loading.adapter_folder(reward)
         check_shared(recipe, folder)
         weight = add_adapter(model, folder, REWARD)
-        actors.reward, actors.reward_head = Seat(model, REWARD), frozen_head(model, weight, folder)
+        actors.reward, actors.reward_head = ActiveAdapter(model, REWARD), frozen_head(model, weight, folder)
     copy_adapter(model, REWARD if reward is not None else POLICY, VALUE)
     train_only(model, [POLICY, VALUE])
     freeze_unread(actors.value)
@@ -173,7 +176,7 @@ def starts_as_base(section: Adapter) -> bool:
     return not alignment.moves_reference(section)
 
 
-def freeze_unread(value: Seat) -> None:
+def freeze_unread(value: ActiveAdapter) -> None:
     """Values are read before the output head: what is trained of it for them would never see a gradient."""
     head = value.model.get_output_embeddings()
     embeddings = {id(p) for p in value.model.get_input_embeddings().parameters()}  # the same, where they are tied
@@ -182,8 +185,8 @@ def freeze_unread(value: Seat) -> None:
             parameter.requires_grad = False
 
 
-def _own(model: Any) -> Seat:
-    return Seat(model, POLICY if hasattr(model, "peft_config") else None)
+def _own(model: Any) -> ActiveAdapter:
+    return ActiveAdapter(model, POLICY if hasattr(model, "peft_config") else None)
 
 
 def same_base(recipe: PpoRecipe, reward: Path) -> bool:

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from finetune.adapters.multiple import seated
+from finetune.adapters.multiple import activated
 from finetune.data.prompts import Prompt
 from finetune.errors import RunError
 from finetune.evaluation.generation import decode, seeded, stop_ids
@@ -171,7 +171,7 @@ class Ppo:
     def answer(
         self, prompts: Sequence[Prompt], on_batch: Callable[[int], None] = lambda n: None
     ) -> tuple[Replies, list[str]]:
-        with seated(self.actors.policy) as model, self.autocast():
+        with activated(self.actors.policy) as model, self.autocast():
             size = max(self.rows, self.recipe.eval.batch_size)
             ids = [p.ids for p in prompts]
             replies = sample(model, ids, self.sampling, self.stops, self.pad, size, on_batch)
@@ -190,7 +190,7 @@ class Ppo:
             ends = [[row[-1]] for row in rows]  # the last token is where the score stands
             read = together([row[:-1] for row in rows], ends, self.stops, self.pad, self.device)
             found = list[float]()
-            with torch.no_grad(), self.autocast(), seated(actors.reward) as model:
+            with torch.no_grad(), self.autocast(), activated(actors.reward) as model:
                 model.train()
                 for index in self.chunks(torch.arange(len(replies), device=self.device)):
                     found += end_scores(model, actors.reward_head, read.rows(index)).tolist()
@@ -224,15 +224,15 @@ class Ppo:
         for index in self.chunks(torch.arange(len(replies), device=self.device)):
             part = replies.rows(index)
             with self.autocast():
-                with seated(actors.policy) as model:
+                with activated(actors.policy) as model:
                     model.train()
                     logits = response_logits(model, part)
                     allowed.append(support(logits, part.tokens, self.sampling))
                     logp.append(log_probs(logits, part.tokens, self.sampling, allowed[-1]))
-                with seated(actors.reference) as model:
+                with activated(actors.reference) as model:
                     model.train()
                     ref.append(log_probs(response_logits(model, part), part.tokens, self.sampling))
-                with seated(actors.value) as model:
+                with activated(actors.value) as model:
                     model.train()
                     values.append(token_values(model, actors.value_head, part))
         mask = replies.mask
@@ -308,7 +308,7 @@ class Ppo:
             part = rollout.replies.rows(rows)
             share = part.mask.sum() / tokens
             allowed = None if rollout.allowed is None else rollout.allowed.rows(rows)
-            with self.autocast(), seated(actors.policy) as model:
+            with self.autocast(), activated(actors.policy) as model:
                 model.train()
                 logits = response_logits(model, part)
                 new = log_probs(logits, part.tokens, self.sampling, allowed)
@@ -319,7 +319,7 @@ class Ppo:
                     entropy = arithmetic.masked_mean(arithmetic.entropy(logits / c.temperature), part.mask)
                 # Inside: gradient checkpointing computes the forward pass again, with the adapter that is active.
                 self.scaler.scale((policy.loss - c.entropy_coef * entropy) * share).backward()
-            with self.autocast(), seated(actors.value) as model:
+            with self.autocast(), activated(actors.value) as model:
                 model.train()
                 values = token_values(model, actors.value_head, part)
                 loss = arithmetic.value_loss(

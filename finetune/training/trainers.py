@@ -353,7 +353,7 @@ def own_reference(model: Any, copy: bool) -> Iterator[None]:
     if copy and isinstance(model, PeftModel):
         try:
             copy_adapter(model, "default", "ref")
-        except UserError as error:  # what seats advises is for PPO
+        except UserError as error:  # what copy_adapter advises is for PPO
             problems = [replace(problem, fix="set dpo.start or kto.start: merge") for problem in error.problems]
             raise UserError(problems) from None
         for parameter in named(model, "ref").values():

@@ -11,7 +11,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from finetune.adapters.load import apply
-from finetune.adapters.multiple import POLICY, REFERENCE, VALUE, Seat, copy_adapter, named, seated, train_only
+from finetune.adapters.multiple import (
+    POLICY,
+    REFERENCE,
+    VALUE,
+    ActiveAdapter,
+    activated,
+    copy_adapter,
+    named,
+    train_only,
+)
 from finetune.errors import UserError
 from finetune.recipe.adapters import ADAPTERS
 
@@ -29,8 +38,8 @@ def adapted(base: Path, method: str, **settings: Any) -> PeftModel:
 
 
 @torch.no_grad()
-def logits(seat: Seat) -> torch.Tensor:
-    with seated(seat) as model:
+def logits(active: ActiveAdapter) -> torch.Tensor:
+    with activated(active) as model:
         return model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits[:, -IDS.shape[1] :]
 
 
@@ -52,7 +61,7 @@ def test_a_copy_computes_the_same_and_goes_its_own_way(base: Path, method: str) 
     for name in (REFERENCE, VALUE):
         copy_adapter(model, POLICY, name)
     train_only(model, [POLICY, VALUE])
-    policy, reference, value, off = (Seat(model, a) for a in (POLICY, REFERENCE, VALUE, None))
+    policy, reference, value, off = (ActiveAdapter(model, a) for a in (POLICY, REFERENCE, VALUE, None))
     start = logits(policy)
     assert torch.equal(logits(reference), start)
     assert torch.equal(logits(value), start)
@@ -75,44 +84,44 @@ def test_a_copy_computes_the_same_and_goes_its_own_way(base: Path, method: str) 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit", "last_layers", "prompt_tuning", "prefix_tuning"])
 @pytest.mark.parametrize("adapter", [POLICY, VALUE, None])
-def test_seats_leave_everything_as_it_was(base: Path, method: str, adapter: str | None) -> None:
+def test_activating_leaves_everything_as_it_was(base: Path, method: str, adapter: str | None) -> None:
     model = adapted(base, method)
     copy_adapter(model, POLICY, VALUE)
     train_only(model, [POLICY])
     before, inside = flags(model), None
-    with seated(Seat(model, adapter)):
+    with activated(ActiveAdapter(model, adapter)):
         inside = flags(model)
-        with seated(Seat(model, None if adapter else VALUE)):
+        with activated(ActiveAdapter(model, None if adapter else VALUE)):
             assert flags(model) == before
         assert flags(model) == before
         if adapter is not None:
             assert model.active_adapter == adapter
     assert inside == flags(model) == before
     assert model.active_adapter == POLICY
-    with pytest.raises(ZeroDivisionError), seated(Seat(model, adapter)):
+    with pytest.raises(ZeroDivisionError), activated(ActiveAdapter(model, adapter)):
         raise ZeroDivisionError
     assert flags(model) == before
     assert model.active_adapter == POLICY
-    start = logits(Seat(model, POLICY))
-    with pytest.raises(ValueError, match="nobody"), seated(Seat(model, "nobody")):
+    start = logits(ActiveAdapter(model, POLICY))
+    with pytest.raises(ValueError, match="nobody"), activated(ActiveAdapter(model, "nobody")):
         pass
     assert flags(model) == before
-    assert torch.equal(logits(Seat(model, POLICY)), start)
+    assert torch.equal(logits(ActiveAdapter(model, POLICY)), start)
 
 
-def test_gradients_reach_the_seated_adapter_only(base: Path) -> None:
+def test_gradients_reach_the_active_adapter_only(base: Path) -> None:
     model = adapted(base, "lora")
     copy_adapter(model, POLICY, VALUE)
     train_only(model, [POLICY, VALUE])
-    with seated(Seat(model, VALUE)) as seat:
-        seat(input_ids=IDS).logits.sum().backward()
+    with activated(ActiveAdapter(model, VALUE)) as found:
+        found(input_ids=IDS).logits.sum().backward()
     assert all(p.grad is None for p in named(model, POLICY).values())
     assert all(p.grad is not None for p in named(model, VALUE).values())
 
 
-def test_plain_models_have_one_seat(base: Path) -> None:
+def test_plain_models_have_no_adapter_to_activate(base: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
-    with seated(Seat(model)) as found:
+    with activated(ActiveAdapter(model)) as found:
         assert found is model
 
 

@@ -137,7 +137,7 @@ def test_shared_equals_separate(tmp_path: Path, base: Path, rewarded: Callable[[
 
 
 def test_scores_are_those_of_the_reward_run(tmp_path: Path, base: Path, rewarded: Callable[[str], Run]) -> None:
-    """Through the seat on the shared base, through plain peft, and by hand from the tokens."""
+    """Through the adapter on the shared base, through plain peft, and by hand from the tokens."""
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

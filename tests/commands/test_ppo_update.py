@@ -14,7 +14,7 @@ import pytest
 import torch
 from rl_kit import ppo_recipe, run_ppo, scaled
 
-from finetune.adapters.multiple import seated
+from finetune.adapters.multiple import activated
 from finetune.rl.ppo import Ppo, Rollout, repetition
 from finetune.rl.rollout import response_logits, token_values
 
@@ -159,7 +159,7 @@ def by_hand(trainer: Ppo, rollout: Rollout, index: list[int]) -> dict[str, float
     total = sum(every[i] for i in index)
     for i in index:
         part = rollout.replies.rows(torch.tensor([i]))
-        with seated(actors.policy) as model:
+        with activated(actors.policy) as model:
             logp = torch.log_softmax(response_logits(model, part)[0] / c.temperature, dim=-1)
             objective = torch.zeros(())
             for t in range(every[i]):
@@ -177,7 +177,7 @@ def by_hand(trainer: Ppo, rollout: Rollout, index: list[int]) -> dict[str, float
                     sums[key] += float(value.detach()) / total
                 sums["log_ratio_max"] = max(sums["log_ratio_max"], abs(float(difference.detach())))
             (objective / total).backward()
-        with seated(actors.value) as model:
+        with activated(actors.value) as model:
             values, objective = token_values(model, actors.value_head, part)[0], torch.zeros(())
             for t in range(every[i]):
                 old, target = rollout.values[i, t], rollout.returns[i, t]
