@@ -38,7 +38,9 @@ from finetune.models.chatglm import tokenizer as chatglm_tokenizer
 from finetune.models.rope import check_length
 from finetune.recipe.sections import ModelConfig
 from finetune.recipe.stages import PretrainRecipe
-from finetune.run import Run, check_resumable, open_run
+from finetune.run.directory import Run
+from finetune.run.opening import open_run
+from finetune.run.resuming import check_resumable
 from finetune.terminal.progress import task
 from finetune.training import session
 from finetune.training.trainers import Extras

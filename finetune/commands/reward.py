@@ -13,7 +13,7 @@ from finetune.data.conversations import SftData
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.sections import ModelConfig
 from finetune.recipe.stages import RewardRecipe
-from finetune.run import Run
+from finetune.run.directory import Run
 from finetune.training import alignment
 from finetune.training.alignment import Parts
 from finetune.training.session import Layout

@@ -16,7 +16,8 @@ from finetune.models import hardware, loading
 from finetune.models.quantization import is_held_quantized
 from finetune.models.rope import check_length
 from finetune.recipe.stages import SftRecipe
-from finetune.run import check_resumable, open_run
+from finetune.run.opening import open_run
+from finetune.run.resuming import check_resumable
 from finetune.training import session
 
 

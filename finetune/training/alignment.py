@@ -43,7 +43,9 @@ from finetune.recipe.adapters import LastLayersAdapter
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.sections import ModelConfig
 from finetune.recipe.stages import DpoRecipe, KtoRecipe, PpoRecipe, RewardRecipe
-from finetune.run import Run, check_resumable, open_run
+from finetune.run.directory import Run
+from finetune.run.opening import open_run
+from finetune.run.resuming import check_resumable
 from finetune.terminal.progress import command, warn
 from finetune.training import session, trainers
 from finetune.training.preference import PairCollator, ScoreCollator

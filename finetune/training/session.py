@@ -48,7 +48,10 @@ from finetune.recipe.file import to_yaml
 from finetune.recipe.resolve import Hardware, batch_layout, resolve
 from finetune.recipe.sections import ModelConfig
 from finetune.recipe.stages import Recipe
-from finetune.run import Run, check_unchanged, known_of, to_go_on, write_atomically
+from finetune.run.checkpoints import known_of
+from finetune.run.directory import Run
+from finetune.run.resuming import check_unchanged, to_go_on
+from finetune.run.writing import write_atomically
 from finetune.terminal.progress import Progress, command, duration, encodable, note, say, shown_path, task, warn
 from finetune.training import model_card, report
 from finetune.training.callbacks import Guard, Proven, Ranks, Recorder

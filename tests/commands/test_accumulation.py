@@ -16,7 +16,7 @@ from finetune.errors import UserError
 from finetune.models import hardware, loading
 from finetune.recipe.file import check
 from finetune.recipe.stages import DpoLoss
-from finetune.run import Run
+from finetune.run.directory import Run
 from finetune.training import alignment, session
 from finetune.training.preference import mismatched
 
