@@ -140,7 +140,7 @@ def _training_command(stage: str) -> Callable[..., None]:
             _warn(early.gpu_missing(reference, checked))
             _module(stage).run(checked, resume=resume, overwrite=overwrite, dry_run=dry_run)
         except KeyboardInterrupt:
-            from finetune.run import to_start_again
+            from finetune.run.resuming import to_start_again
 
             again = to_start_again(stage, reference, set_, output, resume, overwrite, dry_run, checked)
             raise Interrupted(f"interrupted before there was a checkpoint; start again with {again}") from None

@@ -26,7 +26,9 @@ from finetune.recipe.file import find, load, recipe_text
 from finetune.recipe.resolve import Hardware, absolute_data, resolve
 from finetune.recipe.sections import ModelConfig
 from finetune.recipe.stages import RECIPES, Recipe
-from finetune.run import check_inputs, check_output, check_resumable, read_recipe
+from finetune.run.directory import read_recipe
+from finetune.run.guards import check_inputs, check_output
+from finetune.run.resuming import check_resumable
 from finetune.terminal.progress import note, warn
 
 ENDLESS = "builtin:world"

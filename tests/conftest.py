@@ -122,7 +122,7 @@ def train(recipe_path: Path, *overrides: str, resume: bool = False, overwrite: b
     from finetune.commands import sft
     from finetune.recipe.file import load
     from finetune.recipe.stages import SftRecipe
-    from finetune.run import Run
+    from finetune.run.directory import Run
 
     loaded = load(str(recipe_path), SftRecipe, overrides)
     sft.run(loaded, resume=resume, overwrite=overwrite)

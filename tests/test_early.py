@@ -235,7 +235,7 @@ HUB_PROGRAM = """
 import sys, time
 from finetune.errors import UserError
 from finetune.models import sources
-from finetune.recipe import ModelConfig
+from finetune.recipe.sections import ModelConfig
 
 for name, call in {
     "model": lambda: sources.check_there(ModelConfig(name="owner/nothing")),

@@ -22,7 +22,9 @@ from finetune.errors import Interrupted
 from finetune.models import loading
 from finetune.recipe.file import load
 from finetune.recipe.stages import RECIPES, SftRecipe
-from finetune.run import GO_ON, Run, open_run, to_go_on
+from finetune.run.directory import Run
+from finetune.run.opening import open_run
+from finetune.run.resuming import GO_ON, to_go_on
 from finetune.training import alignment, session
 from finetune.training.callbacks import Recorder
 

@@ -62,7 +62,8 @@ def test_imports_point_down(path: Path) -> None:
 
 
 TORCH_FREE = ["finetune.cli", "finetune.recipe", "finetune.recipe.file", "finetune.families", "finetune.errors",
-              "finetune.run", "finetune.metrics", "finetune.data.sources", "finetune.data.formats", "finetune.hub",
+              "finetune.run.opening",
+              "finetune.metrics", "finetune.data.sources", "finetune.data.formats", "finetune.hub",
               "finetune.models.sources", "finetune.evaluation.options", "finetune.early"]  # fmt: skip
 
 

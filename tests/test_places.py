@@ -11,7 +11,7 @@ import pytest
 from finetune import places
 from finetune.errors import UserError
 from finetune.places import built_beside, check_file, check_folder, json_with
-from finetune.run import write_atomically, write_json
+from finetune.run.writing import write_atomically, write_json
 
 
 def test_no_place_for_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

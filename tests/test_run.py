@@ -12,7 +12,10 @@ import pytest
 from finetune.errors import RunError, UserError
 from finetune.recipe.file import check, to_yaml
 from finetune.recipe.stages import Recipe, SftRecipe
-from finetune.run import ASIDE, CONTENTS, Run, changed_keys, check_inputs, check_output, check_resumable, open_run
+from finetune.run.directory import ASIDE, CONTENTS, Run
+from finetune.run.guards import check_inputs, check_output
+from finetune.run.opening import open_run
+from finetune.run.resuming import changed_keys, check_resumable
 
 
 def recipe(folder: Path, **train: object) -> SftRecipe:
@@ -262,7 +265,7 @@ def test_a_run_holds_no_links(tmp_path: Path, name: str) -> None:
 
 def test_the_directory_is_looked_at_again_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes find it empty; the second gets the lock when the first is finished."""
-    from finetune import run as module
+    from finetune.run import opening as module
 
     folder, looked = tmp_path / "run", 0
     original = module.check_output

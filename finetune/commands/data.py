@@ -18,7 +18,7 @@ from finetune.recipe.file import find, load, parse_value, recipe_text, with_sett
 from finetune.recipe.resolve import absolute_source
 from finetune.recipe.sections import DataConfig
 from finetune.recipe.stages import RECIPES
-from finetune.run import write_atomically, write_json
+from finetune.run.writing import write_atomically, write_json
 from finetune.terminal.progress import note, say, say_json
 from finetune.terminal.progress import output as output_console
 

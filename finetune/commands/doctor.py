@@ -10,7 +10,7 @@ import torch
 
 from finetune.models import hardware, loading
 from finetune.recipe.resolve import compute_dtype
-from finetune.run import versions
+from finetune.run.directory import versions
 
 # module -> what is missing without it
 EXTRAS = {

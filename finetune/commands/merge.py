@@ -39,7 +39,8 @@ from finetune.models import hardware, loading, sources
 from finetune.models.chatglm.config import is_chatglm_layout
 from finetune.models.chatglm.export import export_original
 from finetune.recipe.sections import ModelConfig
-from finetune.run import read_recipe, versions, write_atomically, write_json
+from finetune.run.directory import read_recipe, versions
+from finetune.run.writing import write_atomically, write_json
 from finetune.terminal.progress import command, note, task, warn
 from finetune.training import model_card
 

@@ -22,7 +22,9 @@ from finetune.recipe.sections import DataConfig, OutputConfig, SourceConfig, Tra
 from finetune.recipe.stages import PpoRecipe, RewardModelConfig, RewardRecipe
 from finetune.rl import models
 from finetune.rl.ppo import Ppo, rollouts
-from finetune.run import GO_ON, Run, resumable, to_go_on, write_atomically
+from finetune.run.directory import Run, resumable
+from finetune.run.resuming import GO_ON, to_go_on
+from finetune.run.writing import write_atomically
 from finetune.terminal.progress import command as told
 from finetune.terminal.progress import note
 from finetune.training.callbacks import HANGUP, at_terminal, leave, stopping

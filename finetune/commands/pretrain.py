@@ -32,7 +32,7 @@ from finetune.models.chatglm import export
 from finetune.models.chatglm import tokenizer as chatglm_tokenizer
 from finetune.recipe.sections import ModelConfig, PretrainModelConfig
 from finetune.recipe.stages import PretrainRecipe
-from finetune.run import Run
+from finetune.run.directory import Run
 from finetune.terminal.progress import task
 from finetune.training.finish import save
 from finetune.training.fit import finish_setup

@@ -14,7 +14,7 @@ from finetune.places import check_file, json_with
 from finetune.recipe import reference
 from finetune.recipe.file import find, schema, shipped
 from finetune.recipe.stages import RECIPES
-from finetune.run import write_atomically
+from finetune.run.writing import write_atomically
 from finetune.terminal.progress import command, say, say_json
 
 TEMPLATE = """\

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.places import check_file, json_with
-from finetune.run import read_lines
+from finetune.run.writing import read_lines
 
 
 def check(

@@ -17,7 +17,7 @@ from rich.table import Table
 from finetune.errors import visible
 from finetune.evaluation.generation import Evaluation
 from finetune.metrics import paired
-from finetune.run import write_json, write_lines
+from finetune.run.writing import write_json, write_lines
 from finetune.terminal.progress import note, output, row, say, say_json
 from finetune.terminal.progress import show as show_table
 

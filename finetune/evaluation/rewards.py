@@ -39,7 +39,7 @@ from finetune.models.score_head import with_score_head
 from finetune.models.weight_files import read_json
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.sections import ModelConfig
-from finetune.run import read_recipe
+from finetune.run.directory import read_recipe
 
 Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
 

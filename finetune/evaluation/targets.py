@@ -20,7 +20,8 @@ from finetune.recipe.file import check, load
 from finetune.recipe.resolve import absolute_data
 from finetune.recipe.sections import DataConfig, EvalConfig, ModelConfig
 from finetune.recipe.stages import Recipe
-from finetune.run import changed_keys, read_recipe
+from finetune.run.directory import read_recipe
+from finetune.run.resuming import changed_keys
 from finetune.terminal.progress import note
 
 

@@ -19,7 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.metrics import mean
-from finetune.run import Run, complete, rotate, write_json
+from finetune.run.checkpoints import complete, rotate
+from finetune.run.directory import Run
+from finetune.run.writing import write_json
 from finetune.training.weight_check import check_finite
 
 

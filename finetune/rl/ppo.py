@@ -52,7 +52,8 @@ from finetune.rl.rollout import (
     together,
     token_values,
 )
-from finetune.run import Run, append_lines
+from finetune.run.directory import Run
+from finetune.run.writing import append_lines
 from finetune.terminal.progress import Progress, samples, task
 from finetune.training.callbacks import Guard, check_scale
 from finetune.training.optim import faster_b, is_matrix, scheduler_kwargs, warmup_steps

@@ -28,7 +28,7 @@ from finetune.models.identity import fingerprint
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.sections import ModelConfig
 from finetune.recipe.stages import DpoRecipe, KtoRecipe, PpoRecipe, RewardRecipe
-from finetune.run import Run
+from finetune.run.directory import Run
 from finetune.training import start, trainers
 from finetune.training.fit import callbacks, finish_setup
 from finetune.training.plan import Layout, arguments, one_device, pad_multiple

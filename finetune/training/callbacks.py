@@ -13,7 +13,7 @@ from finetune.adapters import adalora
 from finetune.errors import RunError
 from finetune.models.hardware import peak_memory_gb
 from finetune.recipe.adapters import AdaLoraAdapter
-from finetune.run import Run
+from finetune.run.directory import Run
 from finetune.terminal.progress import Progress
 from finetune.training.weight_check import Proof
 

@@ -23,7 +23,8 @@ from finetune.models.identity import write_identity
 from finetune.models.quantization import parameter_counts
 from finetune.recipe.file import to_yaml
 from finetune.recipe.stages import Recipe
-from finetune.run import Run, write_atomically
+from finetune.run.directory import Run
+from finetune.run.writing import write_atomically
 from finetune.terminal.progress import command, duration, note, shown_path
 from finetune.training import model_card, report
 from finetune.training.weight_check import check_finite

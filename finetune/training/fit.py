@@ -15,7 +15,9 @@ from transformers import (
 from finetune.errors import Interrupted, RunError
 from finetune.recipe.adapters import AdaLoraAdapter
 from finetune.recipe.stages import Recipe
-from finetune.run import Run, known_of, to_go_on
+from finetune.run.checkpoints import known_of
+from finetune.run.directory import Run
+from finetune.run.resuming import to_go_on
 from finetune.terminal.progress import Progress
 from finetune.training.callbacks import Guard, Proven, Ranks, Recorder
 from finetune.training.trainers import CountOn

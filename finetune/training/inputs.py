@@ -13,7 +13,7 @@ from finetune.data import text as raw
 from finetune.models import loading
 from finetune.models.identity import fingerprint
 from finetune.recipe.stages import PpoRecipe, Recipe
-from finetune.run import check_unchanged
+from finetune.run.resuming import check_unchanged
 from finetune.terminal.progress import task
 
 

@@ -11,7 +11,7 @@ import torch
 from finetune.errors import UserError
 from finetune.recipe.resolve import Hardware, batch_layout
 from finetune.recipe.stages import Recipe
-from finetune.run import Run
+from finetune.run.directory import Run
 from finetune.training.optim import OPTIMIZERS, check_schedule, scheduler_kwargs, warmup_steps
 
 FEW_UPDATES = 50  # below this a learning-rate schedule has hardly begun

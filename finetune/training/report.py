@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.run import Run, write_atomically
+from finetune.run.directory import Run
+from finetune.run.writing import write_atomically
 
 # What is drawn when a run logged it: (axis, [(key of metrics.jsonl, label, line style)]).
 PANELS: tuple[tuple[str, list[tuple[str, str, str]]], ...] = (

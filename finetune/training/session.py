@@ -32,7 +32,9 @@ from finetune.models.quantization import is_held_quantized
 from finetune.models.rope import check_length
 from finetune.recipe.file import to_yaml
 from finetune.recipe.resolve import Hardware, resolve
-from finetune.run import Run, check_resumable, open_run
+from finetune.run.directory import Run
+from finetune.run.opening import open_run
+from finetune.run.resuming import check_resumable
 from finetune.terminal.progress import encodable, note, say, warn
 from finetune.training.finish import Words, finish, save, summary
 from finetune.training.fit import callbacks

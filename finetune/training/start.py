@@ -18,7 +18,7 @@ from finetune.models.score_head import with_score_head
 from finetune.recipe.adapters import LastLayersAdapter
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.stages import DpoRecipe, KtoRecipe, Recipe, RewardRecipe
-from finetune.run import Run
+from finetune.run.directory import Run
 from finetune.terminal.progress import command
 
 

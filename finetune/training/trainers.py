@@ -36,7 +36,8 @@ from finetune.metrics import ratio_interval
 from finetune.models.quantization import is_quantized
 from finetune.recipe.sections import TrainConfig
 from finetune.recipe.stages import DpoConfig
-from finetune.run import complete, damage, known_of, rotate, write_json
+from finetune.run.checkpoints import complete, damage, known_of, rotate
+from finetune.run.writing import write_json
 from finetune.terminal.progress import task
 from finetune.training.optim import MuonWithAdamW, decayed, faster_b, muon_split
 from finetune.training.preference import mismatched, orpo_loss, simpo_loss

@@ -13,7 +13,7 @@ from conftest import write_rows
 from finetune.commands import ppo, reward
 from finetune.recipe.file import load
 from finetune.recipe.stages import PpoRecipe, RewardRecipe
-from finetune.run import Run
+from finetune.run.directory import Run
 
 # A random byte model meets the property now and then, and can learn it.
 LETTERS = """

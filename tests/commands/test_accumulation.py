@@ -15,7 +15,7 @@ from finetune.commands.dpo import check_sorted
 from finetune.errors import UserError
 from finetune.recipe.file import check
 from finetune.recipe.stages import DpoLoss
-from finetune.run import Run
+from finetune.run.directory import Run
 from finetune.training import session
 from finetune.training.plan import Layout
 from finetune.training.preference import mismatched

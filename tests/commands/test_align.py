@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from finetune.run import read_recipe
+from finetune.run.directory import read_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from finetune.commands import merge, reward
 from finetune.places import as_umask
 from finetune.recipe.file import load
 from finetune.recipe.stages import RewardRecipe
-from finetune.run import Run
+from finetune.run.directory import Run
 
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 

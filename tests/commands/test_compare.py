@@ -267,7 +267,7 @@ def test_rows_of_eval_split_are_measured_on_and_never_trained_on(
 def test_rows_apart_are_the_same_conversations(tmp_path: Path) -> None:
     """Whatever format they came in."""
     from finetune.data import conversations, formats
-    from finetune.run import write_lines
+    from finetune.run.writing import write_lines
 
     for name, form in formats.FORMATS.items():
         if form.kind != "sft":

@@ -19,7 +19,7 @@ from finetune.models import loading
 from finetune.recipe.file import load
 from finetune.recipe.sections import ModelConfig
 from finetune.recipe.stages import DpoRecipe, KtoRecipe
-from finetune.run import Run
+from finetune.run.directory import Run
 
 Write = Callable[..., Path]
 

@@ -20,7 +20,7 @@ from finetune.commands import evaluate
 from finetune.errors import UserError
 from finetune.recipe.file import load
 from finetune.recipe.stages import RECIPES
-from finetune.run import Run
+from finetune.run.directory import Run
 
 DATA = {
     "sft": lambda i: {"prompt": f"say {i}", "completion": f"{i} {i * 7 % 10}"},

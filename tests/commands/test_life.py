@@ -25,7 +25,8 @@ from rl_kit import comparable, logged, ppo_recipe, rule, run_ppo
 from finetune.errors import Interrupted, RunError, UserError
 from finetune.recipe.file import load
 from finetune.recipe.stages import RECIPES
-from finetune.run import Run, damage, known_of
+from finetune.run.checkpoints import damage, known_of
+from finetune.run.directory import Run
 from finetune.training.trainers import Extras
 
 TRAINERS = ("sft", "pretrain", "dpo", "kto", "reward")

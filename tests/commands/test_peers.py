@@ -21,7 +21,7 @@ from finetune.commands import dpo, sft
 from finetune.data.conversations import SftData
 from finetune.recipe.file import load
 from finetune.recipe.stages import DpoRecipe, SftRecipe
-from finetune.run import Run
+from finetune.run.directory import Run
 from finetune.training import trainers
 
 WORKLOAD = SHARED / "bench" / "make_workload.py"

@@ -36,7 +36,7 @@ from finetune.recipe.stages import PpoRecipe
 from finetune.rl import models as actors
 from finetune.rl.ppo import Ppo
 from finetune.rl.rollout import together
-from finetune.run import Run
+from finetune.run.directory import Run
 
 DROPOUT = {"method": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 

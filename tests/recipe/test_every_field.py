@@ -34,7 +34,7 @@ from finetune.recipe.resolve import Hardware, a_step, batch_layout, resolve
 from finetune.recipe.sections import ModelConfig, SourceConfig
 from finetune.recipe.stages import RECIPES
 from finetune.rl.ppo import Ppo
-from finetune.run import Run
+from finetune.run.directory import Run
 from finetune.training import plan, session
 from finetune.training.callbacks import Ranks
 

@@ -23,7 +23,7 @@ from finetune.models import sources
 from finetune.recipe import file as recipe_file
 from finetune.recipe.sections import DataConfig, ModelConfig, TrainConfig
 from finetune.recipe.stages import RECIPES, PretrainRecipe
-from finetune.run import Run
+from finetune.run.directory import Run
 from finetune.training import plan
 from finetune.training.optim import check_schedule, warmup_steps
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetune.run import Run
+from finetune.run.directory import Run
 from finetune.training.report import plot, shown, with_intervals, write
 
 

@@ -33,7 +33,9 @@ from finetune.errors import Interrupted, RunError, UserError
 from finetune.places import check_folder as check_place
 from finetune.recipe.file import check, to_yaml
 from finetune.recipe.stages import SftRecipe
-from finetune.run import Run, changed_keys, write_atomically, write_json, write_lines
+from finetune.run.directory import Run
+from finetune.run.resuming import changed_keys
+from finetune.run.writing import write_atomically, write_json, write_lines
 from finetune.terminal.progress import command, duration, note, say
 
 # Where the search for the learning rate begins, relative to LoRA's: what moves few or shared numbers needs more.

@@ -29,7 +29,7 @@ from finetune.recipe.file import check
 from finetune.recipe.resolve import compute_dtype
 from finetune.recipe.sections import ModelConfig
 from finetune.recipe.stages import SftRecipe
-from finetune.run import write_json
+from finetune.run.writing import write_json
 
 TOKENS, PROMPTS, ROUNDS = 32, 32, 3
 

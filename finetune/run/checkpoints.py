@@ -1,0 +1,97 @@
+"""Checkpoints: checkpoint-STEP/, to which `complete` is added last; what is damaged, and which are kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+from finetune import places
+from finetune.run.writing import write_json
+
+CHECKPOINT_COMPLETE = "complete"  # written last into a checkpoint: without it the checkpoint is half-written
+SUMMED_BELOW = 1 << 26  # files of a checkpoint up to 64 MiB have a checksum; of larger ones the size is known
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Every checkpoint-STEP in it, complete or not, newest first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+
+
+def complete(checkpoint: Path, **known: Any) -> None:
+    """Mark a checkpoint in which everything is, with what is in it and what has to be known to go on."""
+    places.as_umask(checkpoint)
+    files = {str(p.relative_to(checkpoint)): _size(p) for p in sorted(checkpoint.rglob("*")) if p.is_file()}
+    files.pop(CHECKPOINT_COMPLETE, None)
+    write_json(checkpoint / CHECKPOINT_COMPLETE, {"files": files, **known})
+
+
+def known_of(checkpoint: Path) -> dict[str, Any]:
+    """What `complete` was told; nothing of checkpoints of earlier versions."""
+    try:
+        found = json.loads((checkpoint / CHECKPOINT_COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def rotate(folder: Path, keep: int, best: str | None = None) -> None:
+    """Keep the newest `keep` complete checkpoints of a folder, and the best one; also half-written ones go.
+
+    To be called when a new one is complete: then there is never a moment without one.
+    """
+    found = checkpoints_of(folder)
+    done = [path for path in found if (path / CHECKPOINT_COMPLETE).exists()]
+    for old in found:
+        if old not in done[:keep] and (old not in done or old.name != best) and not old.is_symlink():
+            shutil.rmtree(old)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a complete checkpoint; None when all of it can be read."""
+    files = known_of(checkpoint).get("files")
+    if files is None:
+        if (checkpoint / CHECKPOINT_COMPLETE).stat().st_size:
+            return f"{CHECKPOINT_COMPLETE} cannot be read"
+        ours = {"state.json"} if (checkpoint / "state.json").exists() else {"trainer_state.json", "scheduler.pt"}
+        files = dict.fromkeys({"optimizer.pt"} | ours | {p.name for p in checkpoint.iterdir() if p.is_file()})
+        files.pop(CHECKPOINT_COMPLETE)
+        if not any(name.endswith((".safetensors", ".bin")) for name in files):
+            return "it holds no weights"
+    for name, size in sorted(files.items()):
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if size is not None and size != _size(path):
+            return f"{name} is not what was written"
+        if not _readable(path):
+            return f"{name} cannot be read"
+    return None
+
+
+def _size(path: Path) -> list[int]:
+    """[bytes, checksum of small files]"""
+    size = path.stat().st_size
+    return [size, zlib.crc32(path.read_bytes())] if size <= SUMMED_BELOW else [size]
+
+
+def _readable(path: Path) -> bool:
+    """Whether a file is whole, as far as its form tells."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix in (".pt", ".pth"):
+            zipfile.ZipFile(path).close()  # its directory stands at the end
+        elif path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                header = json.loads(file.read(length := struct.unpack("<Q", file.read(8))[0]))
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+            return path.stat().st_size == 8 + length + max(ends, default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, zipfile.BadZipFile):
+        return False
+    return True

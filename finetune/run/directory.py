@@ -1,0 +1,129 @@
+"""The run directory: what a training run leaves behind.
+
+    recipe.yaml  adapter/ | model/  metrics.jsonl  result.json  report.html  loss.png  checkpoints/
+
+result.json is written last and atomically, so a directory without it is unfinished.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.errors import Problem, UserError
+from finetune.run.checkpoints import CHECKPOINT_COMPLETE, checkpoints_of, damage
+from finetune.run.writing import append_lines, as_line, read_lines, write_atomically, write_json
+from finetune.terminal.progress import warn
+
+# Everything a run writes; --overwrite removes these and nothing else.
+CONTENTS = (
+    "recipe.yaml", "adapter", "model", "metrics.jsonl", "result.json", "report.html", "loss.png", "checkpoints",
+    "samples.jsonl", "reward.yaml", "reward", "start", "start.part",
+)  # fmt: skip
+MARK = "# Written by ft: the recipe of the run in this folder, which --overwrite replaces."
+LOCK = ".lock"
+ASIDE = ".replaced"  # what --overwrite replaces, until the new run is finished
+
+
+@dataclass(frozen=True)
+class Run:
+    path: Path
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Replies of PPO's rollouts."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def reward(self) -> Path:
+        """The reward model that `ft ppo` trains first."""
+        return self.path / "reward"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    def complete_checkpoints(self) -> list[Path]:
+        """Newest first."""
+        return [path for path in checkpoints_of(self.checkpoints) if (path / CHECKPOINT_COMPLETE).exists()]
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return next(iter(self.complete_checkpoints()), None)
+
+    def usable_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint that can be read; what is wrong with newer ones is said. None without any.
+
+        UserError when there are some and none can be read.
+        """
+        found = self.complete_checkpoints()
+        reasons: list[str] = []
+        for path in found:
+            if (reason := damage(path)) is None:
+                for broken, why in zip(found, reasons, strict=False):
+                    warn(f"{broken} is damaged ({why}): going on from {path.name}")
+                    (broken / CHECKPOINT_COMPLETE).unlink()  # from now on it is as if half-written
+                return path
+            reasons.append(reason)
+        if found:
+            fix = "start again with --overwrite"
+            raise UserError(
+                [Problem(f"is damaged ({why})", path, fix=fix) for path, why in zip(found, reasons, strict=True)]
+            )
+        return None
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        append_lines(self.metrics, [row])
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        return read_lines(self.metrics)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics and samples of steps that a resumed run will take again, and lines that a kill cut off."""
+        for path in (self.metrics, self.samples):
+            if path.exists():
+                rows = [row for row in read_lines(path) if row.get("step", 0) <= step]
+                write_atomically(path, "".join(map(as_line, rows)))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        write_json(self.result, {**result, "versions": versions()})
+
+
+def resumable(run: Run) -> bool:
+    return run.last_checkpoint() is not None or run.reward.is_dir()
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "tokenizers")
+    return {
+        "ft": metadata.version("ft-recipes"),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in names},
+    }
+
+
+def read_recipe(run_path: Path) -> dict[str, Any] | None:
+    """The resolved recipe of a run directory, or None if it is not one."""
+    path = run_path / "recipe.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None

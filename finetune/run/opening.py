@@ -1,0 +1,89 @@
+"""`open_run`: the directory is checked, locked and written to, and what it replaces is kept until the run is finished.
+
+A lock keeps two processes out of one directory. --overwrite takes only what a run of ours wrote, known by its
+recipe.yaml, and keeps it in .replaced/ until the new run is finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from finetune import places
+from finetune.errors import Interrupted, UserError
+from finetune.recipe.file import to_yaml
+from finetune.recipe.stages import Recipe
+from finetune.run.directory import ASIDE, CONTENTS, LOCK, MARK, Run, resumable
+from finetune.run.guards import check_inputs, check_output
+from finetune.run.resuming import to_go_on
+from finetune.run.writing import write_atomically
+from finetune.terminal.progress import warn
+
+
+@contextmanager
+def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Iterator[Run]:
+    """Create the directory, lock it, write recipe.yaml. Call after everything that can be checked has been checked.
+
+    What is replaced waits in .replaced/: it goes when the new run is finished, and is put back when that fails before
+    it has anything to go on from.
+    """
+    run = Run(Path(recipe.output.dir).expanduser())
+    if overwrite:
+        check_inputs(recipe)
+    check_output(run.path, overwrite, resume)
+    made = not run.path.exists()
+    run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(run.path / LOCK, blocking=False).acquire()
+    except Timeout:
+        raise UserError("another process is writing here", path=run.path, fix="wait, or use --output DIR") from None
+    with lock:
+        check_output(run.path, overwrite, resume)  # another process may have been here meanwhile
+        aside = run.path / ASIDE
+        try:
+            if overwrite:
+                set_aside(run)
+            # Also when it goes on: what it reads may lie elsewhere now.
+            header = f"# ft {recipe.stage} --recipe recipe.yaml\n{MARK}\n"
+            write_atomically(run.path / "recipe.yaml", to_yaml(recipe, header))
+            yield run
+        except BaseException as error:
+            if aside.is_dir() and not resumable(run):
+                put_back(run)
+            elif aside.is_dir():
+                warn(f"what this run replaces is in {aside} until it is finished")
+            if made and isinstance(error, UserError) and not resumable(run):
+                places.remove(run.path)  # refused: nothing was written
+            if isinstance(error, KeyboardInterrupt) and resumable(run):
+                raise Interrupted(f"interrupted; go on with {to_go_on(recipe)}") from None
+            raise
+        if aside.is_dir() and run.result.exists():
+            places.remove(aside)
+        (run.path / LOCK).unlink(missing_ok=True)
+
+
+def set_aside(run: Run) -> None:
+    """What is there to .replaced/, recipe.yaml last. What never replaced the run that is there already goes."""
+    aside = run.path / ASIDE
+    complete = (aside / "recipe.yaml").exists()
+    for name in sorted(CONTENTS, key=lambda name: name == "recipe.yaml"):
+        path = run.path / name
+        if complete:
+            places.remove(path)
+        elif path.exists():
+            aside.mkdir(exist_ok=True)
+            path.rename(aside / name)
+
+
+def put_back(run: Run) -> None:
+    aside = run.path / ASIDE
+    complete = (aside / "recipe.yaml").exists()
+    for name in CONTENTS:
+        if complete or (aside / name).exists():
+            places.remove(run.path / name)
+    for path in aside.iterdir():
+        path.rename(run.path / path.name)
+    aside.rmdir()

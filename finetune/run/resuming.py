@@ -1,0 +1,119 @@
+"""Going on with an unfinished run: the same recipe, the same content of what is read, and the command that does it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.errors import Problem, UserError
+from finetune.recipe.file import to_yaml
+from finetune.recipe.stages import Recipe
+from finetune.run.checkpoints import known_of
+from finetune.run.directory import Run
+from finetune.run.guards import strings, taken
+from finetune.terminal.progress import command, shown_path
+
+# What a recipe may name by another path when a run goes on: it is the content that must be the same.
+PLACES = (
+    "output.dir", "model.name", "model.adapter", "model.tokenizer", "model.chat_template", "data.train", "eval.data",
+    "reward.model", "reward.train", "reward.functions",
+)  # fmt: skip
+GO_ON = "FT_GO_ON_WITH"
+"""Set for a run that is a part of another: the command that goes on with the whole."""
+
+
+def to_go_on(recipe: Recipe) -> str:
+    """The command that goes on with a run."""
+    file = shown_path(Path(recipe.output.dir).expanduser() / "recipe.yaml")
+    return os.environ.get(GO_ON) or command(recipe.stage, "--recipe", file, "--resume")
+
+
+def to_start_again(
+    stage: str, reference: str, overrides: Sequence[str], output: str | None, resume: bool, overwrite: bool,
+    dry_run: bool, recipe: Recipe | None,
+) -> str:  # fmt: skip
+    """The command of a run that was interrupted before it had a checkpoint, as it can be given now."""
+    begun = recipe is not None and not (resume or dry_run) and taken(Run(Path(recipe.output.dir).expanduser()))
+    flags = {"--resume": resume, "--overwrite": overwrite or bool(begun), "--dry-run": dry_run}
+    given = [part for item in overrides for part in ("--set", item)] + (["--output", output] if output else [])
+    again = command(stage, "--recipe", reference, *given, *(name for name, wanted in flags.items() if wanted))
+    return os.environ.get(GO_ON) or again
+
+
+def check_resumable(recipe: Recipe, unknown: Collection[str] = ()) -> None:
+    """UserError naming the keys in which `recipe` differs from the one that the unfinished run was started with.
+
+    Keys and sections that are `unknown` so far are not compared.
+
+    Where the checkpoint knows the content of what is read, a path may be another: see `check_unchanged`.
+    """
+    path = Path(recipe.output.dir).expanduser() / "recipe.yaml"
+    try:
+        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        old = None
+    if not isinstance(old, dict):
+        raise UserError("cannot be read", path=path, fix="start again with --overwrite") from None
+    new = yaml.safe_load(to_yaml(recipe))
+    if inputs_of(Run(path.parent)):
+        old, new = without_places(old), without_places(new)
+    keys = [key for key in changed_keys(old, new) if key not in unknown and key.split(".")[0] not in unknown]
+    if keys:
+        raise UserError(
+            [
+                Problem("differs from the run to resume", path, key=key, fix="undo the change or use --output DIR")
+                for key in keys
+            ]
+        )
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys in which two nested mappings differ."""
+    found: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += changed_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(prefix + key)
+    return found
+
+
+def without_places(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values without the paths of what is known by its content; what else a source says stays."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, list):
+            return [kept(item) for item in value]
+        return {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else bool(value)
+
+    found = dict(values)
+    for place in PLACES:
+        section, _, key = place.partition(".")
+        if key in (found.get(section) or {}):
+            found[section] = {**found[section], key: kept(found[section][key])}
+    return found
+
+
+def inputs_of(run: Run) -> dict[str, str]:
+    """{key: digest of its content} of what the unfinished run was started with, as its newest checkpoint says."""
+    last = run.last_checkpoint()
+    return known_of(last).get("inputs") or {} if last is not None else {}
+
+
+def check_unchanged(recipe: Recipe, inputs: dict[str, str]) -> None:
+    """UserError naming what has another content now than when the unfinished run was started."""
+    before = inputs_of(Run(Path(recipe.output.dir).expanduser()))
+    values = dict(strings(recipe.model_dump()))
+    what, fix = "has another content than when the run to resume was started", "restore it, or use --output DIR"
+    problems = [
+        Problem(what, path=values.get(key), key=key, fix=fix)
+        for key in sorted(before.keys() | inputs.keys() if before else [])
+        if before.get(key) != inputs.get(key)
+    ]
+    if problems:
+        raise UserError(problems)
