@@ -33,6 +33,9 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 
+OWN = ("__version__", "register")  # the package's own: it imports what it needs when it is called
+
+
 def part(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
@@ -43,7 +46,7 @@ def imports(path: Path) -> set[tuple[str, ...]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "finetune":
             below = tuple(node.module.split(".")[1:])
-            found |= {below} if below else {(alias.name,) for alias in node.names if alias.name != "__version__"}
+            found |= {below} if below else {(alias.name,) for alias in node.names if alias.name not in OWN}
         elif isinstance(node, ast.Import):
             found |= {tuple(a.name.split(".")[1:]) for a in node.names if a.name.split(".")[0] == "finetune"}
     return found

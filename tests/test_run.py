@@ -265,7 +265,7 @@ def test_a_run_holds_no_links(tmp_path: Path, name: str) -> None:
 
 def test_the_directory_is_looked_at_again_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes find it empty; the second gets the lock when the first is finished."""
-    from finetune.run import opening as module
+    from finetune.run.UNKNOWN import opening as module
 
     folder, looked = tmp_path / "run", 0
     original = module.check_output

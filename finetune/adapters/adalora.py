@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from finetune.adapters.methods import active
 from finetune.recipe.adapters import AdaLoraAdapter
 
 UNKNOWN = 1 << 30  # steps, until the data is counted
@@ -20,8 +21,7 @@ UNKNOWN = 1 << 30  # steps, until the data is counted
 
 def tuner(model: Any) -> Any | None:
     """The AdaLoRA tuner of a model, or None."""
-    config = getattr(model, "active_peft_config", None)
-    return model.base_model if config is not None and config.peft_type.value == "ADALORA" else None
+    return model.base_model if active(model).cuts_ranks else None
 
 
 def plan(model: Any, section: AdaLoraAdapter, total_steps: int) -> None:

@@ -1,10 +1,9 @@
 """What cannot be, with reasons: known from recipe and config.json, refused before anything is loaded. No torch.
 
-LIMITS                what a method cannot do, each with its reason and what to do instead
+LIMITS                keys that exclude each other, each with its reason and what to do instead
 check_base(…)         what a kind of base adds to them
 check(recipe, …)      UserError with every row of it that the recipe meets
 continued(recipe, …)  model.adapter: what it is, and whether the recipe says the same
-NOT_MERGEABLE         peft type -> why its adapters are no part of any weight
 check_merge(…)        UserError for an adapter that cannot be merged
 BIAS_SLOTS            which layers' biases an architecture's checkpoints can hold
 """
@@ -17,8 +16,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from finetune.adapters.methods import CACHE, EMBEDDINGS, FROM_WEIGHTS, METHODS, Method, of
 from finetune.errors import Problem, UserError
-from finetune.recipe.adapters import ADAPTERS, PrefixTuningAdapter, PromptTuningAdapter
 from finetune.recipe.stages import DpoRecipe, KtoRecipe, PpoRecipe, PretrainRecipe, Recipe, RewardRecipe, SftRecipe
 
 AnyRecipe = TypeVar("AnyRecipe", PretrainRecipe, SftRecipe, DpoRecipe, KtoRecipe, RewardRecipe, PpoRecipe)
@@ -77,16 +76,6 @@ LIMITS: tuple[Limit, ...] = (
         "give model.adapter, or use another method",
     ),
     Limit(
-        both(method("full"), quantized()), "model.quantization",
-        "quantized weights are integers and have no gradient, so they cannot all be trained",
-        "leave model.quantization out, or use adapter.method: last_layers, whose blocks are kept unquantized, or lora",
-    ),
-    Limit(
-        both(method("loha", "lokr"), quantized()), "model.quantization",
-        "LoHa and LoKr add their update to the weight itself, and peft's do not unpack quantized weights",
-        "use adapter.method: lora, or leave model.quantization out",
-    ),
-    Limit(
         both(lambda adapter, model, train: getattr(adapter, "use_dora", False), quantized("int8")),
         "adapter.use_dora",
         "DoRA unpacks int8 weights in every step, and peft 0.21 then loses their scales (on CPUs; not tried on GPUs)",
@@ -105,7 +94,7 @@ LIMITS: tuple[Limit, ...] = (
         "set model.quantization: int4, or init_lora_weights: default",
     ),
     Limit(
-        lambda adapter, model, train: init("pissa", "olora", "loftq")(adapter, model, train) and bool(model.adapter),
+        lambda adapter, model, train: init(*FROM_WEIGHTS)(adapter, model, train) and bool(model.adapter),
         "adapter.init_lora_weights",
         "an adapter that is continued has its weights already",
         "leave init_lora_weights out",
@@ -117,14 +106,13 @@ LIMITS: tuple[Limit, ...] = (
         "use train.optim: adamw",
     ),
     Limit(
-        lambda adapter, model, train: method("bitfit", "ln_tuning", "ia3", "vera")(adapter, model, train)
-        and train.optim == "muon",
+        lambda adapter, model, train: adapter.trains == "vectors" and train.optim == "muon",
         "train.optim",
         "muon is for matrices, and this method trains vectors",
         "use train.optim: adamw",
     ),
     Limit(
-        lambda adapter, model, train: init("loftq", "pissa", "olora")(adapter, model, train) and adapter.use_dora,
+        lambda adapter, model, train: init(*FROM_WEIGHTS)(adapter, model, train) and adapter.use_dora,
         "adapter.use_dora",
         "DoRA takes its magnitudes from the base's weights before these starts change what they stand for",
         "use init_lora_weights: default, or use_dora: false",
@@ -142,21 +130,21 @@ LIMITS: tuple[Limit, ...] = (
         "lower target_r or raise init_r",
     ),
     Limit(
-        lambda adapter, model, train: isinstance(adapter, PromptTuningAdapter)
+        lambda adapter, model, train: adapter.method == "prompt_tuning"
         and (adapter.prompt_tuning_init == "text") != bool(adapter.prompt_tuning_init_text),
         "adapter.prompt_tuning_init_text",
         "prompt_tuning_init: text and prompt_tuning_init_text go together",
         "give both or none",
     ),
     Limit(
-        lambda adapter, model, train: isinstance(adapter, PrefixTuningAdapter)
+        lambda adapter, model, train: adapter.method == "prefix_tuning"
         and (adapter.prefix_init == "text") != bool(adapter.prefix_init_text),
         "adapter.prefix_init_text",
         "prefix_init: text and prefix_init_text go together",
         "give both or none",
     ),
     Limit(
-        lambda adapter, model, train: isinstance(adapter, PrefixTuningAdapter)
+        lambda adapter, model, train: adapter.method == "prefix_tuning"
         and adapter.prefix_projection and adapter.prefix_init == "text",
         "adapter.prefix_init",
         "with prefix_projection the prefix comes out of a network, which starts at random",
@@ -176,16 +164,15 @@ def check_base(recipe: Recipe, config: Mapping[str, Any]) -> None:
 
 def check(recipe: Recipe) -> None:
     """UserError listing every limit that the recipe meets."""
+    row = METHODS[recipe.adapter.method]
+    own = [] if row.not_quantizable is None else [Limit(quantized(), "model.quantization", *row.not_quantizable)]
     problems = [
         Problem(limit.why, key=limit.key, fix=limit.fix)
-        for limit in LIMITS
+        for limit in (*own, *LIMITS)
         if limit.holds(recipe.adapter, recipe.model, recipe.train)
     ]
     if problems:
         raise UserError(problems)
-
-
-APPLIED = ("loraplus_lr_ratio", "tinit", "tfinal")  # of an adapter section, to any training; the rest is in the adapter
 
 
 def continued(recipe: AnyRecipe, stored: Mapping[str, Any], folder: Any) -> AnyRecipe:
@@ -198,21 +185,20 @@ def continued(recipe: AnyRecipe, stored: Mapping[str, Any], folder: Any) -> AnyR
         stored: adapter_config.json in `folder`.
     """
     method = str(stored["peft_type"]).lower()
-    if method not in ADAPTERS:
+    if method not in METHODS:
         method, stored = "other", {**stored, "kind": str(stored["peft_type"])}
+    row: Method = METHODS[method]
     section = recipe.adapter if "adapter" in recipe.model_fields_set else None
     if section is not None and section.method != method:
         raise UserError(
             f"model.adapter is {method}, and would be trained on as that", path=folder, key="adapter.method",
             fix="leave out the section adapter, or model.adapter",
         )  # fmt: skip
-    made = ADAPTERS[method]
-    if method == "last_layers":
-        stored = {**stored, "head": bool(stored.get("modules_to_save"))}
-    kept = set(made.model_fields) & set(stored) - {"method", *APPLIED} - STARTS
+    fields, stored = row.section.model_fields, row.from_stored(stored)
+    kept = set(fields) & set(stored) - {"method", *row.any_time, *row.only_new}
     values = {key: stored[key] for key in sorted(kept) if stored[key] is not None}
     problems = []
-    for key in sorted(section.model_fields_set - {"method", *APPLIED}) if section is not None else ():
+    for key in sorted(section.model_fields_set - {"method", *row.any_time}) if section is not None else ():
         given = getattr(section, key)
         if key == "target_modules" and given is not None:
             continue
@@ -221,18 +207,14 @@ def continued(recipe: AnyRecipe, stored: Mapping[str, Any], folder: Any) -> AnyR
                 problems.append(
                     Problem(f"model.adapter has {stored[key]} here", folder, key=f"adapter.{key}", fix="leave it out")
                 )
-        elif given != made.model_fields[key].default:
+        elif given != fields[key].default:
             what = "says how a new adapter is made, and that of model.adapter has its weights already"
             problems.append(Problem(what, folder, key=f"adapter.{key}", fix="leave it out, or model.adapter"))
     if problems:
         raise UserError(problems)
     if section is not None:
-        values |= {key: getattr(section, key) for key in section.model_fields_set & set(APPLIED)}
-    return recipe.model_copy(update={"adapter": _section(made, {**values, "method": method})})
-
-
-# Keys of both the recipe and peft's config that only matter to a new adapter, under values that may differ.
-STARTS = {"init_lora_weights", "prompt_tuning_init", "prompt_tuning_init_text", "d_initial"}
+        values |= {key: getattr(section, key) for key in section.model_fields_set & row.any_time}
+    return recipe.model_copy(update={"adapter": _section(row.section, {**values, "method": method})})
 
 
 def _same(given: Any, stored: Any) -> bool:
@@ -250,29 +232,27 @@ def _section(made: Any, values: dict[str, Any]) -> Any:
         return made.model_validate({key: value for key, value in values.items() if key not in wrong})
 
 
-NOT_MERGEABLE = {
-    "PROMPT_TUNING": "its embeddings stand before the text and are no part of any weight",
-    "P_TUNING": "its embeddings stand before the text and are no part of any weight",
-    "MULTITASK_PROMPT_TUNING": "its embeddings stand before the text and are no part of any weight",
-    "CPT": "its embeddings stand before the text and are no part of any weight",
-    "CARTRIDGE": "its keys and values stand before the text and are no part of any weight",
+# peft's methods that have no section here: why their adapters are no part of any weight.
+OTHERS_NOT_MERGEABLE = {
+    "MULTITASK_PROMPT_TUNING": EMBEDDINGS,
+    "CPT": EMBEDDINGS,
+    "CARTRIDGE": CACHE,
     "ADAPTION_PROMPT": "its prompts stand before the text and are no part of any weight",
     "XLORA": "it mixes several adapters anew for every token",
     "POLY": "it mixes several adapters by task",
-    "PREFIX_TUNING": "its keys and values stand before the text and are no part of any weight",
-    "BOTTLENECK": "its networks are non-linear and no part of any weight",
 }
 
 
 def check_merge(adapter_config: Mapping[str, Any], model_type: str, path: Any = None) -> None:
     """UserError if the adapter of this adapter_config.json can never be merged, before anything is loaded."""
     kind = str(adapter_config.get("peft_type"))
-    if kind in NOT_MERGEABLE:
+    why = of(kind).not_mergeable or OTHERS_NOT_MERGEABLE.get(kind)
+    if why is not None:
         raise UserError(
-            f"{kind.lower()} cannot be merged: {NOT_MERGEABLE[kind]}", path=path, key="--adapter",
+            f"{kind.lower()} cannot be merged: {why}", path=path, key="--adapter",
             fix="use it as it is: ft eval, ft chat and peft load it onto the base",
         )  # fmt: skip
-    if kind == "BITFIT":
+    if of(kind).adds_biases:
         slots = {name for group in BIAS_SLOTS.get(model_type, {}).values() for name in group}
         names = {str(name).rpartition(".")[2] for name in adapter_config["target_modules"]}
         if slots and not names <= slots:

@@ -8,21 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peft import (
-    PeftConfig,
-    TaskType,
-    get_peft_model,
-)
+from peft import PeftConfig, TaskType, get_peft_model
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from transformers import PreTrainedModel
 
 from finetune.adapters import lora_init, soft_prompts
-from finetune.adapters.methods import METHODS
-from finetune.adapters.targets import (
-    linear_names,
-)
+from finetune.adapters.methods import METHODS, of
+from finetune.adapters.targets import linear_names
 from finetune.errors import UserError
-from finetune.recipe.adapters import Adapter, FullAdapter
+from finetune.recipe.adapters import Adapter
 
 
 def as_score_task(config: PeftConfig) -> PeftConfig:
@@ -43,21 +37,16 @@ def apply(
         tokenizer: for soft prompts that start from text; folder: the base's own weights, for loftq.
         adjust: last word on peft's config.
     """
-    if isinstance(section, FullAdapter):
+    method = METHODS[section.method]
+    if method.make_config is None:
         model.requires_grad_(True)
         return model
     try:
-        adapted = get_peft_model(model, adjust(METHODS[section.method](model, section)))
+        adapted = get_peft_model(model, adjust(method.make_config(model, section)))
     except ValueError as error:
         raise UserError(str(error).splitlines()[0], key="adapter", fix=f"modules: {linear_names(model)}") from None
-    if section.method == "lora":
-        if section.init_lora_weights == "loftq":
-            assert folder is not None
-            lora_init.loftq(adapted, folder)
-        if lora_init.rewrites_base(section):
-            lora_init.remember(adapted)
-    elif section.method in ("prompt_tuning", "p_tuning", "prefix_tuning"):
-        soft_prompts.initialise(adapted, section, tokenizer)
+    if method.initialise is not None:
+        method.initialise(adapted, section, tokenizer, folder)
     prepare(adapted)
     return adapted
 
@@ -73,7 +62,7 @@ def loads_trainable(folder: Path) -> bool:
 
     Not from a soft prompt: peft would put the finished embeddings into a fresh network. `prepare` makes them trainable.
     """
-    return adapter_config(folder)["peft_type"] not in soft_prompts.TYPES
+    return of(adapter_config(folder)["peft_type"]).virtual_tokens is None
 
 
 def prepare(adapted: Any) -> None:

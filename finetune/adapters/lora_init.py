@@ -4,8 +4,8 @@ pissa, olora    W = W_rest + s B0 A0: the base is rewritten to W_rest, so it is 
                 Saved is plain LoRA for W itself: W_rest + s B A = W + s (B A - B0 A0), of twice the rank
 loftq           B0 A0 = the best low-rank fit of W - int4(W); the quantized base stays as it is
 
+start(model, section, …)    A and B of these starts, and what `plain_lora` needs
 rewrites_base(section)      whether "adapter off" is not the base; DPO and PPO then need a reference of their own
-remember(model)             A0 and B0, before training
 plain_lora(model, folder)   the saved adapter made plain
 """
 
@@ -31,6 +31,15 @@ INITIAL = "_finetune_initial_lora"
 
 def rewrites_base(section: Any) -> bool:
     return getattr(section, "init_lora_weights", None) in REWRITING
+
+
+def start(model: Any, section: Any, folder: Path | None) -> None:
+    """Args: folder: the base's own weights, for loftq."""
+    if section.init_lora_weights == "loftq":
+        assert folder is not None
+        loftq(model, folder)
+    if rewrites_base(section):
+        remember(model)
 
 
 def remember(model: Any) -> None:

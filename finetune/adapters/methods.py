@@ -1,176 +1,169 @@
-"""From the recipe's `adapter` section to a model whose adapter trains.
+"""The PEFT methods, a row each: how peft's config is made, and what training, loading and merging must know. No torch.
 
-METHODS                     method -> function(model, section) -> PeftConfig; a new PEFT method is one row
+METHODS                     adapter.method -> its row; a new method is a section in `recipe.adapters` and a row here
+of(peft_type)               the row of a stored adapter
+active(model)               the row of the adapter that computes
 check(model, section)       everything the targets can be wrong in, on a model without weights
-apply(model, section, …)    the model with a fresh adapter; trainables in float32
-save(model, folder)         the adapter as any tool loads it onto the original base
+check_targets(…)            the targets of a recipe that trains on an adapter
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from peft import (
-    AdaLoraConfig,
-    IA3Config,
-    LNTuningConfig,
-    LoHaConfig,
-    LoKrConfig,
-    LoraConfig,
-    OFTConfig,
-    PeftConfig,
-    TaskType,
-    VeraConfig,
-)
-from peft.tuners.tuners_utils import BaseTunerLayer
-
-from finetune.adapters import lora_init, soft_prompts
-from finetune.adapters.adalora import UNKNOWN
-from finetune.adapters.targets import (
-    MLP_OUT,
-    find,
-    head_name,
-    is_adaptable,
-    is_linear,
-    is_norm,
-    keys_values_and_mlp,
-    norms,
-    sublayers,
-)
-from finetune.adapters.tuners.bitfit import BitFitConfig, targets_of
-from finetune.adapters.tuners.bottleneck import BottleneckConfig
-from finetune.adapters.tuners.last_layers import LastLayersConfig, modules_of
+from finetune.adapters import configs
+from finetune.adapters.targets import find, is_linear
 from finetune.errors import UserError
-from finetune.recipe.adapters import Adapter, FullAdapter
+from finetune.recipe import adapters as sections
 
-CAUSAL = TaskType.CAUSAL_LM
-
-
-def lora(model: Any, section: Any) -> PeftConfig:
-    values = section.model_dump(exclude={"method", "loraplus_lr_ratio", "init_lora_weights"})
-    init = section.init_lora_weights
-    if init in lora_init.REWRITING:
-        check_rank(model, section)
-    return LoraConfig(
-        task_type=CAUSAL, bias="none", init_lora_weights=lora_init.PEFT_NAMES.get(init, init), **targets(model, values)
-    )
+if TYPE_CHECKING:
+    from torch import nn
 
 
-def adalora(model: Any, section: Any) -> PeftConfig:
-    values = targets(model, section.model_dump(exclude={"method", "tinit", "tfinal"}))
-    return AdaLoraConfig(task_type=CAUSAL, bias="none", total_step=UNKNOWN, **values)
+def never(section: Any) -> bool:
+    return False
 
 
-def plain(config: Callable[..., PeftConfig]) -> Callable[[Any, Any], PeftConfig]:
-    """Methods whose recipe keys are peft's."""
-    return lambda model, section: config(task_type=CAUSAL, **targets(model, section.model_dump(exclude={"method"})))
+def always(section: Any) -> bool:
+    return True
 
 
-def targets(model: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """The same values; UserError for names that match nothing. peft knows what all-linear is, on every family."""
-    names = find(model, values["target_modules"], accept=is_adaptable)
-    head = model.get_output_embeddings()
-    if any(model.get_submodule(name) is head for name in names):
-        # trl computes log-probabilities from the head's weight, past any adapter on it.
-        raise UserError(
-            "an adapter on the output head would never be trained", key="adapter.target_modules",
-            fix=f"leave it out, or train it whole: adapter.modules_to_save: [{head_name(model)}]",
-        )  # fmt: skip
-    if values.get("modules_to_save"):
-        find(model, values["modules_to_save"], "adapter.modules_to_save")
-    return values
+@dataclass(frozen=True)
+class Method:
+    section: type[sections.AdapterSection]
+    """Its keys in a recipe, and whether they make matrices or vectors."""
+    make_config: Callable[[Any, Any], Any] | None = None
+    """Of (model, section): peft's config. None where no new adapter can be made."""
+    initialise: Callable[[Any, Any, Any, Path | None], None] | None = None
+    """Of (adapted model, section, tokenizer, folder of the base): start values other than peft's."""
+    starts_as_base: Callable[[Any], bool] = always
+    """Of the section: whether a fresh adapter computes what the base does."""
+    virtual_tokens: Literal["embeddings", "cache"] | None = None
+    """Where learned tokens stand before the text. Rows are then not packed, and peft saves the tokens without the
+    network that made them: it loads them to be used, and `soft_prompts.prepare` lets them be trained on."""
+    needs_state: bool = False
+    """Whether a checkpoint holds more than what peft saves (`resume`)."""
+    cuts_ranks: bool = False
+    """Whether ranks are cut by a plan over all steps (`adalora`)."""
+    adds_biases: bool = False
+    """Whether merging writes biases, for which a checkpoint must have a place."""
+    not_mergeable: str | None = None
+    """Why its adapters are no part of any weight."""
+    not_quantizable: tuple[str, str] | None = None
+    """Why it cannot train on int8 and int4, and what to do instead."""
+    only_new: frozenset[str] = frozenset()
+    """Keys of both section and peft's config that say how a new adapter is made, and nothing of one that is there."""
+    any_time: frozenset[str] = frozenset()
+    """Keys that say how training goes and stand in no adapter: they hold for one that is trained on, too."""
+    from_stored: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    """adapter_config.json with the section's keys for what it says in other words."""
+    own: bool = False
+    """Whether peft knows it only after `finetune.register()`."""
+    learning_rate: float = 1.0
+    """The usual one, relative to LoRA's: what moves few or shared numbers needs more."""
 
 
-def check_rank(model: Any, section: Any) -> None:
-    """A start made of singular vectors has no more of them than the smaller side of a weight."""
-    for name in find(model, section.target_modules, accept=is_adaptable):
-        smaller = min(model.get_submodule(name).weight.shape)
-        if section.r > smaller:
-            what = f"{section.init_lora_weights} has only {smaller} ranks to start from in {name}"
-            raise UserError(what, key="adapter.r", fix=f"at most {smaller}, or other target_modules")
+def start_lora(adapted: Any, section: Any, tokenizer: Any, folder: Path | None) -> None:
+    from finetune.adapters import lora_init
+
+    lora_init.start(adapted, section, folder)
 
 
-def oft(model: Any, section: Any) -> PeftConfig:
-    for name in find(model, section.target_modules, accept=is_adaptable):
-        width = model.get_submodule(name).weight.shape[-1]
-        if width % section.oft_block_size:  # peft would silently take another size
-            what = f"does not divide {width}, the input size of {name}"
-            raise UserError(what, key="adapter.oft_block_size", fix=f"for example {math.gcd(width, 32)}")
-    return plain(OFTConfig)(model, section)
+def start_prompt(adapted: Any, section: Any, tokenizer: Any, folder: Path | None) -> None:
+    from finetune.adapters import soft_prompts
+
+    soft_prompts.initialise(adapted, section, tokenizer)
 
 
-def bottleneck(model: Any, section: Any) -> PeftConfig:
-    sublayers(model)
-    return BottleneckConfig(task_type=CAUSAL, **section.model_dump(exclude={"method"}))
+SUM = (
+    "LoHa and LoKr add their update to the weight itself, and peft's do not unpack quantized weights",
+    "use adapter.method: lora, or leave model.quantization out",
+)
+INTEGERS = (
+    "quantized weights are integers and have no gradient, so they cannot all be trained",
+    "leave model.quantization out, or use adapter.method: last_layers, whose blocks are kept unquantized, or lora",
+)
+FROM_WEIGHTS = ("pissa", "olora", "loftq")
+"""Starts of LoRA that are taken from the base's weights: with the adapter off, the base is another model."""
+EMBEDDINGS = "its embeddings stand before the text and are no part of any weight"
+CACHE = "its keys and values stand before the text and are no part of any weight"
+
+METHODS: dict[str, Method] = {
+    "lora": Method(
+        sections.LoraAdapter, configs.lora, start_lora, lambda section: section.init_lora_weights not in FROM_WEIGHTS,
+        only_new=frozenset({"init_lora_weights"}), any_time=frozenset({"loraplus_lr_ratio"}),
+    ),
+    "adalora": Method(
+        sections.AdaLoraAdapter, configs.adalora, needs_state=True, cuts_ranks=True,
+        any_time=frozenset({"tinit", "tfinal"}),
+    ),
+    "vera": Method(
+        sections.VeraAdapter, configs.plain("VeraConfig"), only_new=frozenset({"d_initial"}), learning_rate=3.0
+    ),
+    "oft": Method(sections.OftAdapter, configs.oft),
+    "loha": Method(sections.LohaAdapter, configs.plain("LoHaConfig"), not_quantizable=SUM),
+    "lokr": Method(sections.LokrAdapter, configs.plain("LoKrConfig"), not_quantizable=SUM),
+    "bottleneck": Method(
+        sections.BottleneckAdapter, configs.bottleneck, own=True,
+        not_mergeable="its networks are non-linear and no part of any weight",
+    ),
+    "ia3": Method(sections.Ia3Adapter, configs.ia3, learning_rate=3.0),
+    "prompt_tuning": Method(
+        sections.PromptTuningAdapter, configs.prompt_tuning, start_prompt, never, "embeddings", needs_state=True,
+        not_mergeable=EMBEDDINGS, only_new=frozenset({"prompt_tuning_init", "prompt_tuning_init_text"}),
+        learning_rate=10.0,
+    ),
+    "p_tuning": Method(
+        sections.PTuningAdapter, configs.p_tuning, start_prompt, never, "embeddings", needs_state=True,
+        not_mergeable=EMBEDDINGS, learning_rate=3.0,
+    ),
+    "prefix_tuning": Method(
+        sections.PrefixTuningAdapter, configs.prefix_tuning, start_prompt, never, "cache", needs_state=True,
+        not_mergeable=CACHE, learning_rate=3.0,
+    ),
+    "bitfit": Method(sections.BitFitAdapter, configs.bitfit, adds_biases=True, own=True, learning_rate=3.0),
+    "last_layers": Method(
+        sections.LastLayersAdapter, configs.last_layers, own=True, learning_rate=0.1,
+        from_stored=lambda stored: {**stored, "head": bool(stored.get("modules_to_save"))},
+    ),
+    "ln_tuning": Method(sections.LnTuningAdapter, configs.ln_tuning, learning_rate=3.0),
+    "full": Method(
+        sections.FullAdapter, learning_rate=0.1,
+        not_quantizable=INTEGERS,
+    ),
+    "other": Method(sections.OtherAdapter),
+}  # fmt: skip
 
 
-def ia3(model: Any, section: Any) -> PeftConfig:
-    if section.target_modules is None:
-        if section.feedforward_modules is not None:
-            what = "are those of target_modules whose input is rescaled"
-            raise UserError(what, key="adapter.feedforward_modules", fix="give target_modules, too")
-        attention, mlp = keys_values_and_mlp(model)
-    else:
-        mlp = section.feedforward_modules
-        if mlp is None:
-            mlp = [name for name in section.target_modules if name.rpartition(".")[2] in MLP_OUT]
-        find(model, section.target_modules, accept=is_linear)
-        if mlp:
-            find(model, mlp, "adapter.feedforward_modules", accept=is_linear)
-        attention = [name for name in section.target_modules if name not in mlp]
-    return IA3Config(task_type=CAUSAL, target_modules=attention + mlp, feedforward_modules=mlp)
+def of(peft_type: Any) -> Method:
+    """The row of a stored adapter: of adapter_config.json's peft_type."""
+    return METHODS.get(str(getattr(peft_type, "value", peft_type)).lower(), METHODS["other"])
 
 
-def bitfit(model: Any, section: Any) -> PeftConfig:
-    return BitFitConfig(task_type=CAUSAL, target_modules=targets_of(model, section))
+def active(model: Any) -> Method:
+    """The row of the adapter that computes; `full` for a model without one."""
+    config = getattr(model, "active_peft_config", None)
+    return METHODS["full"] if config is None else of(config.peft_type)
 
 
-def last_layers(model: Any, section: Any) -> PeftConfig:
-    modules_of(model, section.num_layers, section.norm)
-    return LastLayersConfig(
-        task_type=CAUSAL,
-        num_layers=section.num_layers,
-        norm=section.norm,
-        modules_to_save=[head_name(model)] if section.head else None,
-    )
+def without_head(section: Any) -> Any:
+    """The section without the output head among what it trains whole."""
+    return section.model_copy(update={"head": False}) if "head" in type(section).model_fields else section
 
 
-def ln_tuning(model: Any, section: Any) -> PeftConfig:
-    names = norms(model) if section.target_modules is None else find(model, section.target_modules, accept=is_norm)
-    return LNTuningConfig(task_type=CAUSAL, target_modules=names)
-
-
-METHODS: dict[str, Callable[[Any, Any], PeftConfig]] = {
-    "lora": lora,
-    "adalora": adalora,
-    "vera": plain(VeraConfig),
-    "oft": oft,
-    "loha": plain(LoHaConfig),
-    "lokr": plain(LoKrConfig),
-    "bottleneck": bottleneck,
-    "ia3": ia3,
-    "prompt_tuning": soft_prompts.prompt_tuning,
-    "p_tuning": soft_prompts.p_tuning,
-    "prefix_tuning": soft_prompts.prefix_tuning,
-    "bitfit": bitfit,
-    "last_layers": last_layers,
-    "ln_tuning": ln_tuning,
-}
-
-
-def check(model: torch.nn.Module, section: Adapter, quantized: bool = False) -> None:
+def check(model: nn.Module, section: sections.Adapter, quantized: bool = False) -> None:
     """UserError for targets that are not there; `model` may be without weights (on torch's meta device).
 
     Args:
         quantized: whether its linear layers will be held as integers.
     """
-    if isinstance(section, FullAdapter):
+    make_config = METHODS[section.method].make_config
+    if make_config is None:
         return
-    METHODS[section.method](model, section)
+    make_config(model, section)
     whole = getattr(section, "modules_to_save", None)
     if quantized and whole:
         head = model.get_output_embeddings()  # type: ignore[operator]  # it keeps its precision
@@ -182,12 +175,14 @@ def check(model: torch.nn.Module, section: Adapter, quantized: bool = False) -> 
                 )  # fmt: skip
 
 
-def check_targets(model: torch.nn.Module, adapted: Any, section: Adapter, folder: Path) -> None:
+def check_targets(model: nn.Module, adapted: Any, section: sections.Adapter, folder: Path) -> None:
     """UserError where a recipe names other targets than those of the adapter that it trains on.
 
     Args:
         model: the base without weights, adapted: the same with the adapter of `folder` on it.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     wanted: Any = getattr(section, "target_modules", None)
     same_method = adapted.peft_config["default"].peft_type.value == section.method.upper()
     if "target_modules" not in section.model_fields_set or wanted is None or not same_method:

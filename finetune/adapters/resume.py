@@ -12,18 +12,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.adapters import adalora, soft_prompts
+from finetune.adapters import adalora
+from finetune.adapters.methods import active
 
 STATE_FILE = "training_state.safetensors"
 
 
-def needs_state(model: Any) -> bool:
-    return soft_prompts.peft_type(model) in (*soft_prompts.TYPES, "ADALORA")
-
-
 def save_state(model: Any, folder: Path) -> None:
     """Nothing for methods that peft saves completely."""
-    if needs_state(model):
+    if active(model).needs_state:
         tensors = {f"weight|{n}": p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
         tensors |= {f"ranks|{name}": value for name, value in adalora.importance(model).items()}
         save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / STATE_FILE)
@@ -33,7 +30,7 @@ def save_state(model: Any, folder: Path) -> None:
 def load_state(model: Any, folder: Path) -> bool:
     """Whether there was such a file, and it was read."""
     path = folder / STATE_FILE
-    if not needs_state(model) or not path.is_file():
+    if not active(model).needs_state or not path.is_file():
         return False
     parameters = dict(model.named_parameters())
     rest = {}

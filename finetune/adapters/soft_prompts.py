@@ -1,6 +1,5 @@
 """Soft prompts: learned embeddings (prompt tuning, P-tuning) or keys and values (prefix tuning) before the text.
 
-configure(model, section)      peft's config
 initialise(model, section, …)  start values, in the base's own scale
 prepare(model)                 loaded prompts train on; prefix tuning under gradient checkpointing
 is_before_text(model)          left padding would come between the virtual tokens and the text
@@ -13,44 +12,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, TaskType
-from torch import nn
 from transformers import DynamicCache
 
+from finetune.adapters.methods import active
 from finetune.errors import UserError
 from finetune.recipe.adapters import PrefixTuningAdapter, PromptTuningAdapter, PTuningAdapter
 
 SoftPrompt = PromptTuningAdapter | PTuningAdapter | PrefixTuningAdapter
-TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
-
-
-def prompt_tuning(model: nn.Module, section: PromptTuningAdapter) -> PeftConfig:
-    return PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=section.num_virtual_tokens)
-
-
-def p_tuning(model: nn.Module, section: PTuningAdapter) -> PeftConfig:
-    return PromptEncoderConfig(task_type=TaskType.CAUSAL_LM, **section.model_dump(exclude={"method"}))
-
-
-def prefix_tuning(model: nn.Module, section: PrefixTuningAdapter) -> PeftConfig:
-    return PrefixTuningConfig(
-        task_type=TaskType.CAUSAL_LM,
-        num_virtual_tokens=section.num_virtual_tokens,
-        prefix_projection=section.prefix_projection,
-        encoder_hidden_size=section.encoder_hidden_size,
-    )
-
-
-def peft_type(model: Any) -> str:
-    """Of the active adapter; empty without one."""
-    config = getattr(model, "active_peft_config", None)
-    return str(config.peft_type.value) if config is not None else ""
 
 
 def is_before_text(model: Any) -> bool:
     """Whether left padding changes the answer: the padding would stand between virtual tokens and text, and shift
     positions (huggingface/peft#1093). A prefix lives in the cache and has no such problem."""
-    return peft_type(model) in ("PROMPT_TUNING", "P_TUNING")
+    return active(model).virtual_tokens == "embeddings"
 
 
 def token_ids(section: SoftPrompt, kind: str, text: str | None, tokenizer: Any, vocabulary: int) -> torch.Tensor:
@@ -114,9 +88,10 @@ class ReadOnlyPrefix(DynamicCache):
 
 def prepare(model: Any) -> None:
     """Let a loaded prompt be trained on, and prefix tuning under gradient checkpointing."""
-    if peft_type(model) in TYPES:
+    where = active(model).virtual_tokens
+    if where is not None:
         model.prompt_encoder.requires_grad_(True)
-    if peft_type(model) != "PREFIX_TUNING":
+    if where != "cache":
         return
     from transformers.modeling_layers import GradientCheckpointingLayer
 

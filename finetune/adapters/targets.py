@@ -1,4 +1,4 @@
-"""Which layers a method works on, found in the model itself, so that every family has sensible defaults.
+"""Which layers a method works on, found in the model itself, so that every family has sensible defaults. No torch.
 
 blocks(model)           the decoder blocks, in order
 linear_names(model)     short names of the linear layers, for messages
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from typing import TYPE_CHECKING
 
 from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
@@ -25,6 +26,8 @@ KEY_VALUE = (("k_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(full name, module) of every decoder block: the one list with num_hidden_layers members."""
+    from torch import nn
+
     count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
@@ -35,11 +38,16 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def is_linear(module: nn.Module) -> bool:
     """Quantized ones, too: bitsandbytes' layers are subclasses."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
     return isinstance(module, nn.Linear | Conv1D)
 
 
 def is_adaptable(module: nn.Module) -> bool:
     """What LoRA and its kin have a layer for."""
+    from torch import nn
+
     return is_linear(module) or isinstance(module, nn.Embedding)
 
 

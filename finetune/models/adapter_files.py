@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from finetune import register
 from finetune.errors import UserError
 from finetune.models.weight_files import AGAIN, check_file, read_json, read_pickle
 
@@ -26,6 +27,7 @@ EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "
 def described(folder: Path) -> dict[str, Any]:
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    register()
     path = folder / "adapter_config.json"
     found = read_json(path)
     kind = found.get("peft_type")
@@ -101,6 +103,7 @@ def check_fit(model: Any, folder: Path, name: str) -> Any:
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
+    register()
     config = PeftConfig.from_pretrained(str(folder))
     stored = shapes(folder)
     fix = "give the base it was trained on"

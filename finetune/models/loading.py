@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from finetune import hub
+from finetune import hub, register
 from finetune.errors import FinetuneError, Problem, UserError
 from finetune.models import baichuan, quantization, rope, sanity, sentencepiece_tokenizer, sources
 from finetune.models.adapter_files import check_fit, described, own_embeddings, resize
@@ -430,6 +430,7 @@ def attach_adapter(
     """
     from peft import PeftConfig, PeftModel
 
+    register()
     check_identity(adapter, folder(model), model.name)
     config = read_config(model)
     with tempfile.TemporaryDirectory() as scratch, _as_adapter_error(adapter, model.name):

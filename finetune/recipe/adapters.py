@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
 from finetune.recipe.sections import Count, Names, OptionalNames, Section
 
 
-class FullAdapter(Section):
+class AdapterSection(Section):
+    trains: ClassVar[Literal["matrices", "vectors", "both"]] = "both"
+    """What the method makes: muon is for matrices, and only they decay."""
+
+
+class FullAdapter(AdapterSection):
     method: Literal["full"] = "full"
     """Train every weight; the run writes model/ instead of adapter/."""
 
 
-class TargetedAdapter(Section):
+class TargetedAdapter(AdapterSection):
     target_modules: Annotated[str | list[str], Names] = "all-linear"
     """Module names (one, or a list), a regular expression for full names, or all-linear (every linear layer but the
     output head)."""
@@ -23,6 +28,7 @@ class TargetedAdapter(Section):
 
 
 class LoraAdapter(TargetedAdapter):
+    trains = "matrices"
     method: Literal["lora"] = "lora"
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
     r: Count = 16
@@ -44,6 +50,7 @@ class LoraAdapter(TargetedAdapter):
 
 
 class AdaLoraAdapter(TargetedAdapter):
+    trains = "matrices"
     method: Literal["adalora"] = "adalora"
     """Ranks shared out by importance while training (Zhang et al. 2023, arXiv:2303.10512)."""
     init_r: Count = 12
@@ -65,6 +72,7 @@ class AdaLoraAdapter(TargetedAdapter):
 
 
 class VeraAdapter(TargetedAdapter):
+    trains = "vectors"
     method: Literal["vera"] = "vera"
     """Two vectors per layer around random matrices that all layers share (Kopiczko et al. 2023, arXiv:2310.11454)."""
     r: Count = 256
@@ -78,6 +86,7 @@ class VeraAdapter(TargetedAdapter):
 
 
 class OftAdapter(TargetedAdapter):
+    trains = "matrices"
     method: Literal["oft"] = "oft"
     """Weights rotated in blocks (Qiu et al. 2023, arXiv:2306.07280)."""
     oft_block_size: Count = 32
@@ -87,6 +96,7 @@ class OftAdapter(TargetedAdapter):
 
 
 class LohaAdapter(TargetedAdapter):
+    trains = "matrices"
     method: Literal["loha"] = "loha"
     """Hadamard product of two low-rank matrices (Hyeon-Woo et al. 2022, arXiv:2108.06098)."""
     r: Count = 8
@@ -98,6 +108,7 @@ class LohaAdapter(TargetedAdapter):
 
 
 class LokrAdapter(TargetedAdapter):
+    trains = "matrices"
     method: Literal["lokr"] = "lokr"
     """Kronecker product (Edalati et al. 2022, arXiv:2212.10650; as in LyCORIS, arXiv:2309.14859)."""
     r: Count = 8
@@ -110,7 +121,7 @@ class LokrAdapter(TargetedAdapter):
     """Share of layers left out in a training step."""
 
 
-class BottleneckAdapter(Section):
+class BottleneckAdapter(AdapterSection):
     method: Literal["bottleneck"] = "bottleneck"
     """Small networks between the base's layers."""
     variant: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
@@ -129,7 +140,8 @@ class BottleneckAdapter(Section):
     """Dropout on the adapter's input."""
 
 
-class Ia3Adapter(Section):
+class Ia3Adapter(AdapterSection):
+    trains = "vectors"
     method: Literal["ia3"] = "ia3"
     """Learned rescaling of keys, values and the MLP's inner activations (Liu et al. 2022, arXiv:2205.05638)."""
     target_modules: Annotated[list[str] | None, OptionalNames] = None
@@ -138,7 +150,7 @@ class Ia3Adapter(Section):
     """Those of target_modules whose input is rescaled instead of their output; unset: the MLP's last layer."""
 
 
-class PromptTuningAdapter(Section):
+class PromptTuningAdapter(AdapterSection):
     method: Literal["prompt_tuning"] = "prompt_tuning"
     """Learned embeddings before the text (Lester et al. 2021, arXiv:2104.08691)."""
     num_virtual_tokens: Count = 20
@@ -149,7 +161,7 @@ class PromptTuningAdapter(Section):
     """Text to start from, repeated or cut to num_virtual_tokens."""
 
 
-class PTuningAdapter(Section):
+class PTuningAdapter(AdapterSection):
     method: Literal["p_tuning"] = "p_tuning"
     """Learned embeddings that come out of a small network (Liu et al. 2021, arXiv:2103.10385)."""
     num_virtual_tokens: Count = 20
@@ -162,7 +174,7 @@ class PTuningAdapter(Section):
     """Dropout inside the LSTM."""
 
 
-class PrefixTuningAdapter(Section):
+class PrefixTuningAdapter(AdapterSection):
     method: Literal["prefix_tuning"] = "prefix_tuning"
     """Learned keys and values before the text in every layer (Li and Liang 2021, arXiv:2101.00190)."""
     num_virtual_tokens: Count = 20
@@ -178,7 +190,8 @@ class PrefixTuningAdapter(Section):
     """Text to start from, repeated or cut to num_virtual_tokens."""
 
 
-class BitFitAdapter(Section):
+class BitFitAdapter(AdapterSection):
+    trains = "vectors"
     method: Literal["bitfit"] = "bitfit"
     """Train biases only (Ben Zaken et al. 2022, arXiv:2106.10199)."""
     bias: Literal["existing", "add"] = "add"
@@ -188,7 +201,7 @@ class BitFitAdapter(Section):
     be merged then), or names. With bias: existing, names of layers that have one; otherwise all of them are trained."""
 
 
-class LastLayersAdapter(Section):
+class LastLayersAdapter(AdapterSection):
     method: Literal["last_layers"] = "last_layers"
     """Train the last blocks whole; the rest is frozen."""
     num_layers: Count = 2
@@ -199,14 +212,15 @@ class LastLayersAdapter(Section):
     """The output head, too; where it is tied to the embeddings it becomes a matrix of its own."""
 
 
-class LnTuningAdapter(Section):
+class LnTuningAdapter(AdapterSection):
+    trains = "vectors"
     method: Literal["ln_tuning"] = "ln_tuning"
     """Train norms only (Zhao et al. 2023, arXiv:2312.11420)."""
     target_modules: Annotated[str | list[str] | None, OptionalNames] = None
     """Names, or a regular expression for full names; unset: every norm."""
 
 
-class OtherAdapter(Section):
+class OtherAdapter(AdapterSection):
     method: Literal["other"] = "other"
     """What model.adapter is called when another tool made it with a PEFT method that has no section here. Trained on as
     it is; not for new adapters."""
@@ -228,5 +242,7 @@ Adapter = Annotated[
     Field(discriminator="method"), BeforeValidator(_method),
 ]  # fmt: skip
 
-ADAPTERS: dict[str, type[Section]] = {cls.model_fields["method"].default: cls for cls in get_args(get_args(Adapter)[0])}
+ADAPTERS: dict[str, type[AdapterSection]] = {
+    section.model_fields["method"].default: section for section in get_args(get_args(Adapter)[0])
+}
 """method -> its section."""

@@ -70,8 +70,6 @@ PREFERENCE = ("dpo", "kto", "reward")
 NO_PPO = "has no effect in ft ppo"
 NOT_HELD_OUT = "no rows are held out to measure a loss on"
 HOLD_OUT = "set data.eval_split, for example 5%"
-MATRICES = ("lora", "adalora", "oft", "loha", "lokr")
-VECTORS = ("bitfit", "ln_tuning", "ia3", "vera")
 DROPOUTS = keys("adapter", "lora_dropout", "vera_dropout", "module_dropout", "bottleneck_dropout", "encoder_dropout")
 MODEL = (
     "adapter", "source", "revision", "rope_scaling", "sanity_check", "device_map", "max_memory", "offload_folder",
@@ -158,14 +156,14 @@ IDLE: tuple[Idle, ...] = (
     Idle(
         ("train.muon_adamw_learning_rate",),
         lambda r: (
-            r.train.optim == "muon" and r.adapter.method in MATRICES and not r.adapter.modules_to_save
+            r.train.optim == "muon" and r.adapter.trains == "matrices" and not r.adapter.modules_to_save
             and not getattr(r.adapter, "use_dora", False)
         ),
         "this method trains only matrices, and AdamW is for the rest",
     ),
     Idle(
         ("train.weight_decay",),
-        lambda r: r.adapter.method in VECTORS and not getattr(r.adapter, "modules_to_save", None),
+        lambda r: r.adapter.trains == "vectors" and not getattr(r.adapter, "modules_to_save", None),
         "matrices decay, and this method trains only vectors",
     ),
     # data

@@ -38,7 +38,6 @@ from finetune.evaluation.rewards import RewardModel, check_model, checkpoint_of,
 from finetune.models import loading
 from finetune.models.hardware import input_device
 from finetune.models.identity import check_identity
-from finetune.recipe.adapters import Adapter
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.stages import PpoRecipe
 from finetune.training import alignment, start
@@ -70,7 +69,7 @@ class Actors:
 
 def check(recipe: PpoRecipe) -> None:
     """UserError for what cannot stand on one base, and for AdaLoRA."""
-    if recipe.adapter.method == "adalora":
+    if METHODS[recipe.adapter.method].cuts_ranks:
         why = "AdaLoRA shares out its ranks over a number of updates that must be known, and PPO may leave some out"
         raise UserError(why, key="adapter.method", fix="use lora")
     if recipe.ppo.models == "separate":
@@ -102,8 +101,7 @@ def check_shared(recipe: PpoRecipe, reward: Path) -> None:
     if recipe.model.adapter is not None:
         ours = peft_type_of(loading.adapter_folder(recipe.model.adapter))
     else:
-        made: Any = METHODS[recipe.adapter.method](loading.skeleton(recipe.model), recipe.adapter)
-        ours = str(made.peft_type.value)
+        ours = recipe.adapter.method.upper()
     theirs = peft_type_of(reward)
     if ours != theirs:
         raise UserError(
@@ -126,7 +124,7 @@ def build(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None) 
 
 def _shared(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None) -> Actors:
     model, copied = alignment.policy(recipe, base, machine)
-    copied = copied or not starts_as_base(recipe.adapter)
+    copied = copied or not METHODS[recipe.adapter.method].starts_as_base(recipe.adapter)
     if copied:
         copy_adapter(model, POLICY, REFERENCE)
     actors = Actors(
@@ -167,13 +165,6 @@ def _separate(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | No
     actors = Actors(_own(model), _own(reference), _own(value), new_head(value), judge=judge)
     freeze_unread(actors.value)
     return actors
-
-
-def starts_as_base(section: Adapter) -> bool:
-    """Whether a fresh adapter computes what the base does."""
-    if section.method in ("prompt_tuning", "p_tuning", "prefix_tuning"):
-        return False
-    return not alignment.moves_reference(section)
 
 
 def freeze_unread(value: ActiveAdapter) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from finetune.adapters.soft_prompts import TYPES, is_before_text, peft_type
+from finetune.adapters.methods import active
+from finetune.adapters.soft_prompts import is_before_text
 from finetune.evaluation.generation import Sampled, answer, batches, left_pad
 from finetune.models.hardware import input_device
 
@@ -207,7 +208,7 @@ def log_probs(
 def hidden_states(model: Any, replies: Replies) -> torch.Tensor:
     """[B, L, hidden] of the last layer, behind the final norm."""
     inputs = {"input_ids": replies.ids, "attention_mask": replies.attention}
-    if peft_type(model) in TYPES:
+    if active(model).virtual_tokens is not None:
         options = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
         states = model(**inputs, use_cache=False, output_hidden_states=True, **options).hidden_states[-1]
         return states[:, -replies.ids.shape[1] :]  # virtual tokens stand before

@@ -18,6 +18,7 @@ from trl import DPOConfig, KTOConfig, RewardConfig
 
 from finetune.adapters.load import adapter_config
 from finetune.adapters.lora_init import rewrites_base
+from finetune.adapters.methods import of
 from finetune.base import Base
 from finetune.data.conversations import SftData
 from finetune.data.token_cache import cache_folder
@@ -47,7 +48,7 @@ def check_continues(recipe: DpoRecipe | KtoRecipe) -> None:
         raise UserError("there is no adapter to merge", key=key, fix="set model.adapter, or leave it out")
     if recipe.model.adapter is not None and how == "continue":
         folder = loading.adapter_folder(recipe.model.adapter)
-        if adapter_config(folder)["peft_type"] == "ADALORA":
+        if of(adapter_config(folder)["peft_type"]).cuts_ranks:
             what = "AdaLoRA can stand on a base only once, and the reference would be a second copy of this adapter"
             raise UserError(what, path=folder, key="model.adapter", fix=f"set {key}: merge")
 

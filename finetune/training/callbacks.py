@@ -12,7 +12,6 @@ from transformers import TrainerCallback
 from finetune.adapters import adalora
 from finetune.errors import RunError
 from finetune.models.hardware import peak_memory_gb
-from finetune.recipe.adapters import AdaLoraAdapter
 from finetune.run.directory import Run
 from finetune.terminal.progress import Progress
 from finetune.training.weight_check import Proof
@@ -121,7 +120,7 @@ def check_scale(scaler: Any, step: int) -> None:
 class Ranks(TrainerCallback):
     """AdaLoRA: share out the ranks after every step, while the gradients are still there."""
 
-    def __init__(self, section: AdaLoraAdapter) -> None:
+    def __init__(self, section: Any) -> None:
         self.section = section
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

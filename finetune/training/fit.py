@@ -12,8 +12,8 @@ from transformers import (
     TrainerCallback,
 )
 
+from finetune.adapters.methods import METHODS
 from finetune.errors import Interrupted, RunError
-from finetune.recipe.adapters import AdaLoraAdapter
 from finetune.recipe.stages import Recipe
 from finetune.run.checkpoints import known_of
 from finetune.run.directory import Run
@@ -28,7 +28,7 @@ def callbacks(recipe: Recipe, run: Run, has_eval: bool) -> list[TrainerCallback]
     """What happens beside training, for any trainer."""
     may_stop = bool(recipe.train.early_stopping_patience and has_eval)
     found: list[TrainerCallback] = [Recorder(run, Progress(recipe.stage), may_stop), Guard(), Proven()]
-    if isinstance(recipe.adapter, AdaLoraAdapter):
+    if METHODS[recipe.adapter.method].cuts_ranks:
         found.append(Ranks(recipe.adapter))
     if may_stop:
         found.append(EarlyStoppingCallback(early_stopping_patience=recipe.train.early_stopping_patience))

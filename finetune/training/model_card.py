@@ -14,11 +14,10 @@ from typing import Any
 
 import yaml
 
+from finetune.adapters.methods import METHODS
 from finetune.resources import BUILTIN_MODELS
 from finetune.terminal.progress import command, shown_name
 from finetune.training.report import shown, with_intervals
-
-OWN_METHODS = ("bottleneck", "bitfit", "last_layers")  # peft knows them once finetune is imported
 
 
 def licence_of(base: str, folder: Path) -> str | None:
@@ -195,10 +194,12 @@ def usage(stage: str, method: str, base: str | None, original_layout: bool, revi
     builtin = (BUILTIN_MODELS / base).is_dir()
     where = f'BUILTIN_MODELS / "{base}"' if builtin else json.dumps(base, ensure_ascii=False)
     where += f", revision={json.dumps(revision)}" if revision else ""
-    own = ["import finetune  # makes its methods known to peft"] if method in OWN_METHODS else []
-    own += ["from finetune.recipe import BUILTIN_MODELS"] if builtin else []
+    own = METHODS[method].own
+    ours = ["import finetune"] if own else []
+    ours += ["from finetune.resources import BUILTIN_MODELS"] if builtin else []
     return python(
-        *own, "from peft import PeftModel", f"from transformers import AutoTokenizer, {auto}", "", HERE,
+        *ours, "from peft import PeftModel", f"from transformers import AutoTokenizer, {auto}", "",
+        *([f"finetune.register()  # makes {method.upper()} known to peft"] if own else []), HERE,
         f"base = {auto}.from_pretrained({where}{', num_labels=1' if stage == 'reward' else ''})",
         "model = PeftModel.from_pretrained(base, folder)",
     )  # fmt: skip

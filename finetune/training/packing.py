@@ -9,7 +9,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from finetune.adapters import soft_prompts
+from finetune.adapters.methods import METHODS, active
 from finetune.recipe.stages import Recipe
 from finetune.terminal.progress import task
 
@@ -43,7 +43,7 @@ def pack_if_isolated(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, row
     """(rows, packed if asked for and safe; one line saying why not)."""
     if not recipe.data.packing:
         return rows, None
-    if soft_prompts.peft_type(model) in soft_prompts.TYPES:
+    if active(model).virtual_tokens is not None:
         return rows, SHARED_TOKENS
     from finetune.data.packing import pack
 
@@ -61,6 +61,6 @@ def packing_outlook(recipe: Recipe) -> str | None:
     """What a dry run can say of packing."""
     if not recipe.data.packing:
         return None
-    if recipe.adapter.method.upper() in soft_prompts.TYPES:
+    if METHODS[recipe.adapter.method].virtual_tokens is not None:
         return SHARED_TOKENS
     return "packing: whether documents in one row are apart is tried when the model is loaded; steps are those without"

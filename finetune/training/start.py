@@ -10,12 +10,12 @@ import torch
 from transformers import set_seed
 
 from finetune.adapters.load import apply, as_score_task, loads_trainable, prepare
+from finetune.adapters.methods import without_head
 from finetune.adapters.multiple import HEAD_WEIGHTS
 from finetune.base import Base
 from finetune.errors import RunError
 from finetune.models import loading
 from finetune.models.score_head import with_score_head
-from finetune.recipe.adapters import LastLayersAdapter
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.stages import DpoRecipe, KtoRecipe, Recipe, RewardRecipe
 from finetune.run.directory import Run
@@ -47,9 +47,7 @@ def reward_model(recipe: RewardRecipe, base: Base, machine: Hardware) -> Any:
     """The base with a score head and an adapter: fresh, or started from that of model.adapter."""
     scored = with_score_head(loaded(recipe, base, machine), base.model.name)
     if base.model.adapter is None:
-        section = recipe.adapter
-        if isinstance(section, LastLayersAdapter):
-            section = section.model_copy(update={"head": False})  # that of the scores is always trained
+        section = without_head(recipe.adapter)  # that of the scores is always trained
         return apply(scored, section, base.tokenizer, base.folder, as_score_task)
     start = loading.adapter_folder(base.model.adapter)
     weight = scored.score.weight.detach().cpu()  # the adapter brings none

@@ -151,7 +151,7 @@ def test_the_weight_of_a_source_counts_in_every_stage(base: Path, tmp_path: Path
     assert 88 <= counts[1] <= 112, "twice, and for about half of the rows once more"
 
 
-@pytest.mark.parametrize("method", [*METHODS, "dora"])
+@pytest.mark.parametrize("method", [*(name for name, row in METHODS.items() if row.make_config), "dora"])
 def test_weight_decay_reaches_matrices_only(base: Path, method: str) -> None:
     """By what a parameter is: no vector, scale, bias or norm; LoRA's of rank 1 are matrices."""
     network = loading.load_model(ModelConfig(name=str(base), sanity_check=False), torch.float32, hardware.detect())

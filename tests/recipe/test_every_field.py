@@ -642,7 +642,7 @@ def test_every_adapter_is_the_same_in_every_stage(stage: str, files: dict[str, A
             (here / "recipe.yaml").write_text(yaml.safe_dump(recipe(stage, settings, files, here)), encoding="utf-8")
             try:
                 section = file.load(str(here / "recipe.yaml"), RECIPES[stage]).adapter
-                made.append(str(vars(methods.METHODS[section.method](network, section))))
+                made.append(str(vars(methods.METHODS[section.method].make_config(network, section))))
             except UserError as error:
                 made.append(str(error))
         last = key.rpartition(".")[2]

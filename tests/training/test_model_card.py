@@ -76,7 +76,8 @@ def test_licence_without_a_card(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["lora", "bitfit"])
 def test_own_methods_are_made_known_first(method: str) -> None:
     text = card(recipe(adapter={"method": method}), RESULT, "owner/base", None)
-    assert ("import finetune" in text) == (method == "bitfit")
+    assert ("import finetune\n" in text) == (method == "bitfit")
+    assert ("finetune.register()" in text) == (method == "bitfit")
     assert 'AutoModelForCausalLM.from_pretrained("owner/base")' in text
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from finetune import metrics
+from finetune.adapters.methods import METHODS
 from finetune.data import conversations, evaluated, samples
 from finetune.errors import Interrupted, RunError, UserError
 from finetune.places import check_folder as check_place
@@ -38,11 +39,6 @@ from finetune.run.resuming import changed_keys
 from finetune.run.writing import write_atomically, write_json, write_lines
 from finetune.terminal.progress import command, duration, note, say
 
-# Where the search for the learning rate begins, relative to LoRA's: what moves few or shared numbers needs more.
-CENTRE = {
-    "full": 0.1, "last_layers": 0.1, "bitfit": 3.0, "ia3": 3.0, "ln_tuning": 3.0, "vera": 3.0, "prompt_tuning": 10.0,
-    "p_tuning": 3.0, "prefix_tuning": 3.0,
-}  # fmt: skip
 FACTORS = (1 / 3, 1.0, 3.0)
 SEARCH_STEPS, SEARCH_ROWS = 0.25, 0.1  # share of the budget, and of the training rows that are held out for it
 SHORT_WARMUP = 0.1  # share of a short run
@@ -63,12 +59,10 @@ class Job:
 
 def parse(methods: str, quantization: str, fractions: str) -> tuple[list[str], list[str], list[float]]:
     """The command line's lists. UserError for what is not possible."""
-    from finetune.recipe.adapters import ADAPTERS
-
     names, kinds, texts = (listed(text) for text in (methods, quantization, fractions))
     for name in names:
-        if name not in ADAPTERS:
-            raise UserError(f"unknown method {name!r}", key="--methods", fix=f"of {', '.join(ADAPTERS)}")
+        if name not in METHODS:
+            raise UserError(f"unknown method {name!r}", key="--methods", fix=f"of {', '.join(METHODS)}")
     for kind in kinds:
         if kind not in ("none", "int8", "int4"):
             raise UserError(f"unknown kind {kind!r}", key="--quantization", fix="of none, int8, int4")
@@ -335,7 +329,7 @@ def run_job(job: Job, recipe: SftRecipe, rows: int, folder: Path) -> dict[str, A
 
 def search_rate(job: Job, recipe: SftRecipe, rows: int, folder: Path) -> list[dict[str, Any]]:
     """Short runs around the method's usual learning rate; the loss is that of rows held out of the training data."""
-    centre = recipe.train.learning_rate * CENTRE.get(job.method, 1.0)
+    centre = recipe.train.learning_rate * METHODS[job.method].learning_rate
     short = short_steps(recipe)
     held_out = max(1, round(rows * SEARCH_ROWS))
     tried = []

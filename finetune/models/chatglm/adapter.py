@@ -22,6 +22,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
+from finetune import register
 from finetune.errors import UserError
 from finetune.models.chatglm.export import original_name
 from finetune.models.chatglm.weights import FUSED, INNER, PREFIXES, SPLIT, Fused, read_pickle
@@ -125,6 +126,7 @@ def _weights(folder: str | Path) -> Weights:
 def _read(folder: str | Path) -> tuple[PeftConfig, Weights]:
     if not (Path(folder) / "adapter_config.json").is_file():
         raise UserError("no adapter_config.json", path=folder, fix="name an adapter folder")
+    register()
     adapter = PeftConfig.from_pretrained(str(folder))
     kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
     if kind != "LORA" and kind not in LAYOUT_FREE:
