@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ft
+from conftest import ft, ft_process
 
 from finetune import __version__, cli
 
@@ -38,13 +38,14 @@ def test_the_user_can_fix_it(arguments: tuple[str, ...], expected: str, tmp_path
 
 
 def test_debug_shows_the_traceback() -> None:
-    done = ft("sft", "--recipe", "quickstrt", "--debug")
+    """Python's own end of a process."""
+    done = ft_process("sft", "--recipe", "quickstrt", "--debug")
     assert "Traceback" in done.stderr
     assert done.returncode == 1
 
 
 def test_version_and_help() -> None:
-    assert ft("--version").stdout == f"ft {__version__}\n"
+    assert ft_process("--version").stdout == f"ft {__version__}\n"
     helped = ft("--help")
     for command in ("pretrain", "sft", "merge", "eval", "chat", "doctor", "recipes"):
         assert f"\n  {command}" in helped.stdout

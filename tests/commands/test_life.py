@@ -27,6 +27,7 @@ from finetune.recipe.file import load
 from finetune.recipe.stages import RECIPES
 from finetune.run.checkpoints import damage, known_of
 from finetune.run.directory import Run
+from finetune.terminal.progress import Progress
 from finetune.training.trainers import Extras
 
 TRAINERS = ("sft", "pretrain", "dpo", "kto", "reward")
@@ -134,6 +135,23 @@ def test_a_resumed_run_of_ppo_is_the_uninterrupted_one(tmp_path: Path, base: Pat
     for step in (1, 3):
         broken = stopped_after(whole, f"broken{step}", step)
         same_run(run_ppo(ppo_recipe(tmp_path, base, broken.path.name, train=settings), resume=True), whole)
+
+
+def test_a_resumed_run_counts_its_time_and_tokens_on(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, counted = run(write("sft", "whole")), []
+    broken = stopped_after(whole, "broken", 3)
+    mark = broken.checkpoints / "checkpoint-3" / "complete"
+    known = json.loads(mark.read_text())
+    assert 0 < known["counters"]["seconds"] < result(whole)["seconds"]
+    known["counters"]["seconds"] = 5000.0
+    mark.write_text(json.dumps(known))
+    monkeypatch.setattr(Progress, "rate", lambda self, tokens: counted.append(tokens) or 1.0)
+    again = run(write("sft", "broken"), resume=True)
+    assert 5000 < result(again)["seconds"] < 5100
+    logged_at = logged(again, "num_tokens")  # after steps 2, 4, 6 and 7
+    assert known["counters"]["tokens"] > logged_at[0]
+    steps = zip(logged_at[1:], [known["counters"]["tokens"], *logged_at[1:]], strict=False)
+    assert counted == [now - before for now, before in steps], "none of those before the stop"
 
 
 def test_early_stopping_counts_on_after_a_stop(write: Write) -> None:
@@ -339,7 +357,7 @@ def test_held_out_loss_is_the_mean_over_tokens(write: Write, base: Path, tmp_pat
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     settings = {"max_steps": 1, "learning_rate": 1e-12, "per_device_eval_batch_size": 3}
-    sections = {"eval_split": 10, "packing": True}
+    sections = {"eval_split": 30, "packing": True}
     found = run(write("sft", data=sections, train=settings, adapter={"lora_dropout": 0.0}))
     from finetune.data.chat import make_encoder
     from finetune.data.conversations import load_sft
@@ -354,7 +372,10 @@ def test_held_out_loss_is_the_mean_over_tokens(write: Write, base: Path, tmp_pat
         logits = model(ids[None]).logits[0, :-1].float()
         total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
         count += int((labels != -100).sum())
-    assert result(found)["eval"]["loss"] == pytest.approx(total / count, abs=1e-5)
+    seen = result(found)["eval"]
+    assert seen["loss"] == pytest.approx(total / count, abs=1e-5)
+    low, high = seen["loss_ci"]  # of ten batches
+    assert low < seen["loss"] < high < low + 0.5
 
 
 @pytest.mark.parametrize("stage", TRAINERS)

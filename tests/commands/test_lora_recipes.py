@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ft, train
+from conftest import ft_process, train
 
 from finetune.models import loading
 from finetune.resources import resource_path
@@ -42,9 +42,11 @@ def test_two_steps_on_the_tiny_base(recipe: str, base: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(("recipe", "base"), FAMILY_RECIPES)
 def test_each_family_learns_its_task(recipe: str, base: str, tmp_path: Path) -> None:
     """Held-out exact match at least 85%, by the commands a user types."""
-    done = ft("sft", "--recipe", recipe, "--set", f"model.name={base}", "--output", tmp_path / "run", timeout=3600)
+    done = ft_process(
+        "sft", "--recipe", recipe, "--set", f"model.name={base}", "--output", tmp_path / "run", timeout=3600
+    )
     assert done.returncode == 0, done.stderr
-    done = ft("eval", tmp_path / "run", "--limit", "150", "--json", tmp_path / "eval.json")
+    done = ft_process("eval", tmp_path / "run", "--limit", "150", "--json", tmp_path / "eval.json")
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "eval.json").read_text())["runs"][0]["metrics"]
     assert metrics["exact_match"] >= 0.85

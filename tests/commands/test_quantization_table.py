@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ft, tensors
+from conftest import ft_process, tensors
 
 DOC = Path(__file__).parent.parent.parent / "docs" / "quantization.md"
 FAMILIES = ("tiny-llama", "tiny-qwen", "tiny-chatglm3")
@@ -31,7 +31,7 @@ HEADS = (
 
 
 def run(*arguments: Any, cwd: Path) -> None:
-    done = ft(*arguments, cwd=cwd, timeout=3600)
+    done = ft_process(*arguments, cwd=cwd, timeout=3600)
     assert done.returncode == 0, done.stderr
 
 

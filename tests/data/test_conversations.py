@@ -356,9 +356,12 @@ def test_a_split_that_is_far_from_what_was_asked_is_told(tmp_path: Path) -> None
     same = write(tmp_path / "x.jsonl", [{"messages": [user("go on"), assistant(f"answer {i}")]} for i in range(400)])
     with pytest.raises(UserError, match="every row is held out"):  # one question stays on one side
         load(same, eval_split=0.05)
-    half = [{"messages": [user("go on" if i % 2 else f"q {i}"), assistant(f"answer {i}")]} for i in range(400)]
-    (told,) = load(write(tmp_path / "z.jsonl", half), eval_split=1).warnings or [""]
-    assert not told or "rows with the same first question stay together" in told
+    for alike, told in ((6, False), (7, True)):  # answers to each question; one row was asked for
+        rows = [{"messages": [user(f"q {i // alike}"), assistant(f"answer {i}")]} for i in range(alike * 40)]
+        found = load(write(tmp_path / "z.jsonl", rows), eval_split=1)
+        assert len(found.eval) == alike
+        line = f"holds out {alike} of {alike * 40} rows: rows with the same first question stay together"
+        assert found.warnings == ([f"data.eval_split {line}"] if told else [])
     assert load(write(tmp_path / "y.jsonl", make_rows(400)), eval_split=0.05).warnings == []
 
 
