@@ -40,7 +40,7 @@ def run(raw: PpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
     session = prepare(raw, resume)
     recipe, encoder = session.recipe, session.base.encoder
     models.check(recipe)
-    scorers = {name: load_rule(spec) for name, spec in names_of(recipe.reward.functions).items()}
+    rules = {name: load_rule(spec) for name, spec in names_of(recipe.reward.functions).items()}
     rows = prompts.load_prompts(recipe.data, encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
     if len(rows.rows) < recipe.ppo.num_mini_batches:
         what = f"{len(rows.rows)} prompts are too few for {recipe.ppo.num_mini_batches} minibatches"
@@ -51,42 +51,32 @@ def run(raw: PpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         section = DataConfig(train=held, columns=recipe.data.columns, max_length=recipe.data.max_length)
         held_out = prompts.load_prompts(section, encoder).rows[: recipe.eval.limit]
     folder = Run(Path(recipe.output.dir))
-    judge = reward_recipe(recipe, folder) if recipe.reward.train is not None else None
-    if judge is not None and (overwrite or not trained(folder)):
-        pairs.load_pairs(judge.data, encoder, to_score=True)  # what is wrong with them is said now
+    first = reward_recipe(recipe, folder) if recipe.reward.train is not None else None
+    if first is not None and (overwrite or not trained(folder)):
+        pairs.load_pairs(first.data, encoder, to_score=True)  # what is wrong with them is said now
     batch, per_epoch, total = rollouts(recipe, len(rows.rows))
     check_schedule(recipe.train, total)
+    fewer = None if batch == recipe.train.effective_batch_size else f"{len(rows.rows)} prompts: rollouts are of {batch}"
     session.plan(
-        rows,
-        longest=max(len(row.ids) for row in rows.rows) + recipe.ppo.max_new_tokens,
+        rows, longest=max(len(row.ids) for row in rows.rows) + recipe.ppo.max_new_tokens, also=fewer,
         cut=Layout(*batch_layout(*a_step(recipe), session.machine), per_epoch, total),
         updates=total * recipe.ppo.num_ppo_epochs * recipe.ppo.num_mini_batches,
-        also=None
-        if batch == recipe.train.effective_batch_size
-        else f"{len(rows.rows)} prompts: rollouts are of {batch}",
-    )
-    if judge is not None and resume and trained(folder):
-        known_inputs(judge, session.base, session.template, resume)
+    )  # fmt: skip
+    if first is not None and resume and trained(folder):
+        known_inputs(first, session.base, session.template, resume)
     if dry_run:
         session.show(f"rollouts of {batch} prompts; updates")
         return
     with session.run(overwrite):
-        reward = recipe.reward.model if judge is None else train_reward(judge, folder, to_go_on(recipe))
+        reward = recipe.reward.model if first is None else train_reward(first, folder, to_go_on(recipe))
         seed_everything(recipe)
-        cast = models.build(recipe, session.base, session.machine, reward)
+        built = models.build(recipe, session.base, session.machine, reward)
         seed_everything(recipe)  # the same replies however many models were drawn
-        arguments, size = session.arguments(), session.layout.rows_per_pass
-        trainer = Ppo(recipe, folder, cast, encoder, rows.rows, held_out, scorers, arguments, size, session.known)
-        session.train(trainer, fit=fit, words=Words(gist))
-
-
-def fit(trainer: Ppo, run: Run, checkpoint: Path | None, inputs: dict[str, str]) -> dict[str, Any]:
-    """As that of the other stages."""
-    outcome = trainer.train(checkpoint)
-    if not trainer.finished:
-        where = f"checkpoint saved in {run.checkpoints}"
-        raise Interrupted(f"stopped at step {trainer.state.step}; {where}; go on with {to_go_on(trainer.recipe)}")
-    return outcome
+        trainer = Ppo(
+            recipe=recipe, models=built, encoder=encoder, prompts=rows.rows, held_out=held_out, rules=rules,
+            arguments=session.arguments(), rows=session.layout.rows_per_pass,
+        )  # fmt: skip
+        session.train(trainer, fit=Ppo.fit, words=Words(gist))
 
 
 def gist(held_out: dict[str, Any]) -> str | None:

@@ -26,13 +26,14 @@ from typing import Any, NoReturn
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from finetune.base import Base
 from finetune.data.audit import cut
-from finetune.data.chat import IGNORED, make_encoder, scored_end, scored_ids
+from finetune.data.chat import IGNORED, scored_end, scored_ids
 from finetune.data.prompts import Prompt
 from finetune.data.types import Conversation, RowProblem, attempted
 from finetune.errors import RunError, UserError
 from finetune.evaluation.generation import by_length
-from finetune.families import ENCODER, family, refused
+from finetune.families import ENCODER, refused
 from finetune.models import loading, sources
 from finetune.models.hardware import input_device
 from finetune.models.score_head import with_score_head
@@ -160,12 +161,9 @@ def is_reward_run(path: str) -> bool:
 
 @torch.inference_mode()
 def score_rows(
-    model: Any,
-    rows: Sequence[list[int]],
-    pad: int,
-    batch_size: int = 32,
+    model: Any, rows: Sequence[list[int]], pad: int, batch_size: int = 32,
     on_batch: Callable[[int], None] = lambda n: None,
-) -> list[float]:
+) -> list[float]:  # fmt: skip
     """Scores of token ids, each read at its last token."""
     model.eval()
     device = input_device(model)
@@ -196,19 +194,17 @@ class RewardModel:
         check_model(path)
         adapter = loading.find_adapter(path)
         if adapter is not None:
-            base = loading.configs_of(adapter)[1]
-            tokenizer = loading.load_tokenizer(base, adapter)
-            scored = with_score_head(loading.load_model(base, dtype, machine), base.name)
-            model = loading.attach_adapter(scored, adapter, base)
-            return cls(path, model, tokenizer, make_encoder(tokenizer, family(loading.read_config(base)["model_type"])))
+            base = Base.open(loading.configs_of(adapter)[1], adapter)
+            scored = with_score_head(loading.load_model(base.model, dtype, machine), base.model.name)
+            model = loading.attach_adapter(scored, adapter, base.model)
+            return cls(path, model, base.tokenizer, base.encoder)
         source = checkpoint_of(path)
-        stored = config_of(source)
         model = classifier(source, dtype, machine)
-        if reads_pairs(stored):
+        if reads_pairs(config_of(source)):
             return cls(path, model, AutoTokenizer.from_pretrained(loading.locate(source)), None)
-        tokenizer = loading.load_tokenizer(source)
-        model.config.pad_token_id = tokenizer.pad_token_id  # how transformers finds where a row ends
-        return cls(path, model, tokenizer, make_encoder(tokenizer, family(stored["model_type"])))
+        base = Base.open(source)
+        model.config.pad_token_id = base.tokenizer.pad_token_id  # how transformers finds where a row ends
+        return cls(path, model, base.tokenizer, base.encoder)
 
     def ids(self, conversation: Conversation) -> list[int]:
         """A conversation that ends with a reply, up to where it is scored."""
@@ -295,7 +291,3 @@ def classifier(config: ModelConfig, dtype: torch.dtype, machine: Hardware) -> An
         ) from None
     loading.check_loading(info, config.name)
     return model
-
-
-def peft_type_of(folder: Path) -> str:
-    return str(loading.described(folder)["peft_type"])

@@ -1,9 +1,4 @@
-"""What a PPO run knows between rollouts: its counters, its checkpoints, and when it has to stop.
-
-State                               what a checkpoint keeps besides tensors
-save_checkpoint, load_checkpoint    between rollouts, complete or not there
-watch(row, state, config)           RunError when the policy has left the reference or its replies degenerate
-"""
+"""What a PPO run keeps between rollouts: its counters, and checkpoints, complete or not there."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Who computes in PPO: policy, reference, reward and value, on one base in memory or each on its own.
+"""The models of PPO: policy, reference, reward and value, on one base in memory or each on its own.
 
     check(recipe)                   what cannot share a base, before anything is loaded
-    build(recipe, …) -> Actors      shared: adapters of one type on one base; separate: a model for each
+    build(recipe, …) -> PpoModels   shared: adapters of one type on one base; separate: a model for each
 
 The reward model is a run of `ft reward` on the same base; the value model starts as a copy of it, or without one as a
 copy of the policy.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from finetune.adapters.multiple import (
     REWARD,
     VALUE,
     ActiveAdapter,
+    activated,
     add_adapter,
     as_causal,
     copy_adapter,
@@ -34,37 +36,47 @@ from finetune.adapters.multiple import (
 )
 from finetune.base import Base
 from finetune.errors import UserError
-from finetune.evaluation.rewards import RewardModel, check_model, checkpoint_of, is_reward_run, peft_type_of
+from finetune.evaluation.rewards import RewardModel, check_model, checkpoint_of, is_reward_run
 from finetune.models import loading
 from finetune.models.hardware import input_device
 from finetune.models.identity import check_identity
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.stages import PpoRecipe
-from finetune.training import alignment, start
+from finetune.training import start
 
 
 @dataclass
-class Actors:
+class PpoModels:
     policy: ActiveAdapter
-    reference: ActiveAdapter
+    ref: ActiveAdapter
     value: ActiveAdapter
     value_head: nn.Linear
-    reward: ActiveAdapter | None = None
-    reward_head: nn.Linear | None = None
-    judge: RewardModel | None = None
-    """The reward model where it is not on the policy's base."""
+    reward: tuple[ActiveAdapter, nn.Linear] | None = None
+    """Adapter and score head of a reward model on the policy's base."""
+    reward_model: RewardModel | None = None
+    """One with a base of its own."""
+    dtype: torch.dtype = torch.float32
+    """Of the computation."""
 
-    def trained_models(self) -> list[Any]:
-        """The models with something to train in them, once each."""
-        models = [self.policy.model]
-        return models if self.value.model is self.policy.model else [*models, self.value.model]
+    @property
+    def device(self) -> torch.device:
+        return self.value_head.weight.device
 
-    def all_models(self) -> Iterator[Any]:
-        seen: set[int] = set()
-        for actor in (self.policy, self.reference, self.value, self.reward):
-            if actor is not None and id(actor.model) not in seen:
-                seen.add(id(actor.model))
-                yield actor.model
+    @contextmanager
+    def active(self, which: ActiveAdapter) -> Iterator[Any]:
+        """One of the models, in training mode and in the precision of the computation."""
+        enabled = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=enabled), activated(which) as model:
+            model.train()
+            yield model
+
+    def trained(self) -> list[Any]:
+        """The networks with something to train in them, once each."""
+        return [self.policy.model, *([] if self.value.model is self.policy.model else [self.value.model])]
+
+    def networks(self) -> list[Any]:
+        """All that policy, reference and values are computed with, once each."""
+        return list({id(m): m for m in (self.policy.model, self.ref.model, self.value.model)}.values())
 
 
 def check(recipe: PpoRecipe) -> None:
@@ -99,10 +111,10 @@ def check_shared(recipe: PpoRecipe, reward: Path) -> None:
     """UserError unless the reward adapter is of the policy's type and base."""
     check_identity(reward, loading.folder(recipe.model), recipe.model.name)
     if recipe.model.adapter is not None:
-        ours = peft_type_of(loading.adapter_folder(recipe.model.adapter))
+        ours = loading.described(loading.adapter_folder(recipe.model.adapter))["peft_type"]
     else:
         ours = recipe.adapter.method.upper()
-    theirs = peft_type_of(reward)
+    theirs = loading.described(reward)["peft_type"]
     if ours != theirs:
         raise UserError(
             f"the reward model is {theirs}, the policy {ours}: peft holds adapters of one type on a base",
@@ -110,61 +122,64 @@ def check_shared(recipe: PpoRecipe, reward: Path) -> None:
         )  # fmt: skip
 
 
-def build(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None) -> Actors:
+def build(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None) -> PpoModels:
     """Load and place everything. `reward`: a run of `ft reward` or a classification model; None with rules only."""
     make = _shared if recipe.ppo.models == "shared" else _separate
-    actors = make(recipe, base, machine, reward)
-    for model in actors.all_models():
-        no_dropout(model)
-        if recipe.train.gradient_checkpointing and model in actors.trained_models():
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-    return actors
+    models = make(recipe, base, machine, reward)
+    models.dtype = getattr(torch, recipe.model.dtype)
+    freeze_unread(models.value)
+    for network in models.networks():
+        no_dropout(network)
+    if recipe.train.gradient_checkpointing:
+        for network in models.trained():
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+            network.enable_input_require_grads()
+    return models
 
 
-def _shared(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None) -> Actors:
-    model, copied = alignment.policy(recipe, base, machine)
-    copied = copied or not METHODS[recipe.adapter.method].starts_as_base(recipe.adapter)
-    if copied:
-        copy_adapter(model, POLICY, REFERENCE)
-    actors = Actors(
-        ActiveAdapter(model, POLICY),
-        ActiveAdapter(model, REFERENCE if copied else None),
-        ActiveAdapter(model, VALUE),
-        new_head(model),
+def _shared(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None) -> PpoModels:
+    model = start.policy(recipe, base, machine)
+    starts_elsewhere = recipe.model.adapter is not None or not METHODS[recipe.adapter.method].starts_as_base(
+        recipe.adapter
     )
+    ref = REFERENCE if starts_elsewhere else None
+    if ref is not None:
+        copy_adapter(model, POLICY, ref)
+    scored = None
     if reward is not None:
         folder = loading.adapter_folder(reward)
         check_shared(recipe, folder)
         weight = add_adapter(model, folder, REWARD)
-        actors.reward, actors.reward_head = ActiveAdapter(model, REWARD), frozen_head(model, weight, folder)
+        scored = ActiveAdapter(model, REWARD), frozen_head(model, weight, folder)
     copy_adapter(model, REWARD if reward is not None else POLICY, VALUE)
     train_only(model, [POLICY, VALUE])
-    freeze_unread(actors.value)
-    return actors
+    return PpoModels(
+        ActiveAdapter(model, POLICY), ActiveAdapter(model, ref), ActiveAdapter(model, VALUE), new_head(model), scored
+    )
 
 
-def _separate(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None) -> Actors:
+def _separate(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None) -> PpoModels:
     def policy() -> Any:
         start.seed_everything(recipe)  # every copy starts from the same draw
         return start.policy(recipe, base, machine)
 
-    model, reference = policy(), policy()
-    judge, value = None, None
+    def alone(network: Any) -> ActiveAdapter:
+        return ActiveAdapter(network, POLICY if hasattr(network, "peft_config") else None)
+
+    model, ref = policy(), policy()
+    reward_model, value = None, None
     if reward is not None:
         dtype = start.weights_dtype(recipe)
-        judge = RewardModel.load(reward, dtype, machine)
+        reward_model = RewardModel.load(reward, dtype, machine)
+        reward_model.model.requires_grad_(False)
         folder = Path(reward) / "adapter"
         if folder.is_dir() and same_base(recipe, folder):
             network = loading.load_model(recipe.model, dtype, machine)
             value = loading.attach_adapter(network, folder, recipe.model, loads_trainable(folder), as_causal)
             prepare(value)
     value = policy() if value is None else value
-    for frozen in (reference, *([judge.model] if judge else [])):
-        frozen.requires_grad_(False)
-    actors = Actors(_own(model), _own(reference), _own(value), new_head(value), judge=judge)
-    freeze_unread(actors.value)
-    return actors
+    ref.requires_grad_(False)
+    return PpoModels(alone(model), alone(ref), alone(value), new_head(value), reward_model=reward_model)
 
 
 def freeze_unread(value: ActiveAdapter) -> None:
@@ -174,10 +189,6 @@ def freeze_unread(value: ActiveAdapter) -> None:
     for name, parameter in head.named_parameters():
         if value.adapter in (None, *name.split(".")) and id(parameter) not in embeddings:
             parameter.requires_grad = False
-
-
-def _own(model: Any) -> ActiveAdapter:
-    return ActiveAdapter(model, POLICY if hasattr(model, "peft_config") else None)
 
 
 def same_base(recipe: PpoRecipe, reward: Path) -> bool:

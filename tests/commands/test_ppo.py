@@ -33,9 +33,10 @@ from finetune.models import hardware
 from finetune.recipe.file import load
 from finetune.recipe.sections import DataConfig
 from finetune.recipe.stages import PpoRecipe
-from finetune.rl import models as actors
+from finetune.rl import models as ppo_models
 from finetune.rl.ppo import Ppo
-from finetune.rl.rollout import together
+from finetune.rl.replies import together
+from finetune.rl.rollout import Collector
 from finetune.run.directory import Run
 
 DROPOUT = {"method": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
@@ -167,29 +168,33 @@ def test_chatglm_replies_are_scored_before_their_end(
     that ends with the next turn's role, as ChatGLM3 often does, has the same score."""
     base = Path(__file__).parents[1] / "fixtures" / "chatglm" / "chatglm3" / "checkpoint"
     reward = run_reward(reward_recipe(tmp_path, base, train={"max_steps": 1}))
-    judge = RewardModel.load(str(reward.path), torch.float32, hardware.detect())
-    end = judge.encoder.separator
+    reward_model = RewardModel.load(str(reward.path), torch.float32, hardware.detect())
+    end = reward_model.encoder.separator
     config = DataConfig(train=str(tmp_path / "pairs.jsonl"))
-    rows = load_pairs(config, judge.encoder, to_score=True).train
+    rows = load_pairs(config, reward_model.encoder, to_score=True).train
     trained = {name: [row[f"{name}_ids"] for row in rows] for name in ("chosen", "rejected")}
     assert not any(end in ids for found in trained.values() for ids in found)
     looked = []
 
-    def look(self: Ppo, resume: Path | None) -> dict[str, Any]:
+    def look(self: Ppo, *_: Any) -> dict[str, Any]:
         prompts, texts = self.prompts_of(0)[:2], ["no", "yes please"]
         turns = [[*p.messages, {"role": "assistant", "content": text}] for p, text in zip(prompts, texts, strict=True)]
-        ids = [judge.ids(Conversation(turn, None)) for turn in turns]
+        ids = [reward_model.ids(Conversation(turn, None)) for turn in turns]
         assert not any(end in row for row in ids)
-        assert len(self.stops) == 3
-        for stop in self.stops:
+        stops = self.collector.stops
+        assert len(stops) == 3
+        for stop in stops:
             replies = [[*row[len(p.ids) :], stop] for row, p in zip(ids, prompts, strict=True)]
-            scores, _ = self.score(prompts, together([p.ids for p in prompts], replies, [stop], 0, "cpu"), texts)
-            assert scores == pytest.approx(judge.score(prompts, texts), abs=1e-5)
-            assert scores == pytest.approx(score_rows(judge.model, ids, 0), abs=1e-5)
+            made = together([p.ids for p in prompts], replies, [stop], 0, "cpu")
+            written = [decode(self.encoder, made.text_ids(i, stops), stops) for i in range(2)]
+            assert written == texts
+            scores, _ = self.collector.score(prompts, written)
+            assert scores == pytest.approx(reward_model.score(prompts, texts), abs=1e-5)
+            assert scores == pytest.approx(score_rows(reward_model.model, ids, 0), abs=1e-5)
         looked.append(models)
         raise RunError("seen enough")
 
-    monkeypatch.setattr(Ppo, "train", look)
+    monkeypatch.setattr(Ppo, "fit", look)
     with pytest.raises(RunError, match="seen enough"):
         run_ppo(ppo_recipe(tmp_path, base, reward=only_model(reward), ppo={"models": models}))
     assert looked
@@ -201,27 +206,28 @@ def test_a_reply_has_one_score_everywhere(
 ) -> None:
     """Ended, cut off, within white space, empty: as `ft eval --reward` scores the text and `ft reward` reads a pair."""
     reward = rewarded("lora")
-    judge = RewardModel.load(str(reward.path), torch.float32, hardware.detect())
+    reward_model = RewardModel.load(str(reward.path), torch.float32, hardware.detect())
     looked = []
 
-    def look(self: Ppo, resume: Path | None) -> dict[str, Any]:
+    def look(self: Ppo, *_: Any) -> dict[str, Any]:
         encode, stop = self.encoder.tokenizer.encode, self.encoder.end_id
         prompts = self.prompts_of(0)[:4]
         replies = [[*encode("yes please"), stop], encode("yes pl"), [*encode("  yes \n"), stop], [stop]]
         made = together([p.ids for p in prompts], replies, [stop], 0, "cpu")
-        texts = [decode(self.encoder, made.text_ids(i, self.stops), self.stops) for i in range(4)]
+        stops = self.collector.stops
+        texts = [decode(self.encoder, made.text_ids(i, stops), stops) for i in range(4)]
         assert texts == ["yes please", "yes pl", "yes", ""]
-        scores, _ = self.score(prompts, made, texts)
-        assert scores == pytest.approx(judge.score(prompts, texts), abs=1e-5)
+        scores, _ = self.collector.score(prompts, texts)
+        assert scores == pytest.approx(reward_model.score(prompts, texts), abs=1e-5)
         rows = [{"prompt": p.text, "chosen": t, "rejected": "x"} for p, t in zip(prompts[:3], texts, strict=False)]
         read = load_pairs(
-            DataConfig(train=str(write_rows(tmp_path / "as_pairs.jsonl", rows))), judge.encoder, to_score=True
+            DataConfig(train=str(write_rows(tmp_path / "as_pairs.jsonl", rows))), reward_model.encoder, to_score=True
         ).train
-        assert scores[:3] == pytest.approx(score_rows(judge.model, list(read["chosen_ids"]), 0), abs=1e-5)
+        assert scores[:3] == pytest.approx(score_rows(reward_model.model, list(read["chosen_ids"]), 0), abs=1e-5)
         looked.append(models)
         raise RunError("seen enough")
 
-    monkeypatch.setattr(Ppo, "train", look)
+    monkeypatch.setattr(Ppo, "fit", look)
     with pytest.raises(RunError, match="seen enough"):
         run_ppo(ppo_recipe(tmp_path, base, reward=only_model(reward), ppo={"models": models}))
     assert looked
@@ -232,9 +238,9 @@ def test_a_classification_model_of_another_family_pays(tmp_path: Path, base: Pat
     found = run_ppo(ppo_recipe(tmp_path, base, reward={"model": str(encoder)}, ppo={"models": "separate"}))
     assert result(found)["trained"]["changed_equals_declared"]
     samples = [json.loads(line) for line in found.samples.read_text("utf-8").splitlines()]
-    judge = RewardModel.load(str(encoder), torch.float32, hardware.detect())
+    reward_model = RewardModel.load(str(encoder), torch.float32, hardware.detect())
     asked = [Prompt([], [{"role": "user", "content": row["prompt"]}], None, {}) for row in samples]
-    scores = judge.score(asked, [row["reply"] for row in samples])
+    scores = reward_model.score(asked, [row["reply"] for row in samples])
     assert scores == pytest.approx([row["score"] for row in samples], abs=1e-5)
 
 
@@ -248,19 +254,19 @@ def test_what_does_not_learn_stays(
     def kept(model: Any, name: str) -> dict[str, torch.Tensor]:
         return {k: t.detach().clone() for k, t in named(model, name).items()}
 
-    whole = actors.build
+    whole = ppo_models.build
 
-    def build(*arguments: Any) -> actors.Actors:
-        cast = whole(*arguments)
-        seen["cast"], model = cast, cast.policy.model
+    def build(*arguments: Any) -> ppo_models.PpoModels:
+        models = whole(*arguments)
+        seen["model"] = model = models.policy.model
         seen["before"] = {a: kept(model, a) for a in ("ppo_reference", "ppo_reward", "ppo_value", "default")}
-        return cast
+        return models
 
-    monkeypatch.setattr(actors, "build", build)
+    monkeypatch.setattr(ppo_models, "build", build)
     found = run_ppo(ppo_recipe(tmp_path, base, reward=only_model(rewarded("lora")), model={"adapter": str(start.path)}))
     assert logged(found, "kl")[0] == pytest.approx(0, abs=1e-7)
     assert logged(found, "kl")[1] > 0
-    model, before = seen["cast"].policy.model, seen["before"]
+    model, before = seen["model"], seen["before"]
     stored = tensors(rewarded("lora").adapter)
     for key, tensor in before["ppo_reward"].items():
         assert torch.equal(tensor, stored[key.replace(".*", "")])
@@ -433,6 +439,7 @@ def test_resume_is_exact(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyP
         "ppo": {"kl_target": 0.05}, "eval": {"data": str(held_out)},
     }  # fmt: skip
     whole = run_ppo(ppo_recipe(tmp_path, base, "whole", **settings))
+    assert sorted(p.name for p in whole.checkpoints.iterdir()) == ["checkpoint-3", "checkpoint-4"]
     path = ppo_recipe(tmp_path, base, "broken", **settings)
     step = Ppo.step
 
@@ -646,10 +653,10 @@ def test_rollouts_of_few_prompts(tmp_path: Path, base: Path, capsys: pytest.Capt
 
 
 def test_out_of_memory_says_what_to_do(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Ppo, *_: Any) -> None:
+    def full(self: Collector, *_: Any) -> None:
         raise torch.OutOfMemoryError("tried to allocate 1 GiB")
 
-    monkeypatch.setattr(Ppo, "collect", full)
+    monkeypatch.setattr(Collector, "collect", full)
     with pytest.raises(RunError, match=r"out of memory .*a shorter ppo\.max_new_tokens"):
         run_ppo(ppo_recipe(tmp_path, base))
 
@@ -688,7 +695,10 @@ def test_a_reward_model_that_gives_no_number(
 
 def test_a_policy_that_runs_away_is_stopped(tmp_path: Path, base: Path) -> None:
     with pytest.raises(RunError, match=r"over ppo\.max_kl.*lower train\.learning_rate"):
-        run_ppo(ppo_recipe(tmp_path, base, train={"max_steps": 5}, ppo={"max_kl": 1e-4}))
+        run_ppo(ppo_recipe(tmp_path, base, train={"max_steps": 5, "logging_steps": 7}, ppo={"max_kl": 1e-4}))
+    *_, last = Run(tmp_path / "ppo").read_metrics()
+    assert last["step"] > 1
+    assert last["kl"] > 1e-4, "the reason is on record"
 
 
 def test_degenerate_replies_stop_a_run(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

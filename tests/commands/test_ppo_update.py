@@ -1,4 +1,4 @@
-"""What `Ppo` hands to the arithmetic of `rl`, each against a plain loop over tokens; what a step does and logs.
+"""What PPO hands to its arithmetic, each against a plain loop over tokens; what a step does and logs.
 
 Replies of unequal length, a policy that has left its reference, padding filled with values that must not count.
 """
@@ -15,8 +15,10 @@ import torch
 from rl_kit import ppo_recipe, run_ppo, scaled
 
 from finetune.adapters.multiple import activated
-from finetune.rl.ppo import Ppo, Rollout, repetition
-from finetune.rl.rollout import response_logits, token_values
+from finetune.rl.ppo import Ppo, repetition
+from finetune.rl.replies import response_logits, token_values
+from finetune.rl.rollout import Rollout
+from finetune.run.directory import Run
 
 COEFFICIENTS = {
     "num_mini_batches": 2, "missing_eos_penalty": 0.7, "kl_coef": 0.3, "gamma": 0.95, "lam": 0.8, "cliprange": 0.05,
@@ -30,22 +32,24 @@ class Looked(Exception):
 
 
 def looking(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[[Ppo], None], **ppo: Any
-) -> None:
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[[Ppo], None],
+    train: dict[str, Any] | None = None, **ppo: Any,
+) -> None:  # fmt: skip
     """Calls `look` with a trainer that is ready to start, its policy moved away from the reference."""
 
-    def train(self: Ppo, resume: Path | None) -> dict[str, Any]:
+    def fit(self: Ppo, run: Run, *_: Any) -> dict[str, Any]:
+        self.run = run
         move(self, 0.3)
-        self.stops = list(range(90, 140))  # so many that some replies end early and some do not
+        self.collector.stops = list(range(90, 140))  # so many that some replies end early and some do not
         look(self)
         raise Looked
 
-    monkeypatch.setattr(Ppo, "train", train)
+    monkeypatch.setattr(Ppo, "fit", fit)
     path = ppo_recipe(
         tmp_path,
         scaled(base, tmp_path / "sharp", 8.0),
         ppo={**COEFFICIENTS, **ppo},
-        train={"per_device_train_batch_size": 3},
+        train={"per_device_train_batch_size": 3, **(train or {})},
     )
     with pytest.raises(Looked):
         run_ppo(path)
@@ -55,9 +59,14 @@ def move(trainer: Ppo, deviation: float) -> None:
     """Noise on everything that is trained."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in trainer.module.parameters():
+        for parameter in trainer.learner.module.parameters():
             if parameter.requires_grad:
                 parameter.add_(deviation * torch.randn(parameter.shape, generator=generator))
+
+
+def collected(trainer: Ppo) -> Rollout:
+    """The first rollout."""
+    return trainer.collector.collect(trainer.prompts_of(0), trainer.state, lambda _: None)
 
 
 def lengths(rollout: Rollout) -> list[int]:
@@ -82,15 +91,16 @@ def test_what_replies_are_paid(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, ppo: dict[str, Any], pay: Callable[..., float]
 ) -> None:
     def look(trainer: Ppo) -> None:
-        rollout = trainer.collect(trainer.prompts_of(0))
+        trainer.state.kl_coef = 0.4  # as it was adapted
+        rollout = collected(trainer)
         ended = rollout.replies.ended.tolist()
         assert 0 < sum(ended) < len(ended)
-        c = trainer.config
+        c = trainer.recipe.ppo
         expected, returns = [], []
         for i, n in enumerate(lengths(rollout)):
             logp, ref, values = (t[i, :n].tolist() for t in (rollout.logp, rollout.ref_logp, rollout.values))
             assert max(abs(a - b) for a, b in zip(logp, ref, strict=True)) > 0.01
-            rewards = [-c.kl_coef * (a - b) for a, b in zip(logp, ref, strict=True)]
+            rewards = [-0.4 * (a - b) for a, b in zip(logp, ref, strict=True)]
             rewards[-1] += pay(rollout.scores[i], rollout.scores) - (0.0 if ended[i] else c.missing_eos_penalty)
             row, following = [0.0] * n, 0.0
             for t in reversed(range(n)):
@@ -108,6 +118,18 @@ def test_what_replies_are_paid(
     looking(tmp_path, base, monkeypatch, look, **ppo)
 
 
+def test_scores_are_normalised_by_all_so_far(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(trainer: Ppo) -> None:
+        scores, ended = [[1.0, 2.0, 6.0, 9.0], [-3.0, 4.0]], torch.tensor([True] * 4)
+        for n, row in enumerate(scores):
+            paid = trainer.collector.paid(row, ended[: len(row)], trainer.state).tolist()
+            every = [score for part in scores[: n + 1] for score in part]
+            wanted = [(score - average(every)) / math.sqrt(spread(every)) for score in row]
+            assert paid == pytest.approx(wanted, rel=1e-5)
+
+    looking(tmp_path, base, monkeypatch, look, normalize_rewards=True)
+
+
 def average(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -120,7 +142,7 @@ def test_gradients_of_a_minibatch(tmp_path: Path, base: Path, monkeypatch: pytes
     """Of the policy and of the value, over rows in several forward passes of unequal token counts."""
 
     def look(trainer: Ppo) -> None:
-        rollout = trainer.collect(trainer.prompts_of(0))
+        rollout = collected(trainer)
         padding = rollout.replies.mask == 0
         assert padding.any()
         for tensor, junk in (
@@ -129,7 +151,7 @@ def test_gradients_of_a_minibatch(tmp_path: Path, base: Path, monkeypatch: pytes
             tensor[padding] = junk
         move(trainer, 0.05)  # ratios are no longer 1, values no longer the old ones
         index = torch.tensor([5, 0, 11, 3, 14, 8, 2, 9])
-        seen = trainer.minibatch(rollout, index)
+        seen = trainer.learner.minibatch(rollout, index)
         found = gradients(trainer)
         losses = by_hand(trainer, rollout, index.tolist())
         wanted = gradients(trainer)
@@ -145,21 +167,21 @@ def test_gradients_of_a_minibatch(tmp_path: Path, base: Path, monkeypatch: pytes
 
 def gradients(trainer: Ppo) -> dict[str, torch.Tensor]:
     """Copies of all that are there, which are gone then."""
-    found = {n: p.grad.clone() for n, p in trainer.module.named_parameters() if p.grad is not None}
-    trainer.module.zero_grad()
+    found = {n: p.grad.clone() for n, p in trainer.learner.module.named_parameters() if p.grad is not None}
+    trainer.learner.module.zero_grad()
     assert any(float(g.abs().max()) > 1e-4 for g in found.values())
     return found
 
 
 def by_hand(trainer: Ppo, rollout: Rollout, index: list[int]) -> dict[str, float]:
     """Leaves the gradients of the whole objective; its parts by name. One row at a time, one token at a time."""
-    c, actors = trainer.config, trainer.actors
+    c, models = trainer.recipe.ppo, trainer.models
     sums = dict.fromkeys(("loss", "value_loss", "entropy", "clip_fraction", "approx_kl", "log_ratio_max"), 0.0)
     every = lengths(rollout)
     total = sum(every[i] for i in index)
     for i in index:
         part = rollout.replies.rows(torch.tensor([i]))
-        with activated(actors.policy) as model:
+        with activated(models.policy) as model:
             logp = torch.log_softmax(response_logits(model, part)[0] / c.temperature, dim=-1)
             objective = torch.zeros(())
             for t in range(every[i]):
@@ -177,8 +199,8 @@ def by_hand(trainer: Ppo, rollout: Rollout, index: list[int]) -> dict[str, float
                     sums[key] += float(value.detach()) / total
                 sums["log_ratio_max"] = max(sums["log_ratio_max"], abs(float(difference.detach())))
             (objective / total).backward()
-        with activated(actors.value) as model:
-            values, objective = token_values(model, actors.value_head, part)[0], torch.zeros(())
+        with activated(models.value) as model:
+            values, objective = token_values(model, models.value_head, part)[0], torch.zeros(())
             for t in range(every[i]):
                 old, target = rollout.values[i, t], rollout.returns[i, t]
                 near = values[t].clamp(old - c.cliprange_value, old + c.cliprange_value)
@@ -188,18 +210,41 @@ def by_hand(trainer: Ppo, rollout: Rollout, index: list[int]) -> dict[str, float
     return sums
 
 
+def test_top_k_and_top_p_hold_while_learning(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy that learns is renormalised over the tokens from which the replies were drawn, not over its own."""
+
+    def look(trainer: Ppo) -> None:
+        rollout = collected(trainer)
+        assert rollout.allowed is not None
+        move(trainer, 0.05)
+        found = trainer.learner.minibatch(rollout, torch.arange(4))["log_ratio_max"]
+        wanted = 0.0
+        for i, n in enumerate(lengths(rollout)[:4]):
+            part = rollout.replies.rows(torch.tensor([i]))
+            with torch.no_grad(), activated(trainer.models.policy) as model:
+                logits = response_logits(model, part)[0] / trainer.recipe.ppo.temperature
+            kept = rollout.allowed.ids[i].long().split(rollout.allowed.counts[i].tolist())
+            for t in range(n):
+                logp = logits[t, part.tokens[0, t]] - logits[t, kept[t]].logsumexp(-1)
+                wanted = max(wanted, abs(float(logp - rollout.logp[i, t])))
+        assert wanted > 0.01
+        assert found == pytest.approx(wanted, abs=1e-4)
+
+    looking(tmp_path, base, monkeypatch, look, top_k=20, top_p=0.9)
+
+
 def test_first_log_ratio(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the policy read again, a reply at a time: none as it was sampled from, and how far it was moved since."""
 
     def look(trainer: Ppo) -> None:
-        rollout = trainer.collect(trainer.prompts_of(0))
+        rollout = collected(trainer)
         first = list(range(trainer.batch // 2))
         assert by_hand(trainer, rollout, first)["log_ratio_max"] < 1e-4
         move(trainer, 0.05)
         moved = by_hand(trainer, rollout, first)["log_ratio_max"]
-        trainer.module.zero_grad()
+        trainer.learner.module.zero_grad()
         assert moved > 0.1
-        assert trainer.update(rollout, None)["first_log_ratio"] == pytest.approx(moved, abs=1e-4)
+        assert trainer.learner.update(rollout, 1)["first_log_ratio"] == pytest.approx(moved, abs=1e-4)
 
     looking(tmp_path, base, monkeypatch, look)
 
@@ -207,13 +252,13 @@ def test_first_log_ratio(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyP
 def taken(trainer: Ppo, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The rows of each minibatch, from now on."""
     found: list[list[int]] = []
-    minibatch = trainer.minibatch
+    minibatch = trainer.learner.minibatch
 
     def noted(rollout: Rollout, index: torch.Tensor) -> dict[str, float]:
         found.append(index.tolist())
         return minibatch(rollout, index)
 
-    monkeypatch.setattr(trainer, "minibatch", noted)
+    monkeypatch.setattr(trainer.learner, "minibatch", noted)
     return found
 
 
@@ -222,7 +267,7 @@ def test_every_pass_takes_every_row_in_another_order(
 ) -> None:
     def look(trainer: Ppo) -> None:
         minibatches = taken(trainer, monkeypatch)
-        trainer.update(trainer.collect(trainer.prompts_of(0)), None)
+        trainer.learner.update(collected(trainer), 1)
         passes = [[*a, *b] for a, b in zip(minibatches[::2], minibatches[1::2], strict=True)]
         assert passes[0] == list(range(trainer.batch))
         assert [sorted(rows) for rows in passes] == [passes[0]] * 3
@@ -247,8 +292,8 @@ def test_a_policy_that_moves_too_far_backs_off(
 
 def test_what_a_step_logs(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def look(trainer: Ppo) -> None:
-        rollout = trainer.collect(trainer.prompts_of(0))
-        monkeypatch.setattr(trainer, "collect", lambda prompts: rollout)
+        rollout = collected(trainer)
+        monkeypatch.setattr(trainer.collector, "collect", lambda *_: rollout)
         row = trainer.step()
         kl, repeated, errors, returns = [], [], [], []
         for i, n in enumerate(lengths(rollout)):
@@ -296,11 +341,109 @@ def test_the_value_model_has_a_learning_rate_of_its_own(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, models: str
 ) -> None:
     def look(trainer: Ppo) -> None:
-        rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+        rates = {id(p): group["lr"] for group in trainer.learner.optimizer.param_groups for p in group["params"]}
         found: dict[bool, set[float]] = {True: set(), False: set()}
-        for name, parameter in trainer.module.named_parameters():
+        for name, parameter in trainer.learner.module.named_parameters():
             if parameter.requires_grad:  # the first module is the policy's, and the value's adapter may be on it
                 found[not name.startswith("0.") or "ppo_value" in name].add(rates[id(parameter)])
         assert found == {True: {1e-4}, False: {5e-3}}
 
     looking(tmp_path, base, monkeypatch, look, models=models, value_learning_rate=1e-4)
+
+
+def test_prompts_of_each_step(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None twice in an epoch; another order in every epoch, and with every seed. Of 32 prompts, 12 at a time."""
+    drawn: list[list[list[int]]] = []
+
+    def look(trainer: Ppo) -> None:
+        place = {id(prompt): i for i, prompt in enumerate(trainer.prompts)}
+        steps = [[place[id(prompt)] for prompt in trainer.prompts_of(step)] for step in range(4)]
+        assert [len(rows) for rows in steps] == [12] * 4
+        for first, second in (steps[:2], steps[2:]):
+            assert len({*first, *second}) == 24
+        assert steps == [[place[id(prompt)] for prompt in trainer.prompts_of(step)] for step in range(4)]
+        drawn.append(steps)
+        asked, rollout = [], collected(trainer)
+
+        def collect(prompts: Any, *_: Any) -> Rollout:
+            asked.append([place[id(prompt)] for prompt in prompts])
+            return rollout
+
+        monkeypatch.setattr(trainer.collector, "collect", collect)
+        for _ in range(4):
+            trainer.step()
+        assert asked == steps, "and these are what a step asks"
+
+    for seed in (1, 2):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        with monkeypatch.context() as patch:
+            looking(folder, base, patch, look, train={"effective_batch_size": 12, "seed": seed}, num_ppo_epochs=1)
+    orders = {tuple(first + second) for steps in drawn for first, second in (steps[:2], steps[2:])}
+    assert len(orders) == 4
+    assert len({frozenset(order) for order in orders}) == 4, "each epoch leaves out others"
+    assert tuple(range(24)) not in orders
+
+
+def test_the_schedule_follows_the_rollouts(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of the schedule for each, unless loss scaling has left out all its updates."""
+
+    def look(trainer: Ppo) -> None:
+        rates = []
+        step = trainer.learner._step
+
+        def noted(number: int) -> float:
+            rates.append(trainer.learner.optimizer.param_groups[0]["lr"])
+            return step(number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.learner, "_step", noted)
+            rows = [trainer.step() for _ in range(2)]
+        wanted = [5e-3, 3.75e-3]
+        assert [row["learning_rate"] for row in rows] == pytest.approx(wanted)
+        assert rates == pytest.approx([wanted[0]] * 4 + [wanted[1]] * 4)
+        monkeypatch.setattr(trainer.learner, "_step", lambda number: math.inf)
+        left_out = [trainer.step() for _ in range(2)]
+        assert [row["learning_rate"] for row in left_out] == pytest.approx([2.5e-3] * 2)
+        assert "grad_norm" not in left_out[0]
+
+    train = {"lr_scheduler_type": "linear", "max_steps": 4}
+    looking(tmp_path, base, monkeypatch, look, train=train, num_ppo_epochs=2, max_update_kl=1000.0)
+
+
+def test_gradients_are_clipped_and_only_matrices_decay(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(trainer: Ppo) -> None:
+        learner = trainer.learner
+        names = {id(p): name for name, p in learner.module.named_parameters()}
+        for group in learner.optimizer.param_groups:
+            assert {names[id(p)].endswith("bias") for p in group["params"]} == {group["weight_decay"] == 0.0}
+        assert {group["weight_decay"] for group in learner.optimizer.param_groups} == {0.0, 0.3}
+        norms = []
+
+        def step(*_: Any, **__: Any) -> None:
+            norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in learner.weights().values())))
+
+        learner.optimizer.register_step_pre_hook(step)
+        found = learner.update(collected(trainer), 1)
+        assert found["grad_norm"] > 0.1, "what is logged is the norm before"
+        assert norms == pytest.approx([1e-3] * len(norms), rel=1e-2)
+        assert len(norms) == 4
+
+    train = {"max_grad_norm": 1e-3, "weight_decay": 0.3}
+    looking(tmp_path, base, monkeypatch, look, train=train, num_ppo_epochs=2, max_update_kl=1000.0)
+
+
+def test_held_out_prompts_leave_the_run_as_it_is(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same replies whenever they are asked for, and the same rollouts with or without them."""
+
+    def look(trainer: Ppo) -> None:
+        trainer.held_out = trainer.prompts[:8]
+        before = torch.get_rng_state()
+        first = trainer.held_out_scores()
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.rand(3)
+        assert trainer.held_out_scores() == first
+
+    looking(tmp_path, base, monkeypatch, look)

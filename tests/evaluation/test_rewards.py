@@ -117,19 +117,19 @@ def stock(tmp_path: Path) -> Path:
 
 def test_stock_reward_models(stock: Path) -> None:
     """Several rows at once score as each alone, up to the end of the turn."""
-    judge = RewardModel.load(str(stock), torch.float32, hardware.detect())
+    reward_model = RewardModel.load(str(stock), torch.float32, hardware.detect())
     rows, replies = [prompt("x"), prompt("a longer one")], ["yes", "no, not at all"]
-    alone = [judge.score([p], [r])[0] for p, r in zip(rows, replies, strict=True)]
-    assert judge.score(rows, replies) == pytest.approx(alone, abs=1e-5)
-    ids = judge.ids(Conversation([*rows[0].messages, {"role": "assistant", "content": "yes"}]))
-    assert judge.encoder.tokenizer.decode(ids).endswith("<|im_start|>assistant\nyes<|im_end|>")
-    assert torch.isfinite(torch.tensor(judge.score(rows[:1], [""]))).all(), "an empty reply has a score, too"
+    alone = [reward_model.score([p], [r])[0] for p, r in zip(rows, replies, strict=True)]
+    assert reward_model.score(rows, replies) == pytest.approx(alone, abs=1e-5)
+    ids = reward_model.ids(Conversation([*rows[0].messages, {"role": "assistant", "content": "yes"}]))
+    assert reward_model.encoder.tokenizer.decode(ids).endswith("<|im_start|>assistant\nyes<|im_end|>")
+    assert torch.isfinite(torch.tensor(reward_model.score(rows[:1], [""]))).all(), "an empty reply has a score, too"
 
 
 def test_encoders_read_prompt_and_reply_as_two_texts(encoder: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    judge = RewardModel.load(str(encoder), torch.float32, hardware.detect())
+    reward_model = RewardModel.load(str(encoder), torch.float32, hardware.detect())
     rows, replies = [prompt("a b"), prompt("a longer one " * 30)], ["no", "it is so"]
     model = AutoModelForSequenceClassification.from_pretrained(encoder).eval()
     tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -138,8 +138,8 @@ def test_encoders_read_prompt_and_reply_as_two_texts(encoder: Path) -> None:
             model(**tokenizer(f"s\n{p.text}", r, truncation=True, max_length=47, return_tensors="pt")).logits.item()
             for p, r in zip(rows, replies, strict=True)
         ]
-    assert judge.score(rows, replies) == pytest.approx(alone, abs=1e-5)
-    assert judge.score(rows[:1], ["yes"]) != pytest.approx(alone[:1], abs=1e-3)
+    assert reward_model.score(rows, replies) == pytest.approx(alone, abs=1e-5)
+    assert reward_model.score(rows[:1], ["yes"]) != pytest.approx(alone[:1], abs=1e-3)
 
 
 def test_more_than_one_output(stock: Path) -> None:

@@ -303,8 +303,8 @@ class Watch:
         monkeypatch.setattr(session, "fit_trainer", self.fit)
         for command in (dpo, kto):
             monkeypatch.setattr(command, "merged_start", self.merged)
-        monkeypatch.setattr(ppo, "train_reward", self.judge)
-        monkeypatch.setattr(Ppo, "train", lambda trainer, resume: self.ppo(trainer, resume))
+        monkeypatch.setattr(ppo, "train_reward", self.reward)
+        monkeypatch.setattr(Ppo, "fit", lambda trainer, run, *_: self.ppo(trainer, run))
 
     def load(self, source: str, config: Any = None, **options: Any) -> Any:
         quantized = options.pop("quantization_config", None)
@@ -332,7 +332,7 @@ class Watch:
 
         return loaded
 
-    def judge(self, recipe: Any, run: Run, go_on: str) -> None:
+    def reward(self, recipe: Any, run: Run, go_on: str) -> None:
         self.seen["reward model"] = file.to_yaml(recipe)
         raise Stop
 
@@ -362,33 +362,31 @@ class Watch:
             self.seen["loss"] = trainer.compute_loss(model, batch).item()
         raise Stop
 
-    def ppo(self, trainer: Ppo, resume: Path | None) -> None:
+    def ppo(self, trainer: Ppo, run: Run) -> None:
         """Three rollouts, but for what is not PPO's own."""
         self.seen |= {
-            "run": str(trainer.run.path),
+            "run": str(run.path),
             "total": trainer.total,
             "batch": trainer.batch,
             "rows": trainer.rows,
         }
-        self.seen |= {"optimizer": groups(trainer.optimizer), **adapters(trainer.actors.policy.model)}
-        self.seen["rates"] = [f(step) for f in trainer.scheduler.lr_lambdas[:1] for step in range(40)]
+        self.seen |= {"optimizer": groups(trainer.learner.optimizer), **adapters(trainer.model)}
+        self.seen["rates"] = [f(step) for f in trainer.learner.scheduler.lr_lambdas[:1] for step in range(40)]
         self.seen["held out"] = [prompt.ids for prompt in trainer.held_out]
-        self.seen["models"] = len(list(trainer.actors.all_models()))
-        self.seen["checkpointing"] = trainer.actors.policy.model.is_gradient_checkpointing
+        self.seen["models"] = len(trainer.models.networks())
+        self.seen["checkpointing"] = trainer.model.is_gradient_checkpointing
         if self.until == "building":
             raise Stop
         trainer.total = 3
-        REAL_PPO(trainer, None)
+        REAL_PPO(trainer, run, None, {})
         dropped = ("tokens_per_second", "peak_memory_gb")
-        self.seen["metrics"] = [
-            {k: v for k, v in row.items() if k not in dropped} for row in trainer.run.read_metrics()
-        ]
-        self.seen["samples"] = trainer.run.samples.read_text() if trainer.run.samples.exists() else ""
-        self.seen["checkpoints"] = sorted(p.name for p in trainer.run.checkpoints.iterdir())
+        self.seen["metrics"] = [{k: v for k, v in row.items() if k not in dropped} for row in run.read_metrics()]
+        self.seen["samples"] = run.samples.read_text() if run.samples.exists() else ""
+        self.seen["checkpoints"] = sorted(p.name for p in run.checkpoints.iterdir())
         raise Stop
 
 
-REAL_PPO, TOKENIZER = Ppo.train, loading.load_tokenizer
+REAL_PPO, TOKENIZER = Ppo.fit, loading.load_tokenizer
 
 
 def table(rows: Any) -> Any:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from finetune.adapters.load import apply
 from finetune.recipe.adapters import ADAPTERS
-from finetune.rl.rollout import (
+from finetune.rl.replies import (
     Replies,
     Sampling,
     Support,

@@ -1,0 +1,236 @@
+"""Replies sampled from a policy, and what is read off them: log-probabilities, values and scores per token.
+
+    sample(…) -> Replies            left-padded batched generation with a KV cache
+    response_logits(…)              logits of the reply's tokens, from one forward pass over prompt and reply
+    log_probs(…), support(…)        at the temperature, top-k and top-p of the sampling
+    token_values(…), end_scores(…)  heads on the last hidden states
+
+Everything that enters a ratio comes from the same kind of pass: prompt and reply side by side, padded right, positions
+from 0. That holds for soft prompts, too, whose virtual tokens come first; the reply's positions are gathered by index.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from finetune.adapters.methods import active
+from finetune.adapters.soft_prompts import is_before_text
+from finetune.evaluation.generation import Sampled, answer, batches, left_pad
+from finetune.models.hardware import input_device
+
+
+@dataclass(frozen=True)
+class Sampling:
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+    top_p: float = 1.0
+
+
+@dataclass
+class Replies:
+    """B replies. T is the longest reply, L the longest prompt and reply together."""
+
+    ids: torch.Tensor
+    """[B, L] prompt and reply, padded right."""
+    attention: torch.Tensor
+    """[B, L] 1 on real tokens."""
+    prompt_lengths: torch.Tensor
+    """[B]"""
+    tokens: torch.Tensor
+    """[B, T] the reply's tokens, padded with 0."""
+    mask: torch.Tensor
+    """[B, T] 1 on the reply's tokens, its end token included."""
+    ended: torch.Tensor
+    """[B] whether the reply ends with an end token."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, index: torch.Tensor) -> Replies:
+        """Some of them, with no more padding than they need. The reply's columns stay: [b, T]."""
+        longest = rounded(int(self.attention[index].sum(1).max()), self.ids.shape[1])
+        return Replies(
+            self.ids[index, :longest], self.attention[index, :longest], self.prompt_lengths[index], self.tokens[index],
+            self.mask[index], self.ended[index],
+        )  # fmt: skip
+
+    def positions(self) -> torch.Tensor:
+        """[B, T] where the logits of each reply token stand in `ids`: one before the token itself."""
+        t = torch.arange(self.tokens.shape[1], device=self.ids.device)
+        return (self.prompt_lengths[:, None] - 1 + t).clamp(max=self.ids.shape[1] - 1)
+
+    def text_ids(self, row: int, stops: Sequence[int]) -> list[int]:
+        """The reply's tokens without the end token."""
+        ids: list[int] = self.tokens[row][self.mask[row].bool()].tolist()
+        return ids[:-1] if ids and ids[-1] in stops else ids
+
+
+@torch.no_grad()
+def sample(
+    model: Any, prompts: Sequence[list[int]], sampling: Sampling, stops: Sequence[int], pad: int, batch_size: int,
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> Replies:  # fmt: skip
+    """One reply per prompt, in order, drawn from torch's global generator. The model is left in eval mode."""
+    model.eval()
+    replies: list[list[int]] = [[] for _ in prompts]
+    for rows in batches(prompts, batch_size, equal_length=is_before_text(model)):
+        ids, mask = left_pad([prompts[i] for i in rows], pad, input_device(model))
+        drawn = Sampled(sampling.temperature, sampling.top_k, sampling.top_p)
+        output = answer(model, ids, mask, sampling.max_new_tokens, stops, pad, drawn)
+        for row, sequence in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
+            end = next((i for i, token in enumerate(sequence) if token in stops), None)
+            replies[row] = sequence if end is None else sequence[: end + 1]
+        on_batch(len(rows))
+    return together(prompts, replies, stops, pad, input_device(model))
+
+
+def together(
+    prompts: Sequence[list[int]], replies: Sequence[list[int]], stops: Sequence[int], pad: int, device: Any
+) -> Replies:
+    """Prompts and their replies as tensors."""
+    whole = [[*p, *r] for p, r in zip(prompts, replies, strict=True)]
+    longest, longest_reply = rounded(max(map(len, whole))), max(map(len, replies))
+
+    def padded(rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:
+        return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
+
+    return Replies(
+        ids=padded(whole, longest, pad),
+        attention=padded([[1] * len(row) for row in whole], longest, 0),
+        prompt_lengths=torch.tensor([len(p) for p in prompts], device=device),
+        tokens=padded(replies, longest_reply, 0),
+        mask=padded([[1] * len(r) for r in replies], longest_reply, 0).float(),
+        ended=torch.tensor([bool(r) and r[-1] in stops for r in replies], device=device),
+    )
+
+
+def rounded(length: int, most: int | None = None) -> int:
+    """A multiple of 16, at most `most`: few different shapes, for which CPUs compile kernels."""
+    up = -(-length // 16) * 16
+    return up if most is None else min(up, most)
+
+
+def takes(model: Any, name: str) -> bool:
+    """Whether the network's forward has this argument."""
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return name in inspect.signature(network.forward).parameters
+
+
+def response_logits(model: Any, replies: Replies) -> torch.Tensor:
+    """[B, T, vocabulary] float32 logits that predict the reply's tokens."""
+    positions, length = replies.positions(), replies.ids.shape[1]
+    options: dict[str, Any] = {}
+    first = 0
+    if takes(model, "logits_to_keep"):  # logits of the prompt are most of the memory, and nobody reads them
+        first = int(positions.min())
+        options["logits_to_keep"] = length - first
+    logits = model(input_ids=replies.ids, attention_mask=replies.attention, use_cache=False, **options).logits
+    logits = logits[:, -(length - first) :]  # virtual tokens stand before
+    index = (positions - first)[:, :, None].expand(-1, -1, logits.shape[-1])
+    return logits.gather(1, index).float()
+
+
+@dataclass
+class Support:
+    """The tokens that top-k and top-p leave at each position of B replies: many at some, one at most of them, and so
+    kept one after the other."""
+
+    ids: list[torch.Tensor]
+    """B times [N] int32 ids, those of the first position first."""
+    counts: torch.Tensor
+    """[B, T] how many belong to each position; never 0."""
+
+    def rows(self, index: torch.Tensor) -> Support:
+        return Support([self.ids[i] for i in index.tolist()], self.counts[index])
+
+
+def support(logits: torch.Tensor, tokens: torch.Tensor, sampling: Sampling) -> Support | None:
+    """What top-k and top-p leave; None when they leave all.
+
+    Kept from the time of sampling: the policy that learns is renormalised over the same tokens, or its ratio would
+    jump whenever a token enters or leaves. The sampled token is always among them.
+
+    Args:
+        logits: [B, T, V]; tokens: [B, T].
+    """
+    if not sampling.top_k and sampling.top_p >= 1:
+        return None
+    found, counts = [], []
+    for row, taken in zip(logits / sampling.temperature, tokens, strict=True):  # one by one: sorting takes memory
+        ordered, ids = row.sort(dim=-1, descending=True)
+        kept = torch.ones_like(ids, dtype=torch.bool)
+        if sampling.top_k:
+            kept[:, sampling.top_k :] = False
+        if sampling.top_p < 1:
+            p = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
+            kept &= p.cumsum(-1) - p < sampling.top_p
+        kept |= ids == taken[:, None]
+        found.append(ids[kept].int())
+        counts.append(kept.sum(-1))
+    return Support(found, torch.stack(counts))
+
+
+def joined(parts: Sequence[Support | None]) -> Support | None:
+    """Those of several passes as one."""
+    found = [part for part in parts if part is not None]
+    if not found:
+        return None
+    return Support([ids for part in found for ids in part.ids], torch.cat([part.counts for part in found]))
+
+
+def log_probs(
+    logits: torch.Tensor, tokens: torch.Tensor, sampling: Sampling, allowed: Support | None = None
+) -> torch.Tensor:
+    """[B, T] log-probabilities of `tokens` under the distribution they are sampled from.
+
+    Args:
+        logits: [B, T, V]; tokens: [B, T]; allowed: of `support`.
+    """
+    logits = logits / sampling.temperature
+    chosen = logits.gather(-1, tokens[..., None]).squeeze(-1)
+    if allowed is None:
+        return chosen - logits.logsumexp(-1)
+    counts = allowed.counts.flatten()
+    position = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    among = logits.flatten(0, 1)[position, torch.cat(allowed.ids)]
+    peak = torch.full_like(chosen.flatten(), -torch.inf).scatter_reduce(0, position, among.detach(), "amax")
+    total = torch.zeros_like(peak).index_add(0, position, (among - peak[position]).exp())
+    return chosen - (peak + total.log()).view_as(chosen)
+
+
+def hidden_states(model: Any, replies: Replies) -> torch.Tensor:
+    """[B, L, hidden] of the last layer, behind the final norm."""
+    inputs = {"input_ids": replies.ids, "attention_mask": replies.attention}
+    if active(model).virtual_tokens is not None:
+        options = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+        states = model(**inputs, use_cache=False, output_hidden_states=True, **options).hidden_states[-1]
+        return states[:, -replies.ids.shape[1] :]  # virtual tokens stand before
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    network = getattr(whole, whole.base_model_prefix)
+    return network(**inputs, use_cache=False).last_hidden_state
+
+
+def apply_head(head: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """[..., hidden] -> [...] in the head's own precision."""
+    with torch.autocast(states.device.type, enabled=False):
+        return head(states.to(next(head.parameters()).dtype)).squeeze(-1)
+
+
+def token_values(model: Any, head: torch.nn.Module, replies: Replies) -> torch.Tensor:
+    """[B, T] value of the text before each token of the reply."""
+    states = hidden_states(model, replies)
+    index = replies.positions()[:, :, None].expand(-1, -1, states.shape[-1])
+    return apply_head(head, states.gather(1, index))
+
+
+def end_scores(model: Any, head: torch.nn.Module, replies: Replies) -> torch.Tensor:
+    """[B] score of prompt and reply, read at the last token."""
+    states, rows = hidden_states(model, replies), torch.arange(len(replies), device=replies.ids.device)
+    return apply_head(head, states[rows, replies.attention.sum(1) - 1])
