@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune import __version__
+from finetune.child import PART
 from finetune.errors import FinetuneError, Interrupted, UserError, explained, render, visible
 
 if TYPE_CHECKING:
@@ -413,6 +414,11 @@ def main() -> None:
     """Entry point: one renderer for errors, the exit codes of the contract."""
     global VERBOSE
     arguments = [a for a in sys.argv[1:] if a not in ("--debug", "--verbose")]
+    part = arguments[:1] == [PART]
+    if part:
+        from finetune.terminal import progress
+
+        progress.advising, arguments = False, arguments[1:]
     VERBOSE, debug = "--verbose" in sys.argv, "--debug" in sys.argv
     if arguments == ["--version"]:
         print(f"ft {__version__}")
@@ -433,7 +439,8 @@ def main() -> None:
     except FinetuneError as error:
         if debug:
             raise
-        _print_errors(render(error), "yellow" if error.exit_code == 130 else "red")
+        if not (part and error.exit_code == 130):
+            _print_errors(render(error), "yellow" if error.exit_code == 130 else "red")
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort) as error:
         if isinstance(error.__cause__, EOFError):  # typer takes every EOFError for Ctrl-D
@@ -443,7 +450,8 @@ def main() -> None:
             sys.exit(1)
         from finetune.terminal.progress import command
 
-        _print_errors([f"interrupted; start again with {command(*arguments)}"], "yellow")
+        if not part:
+            _print_errors([f"interrupted; start again with {command(*arguments)}"], "yellow")
         sys.exit(130)
     except BrokenPipeError:
         _close_stdout()

@@ -15,6 +15,7 @@ import pytest
 from conftest import train, write_rows
 
 from finetune import early
+from finetune.child import PART
 from finetune.cli import main
 from finetune.commands import sft
 from finetune.data import conversations
@@ -24,7 +25,7 @@ from finetune.recipe.file import load
 from finetune.recipe.stages import RECIPES, SftRecipe
 from finetune.run.directory import Run
 from finetune.run.opening import open_run
-from finetune.run.resuming import GO_ON, to_go_on
+from finetune.terminal import progress
 from finetune.training import alignment, session
 from finetune.training.callbacks import Recorder
 
@@ -135,9 +136,22 @@ def test_a_second_ctrl_c_after_a_checkpoint(recipe: Recipes, tmp_path: Path) -> 
     assert again_of(str(stopped.value)) == ["sft", "--recipe", str(tmp_path / "a run" / "recipe.yaml"), "--resume"]
 
 
-def test_a_part_of_a_run_names_the_whole(recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(GO_ON, "ft ppo --recipe r.yaml --resume")
-    assert to_go_on(load(str(recipe()), SftRecipe)) == "ft ppo --recipe r.yaml --resume"
+@pytest.mark.parametrize("part", [True, False])
+def test_a_part_of_a_command_does_not_say_what_to_type_next(
+    recipe: Recipes, monkeypatch: pytest.MonkeyPatch, typed: Callable[..., tuple[int, str]], part: bool
+) -> None:
+    """Neither at its end nor when it is stopped: the whole says it."""
+    monkeypatch.setattr(progress, "advising", True)
+    path, before = str(recipe(train={"max_steps": 1})), [PART] if part else []
+    code, said = typed(*before, "sft", path)
+    assert code == 0
+    assert "done in " in said
+    assert ("next    ft " in said) == ("no rows were held out" in said) == (not part)
+    monkeypatch.setattr(early, "evaluated", interrupt)
+    for command in (["sft", path, "--overwrite"], ["eval", "runs/a"]):
+        monkeypatch.setattr(early, "recipe", interrupt)
+        code, said = typed(*before, *command)
+        assert (code, "start again with ft" in said) == (130, not part)
 
 
 def test_ctrl_c_elsewhere_repeats_the_command(

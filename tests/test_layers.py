@@ -16,7 +16,7 @@ LEVELS = [
     {"errors", "json_text", "resources"},
     {"families"},
     {"recipe"},
-    {"metrics", "places", "terminal", "hub", "builtin"},
+    {"child", "metrics", "places", "terminal", "hub", "builtin"},
     {"run"},
     {"data", "models"},
     {"base"},

@@ -6,13 +6,10 @@ check recipe, output, prompts and rules -> train the reward model first where pa
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from finetune import child
 from finetune.data import pairs, prompts, sources
 from finetune.errors import Interrupted, RunError, UserError
 from finetune.evaluation.rewards import load_rule
@@ -23,11 +20,9 @@ from finetune.recipe.stages import PpoRecipe, RewardModelConfig, RewardRecipe
 from finetune.rl import models
 from finetune.rl.ppo import Ppo, rollouts
 from finetune.run.directory import Run, resumable
-from finetune.run.resuming import GO_ON, to_go_on
+from finetune.run.resuming import to_go_on
 from finetune.run.writing import write_atomically
-from finetune.terminal.progress import command as told
-from finetune.terminal.progress import note
-from finetune.training.callbacks import HANGUP, at_terminal, leave, stopping
+from finetune.terminal.progress import command, note
 from finetune.training.finish import Words
 from finetune.training.inputs import known_inputs
 from finetune.training.optim import check_schedule
@@ -128,28 +123,6 @@ def trained(run: Run) -> bool:
     return Run(run.reward).result.exists()
 
 
-def passing_signals(command: list[str], environment: dict[str, str] | None = None) -> int:
-    """Exit code of a command that gets the signals that stop this process, once, and the time it wants to end.
-
-    subprocess.run gives it a quarter of a second after Ctrl-C; a step may take longer, and the checkpoint comes after.
-    """
-    # Its own group, or the terminal's Ctrl-C would reach it a second time.
-    child = subprocess.Popen(command, process_group=0, env=environment)
-    numbers, terminals = stopping(), at_terminal()
-
-    def passed_on(number: int, frame: Any) -> None:
-        if number == HANGUP:
-            leave(terminals)
-        child.send_signal(number)
-
-    before = [signal.signal(number, passed_on) for number in numbers]
-    try:
-        return child.wait()
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
 def train_reward(recipe: RewardRecipe, run: Run, go_on: str) -> str:
     """`ft reward` in its own process, from where it was stopped; kept when it is already there.
 
@@ -162,8 +135,7 @@ def train_reward(recipe: RewardRecipe, run: Run, go_on: str) -> str:
     write_atomically(path, to_yaml(recipe, "# ft reward --recipe reward.yaml\n"))
     note("first the reward model:")
     how = "--resume" if Run(run.reward).last_checkpoint() else "--overwrite"
-    command = [sys.executable, "-m", "finetune", "reward", "--recipe", str(path), how]
-    code = passing_signals(command, {**os.environ, GO_ON: go_on})
+    code, _ = child.run("reward", "--recipe", str(path), how, shown=True)
     if code == 130 and not resumable(run):
         raise KeyboardInterrupt
     if code == 130:
@@ -173,5 +145,5 @@ def train_reward(recipe: RewardRecipe, run: Run, go_on: str) -> str:
         raise RunError(f"{what}; go on with {go_on}" if resumable(run) else what)
     if code:
         error = UserError if code == 2 else RunError
-        raise error(f"the reward model could not be trained ({told('reward', '--recipe', path)})")
+        raise error(f"the reward model could not be trained ({command('reward', '--recipe', path)})")
     return str(run.reward)

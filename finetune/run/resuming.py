@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,12 @@ PLACES = (
     "output.dir", "model.name", "model.adapter", "model.tokenizer", "model.chat_template", "data.train", "eval.data",
     "reward.model", "reward.train", "reward.functions",
 )  # fmt: skip
-GO_ON = "FT_GO_ON_WITH"
-"""Set for a run that is a part of another: the command that goes on with the whole."""
 
 
 def to_go_on(recipe: Recipe) -> str:
     """The command that goes on with a run."""
     file = shown_path(Path(recipe.output.dir).expanduser() / "recipe.yaml")
-    return os.environ.get(GO_ON) or command(recipe.stage, "--recipe", file, "--resume")
+    return command(recipe.stage, "--recipe", file, "--resume")
 
 
 def to_start_again(
@@ -40,8 +37,7 @@ def to_start_again(
     begun = recipe is not None and not (resume or dry_run) and taken(Run(Path(recipe.output.dir).expanduser()))
     flags = {"--resume": resume, "--overwrite": overwrite or bool(begun), "--dry-run": dry_run}
     given = [part for item in overrides for part in ("--set", item)] + (["--output", output] if output else [])
-    again = command(stage, "--recipe", reference, *given, *(name for name, wanted in flags.items() if wanted))
-    return os.environ.get(GO_ON) or again
+    return command(stage, "--recipe", reference, *given, *(name for name, wanted in flags.items() if wanted))
 
 
 def check_resumable(recipe: Recipe, unknown: Collection[str] = ()) -> None:

@@ -1,6 +1,6 @@
 """What a person sees: notes, warnings and a bar on stderr, results on stdout.
 
-    note, warn            a line on stderr
+    note, warn, advise    a line on stderr
     task(what, total)     what is being done and how far it is, on stderr
     say, say_json, show   results on stdout: text, JSON, a table
     command(…)            a command as it can be typed
@@ -310,6 +310,15 @@ def _end_of(text: str, width: int) -> str:
 def note(message: str, style: str | None = None) -> None:
     """One line for the user."""
     console.print(visible(message), style=style, soft_wrap=True)
+
+
+advising = True  # not in a part of a command: the whole says what to type next
+
+
+def advise(message: str) -> None:
+    """One line on what to do next."""
+    if advising:
+        note(message)
 
 
 def warn(message: str) -> None:

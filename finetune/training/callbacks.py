@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 from typing import Any
 
 from transformers import TrainerCallback
 
 from finetune.adapters import adalora
+from finetune.child import HANGUP, at_terminal, leave, stopping
 from finetune.errors import RunError
 from finetune.models.hardware import peak_memory_gb
 from finetune.run.directory import Run
@@ -175,26 +175,3 @@ class Guard(TrainerCallback):
         if self.stopped and state.epoch != int(state.epoch):  # the epoch is not over: it goes on with --resume
             control.should_evaluate = control.should_save = False
         return control
-
-
-HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
-
-
-def at_terminal() -> list[int]:
-    """Which of stdout and stderr is a terminal."""
-    return [fd for fd in (1, 2) if os.isatty(fd)]
-
-
-def leave(terminals: list[int]) -> None:
-    """After a hang-up: writing there would end the run before its checkpoint is saved."""
-    with open(os.devnull, "wb") as nowhere:
-        for fd in terminals:
-            os.dup2(nowhere.fileno(), fd)
-
-
-def stopping() -> list[signal.Signals]:
-    """The signals at which a run saves a checkpoint; not a hang-up that is ignored (nohup)."""
-    found = [signal.SIGINT, signal.SIGTERM]
-    if HANGUP is not None and signal.getsignal(HANGUP) is not signal.SIG_IGN:
-        found.append(HANGUP)
-    return found

@@ -25,7 +25,7 @@ from finetune.recipe.file import to_yaml
 from finetune.recipe.stages import Recipe
 from finetune.run.directory import Run
 from finetune.run.writing import write_atomically
-from finetune.terminal.progress import command, duration, note, shown_path
+from finetune.terminal.progress import advise, command, duration, note, shown_path
 from finetune.training import model_card, report
 from finetune.training.weight_check import check_finite
 
@@ -116,11 +116,11 @@ def summary(recipe: Recipe, run: Run, weights: Path, result: dict[str, Any], wor
     note(f"trained {result['trainable_parameters']:,} of {result['total_parameters']:,} parameters ({share:.2%})")
     note(f"weights {shown_path(weights)}   report {shown_path(run.path / 'report.html')}")
     for number, line in enumerate(next_commands(recipe, shown_path(run.path), words.answers)):
-        note(f"{'' if number else 'next':7} {command(*line)}")
+        advise(f"{'' if number else 'next':7} {command(*line)}")
     if recipe.eval.data is None and recipe.data.eval_split is None:
-        note("no rows were held out: for figures give ft eval a file with --data, or set data.eval_split")
+        advise("no rows were held out: for figures give ft eval a file with --data, or set data.eval_split")
     if words.hint is not None:
-        note(words.hint.format(run=shown_path(run.path)))
+        advise(words.hint.format(run=shown_path(run.path)))
 
 
 def next_commands(recipe: Recipe, name: str, answers: bool) -> list[list[str]]:

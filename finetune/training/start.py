@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import torch
 from transformers import set_seed
 
+from finetune import child
 from finetune.adapters.load import apply, as_score_task, loads_trainable, prepare
 from finetune.adapters.methods import without_head
 from finetune.adapters.multiple import HEAD_WEIGHTS
@@ -73,10 +72,10 @@ def merged_start(recipe: DpoRecipe | KtoRecipe, run: Run) -> Base:
     if not (target / "merge.json").exists():
         assert recipe.model.adapter is not None
         arguments = ["merge", f"--adapter={recipe.model.adapter}", f"--output={target}"]
-        done = subprocess.run(
-            [sys.executable, "-m", "finetune", *arguments], capture_output=True, text=True, errors="replace"
-        )
-        if done.returncode:
-            raise RunError(f"{command(*arguments)} failed: {done.stderr.strip()[-400:]}")
+        code, said = child.run(*arguments)
+        if code == 130:
+            raise KeyboardInterrupt
+        if code:
+            raise RunError(f"{command(*arguments)} failed: {said[-400:]}")
     merged = {"name": str(target), "adapter": None, "revision": None, "source": None}
     return Base.open(recipe.model.model_copy(update=merged))

@@ -66,7 +66,7 @@ def test_a_comparison_from_start_to_end(
     assert "| prompt_tuning |" in table
     assert (folder / "compare.png").stat().st_size > 1000
 
-    monkeypatch.setattr(compare, "finetune", lambda *arguments: pytest.fail(f"done already: {arguments}"))
+    monkeypatch.setattr(compare, "process", lambda *arguments, **_: pytest.fail(f"done already: {arguments}"))
     compare.run(checked, *lists, str(folder))
     other = checked.model_copy(update={"train": checked.train.model_copy(update={"max_steps": 5})})
     with pytest.raises(UserError, match=r"other values of train\.max_steps"):
@@ -149,15 +149,15 @@ def test_what_cannot_be_and_what_fails_are_rows_with_reasons(
 ) -> None:
     started = []
 
-    def finetune(*arguments: str) -> None:
+    def process(*arguments: str, module: str = "finetune") -> None:
         started.append(arguments)
-        if arguments[0] == "finetune.commands.compare.measure":
+        if module == "finetune.commands.compare.measure":
             values = {"metrics": {"loss": 1.0, "loss_ci": [0.9, 1.1]}, "row_losses": [1.0]}
-            Path(arguments[2]).write_text(json.dumps(values))
+            Path(arguments[1]).write_text(json.dumps(values))
         else:
             raise RunError("the loss became nan")
 
-    monkeypatch.setattr(compare, "finetune", finetune)
+    monkeypatch.setattr(compare, "process", process)
     with pytest.raises(RunError, match=r"1 of 1 jobs failed \(lora-int4\)"):
         compare.run(checked, ["full", "lora"], ["int4"], [1.0], str(tmp_path / "comparison"))
     table = capsys.readouterr().out
@@ -219,7 +219,7 @@ def test_a_signal_reaches_the_job_and_ends_the_comparison(tmp_path: Path, monkey
 
     threading.Thread(target=send).start()
     with pytest.raises(Interrupted):
-        compare.finetune("job")
+        compare.process(module="job")
     assert (tmp_path / "saved").exists()
 
 

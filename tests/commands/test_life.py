@@ -548,17 +548,6 @@ def test_signals_that_stop_ppo(
     assert Run(tmp_path / "ppo").last_checkpoint() is not None
 
 
-def test_nohup_is_not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.training.callbacks import stopping
-
-    assert signal.SIGHUP in stopping()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert signal.SIGHUP not in stopping()
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
 def test_a_stop_inside_an_epoch_evaluates_nothing(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluation and checkpoints by epoch: the stop is no end of an epoch."""
     from finetune.training.callbacks import Recorder

@@ -349,9 +349,13 @@ def test_several_rewards_are_weighed(tmp_path: Path, base: Path, rewarded: Calla
     assert row["reward_mean"] == pytest.approx(0.5 * row["rewards/model"] + 10 + 200)
 
 
-def test_one_command_from_pairs(tmp_path: Path, base: Path) -> None:
+def test_one_command_from_pairs(tmp_path: Path, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = ppo_recipe(tmp_path, base, reward={"train": str(pairs(tmp_path, 16)), "num_train_epochs": 2})
     found = run_ppo(path)
+    said = capfd.readouterr().err.splitlines()
+    assert not any("set reward.model" in line for line in said)
+    assert sum(line.startswith("done in") for line in said) == 2, "the reward model's figures, too"
+    assert sum(line.startswith("next ") for line in said) == 1, "what to type next, of the whole"
     assert json.loads((found.path / "reward" / "result.json").read_text())["stage"] == "reward"
     assert len(logged(found, "reward_mean")) == 2
     again = run_ppo(path, overwrite=True)

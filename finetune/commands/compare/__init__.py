@@ -16,9 +16,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from finetune import metrics
+from finetune import child, metrics
 from finetune.adapters.methods import METHODS
 from finetune.data import conversations, evaluated, samples
 from finetune.errors import Interrupted, RunError, UserError
@@ -369,42 +366,25 @@ def train(recipe: SftRecipe, where: Path) -> None:
     file = where.with_name(where.name + ".yaml")  # with_suffix would cut lora-0.25 at its point
     write_atomically(file, to_yaml(recipe))
     mode = "--resume" if run.last_checkpoint() else "--overwrite"
-    finetune("finetune", "sft", "--recipe", str(file), "--output", str(where), mode)
+    process("sft", "--recipe", str(file), "--output", str(where), mode)
 
 
 def measured(where: Path) -> None:
     """Writes measured.json, whole or not at all."""
-    finetune("finetune.commands.compare.measure", str(where), str(where / "measured.json"))
+    process(str(where), str(where / "measured.json"), module="finetune.commands.compare.measure")
 
 
-def finetune(*arguments: str) -> None:
-    """`python -m …`. A signal goes on to the process, which saves a checkpoint; then Interrupted.
-
-    UserError and RunError with its own words when it exits with 2 or otherwise.
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-m", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        errors="replace", start_new_session=True,
-    )  # fmt: skip
-    stopped = False
-
-    def stop(number: int, frame: Any) -> None:
-        nonlocal stopped
-        stopped = True
-        process.send_signal(number)
-
-    before = [(number, signal.signal(number, stop)) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        said = process.communicate()[1].strip()
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
-    if stopped:
+def process(*arguments: str, module: str = "finetune") -> None:
+    """A job, or its measurement, in a process of its own. Interrupted after a signal, which has reached it, too;
+    UserError and RunError with its own words when it exits with 2 or otherwise."""
+    code, said = child.run(*arguments, module=module)
+    last = said.splitlines()[-1] if said else ""
+    if code == 130:
         raise Interrupted("stopped; the same command goes on from here")
-    if process.returncode == 2:
-        raise UserError(said.splitlines()[-1])
-    if process.returncode:
-        raise RunError(f"ft {arguments[1]} exited with {process.returncode}: {said.splitlines()[-1] if said else ''}")
+    if code == 2:
+        raise UserError(last)
+    if code:
+        raise RunError(f"ft {arguments[0]} exited with {code}: {last}")
 
 
 def scaling_laws(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

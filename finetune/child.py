@@ -1,0 +1,73 @@
+"""A part of a command in a process of its own, and the signals that stop both.
+
+run(…)          `python -m finetune …`, with the signals that come here passed on
+stopping()      the signals at which a run saves a checkpoint
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+PART = "--part"
+"""Before a command that is a part of another one: the whole says what to type next, the part does not."""
+HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
+
+
+def run(*arguments: str, module: str = "finetune", shown: bool = False) -> tuple[int, str]:
+    """(exit code, what was said on stderr) of `python -m module …`; a negative code is the signal that ended it.
+
+    The process gets every signal that stops this one, and the time it wants to end: subprocess.run gives it a quarter
+    of a second after Ctrl-C, a step may take longer, and the checkpoint comes after. The code is 130 then.
+
+    Args:
+        shown: its output goes where ours goes; otherwise stdout nowhere, and stderr is what is returned.
+    """
+    command = [sys.executable, "-m", module, *([PART] if module == "finetune" else []), *arguments]
+    terminals, got = at_terminal(), []
+    process: subprocess.Popen[str] | None = None
+
+    def pass_on(number: int, frame: Any) -> None:
+        if number == HANGUP:
+            leave(terminals)
+        got.append(number)
+        if process is not None:
+            process.send_signal(number)
+
+    before = [(number, signal.signal(number, pass_on)) for number in stopping()]
+    try:
+        # Its own group, or the terminal's Ctrl-C would reach it a second time.
+        process = subprocess.Popen(
+            command, process_group=0, text=True, errors="replace", stdout=None if shown else subprocess.DEVNULL,
+            stderr=None if shown else subprocess.PIPE,
+        )  # fmt: skip
+        for number in got:  # while it was being started
+            process.send_signal(number)
+        said = process.communicate()[1]
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    return 130 if got else process.returncode, (said or "").strip()
+
+
+def at_terminal() -> list[int]:
+    """Which of stdout and stderr is a terminal."""
+    return [fd for fd in (1, 2) if os.isatty(fd)]
+
+
+def leave(terminals: list[int]) -> None:
+    """After a hang-up: writing there would end the run before its checkpoint is saved."""
+    with open(os.devnull, "wb") as nowhere:
+        for fd in terminals:
+            os.dup2(nowhere.fileno(), fd)
+
+
+def stopping() -> list[signal.Signals]:
+    """The signals at which a run saves a checkpoint; not a hang-up that is ignored (nohup)."""
+    found = [signal.SIGINT, signal.SIGTERM]
+    if HANGUP is not None and signal.getsignal(HANGUP) is not signal.SIG_IGN:
+        found.append(HANGUP)
+    return found
