@@ -20,7 +20,7 @@ from finetune.data.chat import IGNORED
 from finetune.data.conversations import HeldRow
 from finetune.data.types import Encoded
 from finetune.errors import UserError
-from finetune.evaluation.generation import Evaluation, evaluate, per_token, score
+from finetune.evaluation.generation import Evaluation, evaluate, negative_log_likelihoods, per_token
 from finetune.evaluation.rewards import RewardModel, score_rows, scored_reply
 from finetune.metrics import measure
 from finetune.terminal.progress import task
@@ -209,7 +209,7 @@ def _differ(pair: dict[str, Encoded]) -> bool:
 
 def _score(what: str, model: Any, rows: Sequence[Encoded], pad: int, batch_size: int, unit: str = "answers") -> Scored:
     with task(what, len(rows), unit) as advance:
-        return score(model, [(row.input_ids, row.labels) for row in rows], pad, batch_size, advance)
+        return negative_log_likelihoods(model, [(row.input_ids, row.labels) for row in rows], pad, batch_size, advance)
 
 
 def _halves(scored: list[T]) -> tuple[list[T], list[T]]:

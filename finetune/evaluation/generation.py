@@ -1,10 +1,11 @@
 """Generation and scoring, shared by `ft eval`, `ft merge`, `ft chat` and mid-training evaluation.
 
-generate(...)   answers for encoded prompts, greedy or sampled, batched by length (soft prompts: by equal length)
-answer(...)     one call of the model's own generate, as it is told here and in no other way
-not_followed()  what the base's generation_config.json asks for beside that
-score(...)      negative log-likelihood per row
-evaluate(...)   both, and the metrics
+generate(...)                   answers for encoded prompts, greedy or sampled, batched by length (soft prompts: by
+                                equal length)
+answer(...)                     one call of the model's own generate, as it is told here and in no other way
+not_followed()                  what the base's generation_config.json asks for beside that
+negative_log_likelihoods(...)   of the labels of each row
+evaluate(...)                   both, and the metrics
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 
 @torch.inference_mode()
-def score(
+def negative_log_likelihoods(
     model: PreTrainedModel,
     rows: Sequence[tuple[list[int], list[int]]],
     pad: int,
@@ -265,7 +266,8 @@ def evaluate(
     ]  # fmt: skip
     known = [i for i, row in enumerate(rows) if row["reference"] is not None]
     encoded = [encoder.encode(conversations[i], "last") for i in known]
-    scored = score(model, [(e.input_ids, e.labels) for e in encoded], encoder.tokenizer.pad_token_id, batch_size)
+    labelled = [(row.input_ids, row.labels) for row in encoded]
+    scored = negative_log_likelihoods(model, labelled, encoder.tokenizer.pad_token_id, batch_size)
     for i, loss in zip(known, scored, strict=True):
         rows[i] |= {"correct": metrics.right(rows[i]), **per_token(loss)}
     values = metrics.measure("answers", rows)
