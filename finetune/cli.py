@@ -208,8 +208,11 @@ def evaluate(
 
     early.evaluated(runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions)
     _quiet()
-    options = (quantization, temperature, seed, reward, predictions, show)
-    _module("evaluate").run(runs or [], recipe, model, adapter, data, compare_base, limit, json_, *options)
+    _module("evaluate").run(
+        runs or [], recipe=recipe, model=model, adapter=adapter, data=data, compare_base=compare_base, limit=limit,
+        json_file=json_, quantization=quantization, temperature=temperature, seed=seed, reward=reward,
+        predictions=predictions, show=show,
+    )  # fmt: skip
 
 
 @app.command()

@@ -1,7 +1,9 @@
-"""Metrics as pure functions; no torch.
+"""What `ft eval` measures, and the statistics beside it. No torch.
 
+METRICS                           one row each, for figures, intervals, tables and comparisons; a new metric is a row
+measure(kind, rows)               all figures of measured rows of a kind
+compared(kind, figures)           those in which models are compared row by row
 exact_match, json_fields          one prediction against one reference
-by_group                          the rows of each group
 wilson                            95% interval of a share (Wilson 1927)
 ratio_interval                    95% interval of a loss per token
 paired                            difference of two systems on the same rows, with a bootstrap interval
@@ -12,14 +14,16 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
 from finetune.json_text import same, too_deep
 
 Z95 = 1.959964
+T = TypeVar("T")
 
 
 def exact_match(prediction: str, reference: str) -> bool:
@@ -48,9 +52,9 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def by_group(values: Sequence[float], groups: Sequence[str | None]) -> dict[str, list[float]]:
+def by_group(values: Sequence[T], groups: Sequence[str | None]) -> dict[str, list[T]]:
     """The values of each group's rows, groups in alphabetical order; rows of no group are left out."""
-    found: dict[str, list[float]] = {group: [] for group in sorted({g for g in groups if g is not None})}
+    found: dict[str, list[T]] = {group: [] for group in sorted({g for g in groups if g is not None})}
     for value, group in zip(values, groups, strict=True):
         if group is not None:
             found[group].append(value)
@@ -67,7 +71,9 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def paired(a: Sequence[float], b: Sequence[float], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+def paired(
+    a: Sequence[float], b: Sequence[float], lower_is_better: bool = False, resamples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
     """mean(b) - mean(a) on the same rows with a 95% percentile bootstrap interval, and wins, losses, ties of b."""
     if len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} rows cannot be paired")
@@ -75,12 +81,13 @@ def paired(a: Sequence[float], b: Sequence[float], resamples: int = 2000, seed: 
     generator, n = random.Random(seed), len(differences)
     means = sorted(mean(generator.choices(differences, k=n)) for _ in range(resamples)) if n else [math.nan]
     low, high = means[int(0.025 * (len(means) - 1))], means[math.ceil(0.975 * (len(means) - 1))]
+    above, below = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     return {
         "difference": mean(differences),
         "ci": [low, high],
-        "wins": sum(d > 0 for d in differences),
-        "losses": sum(d < 0 for d in differences),
-        "ties": sum(d == 0 for d in differences),
+        "wins": below if lower_is_better else above,
+        "losses": above if lower_is_better else below,
+        "ties": n - above - below,
     }
 
 
@@ -98,6 +105,179 @@ def ratio_interval(
 def perplexity(loss: float) -> float:
     """exp of the mean negative log-likelihood per token; inf when it overflows."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+Row = Mapping[str, Any]
+"""A measured row: see `evaluation.generation.Evaluation.rows`."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    kinds: tuple[str, ...]
+    """The kinds of held-out rows that it is measured on: answers, pairs, unpaired, text."""
+    function: Callable[[Row], float | None]
+    """Of a row; None where the row has no such figure. Reported is the mean."""
+    interval: Callable[[Sequence[float], Sequence[float]], Sequence[float]] | None
+    """Of (values, weights) of the rows: the 95% interval of their mean."""
+    lower_is_better: bool = False
+    weight: Callable[[Row], float] = lambda row: 1
+    """What a row counts in the mean."""
+    by_group: bool = False
+    """Whether it is reported and compared for each group of rows, too."""
+    compared: bool = True
+    """Whether models are compared in it, row by row."""
+    of_all: Callable[[Sequence[Row]], float | None] | None = None
+    """What is reported in place of the mean, of all rows; without interval."""
+
+    def named(self, group: str | None = None) -> str:
+        return f"{self.name}/{group}" if group else self.name
+
+    def values(self, rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+        """(values, weights) of the rows that have one."""
+        found = [(value, self.weight(row)) for row in rows if (value := self.function(row)) is not None]
+        return [value for value, _ in found], [weight for _, weight in found]
+
+    def mean(self, rows: Sequence[Row]) -> float | None:
+        values, weights = self.values(rows)
+        return weighted_mean(values, weights) if values else None
+
+    def figures(self, rows: Sequence[Row], group: str | None = None) -> dict[str, Any]:
+        """{NAME, NAME_ci}, of the rows of a group NAME/GROUP, …; {} where no row has it."""
+        name = self.named(group)
+        if self.of_all is not None:
+            value = self.of_all(rows)
+            return {} if value is None else {name: value}
+        values, weights = self.values(rows)
+        if not values:
+            return {}
+        found: dict[str, Any] = {name: weighted_mean(values, weights)}
+        if self.interval is not None:
+            found[f"{name}_ci"] = list(self.interval(values, weights))
+        return found
+
+    def groups(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
+        """The rows that have it, of each group."""
+        known = [row for row in rows if self.by_group and self.function(row) is not None]
+        return by_group(known, [row.get("group") for row in known])
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+def share(values: Sequence[float], weights: Sequence[float]) -> Sequence[float]:
+    return wilson(int(sum(values)), len(values))
+
+
+def weighted(values: Sequence[float], weights: Sequence[float]) -> Sequence[float]:
+    return ratio_interval([v * w for v, w in zip(values, weights, strict=True)], weights)
+
+
+def drawn_rows(values: Sequence[float], weights: Sequence[float]) -> Sequence[float]:
+    interval: Sequence[float] = paired([0.0] * len(values), values)["ci"]
+    return interval
+
+
+def entry(key: str) -> Callable[[Row], float | None]:
+    return lambda row: row.get(key)
+
+
+def right(row: Row) -> float | None:
+    """Whether the answer is the reference; None without one."""
+    return None if row["reference"] is None else float(exact_match(row["prediction"], row["reference"]))
+
+
+def fields(row: Row) -> dict[str, bool]:
+    """Which fields of a JSON reference are right; {} where it is none."""
+    return (json_fields(row["prediction"], row["reference"]) if row["reference"] is not None else None) or {}
+
+
+def tokens(row: Row) -> float:
+    return float(row["loss_tokens"])
+
+
+def loss_to_lower(row: Row) -> float | None:
+    """Nats per token; None of an unpaired answer that is not to be learned."""
+    loss: float | None = row["loss"]
+    return None if row.get("label") is False else loss
+
+
+LOSS = Metric(
+    "loss", ("answers", "pairs", "unpaired", "text"), loss_to_lower, weighted, lower_is_better=True, weight=tokens
+)
+BAD_LOSS = Metric(
+    "bad_loss", ("unpaired",), lambda row: row["loss"] if row["label"] is False else None, weighted, weight=tokens,
+    compared=False,
+)  # fmt: skip
+
+
+def perplexity_of(rows: Sequence[Row]) -> float | None:
+    loss = LOSS.mean(rows)
+    return None if loss is None else perplexity(loss)
+
+
+def margin_of_losses(rows: Sequence[Row]) -> float | None:
+    desired, undesired = LOSS.mean(rows), BAD_LOSS.mean(rows)
+    return None if desired is None or undesired is None else undesired - desired
+
+
+def margin_of_rewards(rows: Sequence[Row]) -> float | None:
+    known = [row for row in rows if row["answer_reward"] is not None]
+    halves = [[row["answer_reward"] for row in known if row["label"] is side] for side in (True, False)]
+    return mean(halves[0]) - mean(halves[1]) if all(halves) else None
+
+
+def of_all(name: str, kinds: tuple[str, ...], function: Callable[[Sequence[Row]], float | None]) -> Metric:
+    """A figure of all rows together."""
+    return Metric(name, kinds, lambda row: None, None, compared=False, of_all=function)
+
+
+METRICS: list[Metric] = [
+    Metric("exact_match", ("answers",), right, share, by_group=True),
+    Metric("preference_accuracy", ("pairs",), entry("correct"), share, by_group=True),
+    Metric("reward_accuracy", ("unpaired",), entry("correct"), share, by_group=True),
+    Metric("margin", ("pairs",), entry("margin"), weighted, compared=False),
+    Metric(
+        "field_accuracy", ("answers",), lambda row: mean([*fields(row).values()]) if fields(row) else None, None,
+        weight=lambda row: len(fields(row)), compared=False,
+    ),
+    LOSS,
+    of_all("perplexity", LOSS.kinds, perplexity_of),
+    BAD_LOSS,
+    of_all("margin", ("unpaired",), margin_of_losses),
+    Metric(
+        "reward_accuracy", ("pairs",), lambda row: float(row["reward_margin"] > 0) if "reward_margin" in row else None,
+        share, compared=False,
+    ),
+    Metric("reward_margin", ("pairs",), entry("reward_margin"), weighted, compared=False),
+    of_all("reward_margin", ("unpaired",), margin_of_rewards),
+    Metric("reward", ("answers",), entry("reward"), drawn_rows),
+]  # fmt: skip
+
+
+def measure(kind: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """{NAME, NAME_ci, NAME/GROUP, NAME/GROUP_ci, …}, and `groups`: how many rows of each the first metric is of."""
+    found: dict[str, Any] = {}
+    for metric in METRICS:
+        if kind in metric.kinds:
+            found |= metric.figures(rows)
+            for group, members in metric.groups(rows).items():
+                found |= metric.figures(members, group)
+                found.setdefault("groups", {}).setdefault(group, len(members))
+    return found
+
+
+def compared(kind: str, figures: Sequence[Mapping[str, Any]]) -> list[tuple[Metric, str | None]]:
+    """(metric, group of rows or None for all) of those in which models with these figures can be compared."""
+    groups = [None, *figures[0].get("groups", ())]
+    found = [
+        (metric, group)
+        for metric in METRICS
+        if metric.compared and kind in metric.kinds
+        for group in (groups if metric.by_group else [None])
+    ]
+    return [(metric, group) for metric, group in found if all(metric.named(group) in each for each in figures)]
 
 
 def fit_power_law(sizes: Sequence[float], losses: Sequence[float]) -> tuple[float, float, float]:

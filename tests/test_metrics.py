@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -72,6 +74,9 @@ def test_paired() -> None:
     # standard error sqrt(0.6 * 0.4 / 50) = 0.069
     assert result["ci"][0] == pytest.approx(0.6 - 1.96 * 0.0693, abs=0.03)
     assert result["ci"][1] == pytest.approx(0.6 + 1.96 * 0.0693, abs=0.03)
+    low = metrics.paired(a, b, lower_is_better=True)
+    assert (low["wins"], low["losses"], low["ties"]) == (0, 30, 20)
+    assert (low["difference"], low["ci"]) == (result["difference"], result["ci"]), "of which the sign is not turned"
     with pytest.raises(ValueError, match="cannot be paired"):
         metrics.paired([1.0], [1.0, 0.0])
 
@@ -106,3 +111,41 @@ def test_true_is_not_one_in_json() -> None:
     wrong = '{"paid": 1, "count": true, "deep": [{"ok": 0}], "share": true}'
     assert metrics.json_fields(right, reference) == dict.fromkeys(("paid", "count", "deep", "share"), True)
     assert metrics.json_fields(wrong, reference) == dict.fromkeys(("paid", "count", "deep", "share"), False)
+
+
+def test_a_metric_is_the_weighted_mean_of_the_rows_that_have_it() -> None:
+    rows: list[dict[str, Any]] = [
+        {"x": 1.0, "w": 3, "group": "a"},
+        {"x": None, "w": 9, "group": "b"},
+        {"x": 5.0, "w": 1, "group": None},
+    ]
+    toy = metrics.Metric("toy", ("answers",), lambda row: row["x"], metrics.weighted, weight=lambda row: row["w"])
+    assert toy.mean(rows) == (3 + 5) / 4
+    assert toy.figures(rows) == {"toy": 2.0, "toy_ci": list(metrics.ratio_interval([3, 5], [3, 1]))}
+    assert toy.figures(rows[:1], "a") == {"toy/a": 1.0, "toy/a_ci": [1.0, 1.0]}
+    assert toy.groups(rows) == {}
+    assert replace(toy, by_group=True).groups(rows) == {"a": rows[:1]}
+    assert toy.figures(rows[1:2]) == {}
+    assert toy.mean([]) is None
+
+
+def test_what_is_measured_and_compared() -> None:
+    """Of labelled answers the loss is of those to learn; what a model has no figure for is not compared."""
+    rows = [
+        {"label": True, "loss": 1.0, "loss_tokens": 2, "correct": 1.0, "answer_reward": 0.5},
+        {"label": True, "loss": 2.0, "loss_tokens": 2, "correct": 0.0, "answer_reward": -0.1},
+        {"label": False, "loss": 4.0, "loss_tokens": 1, "correct": 1.0, "answer_reward": -0.6},
+    ]
+    found = metrics.measure("unpaired", rows)
+    assert (found["loss"], found["bad_loss"], found["margin"]) == (1.5, 4.0, 2.5)
+    assert found["perplexity"] == pytest.approx(math.exp(1.5))
+    assert found["reward_accuracy"] == pytest.approx(2 / 3)
+    assert found["reward_margin"] == pytest.approx(0.2 - -0.6)
+    without = metrics.measure("unpaired", [{**row, "correct": None, "answer_reward": None} for row in rows])
+    assert without.keys() == found.keys() - {"reward_accuracy", "reward_accuracy_ci", "reward_margin"}
+    names = [metric.named(group) for metric, group in metrics.compared("unpaired", [found, without])]
+    assert names == ["loss"]
+    both = {**found, "groups": {"g": 3}, "reward_accuracy/g": 1.0}
+    names = [metric.named(group) for metric, group in metrics.compared("unpaired", [both, both])]
+    assert names == ["reward_accuracy", "reward_accuracy/g", "loss"]
+    assert [m.name for m in metrics.METRICS if m.lower_is_better] == ["loss"]

@@ -16,8 +16,6 @@ import torch
 from finetune.adapters.methods import active
 from finetune.recipe.adapters import AdaLoraAdapter
 
-UNKNOWN = 1 << 30  # steps, until the data is counted
-
 
 def tuner(model: Any) -> Any | None:
     """The AdaLoRA tuner of a model, or None."""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from finetune.adapters.methods import CACHE, EMBEDDINGS, FROM_WEIGHTS, METHODS, Method, of
+from finetune.adapters.methods import FROM_WEIGHTS, METHODS, Method, of
 from finetune.errors import Problem, UserError
 from finetune.recipe.stages import DpoRecipe, KtoRecipe, PpoRecipe, PretrainRecipe, Recipe, RewardRecipe, SftRecipe
 
@@ -179,7 +179,7 @@ def continued(recipe: AnyRecipe, stored: Mapping[str, Any], folder: Any) -> AnyR
     """The recipe with an `adapter` section that says what the adapter of model.adapter is.
 
     UserError with every key in which the recipe asks for something else: the adapter on disk is what would be trained
-    all the same. Targets are compared where the network is known (`build.check_targets`).
+    all the same. Targets are compared where the network is known (`methods.check_targets`).
 
     Args:
         stored: adapter_config.json in `folder`.
@@ -213,7 +213,7 @@ def continued(recipe: AnyRecipe, stored: Mapping[str, Any], folder: Any) -> AnyR
     if problems:
         raise UserError(problems)
     if section is not None:
-        values |= {key: getattr(section, key) for key in section.model_fields_set & row.any_time}
+        values |= {key: getattr(section, key) for key in section.model_fields_set & {*row.any_time}}
     return recipe.model_copy(update={"adapter": _section(row.section, {**values, "method": method})})
 
 
@@ -234,9 +234,9 @@ def _section(made: Any, values: dict[str, Any]) -> Any:
 
 # peft's methods that have no section here: why their adapters are no part of any weight.
 OTHERS_NOT_MERGEABLE = {
-    "MULTITASK_PROMPT_TUNING": EMBEDDINGS,
-    "CPT": EMBEDDINGS,
-    "CARTRIDGE": CACHE,
+    "MULTITASK_PROMPT_TUNING": str(METHODS["prompt_tuning"].not_mergeable),
+    "CPT": str(METHODS["prompt_tuning"].not_mergeable),
+    "CARTRIDGE": str(METHODS["prefix_tuning"].not_mergeable),
     "ADAPTION_PROMPT": "its prompts stand before the text and are no part of any weight",
     "XLORA": "it mixes several adapters anew for every token",
     "POLY": "it mixes several adapters by task",

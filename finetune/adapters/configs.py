@@ -43,24 +43,16 @@ def lora(model: Any, section: Any) -> PeftConfig:
     )
 
 
-def adalora(model: Any, section: Any) -> PeftConfig:
-    from peft import AdaLoraConfig
-
-    from finetune.adapters.adalora import UNKNOWN
-
-    values = targets(model, section.model_dump(exclude={"method", "tinit", "tfinal"}))
-    return AdaLoraConfig(task_type=CAUSAL, bias="none", total_step=UNKNOWN, **values)
-
-
-def plain(name: str) -> Callable[[Any, Any], PeftConfig]:
-    """Methods whose recipe keys are peft's; name: of the config's class."""
+def plain(name: str, *left_out: str, **more: Any) -> Callable[[Any, Any], PeftConfig]:
+    """Methods whose recipe keys, but for those left out, are those of peft's class `name`."""
 
     def make(model: Any, section: Any) -> PeftConfig:
         import peft
 
-        config: PeftConfig = getattr(peft, name)(
-            task_type=CAUSAL, **targets(model, section.model_dump(exclude={"method"}))
-        )
+        values = section.model_dump(exclude={"method", *left_out})
+        if "target_modules" in values:
+            targets(model, values)
+        config: PeftConfig = getattr(peft, name)(task_type=CAUSAL, **more, **values)
         return config
 
     return make
@@ -148,22 +140,3 @@ def ln_tuning(model: Any, section: Any) -> PeftConfig:
 
     names = norms(model) if section.target_modules is None else find(model, section.target_modules, accept=is_norm)
     return LNTuningConfig(task_type=CAUSAL, target_modules=names)
-
-
-def prompt_tuning(model: Any, section: Any) -> PeftConfig:
-    from peft import PromptTuningConfig
-
-    return PromptTuningConfig(task_type=CAUSAL, num_virtual_tokens=section.num_virtual_tokens)
-
-
-def p_tuning(model: Any, section: Any) -> PeftConfig:
-    from peft import PromptEncoderConfig
-
-    return PromptEncoderConfig(task_type=CAUSAL, **section.model_dump(exclude={"method"}))
-
-
-def prefix_tuning(model: Any, section: Any) -> PeftConfig:
-    from peft import PrefixTuningConfig
-
-    values = section.model_dump(include={"num_virtual_tokens", "prefix_projection", "encoder_hidden_size"})
-    return PrefixTuningConfig(task_type=CAUSAL, **values)

@@ -54,9 +54,9 @@ class Method:
     """Why its adapters are no part of any weight."""
     not_quantizable: tuple[str, str] | None = None
     """Why it cannot train on int8 and int4, and what to do instead."""
-    only_new: frozenset[str] = frozenset()
+    only_new: tuple[str, ...] = ()
     """Keys of both section and peft's config that say how a new adapter is made, and nothing of one that is there."""
-    any_time: frozenset[str] = frozenset()
+    any_time: tuple[str, ...] = ()
     """Keys that say how training goes and stand in no adapter: they hold for one that is trained on, too."""
     from_stored: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     """adapter_config.json with the section's keys for what it says in other words."""
@@ -88,21 +88,29 @@ INTEGERS = (
 )
 FROM_WEIGHTS = ("pissa", "olora", "loftq")
 """Starts of LoRA that are taken from the base's weights: with the adapter off, the base is another model."""
-EMBEDDINGS = "its embeddings stand before the text and are no part of any weight"
-CACHE = "its keys and values stand before the text and are no part of any weight"
+PROMPT_START = ("prompt_tuning_init", "prompt_tuning_init_text")
+UNKNOWN_STEPS = 1 << 30  # until the data is counted: see `adalora.plan`
+
+
+def soft_prompt(section: type[sections.AdapterSection], where: Literal["embeddings", "cache"], **more: Any) -> Method:
+    what = "embeddings stand" if where == "embeddings" else "keys and values stand"
+    return Method(
+        section, initialise=start_prompt, starts_as_base=never, virtual_tokens=where, needs_state=True,
+        not_mergeable=f"its {what} before the text and are no part of any weight", **more,
+    )  # fmt: skip
+
 
 METHODS: dict[str, Method] = {
     "lora": Method(
         sections.LoraAdapter, configs.lora, start_lora, lambda section: section.init_lora_weights not in FROM_WEIGHTS,
-        only_new=frozenset({"init_lora_weights"}), any_time=frozenset({"loraplus_lr_ratio"}),
+        only_new=("init_lora_weights",), any_time=("loraplus_lr_ratio",),
     ),
     "adalora": Method(
-        sections.AdaLoraAdapter, configs.adalora, needs_state=True, cuts_ranks=True,
-        any_time=frozenset({"tinit", "tfinal"}),
+        sections.AdaLoraAdapter,
+        configs.plain("AdaLoraConfig", "tinit", "tfinal", bias="none", total_step=UNKNOWN_STEPS),
+        needs_state=True, cuts_ranks=True, any_time=("tinit", "tfinal"),
     ),
-    "vera": Method(
-        sections.VeraAdapter, configs.plain("VeraConfig"), only_new=frozenset({"d_initial"}), learning_rate=3.0
-    ),
+    "vera": Method(sections.VeraAdapter, configs.plain("VeraConfig"), only_new=("d_initial",), learning_rate=3.0),
     "oft": Method(sections.OftAdapter, configs.oft),
     "loha": Method(sections.LohaAdapter, configs.plain("LoHaConfig"), not_quantizable=SUM),
     "lokr": Method(sections.LokrAdapter, configs.plain("LoKrConfig"), not_quantizable=SUM),
@@ -111,18 +119,16 @@ METHODS: dict[str, Method] = {
         not_mergeable="its networks are non-linear and no part of any weight",
     ),
     "ia3": Method(sections.Ia3Adapter, configs.ia3, learning_rate=3.0),
-    "prompt_tuning": Method(
-        sections.PromptTuningAdapter, configs.prompt_tuning, start_prompt, never, "embeddings", needs_state=True,
-        not_mergeable=EMBEDDINGS, only_new=frozenset({"prompt_tuning_init", "prompt_tuning_init_text"}),
-        learning_rate=10.0,
+    "prompt_tuning": soft_prompt(
+        sections.PromptTuningAdapter, "embeddings", learning_rate=10.0,
+        make_config=configs.plain("PromptTuningConfig", *PROMPT_START), only_new=PROMPT_START,
     ),
-    "p_tuning": Method(
-        sections.PTuningAdapter, configs.p_tuning, start_prompt, never, "embeddings", needs_state=True,
-        not_mergeable=EMBEDDINGS, learning_rate=3.0,
+    "p_tuning": soft_prompt(
+        sections.PTuningAdapter, "embeddings", learning_rate=3.0, make_config=configs.plain("PromptEncoderConfig")
     ),
-    "prefix_tuning": Method(
-        sections.PrefixTuningAdapter, configs.prefix_tuning, start_prompt, never, "cache", needs_state=True,
-        not_mergeable=CACHE, learning_rate=3.0,
+    "prefix_tuning": soft_prompt(
+        sections.PrefixTuningAdapter, "cache", learning_rate=3.0,
+        make_config=configs.plain("PrefixTuningConfig", "prefix_init", "prefix_init_text"),
     ),
     "bitfit": Method(sections.BitFitAdapter, configs.bitfit, adds_biases=True, own=True, learning_rate=3.0),
     "last_layers": Method(
@@ -130,10 +136,7 @@ METHODS: dict[str, Method] = {
         from_stored=lambda stored: {**stored, "head": bool(stored.get("modules_to_save"))},
     ),
     "ln_tuning": Method(sections.LnTuningAdapter, configs.ln_tuning, learning_rate=3.0),
-    "full": Method(
-        sections.FullAdapter, learning_rate=0.1,
-        not_quantizable=INTEGERS,
-    ),
+    "full": Method(sections.FullAdapter, not_quantizable=INTEGERS, learning_rate=0.1),
     "other": Method(sections.OtherAdapter),
 }  # fmt: skip
 

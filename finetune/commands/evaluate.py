@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from finetune import metrics
 from finetune.adapters.multiple import ActiveAdapter, activated
+from finetune.base import Base
 from finetune.data import evaluated
-from finetune.data.chat import make_encoder
 from finetune.data.evaluated import HeldOut
 from finetune.data.seen import trained_on
 from finetune.data.types import Conversation
@@ -24,11 +24,9 @@ from finetune.errors import UserError
 from finetune.evaluation import evaluators, options
 from finetune.evaluation.generation import Evaluation, split_reference
 from finetune.evaluation.options import quantizations, refuse
-from finetune.evaluation.report import compare, compared, report, write_predictions
+from finetune.evaluation.report import compare, report, write_predictions
 from finetune.evaluation.rewards import RewardModel
 from finetune.evaluation.targets import Target, bases_of, find_targets, quantized, reference_of
-from finetune.families import family
-from finetune.metrics import paired
 from finetune.models import hardware, loading
 from finetune.models.quantization import weight_bytes
 from finetune.models.rope import context
@@ -37,42 +35,28 @@ from finetune.terminal.progress import note, warn
 
 
 def run(
-    runs: Sequence[str],
-    recipe: str | None,
-    model: str | None,
-    adapter: str | None,
-    data: str | None,
-    compare_base: bool,
-    limit: int | None,
-    json_file: str | None,
-    quantization: str | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    reward: str | None = None,
-    predictions: str | None = None,
-    show: int = 3,
-) -> None:
+    runs: Sequence[str], *, recipe: str | None = None, model: str | None = None, adapter: str | None = None,
+    data: str | None = None, compare_base: bool = False, limit: int | None = None, json_file: str | None = None,
+    quantization: str | None = None, temperature: float = 0.0, seed: int = 0, reward: str | None = None,
+    predictions: str | None = None, show: int = 3,
+) -> None:  # fmt: skip
     options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions)
     kinds = quantizations(quantization)
     targets = find_targets(runs, recipe, model, adapter, compare_base)
-    judges = [target for target in targets if target.scores is not None]
-    if judges:
-        unused = {"--model": model, "--compare-base": compare_base, "--quantization": quantization, "--reward": reward}
-        refuse(unused, f"{judges[0].name} is a reward model, which has only scores to compare")
-        if len(judges) < len(targets):
-            what = f"{judges[0].name} is a reward model, and the others write answers"
-            raise UserError(what, fix="evaluate them one after the other (--reward lets one score the others' answers)")
+    given = {"--model": model, "--compare-base": compare_base, "--quantization": quantization, "--reward": reward}
+    scorer = only_scores(targets, given)
     held = held_out(targets[0], data, limit)
-    if judges and held.kind != "pairs":
+    if scorer is not None and held.kind != "pairs":
         raise UserError("a reward model is measured on preference pairs", path=held.name, fix="give pairs with --data")
-    if judges or held.kind != "answers":
+    if scorer is not None or held.kind != "answers":
         without: dict[str, Any] = {"--temperature": temperature, "--seed": seed, "--reward": reward}
-        refuse(without, f"on {'pairs' if judges else held.kind} nothing is answered")
+        refuse(without, f"on {held.kind if scorer is None else 'pairs'} nothing is answered")
     split = targets[0].recipe
     if compare_base:
         targets = [*bases_of(targets), *targets]
     if held.kind != "text":
         held = with_few_groups(held)
+
     variants = [[quantized(target, kind) for kind in kinds] for target in targets] if kinds else [[t] for t in targets]
     measured = [[evaluate_target(target, held, temperature, seed) for target in part] for part in variants]
     results = [result for part in measured for result in part]
@@ -83,19 +67,33 @@ def run(
             result.metrics["trained_on"] = known
     tell(results)
     if reward is not None:
-        judge(reward, results, held.samples)
+        add_rewards(reward, results, held.samples)
+
     # With quantizations each model is compared with its first kind, otherwise every model with the first one.
     groups = measured if kinds else [results]
-    metrics = compared(results)
+    in_these = metrics.compared(held.kind, [result.metrics for result in results])
     if held.kind == "text" and len({tuple(row["tokens"] for row in result.rows) for result in results}) > 1:
         note("the models read other tokens: their losses per token cannot be compared")
-        metrics = []
-    comparisons = [compare(part[0], other, metric) for part in groups for other in part[1:] for metric in metrics]
+        in_these = []
+    comparisons = [compare(part[0], other, *one) for part in groups for other in part[1:] for one in in_these]
     sampled = {"temperature": temperature, "seed": seed} if temperature else {}
     tuned = [part[0] for target, part in zip(targets, measured, strict=True) if target.trained]
     if predictions is not None:
         write_predictions(predictions, results)
     report(held.name, results, comparisons, json_file, sampled, tuned or results[:1], show)
+
+
+def only_scores(targets: Sequence[Target], given: dict[str, Any]) -> Target | None:
+    """The first reward model among the targets, or None. UserError for options without effect on it, and for others
+    beside it."""
+    scorers = [target for target in targets if target.scores is not None]
+    if not scorers:
+        return None
+    refuse(given, f"{scorers[0].name} is a reward model, which has only scores to compare")
+    if len(scorers) < len(targets):
+        what = f"{scorers[0].name} is a reward model, and the others write answers"
+        raise UserError(what, fix="evaluate them one after the other (--reward lets one score the others' answers)")
+    return scorers[0]
 
 
 def held_out(target: Target, data: str | None, limit: int | None) -> HeldOut:
@@ -111,51 +109,46 @@ def held_out(target: Target, data: str | None, limit: int | None) -> HeldOut:
     place = target.template or target.adapter
     if target.scores is not None:
         place = loading.find_adapter(target.scores)
-    encoder = (
-        None if recipe.stage == "pretrain" else encoder_of(recipe.model.model_copy(update={"adapter": None}), place)
-    )
+    encoder = None
+    if recipe.stage != "pretrain":
+        encoder = Base.open(recipe.model.model_copy(update={"adapter": None}), place).encoder
     note(f"the rows that data.eval_split {recipe.data.eval_split} held out of {target.name}'s training")
     return evaluated.split_off(recipe, encoder, limit)
-
-
-def encoder_of(model: Any, template: Path | None) -> Any:
-    tokenizer = loading.load_tokenizer(model, template)
-    return make_encoder(tokenizer, family(loading.read_config(model)["model_type"]))
 
 
 def evaluate_target(target: Target, held: HeldOut, temperature: float = 0.0, seed: int = 0) -> Evaluation:
     """The metrics of one model on these rows."""
     size, longest = target.eval.batch_size, target.data.max_length
     if target.scores is not None:
-        judge = reward_model(target.scores, target.model.dtype)
-        return evaluators.scores(target.name, judge, held.rows, longest)
+        scorer = reward_model(target.scores, target.model.dtype)
+        return evaluators.scores(target.name, scorer, held.rows, longest)
+    base = Base.open(target.model, target.adapter or target.template)  # in the chat format that was trained
+    encoder = None if held.kind == "text" else base.encoder
+    model = load_model(target, base)
     if held.kind == "text":
-        tokenizer, model = loading.load_tokenizer(target.model, target.adapter or target.template), load_model(target)
-        length = min(longest, context(loading.read_config(target.model), target.model) or longest)
+        length = min(longest, context(base.config, target.model) or longest)
         texts = [sample.text for sample in held.samples]  # type: ignore[union-attr]
         whole = held.name == evaluated.SPLIT
-        result = evaluators.text(target.name, model, tokenizer, texts, size, length, held.blocks, whole)
+        result = evaluators.text(target.name, model, base.tokenizer, texts, size, length, held.blocks, whole)
+    elif held.kind == "answers":
+        limits = (target.eval.max_new_tokens, size)
+        result = evaluators.answers(target.name, model, encoder, held.rows, *limits, temperature, seed)
+    elif held.kind == "pairs":
+        train_on = "last" if target.data.train_on == "last" else "assistant"
+        ref = reference(target, model)
+        result = evaluators.pairs(target.name, model, encoder, held.rows, size, longest, train_on, ref)
     else:
-        encoder = encoder_of(target.model, target.adapter or target.template)
-        model = load_model(target)
-        if held.kind == "answers":
-            limits = (target.eval.max_new_tokens, size)
-            result = evaluators.answers(target.name, model, encoder, held.rows, *limits, temperature, seed)
-        elif held.kind == "pairs":
-            train_on = "last" if target.data.train_on == "last" else "assistant"
-            kept = reference(target, model)
-            result = evaluators.pairs(target.name, model, encoder, held.rows, size, longest, train_on, kept)
-        else:
-            kept = reference(target, model)
-            result = evaluators.unpaired(target.name, model, encoder, held.rows, size, longest, kept)
+        ref = reference(target, model)
+        result = evaluators.unpaired(target.name, model, encoder, held.rows, size, longest, ref)
     result.metrics["weights_gb"] = weight_bytes(model) / 1e9
     return result
 
 
-def load_model(target: Target) -> Any:
+def load_model(target: Target, base: Base | None = None) -> Any:
+    """base: what is open of it already."""
     machine = hardware.detect()
-    model = loading.load_model(target.model, getattr(torch, compute_dtype(target.model.dtype, machine)), machine)
-    return model if target.adapter is None else loading.attach_adapter(model, target.adapter, target.model)
+    dtype = getattr(torch, compute_dtype(target.model.dtype, machine))
+    return replace(base or Base.open(target.model), adapter=target.adapter).load(dtype, machine)
 
 
 def reward_model(path: str, dtype: str = "auto") -> RewardModel:
@@ -182,11 +175,11 @@ def tell(results: Sequence[Evaluation]) -> None:
             note(f"not followed, of the base's generation_config.json: {asked}")
     for line in dict.fromkeys(line for result in results for line in result.notes):
         warn(line)
-    if results[0].kind == "answers" and "exact_match" not in results[0].metrics:
+    if results[0].kind == "answers" and all(r["reference"] is None for r in results[0].rows):
         note("no row has a reference answer: there is nothing to be right about")
 
 
-def judge(path: str, results: Sequence[Evaluation], rows: Sequence[Any]) -> None:
+def add_rewards(path: str, results: Sequence[Evaluation], rows: Sequence[Any]) -> None:
     """Add the mean reward of each model's answers, with a 95% interval."""
     model = reward_model(path)
     asked = [split_reference(row)[0] for row in rows]
@@ -195,8 +188,7 @@ def judge(path: str, results: Sequence[Evaluation], rows: Sequence[Any]) -> None
         found = model.scores([Conversation([*c.messages, r], c.tools) for c, r in zip(asked, replies, strict=True)])
         for row, value in zip(result.rows, found, strict=True):
             row["reward"] = value
-        interval = paired([0.0] * len(found), found)
-        result.metrics["reward"], result.metrics["reward_ci"] = interval["difference"], interval["ci"]
+        result.metrics |= metrics.measure(result.kind, result.rows)
 
 
 MOST_GROUPS = 20  # a column `group` with more values names rows rather than kinds of rows

@@ -2,7 +2,7 @@
 
 answers(…)    conversations: what the model answers, beside the references
 pairs(…)      preference pairs: which answer the model finds more probable
-unpaired(…)   answers labelled good or bad: how probable the model finds them
+unpaired(…)   answers labelled desirable or not: how probable the model finds them
 text(…)       raw text: loss and perplexity per token
 scores(…)     preference pairs, scored by a reward model
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune.data import text as raw
 from finetune.data.audit import conversations, cut
@@ -20,11 +20,12 @@ from finetune.data.chat import IGNORED
 from finetune.data.conversations import HeldRow
 from finetune.data.types import Encoded
 from finetune.errors import UserError
-from finetune.evaluation.generation import Evaluation, evaluate, losses_of, score, shares
+from finetune.evaluation.generation import Evaluation, evaluate, negative_log_likelihoods, per_token
 from finetune.evaluation.rewards import RewardModel, score_rows, scored_reply
-from finetune.metrics import mean, perplexity, ratio_interval
+from finetune.metrics import measure
 from finetune.terminal.progress import task
 
+T = TypeVar("T")
 Scored = list[tuple[float, int]]
 """Of each row, the summed negative log-likelihood in nats and the number of tokens."""
 Reference = tuple[Callable[[], AbstractContextManager[Any]], float]
@@ -63,85 +64,61 @@ def pairs(
     sides = [encoded[i][side] for side in ("chosen", "rejected") for i in kept]
     pad = encoder.tokenizer.pad_token_id
     chosen, rejected = _halves(_score(f"{name}: log-probabilities", model, sides, pad, batch_size))
-    margins = [b - a for (a, _), (b, _) in zip(chosen, rejected, strict=True)]
-    correct = [float(margin > 0) for margin in margins]
-    values = shares("preference_accuracy", correct, [rows[i].group for i in kept])
-    values |= _mean("margin", margins)
-    values |= losses_of("loss", chosen)
-    values["perplexity"] = perplexity(values["loss"])
+    margins = _margins(chosen, rejected)
     found = [
         {
-            "place": i, "file": rows[i].file, "row": rows[i].row, "messages": sample.prompt, "chosen": sample.chosen,
-            "rejected": sample.rejected, "correct": right, "margin": margin, "loss": total / count,
-            "group": rows[i].group,
+            **_row(rows, i), "chosen": _sample(rows[i]).chosen, "rejected": _sample(rows[i]).rejected,
+            "correct": float(margin > 0), "margin": margin, **per_token(scored), "group": rows[i].group,
         }
-        for i, right, margin, (total, count) in zip(kept, correct, margins, chosen, strict=True)
-        for sample in [_sample(rows[i])]
+        for i, margin, scored in zip(kept, margins, chosen, strict=True)
     ]  # fmt: skip
     if reference is not None:
         make, beta = reference
         with make() as other:
             before = _halves(_score(f"{name}: the reference's log-probabilities", other, sides, pad, batch_size))
-        start = [b - a for (a, _), (b, _) in zip(*before, strict=True)]
-        gained = [beta * (now - then) for now, then in zip(margins, start, strict=True)]
-        values |= shares("reward_accuracy", [float(value > 0) for value in gained], [None] * len(gained))
-        values |= _mean("reward_margin", gained)
-        found = [{**row, "reward_margin": value} for row, value in zip(found, gained, strict=True)]
+        for row, now, then in zip(found, margins, _margins(*before), strict=True):
+            row["reward_margin"] = beta * (now - then)
     return Evaluation(
-        name, len(kept), values, found, "pairs", notes=[*notes, *_left_out(len(rows) - len(kept), max_length)]
-    )
+        name, len(kept), measure("pairs", found), found, "pairs",
+        notes=[*notes, *_left_out(len(rows) - len(kept), max_length)],
+    )  # fmt: skip
 
 
 def unpaired(
     name: str, model: Any, encoder: Any, rows: Sequence[HeldRow], batch_size: int, max_length: int | None,
     reference: Reference | None = None,
 ) -> Evaluation:  # fmt: skip
-    """Loss and perplexity of the good answers, the loss of the bad ones, and what lies between them.
+    """Loss and perplexity of the desirable answers, the loss of the others, and what lies between them.
 
     With a reference, the rewards beta * log(probability / the reference's): reward_accuracy, the share of answers that
-    moved to the right side (good ones more probable, bad ones less), and reward_margin, good less bad on average.
+    moved to the right side (desirable ones more probable, the others less), and reward_margin, the difference of the
+    two means.
     """
     encoded, notes = _encoded(encoder, rows, "assistant", max_length)
     kept = [i for i, parts in enumerate(encoded) if all(map(_trained, parts.values()))]
     if not kept:
         raise UserError(f"no answer begins within data.max_length {max_length}", path=rows[0].file, fix="raise it")
     sides, pad = [encoded[i][""] for i in kept], encoder.tokenizer.pad_token_id
-    good = [_sample(rows[i]).label for i in kept]
     scored = _score(f"{name}: log-probabilities", model, sides, pad, batch_size)
-    by_label = [[pair for pair, label in zip(scored, good, strict=True) if label is side] for side in (True, False)]
-    values: dict[str, Any] = {"good": good.count(True), "bad": good.count(False)}
-    values |= losses_of("loss", by_label[0])
-    if "loss" in values:
-        values["perplexity"] = perplexity(values["loss"])
-    values |= losses_of("bad_loss", by_label[1])
-    if "loss" in values and "bad_loss" in values:
-        values["margin"] = values["bad_loss"] - values["loss"]
-    correct: list[float | None] = [None] * len(kept)
-    rewards: list[float | None] = [None] * len(kept)
+    found: list[dict[str, Any]] = [
+        {
+            **_row(rows, i), "completion": _sample(rows[i]).completion, "label": _sample(rows[i]).label,
+            "correct": None, **per_token(loss), "answer_reward": None, "group": rows[i].group,
+        }
+        for i, loss in zip(kept, scored, strict=True)
+    ]  # fmt: skip
     if reference is not None:
         make, beta = reference
         with make() as other:
             before = _score(f"{name}: the reference's log-probabilities", other, sides, pad, batch_size)
-        moved = [beta * (then - now) for (now, _), (then, _) in zip(scored, before, strict=True)]
-        right = [float(value > 0 if label else value < 0) for value, label in zip(moved, good, strict=True)]
-        values |= shares("reward_accuracy", right, [rows[i].group for i in kept])
-        if "margin" in values:
-            halves = [[v for v, label in zip(moved, good, strict=True) if label is side] for side in (True, False)]
-            values["reward_margin"] = mean(halves[0]) - mean(halves[1])
-        correct, rewards = list(right), list(moved)
-    found = [
-        {
-            "place": i, "file": rows[i].file, "row": rows[i].row, "messages": sample.prompt,
-            "completion": sample.completion,
-            "label": sample.label, "correct": right, "loss": total / count, "answer_reward": reward,
-            "group": rows[i].group,
-        }
-        for i, right, reward, (total, count) in zip(kept, correct, rewards, scored, strict=True)
-        for sample in [_sample(rows[i])]
-    ]  # fmt: skip
+        for row, (now, _), (then, _) in zip(found, scored, before, strict=True):
+            row["answer_reward"] = reward = beta * (then - now)
+            row["correct"] = float(reward > 0 if row["label"] else reward < 0)
+    counts = {name: sum(row["label"] is label for row in found) for name, label in (("good", True), ("bad", False))}
     return Evaluation(
-        name, len(kept), values, found, "unpaired", notes=[*notes, *_left_out(len(rows) - len(kept), max_length)]
-    )
+        name, len(kept), counts | measure("unpaired", found), found, "unpaired",
+        notes=[*notes, *_left_out(len(rows) - len(kept), max_length)],
+    )  # fmt: skip
 
 
 def text(
@@ -163,13 +140,11 @@ def text(
     if not found:
         raise UserError(f"the text does not fill one block of {length} tokens", key="data.max_length", fix="lower it")
     scored = _score(f"{name}: loss", model, found, tokenizer.pad_token_id, batch_size, "blocks")
-    values = losses_of("loss", scored)
-    values["perplexity"] = perplexity(values["loss"])
-    values["tokens"] = sum(count for _, count in scored)
     rows = [
-        {"row": i, "text": tokenizer.decode(block.input_ids), "tokens": count, "correct": None, "loss": total / count}
-        for i, (block, (total, count)) in enumerate(zip(found, scored, strict=True), 1)
+        {"row": i, "text": tokenizer.decode(block.input_ids), "tokens": loss[1], "correct": None, **per_token(loss)}
+        for i, (block, loss) in enumerate(zip(found, scored, strict=True), 1)
     ]
+    values = measure("text", rows) | {"tokens": sum(count for _, count in scored)}
     return Evaluation(name, len(found), values, rows, "text")
 
 
@@ -190,25 +165,25 @@ def scores(name: str, model: RewardModel, rows: Sequence[HeldRow], max_length: i
     sides = [read[i][side] for side in (0, 1) for i in kept]
     with task(f"{name}: scoring", len(sides), "answers") as advance:
         found = score_rows(model.model, sides, model.tokenizer.pad_token_id, on_batch=advance)
-    chosen, rejected = found[: len(kept)], found[len(kept) :]
-    correct = [float(a > b) for a, b in zip(chosen, rejected, strict=True)]
-    values = shares("preference_accuracy", correct, [rows[i].group for i in kept])
-    margins = [a - b for a, b in zip(chosen, rejected, strict=True)]
-    values |= _mean("margin", margins)
     result = [
         {
-            "place": i, "file": rows[i].file, "row": rows[i].row, "messages": sample.prompt, "chosen": sample.chosen,
-            "rejected": sample.rejected, "correct": right, "loss": None, "margin": good - bad, "chosen_score": good,
-            "rejected_score": bad, "group": rows[i].group,
+            **_row(rows, i), "chosen": _sample(rows[i]).chosen, "rejected": _sample(rows[i]).rejected,
+            "correct": float(chosen > rejected), "loss": None, "margin": chosen - rejected, "chosen_score": chosen,
+            "rejected_score": rejected, "group": rows[i].group,
         }
-        for i, right, good, bad in zip(kept, correct, chosen, rejected, strict=True)
-        for sample in [_sample(rows[i])]
+        for i, chosen, rejected in zip(kept, *_halves(found), strict=True)
     ]  # fmt: skip
-    return Evaluation(name, len(kept), values, result, "pairs", notes=_left_out(len(rows) - len(kept), max_length))
+    notes = _left_out(len(rows) - len(kept), max_length)
+    return Evaluation(name, len(kept), measure("pairs", result), result, "pairs", notes=notes)
 
 
 def _sample(row: HeldRow) -> Any:
     return row.sample
+
+
+def _row(rows: Sequence[HeldRow], i: int) -> dict[str, Any]:
+    """Which row it is, and what was asked in it."""
+    return {"place": i, "file": rows[i].file, "row": rows[i].row, "messages": _sample(rows[i]).prompt}
 
 
 def _encoded(
@@ -234,16 +209,16 @@ def _differ(pair: dict[str, Encoded]) -> bool:
 
 def _score(what: str, model: Any, rows: Sequence[Encoded], pad: int, batch_size: int, unit: str = "answers") -> Scored:
     with task(what, len(rows), unit) as advance:
-        return score(model, [(row.input_ids, row.labels) for row in rows], pad, batch_size, advance)
+        return negative_log_likelihoods(model, [(row.input_ids, row.labels) for row in rows], pad, batch_size, advance)
 
 
-def _halves(scored: Scored) -> tuple[Scored, Scored]:
+def _halves(scored: list[T]) -> tuple[list[T], list[T]]:
     return scored[: len(scored) // 2], scored[len(scored) // 2 :]
 
 
-def _mean(name: str, values: Sequence[float]) -> dict[str, Any]:
-    """The mean with a 95% interval."""
-    return {name: mean(values), f"{name}_ci": list(ratio_interval(values, [1] * len(values)))}
+def _margins(chosen: Scored, rejected: Scored) -> list[float]:
+    """By how many nats the chosen answer is the more probable one."""
+    return [b - a for (a, _), (b, _) in zip(chosen, rejected, strict=True)]
 
 
 def _left_out(count: int, limit: int | None) -> list[str]:

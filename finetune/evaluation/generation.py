@@ -1,10 +1,11 @@
 """Generation and scoring, shared by `ft eval`, `ft merge`, `ft chat` and mid-training evaluation.
 
-generate(...)   answers for encoded prompts, greedy or sampled, batched by length (soft prompts: by equal length)
-answer(...)     one call of the model's own generate, as it is told here and in no other way
-not_followed()  what the base's generation_config.json asks for beside that
-score(...)      negative log-likelihood per row
-evaluate(...)   both, and the metrics
+generate(...)                   answers for encoded prompts, greedy or sampled, batched by length (soft prompts: by
+                                equal length)
+answer(...)                     one call of the model's own generate, as it is told here and in no other way
+not_followed()                  what the base's generation_config.json asks for beside that
+negative_log_likelihoods(...)   of the labels of each row
+evaluate(...)                   both, and the metrics
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Evaluation:
     n: int
     metrics: dict[str, Any]
     rows: list[dict[str, Any]] = field(repr=False)
-    """What `--predictions` writes of each row that was measured. What models are compared by: correct (0 or 1, where
-    there is a right and a wrong), loss (nats per token), reward, group."""
+    """What `--predictions` writes of each row that was measured, and what `metrics.METRICS` are taken from: correct (0
+    or 1, where there is a right and a wrong), loss (nats per token), loss_tokens, margin, reward, group, …"""
     kind: str = "answers"
     """answers, pairs, unpaired or text"""
     generation: dict[str, Any] = field(default_factory=dict)
@@ -198,7 +199,7 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 
 @torch.inference_mode()
-def score(
+def negative_log_likelihoods(
     model: PreTrainedModel,
     rows: Sequence[tuple[list[int], list[int]]],
     pad: int,
@@ -256,56 +257,35 @@ def evaluate(
     begun = time.perf_counter()
     predictions = generate(model, encoder, prompts, max_new_tokens, batch_size, on_batch, temperature, seed)
     seconds = time.perf_counter() - begun
-    values: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
-    for (question, reference), prediction, conversation in zip(asked, predictions, conversations, strict=True):
-        right = None if reference is None else float(metrics.exact_match(prediction, reference))
-        rows.append(
-            {
-                "messages": question.messages, "reference": reference, "prediction": prediction, "correct": right,
-                "loss": None, "group": conversation.group,
-            }
-        )  # fmt: skip
+    rows: list[dict[str, Any]] = [
+        {
+            "messages": question.messages, "reference": reference, "prediction": prediction, "correct": None,
+            "loss": None, "group": conversation.group,
+        }
+        for (question, reference), prediction, conversation in zip(asked, predictions, conversations, strict=True)
+    ]  # fmt: skip
     known = [i for i, row in enumerate(rows) if row["reference"] is not None]
-    if known:
-        values |= shares("exact_match", [rows[i]["correct"] for i in known], [rows[i]["group"] for i in known])
-        fields: dict[str, list[float]] = {}
-        for i in known:
-            for key, right in (metrics.json_fields(predictions[i], rows[i]["reference"]) or {}).items():
-                fields.setdefault(key, []).append(float(right))
-        if fields:
-            values["field_accuracy"] = metrics.mean([v for column in fields.values() for v in column])
-            values["fields"] = {key: metrics.mean(column) for key, column in fields.items()}
-        encoded = [encoder.encode(conversations[i], "last") for i in known]
-        scored = score(model, [(e.input_ids, e.labels) for e in encoded], encoder.tokenizer.pad_token_id, batch_size)
-        values |= losses_of("loss", scored)
-        for i, (total, count) in zip(known, scored, strict=True):
-            rows[i]["loss"] = total / count if count else None
-        if "loss" in values:
-            values["perplexity"] = metrics.perplexity(values["loss"])
-        if missing := sum(not count for _, count in scored):  # the last turn is not trained
-            values["rows_without_loss"] = missing
+    encoded = [encoder.encode(conversations[i], "last") for i in known]
+    labelled = [(row.input_ids, row.labels) for row in encoded]
+    scored = negative_log_likelihoods(model, labelled, encoder.tokenizer.pad_token_id, batch_size)
+    for i, loss in zip(known, scored, strict=True):
+        rows[i] |= {"correct": metrics.right(rows[i]), **per_token(loss)}
+    values = metrics.measure("answers", rows)
+    columns: dict[str, list[float]] = {}
+    for row in rows:
+        for key, right in metrics.fields(row).items():
+            columns.setdefault(key, []).append(float(right))
+    if columns:
+        values["fields"] = {key: metrics.mean(column) for key, column in columns.items()}
+    if missing := sum(not count for _, count in scored):  # the last turn is not trained
+        values["rows_without_loss"] = missing
     written = sum(len(encoder.tokenizer.encode(p, add_special_tokens=False)) + 1 for p in predictions)
     values["tokens_per_second"] = written / max(seconds, 1e-9)
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "not_followed": not_followed(model)}
     return Evaluation(name, len(conversations), values, rows, generation=how)
 
 
-def shares(name: str, correct: Sequence[float], groups: Sequence[str | None]) -> dict[str, Any]:
-    """The share that is right, of all rows and of each group, with 95% intervals; `groups`: their numbers of rows."""
-    values: dict[str, Any] = {name: metrics.mean(correct)}
-    values[f"{name}_ci"] = list(metrics.wilson(int(sum(correct)), len(correct)))
-    for group, column in metrics.by_group(correct, groups).items():
-        values[f"{name}/{group}"] = metrics.mean(column)
-        values[f"{name}/{group}_ci"] = list(metrics.wilson(int(sum(column)), len(column)))
-        values.setdefault("groups", {})[group] = len(column)
-    return values
-
-
-def losses_of(name: str, scored: Sequence[tuple[float, int]]) -> dict[str, Any]:
-    """Nats per token of rows (sum, tokens) with a 95% interval; {} where no token is trained."""
-    kept = [(total, count) for total, count in scored if count]
-    if not kept:
-        return {}
-    totals, counts = zip(*kept, strict=True)
-    return {name: sum(totals) / sum(counts), f"{name}_ci": list(metrics.ratio_interval(totals, counts))}
+def per_token(scored: tuple[float, int]) -> dict[str, float | None]:
+    """Nats per token of a row (sum, tokens), and how many these are; None where no token is trained."""
+    total, count = scored
+    return {"loss": total / count if count else None, "loss_tokens": count}

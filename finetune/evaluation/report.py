@@ -16,46 +16,25 @@ from rich.table import Table
 
 from finetune.errors import visible
 from finetune.evaluation.generation import Evaluation
-from finetune.metrics import paired
+from finetune.metrics import Metric, paired
 from finetune.run.writing import write_json, write_lines
 from finetune.terminal.progress import note, output, row, say, say_json
 from finetune.terminal.progress import show as show_table
 
-MEANS = ("loss", "reward")  # of these of a row; the other metrics are shares of rows that are `correct`
 
-
-def compared(results: Sequence[Evaluation]) -> list[str]:
-    """The metrics in which these can be compared row by row."""
-    first = results[0].metrics
-    shares = [name for name in ("exact_match", "preference_accuracy", "reward_accuracy") if name in first]
-    if results[0].kind == "pairs":
-        shares = [name for name in shares if name == "preference_accuracy"]
-    names = [*shares, *(f"{name}/{group}" for name in shares for group in first.get("groups", ()))]
-    names += [name for name in ("loss", "reward") if name in first]
-    return [name for name in names if all(name in result.metrics for result in results)]
-
-
-def compare(a: Evaluation, b: Evaluation, metric: str = "exact_match") -> dict[str, Any]:
-    """b against a on the rows that both have, or on those of a group (exact_match/GROUP); of losses the lower wins."""
-    name, _, group = metric.partition("/")
-    before, after = (column(result, name, group) for result in (a, b))
+def compare(a: Evaluation, b: Evaluation, metric: Metric, group: str | None = None) -> dict[str, Any]:
+    """b against a on the rows, or those of a group, that both have."""
+    before, after = (column(result, metric, group) for result in (a, b))
     places = [place for place in before if place in after]
-    found = paired([before[place] for place in places], [after[place] for place in places])
-    if name == "loss":
-        found |= {"wins": found["losses"], "losses": found["wins"]}
-    return {"a": a.name, "b": b.name, "metric": metric, **found}
+    found = paired([before[place] for place in places], [after[place] for place in places], metric.lower_is_better)
+    return {"a": a.name, "b": b.name, "metric": metric.named(group), **found}
 
 
-def column(result: Evaluation, name: str, group: str) -> dict[Any, float]:
+def column(result: Evaluation, metric: Metric, group: str | None) -> dict[Any, float]:
     """Place -> value of the rows that have one."""
-    key = name if name in MEANS else "correct"
-    found = {}
-    for number, values in enumerate(result.rows):
-        wanted = not group or values.get("group") == group
-        wanted &= name != "loss" or values.get("label") is not False  # of unpaired answers the good ones
-        if wanted and values.get(key) is not None:
-            found[values.get("place", number)] = float(values[key])
-    return found
+    rows = enumerate(result.rows)
+    found = {row.get("place", i): metric.function(row) for i, row in rows if group is None or row.get("group") == group}
+    return {place: float(value) for place, value in found.items() if value is not None}
 
 
 def report(
@@ -185,10 +164,13 @@ def line(start: str, text: str) -> str:
     return start + set_cell_size(shown, room - cell_len(tail) - 1).rstrip() + "…" + tail
 
 
+HIDDEN = ("place", "loss_tokens")
+
+
 def write_predictions(path: str, results: Sequence[Evaluation]) -> None:
     """A line for each row and model: run, row, what was asked, reference, prediction, correct, loss, …"""
     rows = [
-        {"run": result.name, **{k: v for k, v in values.items() if k != "place" and (k != "group" or v is not None)}}
+        {"run": result.name, **{k: v for k, v in values.items() if k not in HIDDEN and (k != "group" or v is not None)}}
         for result in results
         for values in result.rows
     ]

@@ -314,7 +314,7 @@ def test_one_line_before_the_base_is_loaded(
         lambda: train(recipe(model={"adapter": adapter}, adapter={"lora_alpha": 10, "target_modules": ["q_proj"]})),
         lambda: chat.run(str(base), adapter, None, 0.0, 1),
         lambda: merge.run(adapter, str(tmp_path / "merged"), str(base)),
-        lambda: evaluate.run([], None, str(base), adapter, str(rows), False, 1, None),
+        lambda: evaluate.run([], model=str(base), adapter=adapter, data=str(rows), limit=1),
     ]
     for command in commands:
         with pytest.raises(UserError, match=expected) as caught:

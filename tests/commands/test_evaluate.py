@@ -33,7 +33,8 @@ def held_out(tmp_path: Path) -> Path:
 def test_run_and_base(recipe: Recipe, held_out: Path, tmp_path: Path) -> None:
     train(recipe(eval={"data": str(held_out), "max_new_tokens": 8, "batch_size": 3}))
     file = tmp_path / "eval.json"
-    done = ft("eval", "run", "--compare-base", "--json", file, cwd=tmp_path)
+    lines = tmp_path / "rows out.jsonl"
+    done = ft("eval", "run", "--compare-base", "--json", file, "--predictions", lines, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "exact match" in done.stdout
     written = json.loads(file.read_text())
@@ -48,7 +49,12 @@ def test_run_and_base(recipe: Recipe, held_out: Path, tmp_path: Path) -> None:
         ("base", "run", "exact_match"),
         ("base", "run", "loss"),
     ]
-    assert exact["wins"] + exact["losses"] + exact["ties"] == loss["wins"] + loss["losses"] + loss["ties"] == 7
+    assert exact["wins"] + exact["losses"] + exact["ties"] == 7
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    before, after = ([row["loss"] for row in rows if row["run"] == name] for name in ("base", "run"))
+    lower = sum(b < a for a, b in zip(before, after, strict=True))
+    assert (loss["wins"], loss["losses"], loss["ties"]) == (lower, 7 - lower, 0)
+    assert loss["difference"] == pytest.approx((sum(after) - sum(before)) / 7)
 
 
 def test_json_to_stdout_is_only_json(recipe: Recipe, held_out: Path, base: Path) -> None:
@@ -120,7 +126,7 @@ def test_groups_have_metrics_intervals_and_comparisons_of_their_own(
 
     monkeypatch.setattr(generation, "generate", answers)
     data, file = grouped(tmp_path / "rows.jsonl", ["a", "a", 7, 7, "a", None]), tmp_path / "out.json"
-    evaluate.run([], None, str(base), None, str(data), False, None, str(file), "none,none")
+    evaluate.run([], model=str(base), data=str(data), json_file=str(file), quantization="none,none")
     written = json.loads(file.read_text())
     found = written["runs"][0]["metrics"]
     assert found["exact_match"] == pytest.approx(3 / 6)
@@ -133,9 +139,38 @@ def test_groups_have_metrics_intervals_and_comparisons_of_their_own(
     assert compared == {"exact_match": 6, "exact_match/7": 2, "exact_match/a": 3, "loss": 6}
 
 
+def test_wins_are_of_the_second_model_and_a_metric_is_one_row(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By hand: the first answers row 0 right, the second rows 1 and 2; a toy metric counts characters."""
+    from finetune import metrics
+    from finetune.evaluation import generation
+
+    written = iter([["never 0", "1", "2", "3"], ["none at all", "never 1", "never 2", "3"]])
+    monkeypatch.setattr(generation, "generate", lambda *_: next(written))
+    toy = metrics.Metric(
+        "characters", ("answers",), lambda row: len(row["prediction"]), metrics.weighted, lower_is_better=True,
+        by_group=True,
+    )  # fmt: skip
+    monkeypatch.setattr(metrics, "METRICS", [*metrics.METRICS, toy])
+    data, file = grouped(tmp_path / "rows.jsonl", ["a", "a", "b", "b"]), tmp_path / "out.json"
+    evaluate.run([], model=str(base), data=str(data), json_file=str(file), quantization="none,none")
+    found = json.loads(file.read_text())
+    first, second = (run["metrics"] for run in found["runs"])
+    assert (first["characters"], second["characters"]) == (10 / 4, 26 / 4)
+    assert (first["characters/a"], second["characters/b"]) == (8 / 2, 8 / 2)
+    assert second["characters_ci"][0] < 26 / 4 < second["characters_ci"][1]
+    compared = {c["metric"]: (c["difference"], c["wins"], c["losses"], c["ties"]) for c in found["comparisons"]}
+    assert compared["exact_match"] == (1 / 4, 2, 1, 1)
+    assert compared["characters"] == (16 / 4, 0, 3, 1)
+    assert compared["characters/a"] == (5.0, 0, 2, 0)
+    assert compared["loss"] == (0, 0, 0, 4)
+    assert re.search(r"characters +│ +2\.500 \[.*│ +6\.500 \[", capsys.readouterr().out)
+
+
 def test_groups_and_sampling_stand_in_the_table(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = grouped(tmp_path / "rows.jsonl", ["yes", "no", "yes"])
-    evaluate.run([], None, str(base), None, str(data), False, None, None, temperature=0.7, seed=3)
+    evaluate.run([], model=str(base), data=str(data), temperature=0.7, seed=3)
     printed = capsys.readouterr().out
     assert "n=3, temperature 0.7, seed 3" in printed
     assert re.search(r"exact match/no +│ 0.000 \[0.000, 0.793\]", printed)  # wilson(0, 1)
@@ -156,7 +191,7 @@ def test_a_group_may_be_named_by_another_column(tmp_path: Path) -> None:
 
 def test_a_column_that_names_rows_is_no_group(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = grouped(tmp_path / "rows.jsonl", [f"row {n}" for n in range(21)])
-    evaluate.run([], None, str(base), None, str(data), False, None, str(tmp_path / "out.json"))
+    evaluate.run([], model=str(base), data=str(data), json_file=str(tmp_path / "out.json"))
     printed = capsys.readouterr()
     assert "has 21 values" in printed.err
     assert "exact match/" not in printed.out
@@ -230,7 +265,7 @@ def test_bad_arguments(arguments: tuple[str, ...], expected: str, tmp_path: Path
 def test_no_held_out_data(recipe: Recipe) -> None:
     run = train(recipe())
     with pytest.raises(UserError, match=r"no held-out data.*--data"):
-        evaluate.run([str(run.path)], None, None, None, None, False, None, None)
+        evaluate.run([str(run.path)])
 
 
 def test_rows_whose_last_turn_is_not_trained_have_no_loss(base: Path, tmp_path: Path) -> None:
@@ -262,14 +297,14 @@ def test_a_run_on_its_own_training_rows_is_not_called_held_out(
     recipe: Recipe, rows: Path, held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, file = train(recipe(eval={"max_new_tokens": 2})).path, tmp_path / "eval.json"
-    evaluate.run([str(run)], None, None, None, str(rows), True, 8, str(file))
+    evaluate.run([str(run)], data=str(rows), compare_base=True, limit=8, json_file=str(file))
     base, tuned = (result["metrics"] for result in json.loads(file.read_text())["runs"])
     assert tuned["trained_on"] == 8
     assert "trained_on" not in base
     shown = capsys.readouterr().out
     assert "run was trained on 8 of these 8 rows: its figures are not held-out" in shown
     assert "held-out, n=" not in shown
-    evaluate.run([str(run)], None, None, None, str(held_out), False, 2, str(file))
+    evaluate.run([str(run)], data=str(held_out), limit=2, json_file=str(file))
     assert json.loads(file.read_text())["runs"][0]["metrics"]["trained_on"] == 0
     assert "held-out, n=2" in capsys.readouterr().out
 
@@ -347,13 +382,13 @@ def test_a_full_run_is_compared_with_its_base(recipe: Recipe, base: Path, held_o
 
     moved = other.rename(tmp_path / "moved")
     with pytest.raises(UserError, match=r"--model: was trained on .*other, which is no longer there"):
-        evaluate.run([str(run.path)], None, None, None, None, True, None, None)
+        evaluate.run([str(run.path)], compare_base=True)
     again, _ = measured(tmp_path, [str(run.path)], {"compare_base": True, "model": str(moved)})
     assert again["metrics"]["loss"] == before["metrics"]["loss"]
     with pytest.raises(UserError, match="--model: is a full fine-tuning"):
-        evaluate.run([str(run.path)], None, str(moved), None, None, False, None, None)
+        evaluate.run([str(run.path)], model=str(moved))
     with pytest.raises(UserError, match="has no base to compare with"):
-        evaluate.run([], None, str(moved), None, str(held_out), True, None, None)
+        evaluate.run([], model=str(moved), data=str(held_out), compare_base=True)
 
 
 def full_recipe(recipe: Recipe, base: Path, section: dict[str, object]) -> Path:
@@ -389,7 +424,7 @@ def test_an_edited_recipe_says_what_is_evaluated(
     assert (found["n"], found["generation"]["max_new_tokens"]) == (2, 3)
     assert "eval.max_new_tokens 3, as the recipe says now; the run had 2" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(UserError, match="exclude each other"):
-        evaluate.run(["run"], str(edited), None, None, None, False, None, None)
+        evaluate.run(["run"], recipe=str(edited))
 
 
 def test_a_relative_glob_is_found_from_any_folder(
@@ -422,5 +457,5 @@ def test_files_with_little_in_them(base: Path, tmp_path: Path, capsys: pytest.Ca
     assert "no row has a reference answer" in printed.err
     assert "exact match" not in printed.out
     asked.write_text(asked.read_text() + "\n" + one.read_text())
-    evaluate.run([], None, str(base), None, str(asked), False, None, str(tmp_path / "o.json"), "none,none")
+    evaluate.run([], model=str(base), data=str(asked), json_file=str(tmp_path / "o.json"), quantization="none,none")
     assert {c["ties"] for c in json.loads((tmp_path / "o.json").read_text())["comparisons"]} == {1}

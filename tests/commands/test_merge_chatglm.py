@@ -50,8 +50,10 @@ def test_an_adapter_of_the_published_code_is_evaluated_and_merged(source: Path, 
     rows = [{"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "hi"}]}]
     held_out = write_rows(tmp_path / "rows.jsonl", rows)
     model = str(source)
-    evaluate.run([], None, model, str(FOREIGN), str(held_out), False, 1, str(tmp_path / "with.json"))
-    evaluate.run([], None, model, None, str(held_out), False, 1, str(tmp_path / "without.json"))
+    evaluate.run(
+        [], model=model, adapter=str(FOREIGN), data=str(held_out), limit=1, json_file=str(tmp_path / "with.json")
+    )
+    evaluate.run([], model=model, data=str(held_out), limit=1, json_file=str(tmp_path / "without.json"))
     losses = [json.loads((tmp_path / f"{name}.json").read_text())["runs"][0]["metrics"]["loss"]
               for name in ("with", "without")]  # fmt: skip
     assert abs(losses[0] - losses[1]) > 1e-3

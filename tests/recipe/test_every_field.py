@@ -497,7 +497,7 @@ def evaluated(stage: str, settings: dict[str, Any], files: dict[str, Any], monke
         return str(error)
     (run.path / "recipe.yaml").write_text(file.to_yaml(resolve(loaded, Hardware())), encoding="utf-8")
     with pytest.raises((Stop, UserError)) as caught:
-        evaluate.run([str(run.path)], None, None, None, None, False, None, None)
+        evaluate.run([str(run.path)])
     return seen or str(caught.value)
 
 

@@ -168,7 +168,7 @@ def test_output_files_are_checked_before_any_work(tmp_path: Path, monkeypatch: p
     mine = write_rows(tmp_path / "mine.jsonl", [{"text": "mine"}])
     for file, message in {"nowhere/x": "no such folder", str(mine): "nothing that ft wrote", ".": "is no file"}.items():
         with pytest.raises(UserError, match=f"--json: .*{message}"):
-            evaluate.run(["no-run"], None, None, None, None, False, None, file)
+            evaluate.run(["no-run"], json_file=file)
         with pytest.raises(UserError, match=f"--json: .*{message}"):
             data.check(None, [], "no-data", None, None, None, None, file)
         with pytest.raises(UserError, match=f"--json: .*{message}"):
