@@ -348,7 +348,7 @@ def _recipe_or_data(plain: str | None, recipe: str | None, data: str | None) -> 
     """(--recipe, --data): a plain argument is a recipe when it is a .yaml file or a shipped recipe's name."""
     if plain is None:
         return recipe, data
-    from finetune.recipe.file import shipped
+    from finetune.recipe.reading import shipped
 
     named = plain.lower().endswith((".yaml", ".yml")) or (f"{plain}.yaml" in shipped() and not Path(plain).exists())
     name, option = ("--recipe", recipe) if named else ("--data", data)

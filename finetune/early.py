@@ -22,7 +22,8 @@ from finetune.data import sources as data_sources
 from finetune.errors import Problem, UserError
 from finetune.evaluation import options
 from finetune.models import sources
-from finetune.recipe.file import find, load, recipe_text
+from finetune.recipe.file import load
+from finetune.recipe.reading import find, recipe_text
 from finetune.recipe.resolve import Hardware, absolute_data, resolve
 from finetune.recipe.sections import ModelConfig
 from finetune.recipe.stages import RECIPES, Recipe

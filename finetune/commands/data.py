@@ -14,7 +14,8 @@ import yaml
 from finetune import early
 from finetune.errors import UserError, visible
 from finetune.places import check_file, json_with
-from finetune.recipe.file import find, load, parse_value, recipe_text, with_settings
+from finetune.recipe.file import load, with_settings
+from finetune.recipe.reading import find, parse_value, recipe_text
 from finetune.recipe.resolve import absolute_source
 from finetune.recipe.sections import DataConfig
 from finetune.recipe.stages import RECIPES

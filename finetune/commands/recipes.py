@@ -12,7 +12,8 @@ from finetune.data.samples import kind_of
 from finetune.errors import UserError
 from finetune.places import check_file, json_with
 from finetune.recipe import reference
-from finetune.recipe.file import find, schema, shipped
+from finetune.recipe.file import schema
+from finetune.recipe.reading import find, shipped
 from finetune.recipe.stages import RECIPES
 from finetune.run.writing import write_atomically
 from finetune.terminal.progress import command, say, say_json

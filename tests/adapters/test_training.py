@@ -16,7 +16,7 @@ from test_methods import make
 from finetune.adapters import compatibility, load, lora_init, methods, soft_prompts
 from finetune.errors import UserError
 from finetune.evaluation.generation import batches
-from finetune.recipe import file
+from finetune.recipe import file, reading
 from finetune.recipe.adapters import LoraAdapter, PromptTuningAdapter
 from finetune.recipe.stages import SftRecipe
 from finetune.training.optim import faster_b
@@ -196,13 +196,13 @@ def test_modules_to_save_are_merged(recipe: Recipe, tmp_path: Path) -> None:
 
 METHOD_RECIPES = [
     name
-    for name, path in file.shipped().items()
+    for name, path in reading.shipped().items()
     if name.endswith("_llama.yaml") and "name: tiny-llama" in path.read_text() and "pretrain" not in name
 ]
 
 
 def test_every_method_has_a_recipe() -> None:
-    named = {yaml.safe_load(path.read_text()).get("adapter", {}).get("method") for path in file.shipped().values()}
+    named = {yaml.safe_load(path.read_text()).get("adapter", {}).get("method") for path in reading.shipped().values()}
     assert {name for name, row in methods.METHODS.items() if row.make_config} | {"full"} <= named
 
 
@@ -210,7 +210,7 @@ def test_every_method_has_a_recipe() -> None:
 @pytest.mark.parametrize("name", METHOD_RECIPES)
 def test_shipped_recipe_trains(name: str, recipe: Recipe, base: Path, rows: Path, tmp_path: Path) -> None:
     """With its own adapter and learning rate, on a random base: the loss falls."""
-    path = file.find(name)
+    path = reading.find(name)
     run = train(
         path, f"model.name={base}", f"data.train={rows}", "train.max_steps=40", f"output.dir={tmp_path / 'run'}",
         "model.sanity_check=false", "train.logging_steps=1", "train.warmup_steps=2",

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from finetune.errors import UserError
-from finetune.recipe import file
+from finetune.recipe import file, reading
 from finetune.recipe.resolve import Hardware, batch_layout, compute_dtype, resolve
 from finetune.recipe.stages import RECIPES, SftRecipe
 
@@ -186,7 +186,7 @@ def test_recipes_are_frozen(tmp_path: Path) -> None:
         recipe.output.dir = "elsewhere"  # type: ignore[misc]
 
 
-SHIPPED = file.shipped()
+SHIPPED = reading.shipped()
 
 
 def test_schema_beside_the_recipes_is_current() -> None:
