@@ -54,8 +54,8 @@ def test_a_method_is_one_row(recipe: Callable[..., Path], rows: Path, tmp_path: 
     merge.run(str(first.path), str(tmp_path / "merged"))
     found = losses(first.path, tmp_path / "merged", data=rows, file=tmp_path / "eval.json", compare_base=True)
     base, *_, tuned, merged = found
-    assert abs(tuned - base) > 1e-3
-    assert merged == pytest.approx(tuned, abs=1e-4)
+    assert abs(tuned - base) > 5e-3
+    assert merged == pytest.approx(tuned, abs=1e-3)  # both are rounded to bfloat16
 
     path = recipe(model={"adapter": str(first.path)}, train={"max_steps": 2}, output={"dir": str(tmp_path / "second")})
     path.write_text(path.read_text().replace("adapter:\n  lora_alpha: 8\n  method: lora\n  r: 4\n", ""))
