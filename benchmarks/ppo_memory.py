@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_iter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune.commands import ppo, reward, sft
-from finetune.models import loading
+from finetune.models import tokenizers
 from finetune.recipe.file import load
 from finetune.recipe.sections import ModelConfig
 from finetune.recipe.stages import PpoRecipe, RewardRecipe, SftRecipe
@@ -80,7 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # A vocabulary of real size: logits, and the buffer that trl computes them in, weigh what they weigh elsewhere.
-        tokenizer = loading.load_tokenizer(ModelConfig(name="tiny-llama"))
+        tokenizer = tokenizers.load_tokenizer(ModelConfig(name="tiny-llama"))
         config = LlamaConfig(
             vocab_size=32_768, hidden_size=args.hidden, intermediate_size=2 * args.hidden,
             num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64, max_position_embeddings=512,

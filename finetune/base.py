@@ -17,7 +17,8 @@ import torch
 
 from finetune.data.chat import make_encoder
 from finetune.families import Family, family
-from finetune.models import loading, sources
+from finetune.models import attach, loading, sources, tokenizers
+from finetune.models.config import read_config
 from finetune.models.identity import fingerprint
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.sections import ModelConfig
@@ -35,7 +36,7 @@ class Base:
 
     @classmethod
     def open(cls, model: ModelConfig, adapter: Path | None = None) -> Base:
-        return cls(model, loading.read_config(model), adapter)
+        return cls(model, read_config(model), adapter)
 
     @property
     def family(self) -> Family:
@@ -50,7 +51,7 @@ class Base:
     def tokenizer(self) -> Any:
         if self.own_tokenizer is not None:
             return self.own_tokenizer
-        return loading.load_tokenizer(self.model, self.adapter)
+        return tokenizers.load_tokenizer(self.model, self.adapter)
 
     @cached_property
     def encoder(self) -> Any:
@@ -69,4 +70,4 @@ class Base:
 
     def load(self, dtype: torch.dtype, machine: Hardware) -> Any:
         network = loading.load_model(self.model, dtype, machine)
-        return network if self.adapter is None else loading.attach_adapter(network, self.adapter, self.model)
+        return network if self.adapter is None else attach.attach_adapter(network, self.adapter, self.model)

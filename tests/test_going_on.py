@@ -20,7 +20,7 @@ from finetune.cli import main
 from finetune.commands import sft
 from finetune.data import conversations
 from finetune.errors import Interrupted
-from finetune.models import loading
+from finetune.models import tokenizers
 from finetune.recipe.file import load
 from finetune.recipe.stages import RECIPES, SftRecipe
 from finetune.run.directory import Run
@@ -93,7 +93,7 @@ def test_ctrl_c_while_loading_says_how_to_start_again(
     tmp_path: Path, base: Path, stage: str, monkeypatch: pytest.MonkeyPatch, typed: Callable[..., tuple[int, str]]
 ) -> None:
     path = written(tmp_path, base, stage)
-    monkeypatch.setattr(loading, "load_tokenizer", interrupt)
+    monkeypatch.setattr(tokenizers, "load_tokenizer", interrupt)
     code, said = typed(stage, "--recipe", str(path), "--set", "train.seed=3", "--overwrite")
     assert code == 130
     assert "interrupted before there was a checkpoint; start again with ft" in said

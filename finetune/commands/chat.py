@@ -13,7 +13,9 @@ from finetune.data.chat import make_encoder
 from finetune.errors import FinetuneError, RunError, UserError
 from finetune.evaluation.generation import Sampled, answer, not_followed, stop_ids
 from finetune.families import family
-from finetune.models import hardware, loading
+from finetune.models import attach, hardware, loading, sources, tokenizers
+from finetune.models.config import read_config
+from finetune.models.identity import configs_of
 from finetune.recipe.resolve import compute_dtype
 from finetune.recipe.sections import ModelConfig
 from finetune.terminal.progress import note, say, warn
@@ -22,18 +24,18 @@ HELP = "/reset forgets the conversation, /exit leaves"
 
 
 def run(model: str | None, adapter: str | None, system: str | None, temperature: float, max_new_tokens: int) -> None:
-    folder = loading.adapter_folder(adapter) if adapter else None
+    folder = sources.adapter_folder(adapter) if adapter else None
     if model is None and folder is None:
         raise UserError("no model to talk to", fix="give --model, or --adapter RUN")
-    config = ModelConfig(name=str(model)) if folder is None else loading.configs_of(folder, model)[1]
+    config = ModelConfig(name=str(model)) if folder is None else configs_of(folder, model)[1]
     if folder is not None:
-        loading.check_adapter(folder, config)
+        attach.check_adapter(folder, config)
     machine = hardware.detect()
-    tokenizer = loading.load_tokenizer(config, folder)
-    encoder = make_encoder(tokenizer, family(loading.read_config(config)["model_type"]))
+    tokenizer = tokenizers.load_tokenizer(config, folder)
+    encoder = make_encoder(tokenizer, family(read_config(config)["model_type"]))
     network = loading.load_model(config, getattr(torch, compute_dtype(config.dtype, machine)), machine)
     if folder is not None:
-        network = loading.attach_adapter(network, folder, config)
+        network = attach.attach_adapter(network, folder, config)
     network.eval()
     if ignored := not_followed(network):
         note(f"not followed, of the base's generation_config.json: {', '.join(f'{k} {v}' for k, v in ignored.items())}")

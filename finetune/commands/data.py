@@ -175,10 +175,11 @@ def stage_of(recipe: str) -> str:
 def make_encoder(model: Any) -> Any:
     from finetune.data import chat
     from finetune.families import family
-    from finetune.models import loading
+    from finetune.models import tokenizers
+    from finetune.models.config import read_config
 
-    config = loading.read_config(model)
-    return chat.make_encoder(loading.load_tokenizer(model), family(config["model_type"]))
+    config = read_config(model)
+    return chat.make_encoder(tokenizers.load_tokenizer(model), family(config["model_type"]))
 
 
 def show(report: Any) -> None:

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from finetune.models import hardware, loading
+from finetune.models import hardware, sources
 from finetune.recipe.resolve import compute_dtype
 from finetune.run.directory import versions
 
@@ -58,7 +58,7 @@ def run() -> None:
     print(f"{'fits':14} " + ", ".join(f"{what} up to {size:.1f}B" for what, size in fitting(machine.memory_gb).items()))
     print(f"{'':14} (a rule of thumb in parameters, at short lengths and small batches)")
     print(f"{'disk':14} {shutil.disk_usage('.').free / 1e9:.0f} GB free here")
-    print(f"{'built-in bases':14} {', '.join(loading.builtin_names())}")
+    print(f"{'built-in bases':14} {', '.join(sources.builtin_names())}")
     for module, what in EXTRAS.items():
         if importlib.util.find_spec(module) is None:
             print(f"{'missing':14} {module}: {what}")

@@ -27,7 +27,7 @@ from finetune.evaluation.options import quantizations, refuse
 from finetune.evaluation.report import compare, report, write_predictions
 from finetune.evaluation.rewards import RewardModel
 from finetune.evaluation.targets import Target, bases_of, find_targets, quantized, reference_of
-from finetune.models import hardware, loading
+from finetune.models import hardware, sources
 from finetune.models.quantization import weight_bytes
 from finetune.models.rope import context
 from finetune.recipe.resolve import absolute_data, compute_dtype
@@ -108,7 +108,7 @@ def held_out(target: Target, data: str | None, limit: int | None) -> HeldOut:
         raise UserError("no held-out data", key="eval.data", fix=fix)
     place = target.template or target.adapter
     if target.scores is not None:
-        place = loading.find_adapter(target.scores)
+        place = sources.find_adapter(target.scores)
     encoder = None
     if recipe.stage != "pretrain":
         encoder = Base.open(recipe.model.model_copy(update={"adapter": None}), place).encoder

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from finetune import places
 from finetune.adapters.compatibility import check_merge
-from finetune.adapters.load import adapter_config
 from finetune.adapters.merge import (
     adapted_layers,
     check_layers,
@@ -35,9 +34,13 @@ from finetune.early import DTYPES, REPORT, check_apart, check_target, written_na
 from finetune.errors import UserError
 from finetune.evaluation.generation import stop_ids
 from finetune.families import family
-from finetune.models import hardware, loading, sources
+from finetune.models import attach, hardware, loading, sources, tokenizers
+from finetune.models.adapter_files import described
 from finetune.models.chatglm.config import is_chatglm_layout
 from finetune.models.chatglm.export import export_original
+from finetune.models.config import read_config
+from finetune.models.identity import configs_of
+from finetune.models.weight_files import check_loading
 from finetune.recipe.sections import ModelConfig
 from finetune.run.directory import read_recipe, versions
 from finetune.run.writing import write_atomically, write_json
@@ -66,9 +69,9 @@ def run(
     check_target(target, overwrite)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}", key="--dtype", fix=f"one of {', '.join(DTYPES)}")
-    folder = loading.adapter_folder(adapter)
-    config, trained = loading.configs_of(folder, model)
-    check_apart(target, folder, loading.folder(config))
+    folder = sources.adapter_folder(adapter)
+    config, trained = configs_of(folder, model)
+    check_apart(target, folder, sources.folder(config))
     if base not in ("original", "dequantized") or (base == "dequantized" and trained.quantization is None):
         fix = "one of original, dequantized" if trained.quantization else "it was trained on the original weights"
         raise UserError(f"no {base!r} base to merge into", path=folder, key="--base", fix=fix)
@@ -78,28 +81,28 @@ def run(
             "started by making up for what int4 rounds away (loftq), and the original weights are not rounded",
             path=folder, key="--base", fix="use --base dequantized",
         )  # fmt: skip
-    values = loading.read_config(config)
+    values = read_config(config)
     check_layout(layout, values, config.name)
-    check_merge(adapter_config(folder), values["model_type"], folder)
-    if (fitted := loading.check_adapter(folder, config)) is not None:
+    check_merge(described(folder), values["model_type"], folder)
+    if (fitted := attach.check_adapter(folder, config)) is not None:
         check_layers(fitted, folder)
     declared = values.get("dtype") or values.get("torch_dtype") or "float32"
     dtype = dtype or declared
     kind = getattr(torch, dtype)
-    tokenizer = loading.load_tokenizer(config, folder)
+    tokenizer = tokenizers.load_tokenizer(config, folder)
     encoder = make_encoder(tokenizer, family(values["model_type"]))
     samples = [encoder.prompt_ids([{"role": "user", "content": text}]) for text in SAMPLES]
 
     as_trained = None
     if trained.quantization is not None:
         quantized = loading.load_model(trained, kind, hardware.detect())
-        as_trained = logits_of(loading.attach_adapter(quantized, folder, trained), samples)
+        as_trained = logits_of(attach.attach_adapter(quantized, folder, trained), samples)
         del quantized
     network = _base(config, trained, base, kind)
-    loading.resize_for(network, folder, config)  # base and sum are compared, token by token
+    attach.resize_for(network, folder, config)  # base and sum are compared, token by token
     before = logits_of(network, samples)
     exact = before if kind == torch.float32 else widened_logits(network, samples)
-    adapted = loading.attach_adapter(network, folder, config)
+    adapted = attach.attach_adapter(network, folder, config)
     unmerged = logits_of(adapted, samples)
     method = adapted.peft_config["default"].peft_type.value
     stored = sources.stored_dtype(config) or declared
@@ -107,9 +110,9 @@ def run(
         # Its values do not fit into `kind`: sum in float32, so that they are rounded once.
         del network, adapted
         network = _base(config, trained, base, torch.float32)
-        loading.resize_for(network, folder, config)
+        attach.resize_for(network, folder, config)
         exact = logits_of(network, samples)
-        adapted = loading.attach_adapter(network, folder, config)
+        adapted = attach.attach_adapter(network, folder, config)
     calls = inputs_of(adapted, samples[0])
     with task("summing and proving", len(adapted_layers(adapted)), "layers") as advance:
         sums = prove_sums(adapted, calls, kind, advance)
@@ -120,7 +123,7 @@ def run(
         stops, device = stop_ids(merged, encoder), merged.device
         with task("writing the merged model", after=1.0):
             if layout == "chatglm":
-                export_original(merged, values, part, max_shard_size, source=loading.folder(config))
+                export_original(merged, values, part, max_shard_size, source=sources.folder(config))
             else:
                 merged.generation_config = GenerationConfig()  # checked while saving, and replaced below
                 merged.save_pretrained(part, max_shard_size=max_shard_size)
@@ -150,7 +153,7 @@ def run(
         }  # fmt: skip
         with suppress(UserError):  # a hub's snapshot may be without it, and the hub away by now
             sources.file(config, "README.md")
-        licence = model_card.licence_of(config.name, loading.folder(config))
+        licence = model_card.licence_of(config.name, sources.folder(config))
         card = model_card.merged_card(report, config.name, licence, recipe_of(folder), target.name)
         write_atomically(part / "README.md", card)
         files = sorted({path.name for path in part.iterdir()} - {places.UNFINISHED} | {REPORT})
@@ -217,7 +220,7 @@ def read_back(folder: Path, dtype: torch.dtype, original: ModelConfig | None = N
     """What was written, loaded as anyone would (`original`: as that base, in ChatGLM's layout)."""
     if original is None:
         written, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-        loading.check_loading(info, str(folder))
+        check_loading(info, str(folder))
         return written
     here = {"name": str(folder), "source": None, "revision": None, "sanity_check": False}
     return loading.load_model(original.model_copy(update=here), dtype)

@@ -30,6 +30,7 @@ from finetune.errors import UserError
 from finetune.models import loading
 from finetune.models.chatglm import export
 from finetune.models.chatglm import tokenizer as chatglm_tokenizer
+from finetune.models.tokenizers import load_tokenizer
 from finetune.recipe.sections import ModelConfig, PretrainModelConfig
 from finetune.recipe.stages import PretrainRecipe
 from finetune.run.directory import Run
@@ -117,7 +118,7 @@ def tokenizer_of(model: PretrainModelConfig) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "tokenizer.model").write_bytes(tokenizers.build_sentencepiece(_world_texts(), world.HAN))
             return chatglm_tokenizer.build_tokenizer(folder, version=3)
-    return loading.load_tokenizer(ModelConfig(name=name, chat_template=model.chat_template))
+    return load_tokenizer(ModelConfig(name=name, chat_template=model.chat_template))
 
 
 def _world_texts() -> Iterator[str]:

@@ -74,7 +74,7 @@ def first_from(tokens: Tokens, char: int) -> int:
 
 def check_embedded(tokenizer: Any, ids: Sequence[int]) -> None:
     """RowProblem for an id that the model has no embedding for: its tokenizer is larger than itself."""
-    rows = getattr(tokenizer, "embedding_rows", None)  # set by loading.load_tokenizer, from config.json
+    rows = getattr(tokenizer, "embedding_rows", None)  # set by tokenizers.load_tokenizer, from config.json
     if rows is None or len(tokenizer) <= rows:
         return
     worst = max(ids, default=0)

@@ -34,10 +34,12 @@ from finetune.data.types import Conversation, RowProblem, attempted
 from finetune.errors import RunError, UserError
 from finetune.evaluation.generation import by_length
 from finetune.families import ENCODER, refused
-from finetune.models import loading, sources
+from finetune.models import adapter_files, attach, loading, sources
+from finetune.models.config import read_config
 from finetune.models.hardware import input_device
+from finetune.models.identity import configs_of
 from finetune.models.score_head import with_score_head
-from finetune.models.weight_files import read_json
+from finetune.models.weight_files import check_loading, read_json
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.sections import ModelConfig
 from finetune.run.directory import read_recipe
@@ -192,16 +194,16 @@ class RewardModel:
     def load(cls, path: str, dtype: torch.dtype, machine: Hardware) -> RewardModel:
         """From a run directory, an adapter folder, or a sequence-classification checkpoint."""
         check_model(path)
-        adapter = loading.find_adapter(path)
+        adapter = sources.find_adapter(path)
         if adapter is not None:
-            base = Base.open(loading.configs_of(adapter)[1], adapter)
+            base = Base.open(configs_of(adapter)[1], adapter)
             scored = with_score_head(loading.load_model(base.model, dtype, machine), base.model.name)
-            model = loading.attach_adapter(scored, adapter, base.model)
+            model = attach.attach_adapter(scored, adapter, base.model)
             return cls(path, model, base.tokenizer, base.encoder)
         source = checkpoint_of(path)
         model = classifier(source, dtype, machine)
         if reads_pairs(config_of(source)):
-            return cls(path, model, AutoTokenizer.from_pretrained(loading.locate(source)), None)
+            return cls(path, model, AutoTokenizer.from_pretrained(sources.locate(source)), None)
         base = Base.open(source)
         model.config.pad_token_id = base.tokenizer.pad_token_id  # how transformers finds where a row ends
         return cls(path, model, base.tokenizer, base.encoder)
@@ -245,7 +247,7 @@ def checkpoint_of(path: str) -> ModelConfig:
     folder = Path(path) / "model"
     model = ModelConfig(name=str(folder) if folder.is_dir() else path, sanity_check=False)
     try:
-        loading.locate(model)
+        sources.locate(model)
     except UserError as error:
         raise UserError([replace(problem, key="reward.model") for problem in error.problems]) from None
     return model
@@ -253,9 +255,9 @@ def checkpoint_of(path: str) -> ModelConfig:
 
 def check_model(path: str) -> None:
     """UserError for what is no reward model, from its small files."""
-    adapter = loading.find_adapter(path)
+    adapter = sources.find_adapter(path)
     if adapter is not None:
-        if loading.described(adapter).get("task_type") != "SEQ_CLS":
+        if adapter_files.described(adapter).get("task_type") != "SEQ_CLS":
             raise UserError("has no score head", path=adapter, key="reward", fix="give a run of `ft reward`")
         return
     config = config_of(checkpoint_of(path))
@@ -271,7 +273,7 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
         found = read_json(Path(path))
         if reads_pairs(found):
             return found
-    return loading.read_config(model)
+    return read_config(model)
 
 
 def reads_pairs(config: dict[str, Any]) -> bool:
@@ -282,12 +284,12 @@ def classifier(config: ModelConfig, dtype: torch.dtype, machine: Hardware) -> An
     """A stored sequence-classification model."""
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            loading.locate(config), dtype=dtype, trust_remote_code=False, output_loading_info=True,
+            sources.locate(config), dtype=dtype, trust_remote_code=False, output_loading_info=True,
             **({} if machine.device == "cpu" else {"device_map": {"": torch.accelerator.current_device_index()}}),
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise UserError(
             str(error).splitlines()[0], path=config.name, key="reward.model", fix="check the name"
         ) from None
-    loading.check_loading(info, config.name)
+    check_loading(info, config.name)
     return model

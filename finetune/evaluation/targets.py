@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.models import loading
+from finetune.models import adapter_files, attach, sources
+from finetune.models.identity import configs_of
 from finetune.models.sources import builtin_names
 from finetune.places import read_json
 from finetune.recipe.file import check, load
@@ -130,10 +131,10 @@ def run_target(reference: str, model: str | None = None, compare_base: bool = Fa
     name = path.name or path.resolve().name
     values = read_recipe(path)
     if values is None:
-        folder = loading.adapter_folder(reference)
-        config = loading.configs_of(folder, model)[1]
-        loading.check_adapter(folder, config)
-        scores = str(folder) if loading.described(folder).get("task_type") == "SEQ_CLS" else None
+        folder = sources.adapter_folder(reference)
+        config = configs_of(folder, model)[1]
+        attach.check_adapter(folder, config)
+        scores = str(folder) if adapter_files.described(folder).get("task_type") == "SEQ_CLS" else None
         return Target(name, config, folder, DataConfig(train="-"), EvalConfig(), config, scores=scores)
     recipe: Any = check(values, None, path / "recipe.yaml")
     base = base_model(recipe, path, model)
@@ -150,9 +151,9 @@ def run_target(reference: str, model: str | None = None, compare_base: bool = Fa
         from_nothing = recipe.model.is_new  # random weights, which no folder holds
         start = None if from_nothing else base
         return Target(name, tuned, None, recipe.data, recipe.eval, start, path / "model", recipe)
-    folder = loading.adapter_folder(reference)
+    folder = sources.adapter_folder(reference)
     check_there(base, path)
-    loading.check_adapter(folder, base)
+    attach.check_adapter(folder, base)
     return Target(name, base, folder, recipe.data, recipe.eval, base, folder, recipe)
 
 
@@ -206,4 +207,4 @@ def reference_of(target: Target) -> Target | None:
         note(f"{target.name}: {recipe.model.adapter}, from which it started, is gone: no reward to measure")
         return None
     model = target.base if target.adapter is None else target.model
-    return replace(target, model=model, adapter=loading.adapter_folder(recipe.model.adapter))
+    return replace(target, model=model, adapter=sources.adapter_folder(recipe.model.adapter))

@@ -1,7 +1,7 @@
 """INT8 and INT4 bases with bitsandbytes, on GPUs and CPUs.
 
     config_for(model, dtype)     what from_pretrained needs, or None
-    after_loading(model, name)   the fix for 4-bit gradients on CPUs, and the check that it really was quantized
+    after_loading(model, name)   the fix for 4-bit gradients on CPUs; checks of shapes, and that it really was quantized
     parameter_counts(model)      real numbers: a 4-bit weight's numel() is half of what it holds
     weight_bytes(model)          bytes of the weights as they lie in memory
 
@@ -91,9 +91,10 @@ def is_quantized(module: torch.nn.Module) -> bool:
 
 
 def after_loading(model: Any, name: str) -> None:
-    """Make a quantized model trainable on CPUs; UserError if much of it was not quantized."""
+    """Make a quantized model trainable on CPUs. UserError for misshapen weights, or if much of it was not quantized."""
     import bitsandbytes as bnb
 
+    check_shapes(model, name)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             # On CPUs with AVX512-BF16 an evaluation forward repacks the weights for a kernel without autograd, for
@@ -105,6 +106,20 @@ def after_loading(model: Any, name: str) -> None:
             f"{size.unquantized_share:.0%} of the block weights were left unquantized", path=name,
             key="model.quantization", fix="this architecture is not supported by bitsandbytes: leave it out",
         )  # fmt: skip
+
+
+def check_shapes(model: Any, name: str) -> None:
+    """UserError for misshapen weights: transformers does not compare those that it quantizes while loading."""
+    for path, module in model.named_modules():
+        if is_quantized(module):
+            state = getattr(module.weight, "quant_state", None)
+            stored = list(module.weight.shape if state is None else state.shape)
+            meant = [module.out_features, module.in_features]
+            if stored != meant:
+                raise UserError(
+                    f"misshapen weights ({path}: {stored}, config.json means {meant})", path=name,
+                    fix="config.json belongs to another checkpoint",
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ weight_files(folder)    those of a model
 check_file(path)        UserError for one that is empty, cut off or something else; reads no weights
 tensors(path)           (name, tensor) one by one, mapped where possible
 read_pickle(path)       a .bin file, read with weights_only
+check_loading(info)     UserError for weights that did not arrive in the network
 """
 
 from __future__ import annotations
@@ -106,3 +107,20 @@ def read_pickle(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     if not isinstance(found, dict):
         raise UserError("holds no mapping of names to weights", path=file, fix=AGAIN)
     return found
+
+
+def check_loading(info: dict[str, Any], name: str) -> None:
+    """transformers only warns about these, and the weights concerned stay random."""
+    problems = []
+    unexpected = [key for key in info["unexpected_keys"] if not DERIVED.search(key)]
+    for kind, keys in (("missing", info["missing_keys"]), ("unexpected", unexpected)):
+        if keys:
+            shown = ", ".join(sorted(keys)[:3]) + (" …" if len(keys) > 3 else "")
+            problems.append(
+                Problem(f"{len(keys)} {kind} weights ({shown})", name, fix="the checkpoint is not of this kind")
+            )
+    if info["mismatched_keys"]:
+        first = sorted(info["mismatched_keys"])[0]
+        problems.append(Problem(f"misshapen weights ({first})", name, fix="config.json belongs to another checkpoint"))
+    if problems:
+        raise UserError(problems)

@@ -37,7 +37,7 @@ from finetune.adapters.multiple import (
 from finetune.base import Base
 from finetune.errors import UserError
 from finetune.evaluation.rewards import RewardModel, check_model, checkpoint_of, is_reward_run
-from finetune.models import loading
+from finetune.models import adapter_files, attach, loading, sources
 from finetune.models.hardware import input_device
 from finetune.models.identity import check_identity
 from finetune.recipe.resolve import Hardware
@@ -109,12 +109,12 @@ def check(recipe: PpoRecipe) -> None:
 
 def check_shared(recipe: PpoRecipe, reward: Path) -> None:
     """UserError unless the reward adapter is of the policy's type and base."""
-    check_identity(reward, loading.folder(recipe.model), recipe.model.name)
+    check_identity(reward, sources.folder(recipe.model), recipe.model.name)
     if recipe.model.adapter is not None:
-        ours = loading.described(loading.adapter_folder(recipe.model.adapter))["peft_type"]
+        ours = adapter_files.described(sources.adapter_folder(recipe.model.adapter))["peft_type"]
     else:
         ours = recipe.adapter.method.upper()
-    theirs = loading.described(reward)["peft_type"]
+    theirs = adapter_files.described(reward)["peft_type"]
     if ours != theirs:
         raise UserError(
             f"the reward model is {theirs}, the policy {ours}: peft holds adapters of one type on a base",
@@ -147,7 +147,7 @@ def _shared(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None
         copy_adapter(model, POLICY, ref)
     scored = None
     if reward is not None:
-        folder = loading.adapter_folder(reward)
+        folder = sources.adapter_folder(reward)
         check_shared(recipe, folder)
         weight = add_adapter(model, folder, REWARD)
         scored = ActiveAdapter(model, REWARD), frozen_head(model, weight, folder)
@@ -175,7 +175,7 @@ def _separate(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | No
         folder = Path(reward) / "adapter"
         if folder.is_dir() and same_base(recipe, folder):
             network = loading.load_model(recipe.model, dtype, machine)
-            value = loading.attach_adapter(network, folder, recipe.model, loads_trainable(folder), as_causal)
+            value = attach.attach_adapter(network, folder, recipe.model, loads_trainable(folder), as_causal)
             prepare(value)
     value = policy() if value is None else value
     ref.requires_grad_(False)
@@ -193,7 +193,7 @@ def freeze_unread(value: ActiveAdapter) -> None:
 
 def same_base(recipe: PpoRecipe, reward: Path) -> bool:
     try:
-        check_identity(reward, loading.folder(recipe.model), recipe.model.name)
+        check_identity(reward, sources.folder(recipe.model), recipe.model.name)
     except UserError:
         return False
     return True

@@ -23,7 +23,7 @@ from finetune.base import Base
 from finetune.data.conversations import SftData
 from finetune.data.token_cache import cache_folder
 from finetune.errors import UserError
-from finetune.models import loading
+from finetune.models import sources
 from finetune.models.adapter_files import weights
 from finetune.models.identity import fingerprint
 from finetune.recipe.resolve import Hardware
@@ -47,7 +47,7 @@ def check_continues(recipe: DpoRecipe | KtoRecipe) -> None:
     if recipe.model.adapter is None and how == "merge":
         raise UserError("there is no adapter to merge", key=key, fix="set model.adapter, or leave it out")
     if recipe.model.adapter is not None and how == "continue":
-        folder = loading.adapter_folder(recipe.model.adapter)
+        folder = sources.adapter_folder(recipe.model.adapter)
         if of(adapter_config(folder)["peft_type"]).cuts_ranks:
             what = "AdaLoRA can stand on a base only once, and the reference would be a second copy of this adapter"
             raise UserError(what, path=folder, key="model.adapter", fix=f"set {key}: merge")
@@ -65,11 +65,11 @@ def moves_reference(section: Any) -> bool:
 
 def reference_key(recipe: DpoRecipe | KtoRecipe, base: ModelConfig) -> str:
     """What identifies the reference: base, quantization, precision, and the adapter it starts from."""
-    parts = [REFERENCE_VERSION, fingerprint(loading.folder(base)), str(base.quantization), base.quantization_type]
+    parts = [REFERENCE_VERSION, fingerprint(sources.folder(base)), str(base.quantization), base.quantization_type]
     parts += [recipe.model.dtype, str(start.weights_dtype(recipe))]  # what computes, and what holds the weights
     parts += [str(base.rope_scaling), str(base.attn_implementation)]
     if base.adapter is not None:
-        parts.append(fingerprint_of_adapter(loading.adapter_folder(base.adapter)))
+        parts.append(fingerprint_of_adapter(sources.adapter_folder(base.adapter)))
     elif moves_reference(recipe.adapter):
         parts.append(f"{recipe.adapter!r} {recipe.train.seed}")
     return " ".join(parts)

@@ -10,7 +10,7 @@ from typing import Any
 from finetune.base import Base
 from finetune.data import sources as data_sources
 from finetune.data import text as raw
-from finetune.models import loading
+from finetune.models import sources
 from finetune.models.identity import fingerprint
 from finetune.recipe.stages import PpoRecipe, Recipe
 from finetune.run.resuming import check_unchanged
@@ -33,7 +33,7 @@ def known_inputs(
     if template is not None:
         found["model.chat_template"] = digest([template])
     if recipe.model.adapter is not None:
-        found["model.adapter"] = digest(_weights(loading.adapter_folder(recipe.model.adapter)))
+        found["model.adapter"] = digest(_weights(sources.adapter_folder(recipe.model.adapter)))
     found["data.train"] = digest(_rows(recipe.data.train))
     if recipe.eval.data is not None:
         found["eval.data"] = digest(_rows(recipe.eval.data))
@@ -50,7 +50,7 @@ def _reward_inputs(reward: Any) -> dict[str, str]:
     if reward.train is not None:
         found["reward.train"] = digest(_rows(reward.train))
     if reward.model is not None:
-        adapter = loading.find_adapter(reward.model)
+        adapter = sources.find_adapter(reward.model)
         place = Path(reward.model).expanduser()
         folder = adapter or next((p for p in (place / "model", place) if p.is_dir()), None)
         found["reward.model"] = digest([reward.model] if folder is None else _weights(folder))

@@ -27,7 +27,7 @@ from finetune.adapters.load import adapter_config
 from finetune.adapters.methods import check, check_targets
 from finetune.base import Base
 from finetune.errors import RunError
-from finetune.models import hardware, loading, sources
+from finetune.models import attach, hardware, loading, sources
 from finetune.models.quantization import is_held_quantized
 from finetune.models.rope import check_length
 from finetune.recipe.file import to_yaml
@@ -187,8 +187,8 @@ def resolved(raw: AnyRecipe, machine: Hardware) -> AnyRecipe:
     start = getattr(getattr(recipe, recipe.stage, None), "start", "continue")
     if recipe.model.adapter is None or start == "merge":
         return recipe
-    folder = loading.adapter_folder(recipe.model.adapter)
-    fitted = loading.check_adapter(folder, recipe.model, trainable=True)
+    folder = sources.adapter_folder(recipe.model.adapter)
+    fitted = attach.check_adapter(folder, recipe.model, trainable=True)
     if fitted is not None and "adapter" in recipe.model_fields_set:
         check_targets(loading.skeleton(recipe.model), fitted, recipe.adapter, folder)
     return compatibility.continued(recipe, adapter_config(folder), folder)

@@ -13,7 +13,7 @@ from finetune.adapters.methods import without_head
 from finetune.adapters.multiple import HEAD_WEIGHTS
 from finetune.base import Base
 from finetune.errors import RunError
-from finetune.models import loading
+from finetune.models import attach, loading, sources
 from finetune.models.score_head import with_score_head
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.stages import DpoRecipe, KtoRecipe, Recipe, RewardRecipe
@@ -36,8 +36,8 @@ def policy(recipe: Recipe, base: Base, machine: Hardware) -> Any:
     network = loaded(recipe, base, machine)
     if base.model.adapter is None:
         return apply(network, recipe.adapter, base.tokenizer, base.folder)
-    start = loading.adapter_folder(base.model.adapter)
-    model = loading.attach_adapter(network, start, base.model, trainable=loads_trainable(start))
+    start = sources.adapter_folder(base.model.adapter)
+    model = attach.attach_adapter(network, start, base.model, trainable=loads_trainable(start))
     prepare(model)
     return model
 
@@ -48,10 +48,10 @@ def reward_model(recipe: RewardRecipe, base: Base, machine: Hardware) -> Any:
     if base.model.adapter is None:
         section = without_head(recipe.adapter)  # that of the scores is always trained
         return apply(scored, section, base.tokenizer, base.folder, as_score_task)
-    start = loading.adapter_folder(base.model.adapter)
+    start = sources.adapter_folder(base.model.adapter)
     weight = scored.score.weight.detach().cpu()  # the adapter brings none
     head = {HEAD_WEIGHTS[not loads_trainable(start)]: weight}
-    model = loading.attach_adapter(scored, start, base.model, loads_trainable(start), as_score_task, head)
+    model = attach.attach_adapter(scored, start, base.model, loads_trainable(start), as_score_task, head)
     for name, parameter in model.named_parameters():
         if name.endswith("score.modules_to_save.default.weight"):
             parameter.requires_grad = True

@@ -18,7 +18,8 @@ from finetune.data.chat import make_encoder
 from finetune.errors import UserError
 from finetune.evaluation.generation import generate
 from finetune.families import family
-from finetune.models import loading
+from finetune.models import attach, loading, tokenizers
+from finetune.models.config import read_config
 from finetune.recipe.sections import ModelConfig
 from finetune.training import session
 
@@ -157,14 +158,14 @@ def run(
     cell.declared, cell.trainable = result["trained"]["changed_equals_declared"], result["trainable_parameters"]
 
     config = ModelConfig.model_validate(model_values)
-    vocabulary = loading.read_config(config).get("vocab_size") or 65024
+    vocabulary = read_config(config).get("vocab_size") or 65024
     trained = logits(kept.pop("model"), vocabulary)
     if section["method"] == "full":
         again = loading.load_model(ModelConfig(name=str(done.model), sanity_check=False), torch.float32)
         cell.reload_diff = (logits(again, vocabulary) - trained).abs().max().item()
     else:
         bare = logits(loading.load_model(config, torch.float32), vocabulary)
-        again = loading.attach_adapter(loading.load_model(config, torch.float32), done.adapter, config)
+        again = attach.attach_adapter(loading.load_model(config, torch.float32), done.adapter, config)
         cell.reload_diff = (logits(again, vocabulary) - trained).abs().max().item()
         with again.disable_adapter():
             cell.off_diff = (logits(again, vocabulary) - bare).abs().max().item()
@@ -190,8 +191,8 @@ def batched_equals_single(model: Any, config: ModelConfig) -> bool:
     for module in model.modules():
         if hasattr(module, "state") and hasattr(module.state, "threshold"):
             module.state.threshold = 0.0
-    tokenizer = loading.load_tokenizer(config)
-    encoder = make_encoder(tokenizer, family(loading.read_config(config)["model_type"]))
+    tokenizer = tokenizers.load_tokenizer(config)
+    encoder = make_encoder(tokenizer, family(read_config(config)["model_type"]))
     prompts = [
         encoder.prompt_ids([{"role": "user", "content": text}]) for text in ("say 1", "say 22", "say 4 now", "x")
     ]

@@ -16,6 +16,7 @@ from finetune.adapters import methods, targets
 from finetune.commands import merge
 from finetune.errors import RunError, UserError
 from finetune.models import loading
+from finetune.models.config import read_config
 from finetune.recipe.adapters import BitFitAdapter, LastLayersAdapter, LnTuningAdapter, LoraAdapter
 from finetune.training.weight_check import Proof
 
@@ -119,8 +120,8 @@ def test_merges_refused_before_loading(
 ) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
     save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    read = loading.read_config
-    monkeypatch.setattr(loading, "read_config", lambda model: {**read(model), "model_type": model_type})
+    read = read_config
+    monkeypatch.setattr(merge, "read_config", lambda model: {**read(model), "model_type": model_type})
     monkeypatch.setattr(merge, "make_encoder", lambda *_: _NoEncoder())
     with pytest.raises(UserError, match=expected):
         merge.run(str(tmp_path), str(tmp_path / "merged"))

@@ -19,7 +19,7 @@ from finetune.adapters import load, methods
 from finetune.adapters.merge import check_layers
 from finetune.commands import chat, evaluate, merge
 from finetune.errors import UserError
-from finetune.models import loading
+from finetune.models import attach, loading, tokenizers
 from finetune.recipe.adapters import ADAPTERS
 from finetune.recipe.sections import ModelConfig
 
@@ -72,8 +72,8 @@ def config_of(base: Path) -> ModelConfig:
 
 def ours(base: Path, folder: Path) -> torch.Tensor:
     model = config_of(base)
-    loading.check_adapter(folder, model)
-    return computed(loading.attach_adapter(loading.load_model(model, torch.float32), folder, model))
+    attach.check_adapter(folder, model)
+    return computed(attach.attach_adapter(loading.load_model(model, torch.float32), folder, model))
 
 
 def merged(base: Path, folder: Path, output: Path) -> Any:
@@ -200,7 +200,7 @@ def test_added_tokens(
     found = ours(base, tmp_path / "a")
     compared = size if saved == "single tokens" else size + 3  # the head's new rows are nowhere then
     torch.testing.assert_close(found[..., :compared], expected[..., :compared], atol=1e-5, rtol=0)
-    assert len(loading.load_tokenizer(config_of(base), tmp_path / "a")) == size + 3
+    assert len(tokenizers.load_tokenizer(config_of(base), tmp_path / "a")) == size + 3
     model = merged(base, tmp_path / "a", tmp_path / "merged")
     torch.testing.assert_close(computed(model), found, atol=1e-5, rtol=0)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == model.config.vocab_size == size + 3
@@ -333,7 +333,7 @@ def test_a_wider_adapter(base: Path, tmp_path: Path) -> None:
         given = None if kind is None else kind(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
         foreign(wide, tmp_path / name, config=given)
         with pytest.raises(UserError, match=r"wants"):
-            loading.check_adapter(tmp_path / name, config_of(base))
+            attach.check_adapter(tmp_path / name, config_of(base))
 
 
 def test_no_merge_where_there_is_no_place(base: Path, tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_no_merge_where_there_is_no_place(base: Path, tmp_path: Path) -> None:
     Qwen2ForCausalLM(Qwen2Config(vocab_size=300, num_hidden_layers=1, **sizes)).save_pretrained(qwen)
     AutoTokenizer.from_pretrained(base).save_pretrained(qwen)
     foreign(qwen, tmp_path / "a", lora_bias=True, target_modules=["o_proj"])
-    fitted = loading.check_adapter(tmp_path / "a", config_of(qwen))
+    fitted = attach.check_adapter(tmp_path / "a", config_of(qwen))
     with pytest.raises(UserError, match=r"has a bias \(lora_bias\) on .*o_proj, where qwen2 checkpoints have no place"):
         check_layers(fitted, tmp_path / "a")
 
@@ -358,7 +358,7 @@ def test_every_method_of_ours_fits_its_base(base: Path, tmp_path: Path, method: 
     """The look at names and shapes refuses nothing that was saved here, and the weights arrive."""
     model = config_of(base)
     network = loading.load_model(model, torch.float32)
-    adapted = load.apply(network, ADAPTERS[method](**SIZES.get(method, {})), loading.load_tokenizer(model))
+    adapted = load.apply(network, ADAPTERS[method](**SIZES.get(method, {})), tokenizers.load_tokenizer(model))
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:

@@ -7,9 +7,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.builtin import tokenizers
+from finetune.builtin.tokenizers import CHAT_TEMPLATE, build_tokenizer
 from finetune.builtin.world import HAN, documents
-from finetune.models import loading
+from finetune.models import tokenizers
 from finetune.recipe.sections import ModelConfig
 from finetune.resources import BUILTIN_MODELS
 
@@ -18,7 +18,7 @@ PLAIN = [p for p in BASES if (p / "tokenizer.json").exists()]  # tiny-chatglm3 i
 
 
 def tokenizer_of(folder):
-    return loading.load_tokenizer(ModelConfig(name=folder.name))
+    return tokenizers.load_tokenizer(ModelConfig(name=folder.name))
 
 
 def size(folder):
@@ -47,9 +47,9 @@ def test_the_tokenizer_is_the_one_the_world_gives(folder):
     stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
     text = "Tara paid 1,024.50 yuan;\nfor order ZX90817 (杭州)"
     assert shipped.encode(text) == stored.encode(text).ids  # AutoTokenizer splits it otherwise on a qwen2 model
-    built = tokenizers.build_tokenizer(islice(documents(0, 8_000), 8_000), HAN)
+    built = build_tokenizer(islice(documents(0, 8_000), 8_000), HAN)
     assert shipped.get_vocab() == built.get_vocab()
-    assert shipped.chat_template == tokenizers.CHAT_TEMPLATE
+    assert shipped.chat_template == CHAT_TEMPLATE
     assert shipped.pad_token_id == built.pad_token_id
 
 

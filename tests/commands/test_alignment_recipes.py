@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from conftest import SHARED, ft
 
-from finetune.models import loading
+from finetune.models import sources
 
 REAL = SHARED / "data" / "dpo_zh_demo.json"
 FAMILIES = [
     pytest.param(
-        name, marks=pytest.mark.skipif(f"tiny-{name}" not in loading.builtin_names(), reason=f"needs tiny-{name}")
+        name, marks=pytest.mark.skipif(f"tiny-{name}" not in sources.builtin_names(), reason=f"needs tiny-{name}")
     )
     for name in ("llama", "qwen", "chatglm3")
 ]

@@ -16,7 +16,7 @@ from conftest import ft
 from finetune.commands import chat
 from finetune.data.chat import make_encoder
 from finetune.errors import RunError
-from finetune.models import loading
+from finetune.models import loading, tokenizers
 from finetune.recipe.sections import ModelConfig
 
 
@@ -42,7 +42,7 @@ def test_no_model() -> None:
 
 def asked(base: Path) -> tuple[Any, Any, list[int]]:
     config = ModelConfig(name=str(base))
-    encoder = make_encoder(loading.load_tokenizer(config))
+    encoder = make_encoder(tokenizers.load_tokenizer(config))
     return loading.load_model(config, torch.float32), encoder, encoder.prompt_ids([{"role": "user", "content": "hi"}])
 
 

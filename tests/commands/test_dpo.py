@@ -15,7 +15,7 @@ from conftest import SHARED, tensors, train, write_rows
 from finetune.commands import dpo, kto
 from finetune.errors import UserError
 from finetune.evaluation import targets
-from finetune.models import loading
+from finetune.models import attach, loading
 from finetune.recipe.file import load
 from finetune.recipe.sections import ModelConfig
 from finetune.recipe.stages import DpoRecipe, KtoRecipe
@@ -252,7 +252,7 @@ def test_a_start_that_rewrites_the_base_rewrites_it_once(
     ids = torch.arange(3, 20)[None]
     config = ModelConfig(name=str(base), sanity_check=False)
     bare = loading.load_model(config, torch.float32)(ids).logits
-    tuned = loading.attach_adapter(loading.load_model(config, torch.float32), found.adapter, config)(ids).logits
+    tuned = attach.attach_adapter(loading.load_model(config, torch.float32), found.adapter, config)(ids).logits
     torch.testing.assert_close(tuned, bare, atol=1e-4, rtol=0)
 
 

@@ -88,12 +88,12 @@ def test_loss_equals_a_plain_forward_pass(base: Path, held_out: Path) -> None:
 def test_batched_generation_equals_one_by_one(base: Path) -> None:
     from finetune.data.chat import make_encoder
     from finetune.evaluation import generation
-    from finetune.models import loading
+    from finetune.models import loading, tokenizers
     from finetune.recipe.sections import ModelConfig
 
     config = ModelConfig(name=str(base))
     model = loading.load_model(config, torch.float32)
-    encoder = make_encoder(loading.load_tokenizer(config))
+    encoder = make_encoder(tokenizers.load_tokenizer(config))
     prompts = [encoder.prompt_ids([{"role": "user", "content": "ab" * n}]) for n in (1, 9, 4, 30, 2)]
     together = generation.generate(model, encoder, prompts, 12, batch_size=5)
     alone = [generation.generate(model, encoder, [p], 12, batch_size=1)[0] for p in prompts]
@@ -201,13 +201,13 @@ def test_sampled_answers(base: Path) -> None:
     """The same for the same seed, from the whole distribution at its temperature, and greedy by default."""
     from finetune.data.chat import make_encoder
     from finetune.evaluation import generation
-    from finetune.models import loading
+    from finetune.models import loading, tokenizers
     from finetune.recipe.sections import ModelConfig
 
     config = ModelConfig(name=str(base))
     model = loading.load_model(config, torch.float32)
     model.generation_config.top_k, model.generation_config.top_p = 3, 0.5  # a base's own wishes
-    encoder = make_encoder(loading.load_tokenizer(config))
+    encoder = make_encoder(tokenizers.load_tokenizer(config))
     prompt = encoder.prompt_ids([{"role": "user", "content": "ab"}])
 
     def draw(n: int, **options: float) -> list[str]:
@@ -342,14 +342,14 @@ def test_greedy_obeys_nothing_but_the_model(
 
     from finetune.data.chat import make_encoder
     from finetune.evaluation import generation
-    from finetune.models import loading
+    from finetune.models import loading, tokenizers
     from finetune.recipe.sections import ModelConfig
 
     folder = Path(shutil.copytree(base, tmp_path / "base"))
     (folder / "generation_config.json").write_text(json.dumps({**wishes, "eos_token_id": 2}))
     config = ModelConfig(name=str(folder))
     model = loading.load_model(config, torch.float32)
-    encoder = make_encoder(loading.load_tokenizer(config))
+    encoder = make_encoder(tokenizers.load_tokenizer(config))
     prompt = ids = encoder.prompt_ids([{"role": "user", "content": "aaaa"}])
     while len(ids) < len(prompt) + 8 and ids[-1] != 2:
         with torch.inference_mode():

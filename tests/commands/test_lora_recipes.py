@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import ft_process, train
 
-from finetune.models import loading
+from finetune.models import attach, loading, sources
+from finetune.models.identity import configs_of
 from finetune.resources import resource_path
 
 BASES = {"lora_llama": "tiny-llama", "lora_qwen": "tiny-qwen", "lora_chatglm3": "tiny-chatglm3"}
@@ -17,7 +18,7 @@ NETWORKS = {"tiny-llama": "LlamaForCausalLM", "tiny-qwen": "Qwen2ForCausalLM", "
 FAMILY_RECIPES = [
     pytest.param(
         recipe, base,
-        marks=pytest.mark.skipif(base not in loading.builtin_names(), reason=f"needs the built-in base {base}"),
+        marks=pytest.mark.skipif(base not in sources.builtin_names(), reason=f"needs the built-in base {base}"),
     )
     for recipe, base in BASES.items()
 ]  # fmt: skip
@@ -32,9 +33,9 @@ def test_two_steps_on_the_tiny_base(recipe: str, base: str, tmp_path: Path) -> N
     assert result["steps"] == 2
     losses = [row["loss"] for row in run.read_metrics() if "loss" in row]
     assert all(0 < loss < 6 for loss in losses)  # guessing has 6.9
-    config, _ = loading.configs_of(run.adapter)
+    config, _ = configs_of(run.adapter)
     assert config.name == base
-    model = loading.attach_adapter(loading.load_model(config, torch.float32), run.adapter, config)
+    model = attach.attach_adapter(loading.load_model(config, torch.float32), run.adapter, config)
     assert type(model.get_base_model()).__name__ == NETWORKS[base]
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from finetune.adapters.merge import in_float32, logits_of
 from finetune.commands import merge
 from finetune.errors import RunError, UserError
-from finetune.models import loading
+from finetune.models import attach
 
 Recipe = Callable[..., Path]
 
@@ -168,9 +168,9 @@ def test_the_sum_itself_is_proven(
     """A library that adds the wrong update would do so twice alike."""
     from peft.tuners.lora.layer import Linear
 
-    real, wrapped = Linear.get_delta_weight, loading.attach_adapter
+    real, wrapped = Linear.get_delta_weight, attach.attach_adapter
 
-    def attach(*arguments: Any, **options: Any) -> Any:
+    def marked(*arguments: Any, **options: Any) -> Any:
         model = wrapped(*arguments, **options)
         for name, module in model.named_modules():
             module.marked = only in name
@@ -179,7 +179,7 @@ def test_the_sum_itself_is_proven(
     def wrong(self: Any, adapter: str) -> torch.Tensor:
         return real(self, adapter) * (factor if self.marked else 1.0)
 
-    monkeypatch.setattr(loading, "attach_adapter", attach)
+    monkeypatch.setattr(attach, "attach_adapter", marked)
     monkeypatch.setattr(Linear, "get_delta_weight", wrong)
     with pytest.raises(RunError, match=rf"differs from base \+ adapter: in .*{only}"):
         merged(trained, tmp_path / "merged", dtype)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from finetune.adapters.merge import largest_difference, logits_of
 from finetune.commands import evaluate, merge
 from finetune.errors import UserError
-from finetune.models import loading
+from finetune.models import loading, tokenizers
 from finetune.recipe.sections import ModelConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
@@ -90,7 +90,7 @@ def test_both_layouts_of_a_run_compute_the_same(recipe: Recipe, source: Path, tm
     assert not info["unexpected_keys"]
     assert not list(stock.glob("*.py"))
     text = "philosophy 你好"
-    ours = loading.load_tokenizer(ModelConfig(name=str(source)))
+    ours = tokenizers.load_tokenizer(ModelConfig(name=str(source)))
     assert AutoTokenizer.from_pretrained(stock)(text)["input_ids"] == ours(text)["input_ids"]
 
 

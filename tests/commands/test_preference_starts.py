@@ -21,7 +21,7 @@ from finetune.data.chat import make_encoder
 from finetune.data.pairs import load_pairs, load_unpaired
 from finetune.data.prompts import load_prompts
 from finetune.errors import UserError
-from finetune.models import hardware, loading
+from finetune.models import hardware, loading, tokenizers
 from finetune.recipe.adapters import ADAPTERS
 from finetune.recipe.file import check
 from finetune.recipe.resolve import resolve
@@ -107,7 +107,7 @@ def test_reward_goes_on_with_the_head_of_its_start(base: Path, tmp_path: Path) -
 
 def test_an_answer_is_scored_at_its_end_whatever_is_trained(base: Path, tmp_path: Path) -> None:
     """Also where the template writes on behind it; and the recipe's key, without effect, is named."""
-    encoder = make_encoder(loading.load_tokenizer(ModelConfig(name=str(base))))
+    encoder = make_encoder(tokenizers.load_tokenizer(ModelConfig(name=str(base))))
     file = write_rows(
         tmp_path / "pairs.jsonl", [{"prompt": f"say {i}", "chosen": "yes", "rejected": "no"} for i in "ab"]
     )
@@ -125,7 +125,7 @@ def test_an_answer_is_scored_at_its_end_whatever_is_trained(base: Path, tmp_path
 def test_the_weight_of_a_source_counts_in_every_stage(base: Path, tmp_path: Path, stage: str) -> None:
     from finetune.data import text as raw
 
-    encoder = make_encoder(loading.load_tokenizer(ModelConfig(name=str(base))))
+    encoder = make_encoder(tokenizers.load_tokenizer(ModelConfig(name=str(base))))
     once, often = (
         write_rows(
             tmp_path / f"{name}.jsonl",
@@ -157,7 +157,7 @@ def test_weight_decay_reaches_matrices_only(base: Path, method: str) -> None:
     network = loading.load_model(ModelConfig(name=str(base), sanity_check=False), torch.float32, hardware.detect())
     options: dict[str, Any] = {"lora": {"r": 1}, "dora": {"use_dora": True}, "vera": {"r": 8}}.get(method, {})
     section = ADAPTERS["lora" if method == "dora" else method].model_validate(options)
-    model = apply(network, section, loading.load_tokenizer(ModelConfig(name=str(base))))  # type: ignore[arg-type]
+    model = apply(network, section, tokenizers.load_tokenizer(ModelConfig(name=str(base))))  # type: ignore[arg-type]
     names = set(decayed(model))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     kept = {n for n in trained if n not in names}

@@ -152,10 +152,10 @@ def test_keys_that_nobody_reads_are_named(tmp_path: Path) -> None:
 
 
 def test_chatglm_has_no_place_for_thinking() -> None:
-    from finetune.models import loading
+    from finetune.models import tokenizers
     from finetune.recipe.sections import ModelConfig
 
-    made = chat.make_encoder(loading.load_tokenizer(ModelConfig(name="tiny-chatglm3")))
+    made = chat.make_encoder(tokenizers.load_tokenizer(ModelConfig(name="tiny-chatglm3")))
     assert made.encode(Conversation(ROWS["reasoning"])).lost == (("the thinking of turn 2", True),)
     assert made.encode(Conversation(ROWS["plain"])).lost == ()
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"k": {}}}}}
@@ -211,13 +211,13 @@ def test_one_good_row_stays_good(tmp_path: Path) -> None:
 
 
 def test_a_template_that_is_none_is_told_with_file_and_line(tmp_path: Path) -> None:
-    from finetune.models import loading
+    from finetune.models import tokenizers
     from finetune.recipe.sections import ModelConfig
 
     def built(text: str) -> Any:
         (tmp_path / "x.jinja").write_text(text)
         model = ModelConfig(name="tiny-llama", chat_template=str(tmp_path / "x.jinja"))
-        return chat.make_encoder(loading.load_tokenizer(model))
+        return chat.make_encoder(tokenizers.load_tokenizer(model))
 
     loop = "{% for m in messages %}\n"
     with pytest.raises(UserError, match=r"x\.jinja, line 2: model\.chat_template: the chat template is not valid"):
@@ -254,11 +254,11 @@ def test_tokens_outside_of_the_embedding_are_told_before_training(tmp_path: Path
 
 
 def test_the_size_of_the_embedding_comes_from_the_config() -> None:
-    from finetune.models import loading
+    from finetune.models import tokenizers
     from finetune.recipe.sections import ModelConfig
 
-    assert loading.load_tokenizer(ModelConfig(name="tiny-llama")).embedding_rows == 1024
-    assert loading.load_tokenizer(ModelConfig(name="tiny-chatglm3")).embedding_rows == 1088
+    assert tokenizers.load_tokenizer(ModelConfig(name="tiny-llama")).embedding_rows == 1024
+    assert tokenizers.load_tokenizer(ModelConfig(name="tiny-chatglm3")).embedding_rows == 1088
 
 
 def test_turn_markers_are_found_in_thinking_and_calls() -> None:

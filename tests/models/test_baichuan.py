@@ -17,7 +17,7 @@ from finetune.adapters.merge import logits_of
 from finetune.data.chat import make_encoder
 from finetune.errors import UserError
 from finetune.families import family
-from finetune.models import baichuan, loading
+from finetune.models import baichuan, loading, tokenizers
 from finetune.recipe.sections import ModelConfig
 
 LINES = [f"hello world, this is order {i}: 你好 世界 订单号 {i * 7}" for i in range(300)]
@@ -129,7 +129,7 @@ def test_wrong_weights_are_an_error(tmp_path: Path, name: str, kind: str) -> Non
 
 def test_tokenizer_without_its_code(tmp_path: Path) -> None:
     write_baichuan(tmp_path / "baichuan")
-    tokenizer = loading.load_tokenizer(ModelConfig(name=str(tmp_path / "baichuan")))
+    tokenizer = tokenizers.load_tokenizer(ModelConfig(name=str(tmp_path / "baichuan")))
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "baichuan" / "tokenizer.model"))
     texts = [*LINES[:20], "  two  spaces", "新的文本\n第二行", "<s> is text </s>"]
     assert tokenizer(texts[:-1])["input_ids"] == model.encode(texts[:-1])
@@ -147,7 +147,7 @@ def test_llama_derivatives_that_bring_only_a_sentencepiece_model(tmp_path: Path,
     size = model.vocab_size()
     (folder / "added_tokens.json").write_text(json.dumps({"<pad>": size}), encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}), encoding="utf-8")
-    tokenizer = loading.load_tokenizer(ModelConfig(name=str(folder)))
+    tokenizer = tokenizers.load_tokenizer(ModelConfig(name=str(folder)))
     assert tokenizer("你好 world")["input_ids"] == [1, *model.encode("你好 world")]
     assert tokenizer.pad_token_id == size
     assert tokenizer.decode(tokenizer("你好 world")["input_ids"], skip_special_tokens=True) == "你好 world"
@@ -163,7 +163,7 @@ def test_added_tokens_that_would_get_other_ids_are_refused(tmp_path: Path) -> No
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
     (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 9999}), encoding="utf-8")
     with pytest.raises(UserError, match="the checkpoint means 9999"):
-        loading.load_tokenizer(ModelConfig(name=str(folder)))
+        tokenizers.load_tokenizer(ModelConfig(name=str(folder)))
 
 
 def test_baichuan2_chat_has_its_template(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_baichuan2_chat_has_its_template(tmp_path: Path) -> None:
     size = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
     added = {"<reserved_106>": size, "<reserved_107>": size + 1}
     (folder / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
-    tokenizer = loading.load_tokenizer(ModelConfig(name=str(folder)))
+    tokenizer = tokenizers.load_tokenizer(ModelConfig(name=str(folder)))
     encoder = make_encoder(tokenizer, family("baichuan"))
     ids = encoder.prompt_ids([{"role": "user", "content": "hello"}])
     assert (ids[0], ids[-1]) == (size, size + 1)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.errors import UserError
-from finetune.models import loading
+from finetune.models import loading, tokenizers
 from finetune.recipe.sections import ModelConfig
 
 WEIGHTS = "model.safetensors"
@@ -117,5 +117,5 @@ def test_tokenizers(base: Path, tmp_path: Path, damage: Callable[[Path], Any]) -
     folder = Path(shutil.copytree(base, tmp_path / "copy"))
     damage(folder)
     with pytest.raises(UserError, match="no usable tokenizer") as caught:
-        loading.load_tokenizer(ModelConfig(name=str(folder)))
+        tokenizers.load_tokenizer(ModelConfig(name=str(folder)))
     assert len(caught.value.lines()) == 1

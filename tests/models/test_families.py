@@ -19,7 +19,8 @@ from finetune.adapters.merge import largest_difference, logits_of, merge_in_floa
 from finetune.data.chat import make_encoder
 from finetune.errors import UserError
 from finetune.evaluation.generation import generate, left_pad
-from finetune.models import loading
+from finetune.models import attach, loading, tokenizers
+from finetune.models.config import read_config
 from finetune.recipe.adapters import LoraAdapter
 from finetune.recipe.sections import ModelConfig
 
@@ -41,7 +42,7 @@ def load(folder: Path, **keys: Any) -> Any:
 
 def samples_of(folder: Path) -> tuple[Any, list[list[int]]]:
     config = config_of(folder)
-    encoder = make_encoder(loading.load_tokenizer(config), families.family(loading.read_config(config)["model_type"]))
+    encoder = make_encoder(tokenizers.load_tokenizer(config), families.family(read_config(config)["model_type"]))
     return encoder, [encoder.prompt_ids([{"role": "user", "content": text}]) for text in TEXTS]
 
 
@@ -73,7 +74,7 @@ def test_lora_learns_is_saved_and_merges(checkpoint: Path, tmp_path: Path) -> No
     unmerged = logits_of(model, samples)
     model.save_pretrained(tmp_path)
 
-    again = loading.attach_adapter(load(checkpoint), tmp_path, config_of(checkpoint))
+    again = attach.attach_adapter(load(checkpoint), tmp_path, config_of(checkpoint))
     assert largest_difference(unmerged, logits_of(again, samples))[0] == 0.0
     with again.disable_adapter():
         assert largest_difference(logits_of(load(checkpoint), samples), logits_of(again, samples))[0] == 0.0
@@ -183,7 +184,7 @@ REFUSED = {
 def test_refused_with_reason_and_what_to_use_instead(tmp_path: Path, name: str) -> None:
     config, words = REFUSED[name]
     with pytest.raises(UserError, match=words) as caught:
-        loading.read_config(write_config(tmp_path / "model", **config))
+        read_config(write_config(tmp_path / "model", **config))
     assert len(caught.value.lines()) == 1
     assert caught.value.problems[0].fix
 
@@ -196,7 +197,7 @@ def test_refused_with_reason_and_what_to_use_instead(tmp_path: Path, name: str) 
 )  # fmt: skip
 def test_refused_by_name_before_anything_is_downloaded(name: str) -> None:
     with pytest.raises(UserError, match="use "):
-        loading.read_config(ModelConfig(name=name))
+        read_config(ModelConfig(name=name))
 
 
 @pytest.mark.parametrize(
@@ -211,4 +212,4 @@ def test_names_that_load_are_not_refused(name: str) -> None:
 def test_an_adapter_of_plain_peft_goes_on_any_family(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "base", "gpt2")
     apply(load(folder), LoraAdapter(r=2)).save_pretrained(tmp_path / "adapter")
-    assert isinstance(loading.attach_adapter(load(folder), tmp_path / "adapter", config_of(folder)), PeftModel)
+    assert isinstance(attach.attach_adapter(load(folder), tmp_path / "adapter", config_of(folder)), PeftModel)

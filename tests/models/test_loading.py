@@ -24,8 +24,9 @@ from finetune.commands import chat, evaluate, merge
 from finetune.data.chat import make_encoder
 from finetune.errors import UserError
 from finetune.evaluation.generation import generate
-from finetune.models import loading, sources
-from finetune.models.identity import fingerprint, read_identity
+from finetune.models import loading, sources, tokenizers
+from finetune.models.config import read_config
+from finetune.models.identity import configs_of, fingerprint, read_identity
 from finetune.recipe.adapters import LoraAdapter
 from finetune.recipe.sections import ModelConfig
 
@@ -76,7 +77,7 @@ def test_a_hub_id_from_the_cache_by_revision(cached: Path, checkpoint: Path) -> 
         model = load("owner/model", revision=revision)
         assert torch.equal(logits_of(model, IDS)[0], logits_of(load(checkpoint), IDS)[0])
     assert sources.commit(config_of("owner/model", revision="v1")) == "0123abcd" * 5
-    assert fingerprint(loading.folder(config_of("owner/model"))) == fingerprint(checkpoint)
+    assert fingerprint(sources.folder(config_of("owner/model"))) == fingerprint(checkpoint)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
         load("owner/model", revision="v2")
 
@@ -92,10 +93,10 @@ def test_source_decides_where_a_name_is_ambiguous(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     other = tiny.write(tmp_path / "owner" / "model", "qwen2", seed=1)
-    assert loading.locate(config_of("owner/model")) == str(other)
-    assert loading.locate(config_of("owner/model", source="hub")) == "owner/model"
+    assert sources.locate(config_of("owner/model")) == str(other)
+    assert sources.locate(config_of("owner/model", source="hub")) == "owner/model"
     with pytest.raises(UserError, match="no such model"):
-        loading.locate(config_of("owner/nothing", source="local"))
+        sources.locate(config_of("owner/nothing", source="local"))
 
 
 def test_modelscope(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,8 +110,8 @@ def test_modelscope(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.Monkey
     sources.modelscope_folder.cache_clear()
     monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(snapshot_download=snapshot_download))
     keys = {"source": "modelscope", "revision": "v2"}
-    loading.read_config(config_of("Owner/Model", **keys))
-    loading.load_tokenizer(config_of("Owner/Model", **keys))
+    read_config(config_of("Owner/Model", **keys))
+    tokenizers.load_tokenizer(config_of("Owner/Model", **keys))
     assert calls == [("Owner/Model", "v2", True)]  # weights are fetched last, when all else is checked
     model = load("Owner/Model", **keys)
     assert calls[1:] == [("Owner/Model", "v2", False)]
@@ -122,7 +123,7 @@ def test_modelscope_without_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
     sources.modelscope_folder.cache_clear()
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(UserError, match="pip install modelscope"):
-        loading.read_config(config_of("Owner/Model", source="modelscope"))
+        read_config(config_of("Owner/Model", source="modelscope"))
 
 
 # --- nothing from a checkpoint is run ---
@@ -166,7 +167,7 @@ def test_code_beside_a_known_model_is_not_run(checkpoint: Path, tmp_path: Path) 
         values = json.loads((folder / name).read_text())
         values["auto_map"] = {key: ["code.X", None] if key == "AutoTokenizer" else "code.X"}
         (folder / name).write_text(json.dumps(values))
-    loading.load_tokenizer(config_of(folder))
+    tokenizers.load_tokenizer(config_of(folder))
     load(folder)
 
 
@@ -177,7 +178,7 @@ def test_offloaded_to_disk_it_generates_the_same(checkpoint: Path, tmp_path: Pat
     keys = {"device_map": "auto", "max_memory": {"cpu": "40KB"}, "offload_folder": str(tmp_path / "offload")}
     model, whole = load(checkpoint, **keys), load(checkpoint)
     assert "disk" in model.hf_device_map.values()
-    encoder = make_encoder(loading.load_tokenizer(config_of(checkpoint)))
+    encoder = make_encoder(tokenizers.load_tokenizer(config_of(checkpoint)))
     prompts = [encoder.prompt_ids([{"role": "user", "content": text}]) for text in ("one", "another 一")]
     assert generate(model, encoder, prompts, 8, 2) == generate(whole, encoder, prompts, 8, 2)
     with pytest.raises(UserError, match="not be trained"):
@@ -256,7 +257,7 @@ def test_a_resharded_copy_is_the_same_base(base: Path, tmp_path: Path) -> None:
 def test_how_the_base_was_loaded_comes_back_with_the_adapter(recipe: Recipe) -> None:
     scaling = {"rope_type": "yarn", "factor": 2.0}
     run = train(recipe(model={"rope_scaling": scaling, "sanity_check": False}, train={"max_steps": 1}))
-    config, _ = loading.configs_of(run.adapter)
+    config, _ = configs_of(run.adapter)
     assert config.rope_scaling is not None
     assert config.rope_scaling.model_dump(exclude_none=True) == scaling
     assert config.sanity_check is False
@@ -264,19 +265,19 @@ def test_how_the_base_was_loaded_comes_back_with_the_adapter(recipe: Recipe) -> 
 
 def test_merging_after_full_fine_tuning_and_other_folders(recipe: Recipe, base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such model"):
-        loading.read_config(ModelConfig(name=str(tmp_path / "nothing")))
+        read_config(ModelConfig(name=str(tmp_path / "nothing")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no config\.json"):
-        loading.read_config(ModelConfig(name=str(tmp_path / "empty")))
+        read_config(ModelConfig(name=str(tmp_path / "empty")))
     apply(load(base), LoraAdapter(r=2)).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match="is an adapter"):
-        loading.read_config(ModelConfig(name=str(tmp_path / "adapter")))
+        read_config(ModelConfig(name=str(tmp_path / "adapter")))
 
 
 def test_a_broken_config_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{not json")
     with pytest.raises(UserError, match="is not JSON"):
-        loading.read_config(ModelConfig(name=str(tmp_path)))
+        read_config(ModelConfig(name=str(tmp_path)))
 
 
 def test_chatglm_takes_no_other_template(tmp_path: Path) -> None:
@@ -284,5 +285,5 @@ def test_chatglm_takes_no_other_template(tmp_path: Path) -> None:
     template = tmp_path / "t.jinja"
     template.write_text("{{ messages }}", encoding="utf-8")
     with pytest.raises(UserError, match="no template can replace them") as caught:
-        loading.load_tokenizer(ModelConfig(name="tiny-chatglm3", chat_template=str(template)))
+        tokenizers.load_tokenizer(ModelConfig(name="tiny-chatglm3", chat_template=str(template)))
     assert caught.value.problems[0].key == "model.chat_template"

@@ -15,7 +15,8 @@ from conftest import ft, train, write_rows
 from pydantic import ValidationError
 
 from finetune.errors import UserError
-from finetune.models import loading
+from finetune.models import loading, tokenizers
+from finetune.models.config import read_config
 from finetune.recipe.sections import ModelConfig, RopeScaling
 
 ROTARY = ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "phi3", "falcon", "glm", "glm4", "mixtral"]
@@ -116,7 +117,7 @@ def ambiguous(tmp_path: Path) -> Path:
 
 def test_an_ambiguous_rope_ratio_asks(ambiguous: Path) -> None:
     with pytest.raises(UserError, match=r"set model\.rope_scaling to"):
-        loading.read_config(ModelConfig(name=str(ambiguous)))
+        read_config(ModelConfig(name=str(ambiguous)))
 
 
 @pytest.mark.parametrize(("kind", "theta", "factor"), [("default", 80000.0, None), ("linear", 10000.0, 8.0)])
@@ -129,7 +130,7 @@ def test_and_is_settled_by_the_key(
     assert model.config.rope_parameters["rope_theta"] == theta
     assert model.config.rope_parameters.get("factor") == factor
     ids = list(range(5, 35))
-    config = loading.read_config(ModelConfig(name=str(ambiguous), rope_scaling=RopeScaling(**scaling)))
+    config = read_config(ModelConfig(name=str(ambiguous), rope_scaling=RopeScaling(**scaling)))
     state = random_state(config, 0)
     expected = reference_logits(config, state, torch.tensor([ids]), interpolate=kind == "linear")
     assert (logits(model, ids) - expected[0]).abs().max() < 1e-3
@@ -190,7 +191,7 @@ def found(model: Any, tokenizer: Any, length: int, n: int = 20) -> float:
 def test_a_passkey_past_the_trained_length(name: str) -> None:
     """Without any fine-tuning; linear scaling needs some and is in the slow tests."""
     scaling, length = SCALINGS[name]
-    tokenizer = loading.load_tokenizer(ModelConfig(name="tiny-llama"))
+    tokenizer = tokenizers.load_tokenizer(ModelConfig(name="tiny-llama"))
     scaled = load("tiny-llama", **scaling, original_max_position_embeddings=TRAINED)
     plain = load("tiny-llama")
     assert found(plain, tokenizer, 100) > 0.8  # it can do it at all
@@ -269,7 +270,7 @@ def test_linear_scaling_wants_training(tmp_path: Path) -> None:
     (tmp_path / "linear.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     done = ft("pretrain", "--recipe", tmp_path / "linear.yaml")
     assert done.returncode == 0, done.stderr
-    tokenizer = loading.load_tokenizer(ModelConfig(name="tiny-llama"))
+    tokenizer = tokenizers.load_tokenizer(ModelConfig(name="tiny-llama"))
     untrained = load("tiny-llama", **recipe["model"]["rope_scaling"])
     assert found(untrained, tokenizer, 100) <= 0.2
     trained = load(tmp_path / "run" / "model")

@@ -15,11 +15,11 @@ from conftest import train
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import UserError
-from finetune.models import loading, sanity
+from finetune.models import loading, sanity, sources, tokenizers
 from finetune.recipe.sections import ModelConfig
 
 State = dict[str, torch.Tensor]
-BASES = loading.builtin_names()
+BASES = sources.builtin_names()
 
 
 def swap(first: str, second: str) -> Callable[[State], None]:
@@ -63,14 +63,14 @@ MISTAKES: dict[str, Callable[[State], None]] = {
 def test_built_in_bases_are_far_below_guessing(name: str) -> None:
     model = ModelConfig(name=name, sanity_check=True)
     loaded = loading.load_model(model, torch.float32)
-    loss = sanity.copying_loss(loaded, loading.load_tokenizer(model))
+    loss = sanity.copying_loss(loaded, tokenizers.load_tokenizer(model))
     assert loss < 0.3 * math.log(loaded.config.vocab_size)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_wrong_mappings_are_caught(mistake: str, tmp_path: Path) -> None:
     folder = tmp_path / "wrong"
-    shutil.copytree(loading.locate(ModelConfig(name="tiny-llama")), folder)
+    shutil.copytree(sources.locate(ModelConfig(name="tiny-llama")), folder)
     state = load_file(folder / "model.safetensors")
     MISTAKES[mistake](state)
     save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors", {"format": "pt"})

@@ -15,7 +15,7 @@ from finetune.data.chat import make_encoder
 from finetune.data.types import Conversation
 from finetune.evaluation.generation import generate, stop_ids
 from finetune.families import family
-from finetune.models import loading
+from finetune.models import loading, tokenizers
 from finetune.recipe.sections import ModelConfig
 from finetune.resources import resource_path
 
@@ -73,7 +73,7 @@ def test_the_bases_own_ends_stop_too(tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 77, 78]}))
     config = ModelConfig(name=str(folder), sanity_check=False)
     model = loading.load_model(config, torch.float32)
-    encoder = make_encoder(loading.load_tokenizer(config), family("llama"))
+    encoder = make_encoder(tokenizers.load_tokenizer(config), family("llama"))
     assert encoder.stop_ids == [2]
     assert stop_ids(model, encoder) == [2, 77, 78]
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
@@ -87,6 +87,6 @@ def test_padding_is_never_the_end(tmp_path: Path) -> None:
     values = json.loads((folder / "tokenizer_config.json").read_text())
     for pad in (None, "<|im_end|>"):
         (folder / "tokenizer_config.json").write_text(json.dumps({**values, "pad_token": pad}))
-        tokenizer = loading.load_tokenizer(ModelConfig(name=str(folder)))
+        tokenizer = tokenizers.load_tokenizer(ModelConfig(name=str(folder)))
         assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
         assert tokenizer.padding_side == "left"

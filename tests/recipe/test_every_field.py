@@ -27,7 +27,8 @@ from finetune.commands import dpo, evaluate, kto, ppo, pretrain, sft
 from finetune.data import conversations, pairs, prompts
 from finetune.errors import RunError, UserError
 from finetune.evaluation import targets
-from finetune.models import loading, quantization, sanity
+from finetune.models import loading, quantization, sanity, tokenizers
+from finetune.models.config import read_config
 from finetune.recipe import effects, file
 from finetune.recipe.adapters import ADAPTERS, OtherAdapter
 from finetune.recipe.resolve import Hardware, a_step, batch_layout, resolve
@@ -297,9 +298,9 @@ class Watch:
             monkeypatch.setattr(module, name, self.reading(getattr(module, name)))
         monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", self.load)
         monkeypatch.setattr(quantization, "after_loading", lambda *_: None)
-        monkeypatch.setattr(loading, "_check_quantized_shapes", lambda *_: None)
         monkeypatch.setattr(sanity, "check", lambda _, __, model: self.seen.update(sanity=model.sanity_check))
-        monkeypatch.setattr(loading, "load_tokenizer", self.tokenizer)
+        for module in (tokenizers, pretrain):
+            monkeypatch.setattr(module, "load_tokenizer", self.tokenizer)
         monkeypatch.setattr(session, "fit_trainer", self.fit)
         for command in (dpo, kto):
             monkeypatch.setattr(command, "merged_start", self.merged)
@@ -386,7 +387,7 @@ class Watch:
         raise Stop
 
 
-REAL_PPO, TOKENIZER = Ppo.fit, loading.load_tokenizer
+REAL_PPO, TOKENIZER = Ppo.fit, tokenizers.load_tokenizer
 
 
 def table(rows: Any) -> Any:
@@ -488,8 +489,8 @@ def evaluated(stage: str, settings: dict[str, Any], files: dict[str, Any], monke
     monkeypatch.setattr(evaluate, "evaluate_target", stop)
     run = Run(tmp / "evaluated")
     run.path.mkdir(exist_ok=True)
-    monkeypatch.setattr(targets.loading, "adapter_folder", lambda _: run.path / "adapter")
-    monkeypatch.setattr(targets.loading, "check_adapter", lambda *_: None)
+    monkeypatch.setattr(targets.sources, "adapter_folder", lambda _: run.path / "adapter")
+    monkeypatch.setattr(targets.attach, "check_adapter", lambda *_: None)
     (tmp / "recipe.yaml").write_text(yaml.safe_dump(recipe(stage, settings, files, tmp)), encoding="utf-8")
     try:
         loaded: Any = file.load(str(tmp / "recipe.yaml"), RECIPES[stage])
@@ -517,10 +518,10 @@ def probe_hub_model(stage: str, key: str, files: dict[str, Any], monkeypatch: An
         return str(Path(files["base"]) / name)
 
     monkeypatch.setattr(hub, "file", of_hub)
-    loading.read_config(ModelConfig(name="owner/base", source="hub", revision="v2"))
+    read_config(ModelConfig(name="owner/base", source="hub", revision="v2"))
     assert asked == [("owner/base", "v2")]
     with pytest.raises(UserError, match="no such model"):
-        loading.read_config(ModelConfig(name="owner/base", source="local"))
+        read_config(ModelConfig(name="owner/base", source="local"))
     for settings, said in (({"model.source": "hub"}, "model.source"), ({"model.revision": "v2"}, "model.revision")):
         assert said in outcome(stage, settings, files, SimpleNamespace(seen={}), tmp)  # type: ignore[arg-type]
 

@@ -228,10 +228,11 @@ def split_off(recipe: SftRecipe) -> evaluated.HeldOut:
     """The rows that `ft sft` of this recipe would hold out."""
     from finetune.data.chat import make_encoder
     from finetune.families import family
-    from finetune.models import loading
+    from finetune.models import tokenizers
+    from finetune.models.config import read_config
 
-    config = loading.read_config(recipe.model)
-    encoder = make_encoder(loading.load_tokenizer(recipe.model), family(config["model_type"]))
+    config = read_config(recipe.model)
+    encoder = make_encoder(tokenizers.load_tokenizer(recipe.model), family(config["model_type"]))
     return evaluated.split_off(recipe, encoder, None)
 
 

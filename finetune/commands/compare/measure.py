@@ -24,7 +24,8 @@ from finetune.data.chat import make_encoder
 from finetune.errors import UserError
 from finetune.evaluation import generation as evaluation
 from finetune.families import family
-from finetune.models import hardware, loading
+from finetune.models import attach, hardware, loading, tokenizers
+from finetune.models.config import read_config
 from finetune.recipe.file import check
 from finetune.recipe.resolve import compute_dtype
 from finetune.recipe.sections import ModelConfig
@@ -40,9 +41,9 @@ def measure(where: Path) -> dict[str, Any]:
     recipe = check(yaml.safe_load((where / "recipe.yaml").read_text(encoding="utf-8")), "sft")
     assert isinstance(recipe, SftRecipe)
     assert recipe.eval.data is not None
-    architecture = loading.read_config(recipe.model)["model_type"]
+    architecture = read_config(recipe.model)["model_type"]
     trained = next((folder for folder in (where / "adapter", where / "model") if folder.is_dir()), None)
-    encoder = make_encoder(loading.load_tokenizer(recipe.model, trained), family(architecture))  # as it was trained
+    encoder = make_encoder(tokenizers.load_tokenizer(recipe.model, trained), family(architecture))  # as it was trained
     rows = conversations.load_eval_rows(recipe.eval.data, recipe.data)[: recipe.eval.limit]
     asked = [evaluation.split_reference(row)[0] for row in rows[:PROMPTS]]
     prompts = [encoder.prompt_ids(conversation.messages, conversation.tools) for conversation in asked]
@@ -60,7 +61,7 @@ def measure(where: Path) -> dict[str, Any]:
         weights, mergeable = (where / "model").glob("*.safetensors"), "is the model"
     else:
         adapter = where / "adapter"
-        model = loading.attach_adapter(base, adapter, recipe.model, trainable=loads_trainable(adapter))
+        model = attach.attach_adapter(base, adapter, recipe.model, trainable=loads_trainable(adapter))
         prepare(model)
         weights, mergeable = adapter.glob("adapter_model*"), "yes"
         try:

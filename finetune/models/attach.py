@@ -1,0 +1,120 @@
+"""An adapter on its base.
+
+check_adapter(folder, model)    does it fit the base? Before that is loaded
+attach_adapter(base, folder)    base identity checked, embeddings as many as it was trained on
+resize_for(base, folder)        only the latter
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from finetune import register
+from finetune.errors import FinetuneError, UserError
+from finetune.models import sources
+from finetune.models.adapter_files import check_fit, described, own_embeddings, resize
+from finetune.models.adapter_files import weights as weights_of
+from finetune.models.chatglm.adapter import convert_adapter_from_original, is_original_adapter, save_adapter
+from finetune.models.chatglm.config import is_chatglm_layout
+from finetune.models.config import read_config
+from finetune.models.failures import as_user_error, reason
+from finetune.models.identity import check_identity
+from finetune.models.loading import skeleton
+from finetune.models.tokenizers import added_tokens
+from finetune.models.weight_files import tensors
+from finetune.recipe.sections import ModelConfig
+
+
+def attach_adapter(
+    base: PreTrainedModel, adapter: Path, model: ModelConfig, trainable: bool = False,
+    adjust: Callable[[Any], Any] | None = None, more: dict[str, torch.Tensor] | None = None,
+) -> PreTrainedModel:  # fmt: skip
+    """`base` with the adapter of a folder on it, after checking that it was trained on this base.
+
+    Args:
+        adjust: last word on peft's config, e.g. for an adapter that goes on under a score head.
+        more: weights for what the adjusted adapter has and the folder lacks; its own stay.
+    """
+    from peft import PeftConfig, PeftModel
+
+    register()
+    check_identity(adapter, sources.folder(model), model.name)
+    config = read_config(model)
+    with tempfile.TemporaryDirectory() as scratch, _as_adapter_error(adapter, model.name):
+        if is_chatglm_layout(config) and is_original_adapter(adapter):  # LoRA on the fused query_key_value
+            save_adapter(*convert_adapter_from_original(adapter, config), scratch)
+            adapter = Path(scratch)
+        if more:
+            weights = dict(tensors(weights_of(adapter)))
+            if adapter != Path(scratch):
+                shutil.copy(adapter / "adapter_config.json", scratch)
+            adapter = Path(scratch)
+            save_file({**more, **weights}, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        options = {} if adjust is None else {"config": adjust(PeftConfig.from_pretrained(str(adapter)))}
+        resize_for(base, adapter, model)
+        adapted = PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable, **options)
+        adapted.holds_embeddings = bool(own_embeddings(adapter))  # they go on being saved with it
+        return adapted
+
+
+@contextmanager
+def _as_adapter_error(adapter: Path, name: str) -> Iterator[None]:
+    """What peft says about an adapter that it cannot put on this base, in one line."""
+    try:
+        with warnings.catch_warnings():
+            # Weights that the file lacks would stay what they were drawn as.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            # What is said of merging is done in adapters/merge.py.
+            warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")
+            warnings.filterwarnings("ignore", "`lora_bias=True` was passed")
+            yield
+    except FinetuneError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"cannot be put on {name} ({reason(error)})", path=adapter, key="model.adapter",
+            fix="give the base it was trained on, or another adapter",
+        ) from error  # fmt: skip
+
+
+def check_adapter(adapter: Path, model: ModelConfig, trainable: bool = False) -> Any:
+    """UserError, before the base is loaded, where the adapter's config and weights have no place on it; otherwise the
+    two without weights, or None where that cannot be made.
+
+    Args:
+        trainable: refuse what can be used but not trained on.
+    """
+    stored, config = described(adapter), read_config(model)
+    if is_chatglm_layout(config) and is_original_adapter(adapter):
+        return None
+    if stored.get("task_type") == "SEQ_CLS":  # its score head is no part of this network
+        return None
+    network = skeleton(model)
+    with as_user_error(model):
+        resize_for(network, adapter, model)
+    adapted = check_fit(network, adapter, model.name)
+    if trainable and adapted is not None:
+        head = adapted.get_output_embeddings()
+        if hasattr(head, "base_layer") or hasattr(head, "token_adapter"):
+            raise UserError(
+                "works on the output head (or on embeddings tied to it), and log-probabilities are computed in "
+                "training from the head's own weight: it would not be trained", path=adapter, key="model.adapter",
+                fix="merge it first (ft merge) and train a new adapter on the result",
+            )  # fmt: skip
+    return adapted
+
+
+def resize_for(network: Any, adapter: Path, model: ModelConfig) -> None:
+    """Give the base `model` as many embeddings as the adapter was trained on."""
+    if not is_chatglm_layout(read_config(model)):
+        resize(network, adapter, added_tokens(model, adapter))
