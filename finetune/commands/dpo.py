@@ -31,5 +31,5 @@ def make(
     recipe: DpoRecipe, run: Run, parts: Parts, data: SftData, plan: Layout, machine: Hardware
 ) -> tuple[Any, ModelConfig, Any]:
     base = alignment.merged_start(recipe, run) if recipe.dpo.start == "merge" else recipe.model
-    model, copy = alignment.policy(recipe, base, parts, machine)
-    return model, base, alignment.dpo_trainer(recipe, run, model, copy, base, parts, data, plan, machine)
+    model = alignment.policy(recipe, base, parts, machine)
+    return model, base, alignment.dpo_trainer(recipe, run, model, base, parts, data, plan, machine)

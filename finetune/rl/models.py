@@ -124,8 +124,8 @@ def build(recipe: PpoRecipe, parts: alignment.Parts, machine: Hardware, reward: 
 
 
 def _shared(recipe: PpoRecipe, parts: alignment.Parts, machine: Hardware, reward: str | None) -> Actors:
-    model, copied = alignment.policy(recipe, recipe.model, parts, machine)
-    copied = copied or not starts_as_base(recipe.adapter)
+    model = alignment.policy(recipe, recipe.model, parts, machine)
+    copied = recipe.model.adapter is not None or not starts_as_base(recipe.adapter)
     if copied:
         copy_adapter(model, POLICY, REFERENCE)
     actors = Actors(
@@ -145,7 +145,7 @@ def _shared(recipe: PpoRecipe, parts: alignment.Parts, machine: Hardware, reward
 def _separate(recipe: PpoRecipe, parts: alignment.Parts, machine: Hardware, reward: str | None) -> Actors:
     def policy() -> Any:
         session.start(recipe)  # every copy starts from the same draw
-        return alignment.policy(recipe, recipe.model, parts, machine)[0]
+        return alignment.policy(recipe, recipe.model, parts, machine)
 
     model, reference = policy(), policy()
     judge, value = None, None

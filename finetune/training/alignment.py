@@ -2,14 +2,11 @@
 
     run_stage(recipe, …)     a whole run, given how to load rows and make the trainer
     check(recipe)            tokenizer and encoder, after everything that can be checked without weights
-    policy(recipe, …)        the model to train, and whether its reference is a frozen copy of where it starts
+    policy(recipe, …)        the model to train
     reward_model(recipe, …)  the model to train, with a score head
     dpo_trainer, kto_trainer, reward_trainer
 
-Where the reference comes from: a fresh adapter starts as the base, so the base with the adapter off is the reference;
-an adapter that is trained on (model.adapter) has a frozen copy of itself beside it, and so has a fresh one whose start
-rewrites the base (pissa, olora) or makes up for its rounding (loftq). Its log-probabilities are computed once and kept
-on disk.
+The reference is the policy before its first step: its log-probabilities are computed then, and kept (`reference`).
 """
 
 from __future__ import annotations
@@ -23,8 +20,8 @@ from typing import Any, TypeVar
 
 from trl import DPOConfig, KTOConfig, RewardConfig
 
-from finetune.adapters import compatibility
-from finetune.adapters.load import adapter_config, apply, as_score_task, loads_trainable, prepare
+from finetune.adapters import compatibility, soft_prompts
+from finetune.adapters.load import apply, as_score_task, loads_trainable, prepare
 from finetune.adapters.lora_init import rewrites_base
 from finetune.adapters.methods import check as check_targets
 from finetune.adapters.multiple import HEAD_WEIGHTS
@@ -45,8 +42,8 @@ from finetune.recipe.sections import ModelConfig
 from finetune.recipe.stages import DpoRecipe, KtoRecipe, PpoRecipe, RewardRecipe
 from finetune.run import Run, check_resumable, open_run
 from finetune.terminal.progress import command, warn
-from finetune.training import session, trainers
-from finetune.training.preference import PairCollator, ScoreCollator
+from finetune.training import preference_trainers, reference, session
+from finetune.training.preference import PairCollator, ScoreCollator, with_other_answers
 
 
 @dataclass(frozen=True)
@@ -77,11 +74,6 @@ def check(recipe: DpoRecipe | KtoRecipe | RewardRecipe | PpoRecipe) -> Parts:
             key = f"{recipe.stage}.start"
             raise UserError("there is no adapter to merge", key=key, fix="set model.adapter, or leave it out")
         check_targets(loading.skeleton(recipe.model), recipe.adapter, is_held_quantized(recipe.model, config))
-    elif recipe.stage in ("dpo", "kto") and getattr(recipe, recipe.stage).start == "continue":
-        folder = loading.adapter_folder(recipe.model.adapter)
-        if adapter_config(folder)["peft_type"] == "ADALORA":
-            what = "AdaLoRA can stand on a base only once, and the reference would be a second copy of this adapter"
-            raise UserError(what, path=folder, key="model.adapter", fix=f"set {recipe.stage}.start: merge")
     tokenizer = loading.load_tokenizer(recipe.model)
     return Parts(tokenizer, make_encoder(tokenizer, family(config["model_type"])), config)
 
@@ -134,7 +126,7 @@ def check_step(recipe: DpoRecipe | KtoRecipe | RewardRecipe, plan: session.Layou
     if recipe.stage == "kto" and len({tuple(ids) for ids in rows["prompt_ids"]}) < 2:
         what = "every answer is to the same prompt, and KTO's KL term is measured on answers to others"
         raise UserError(what, key="data.train", fix="give rows with other prompts, too")
-    if isinstance(recipe, DpoRecipe) and recipe.dpo.loss_type in trainers.SORTED and plan.accumulation > 1:
+    if isinstance(recipe, DpoRecipe) and recipe.dpo.loss_type in preference_trainers.SORTED and plan.accumulation > 1:
         pairs = plan.rows_per_pass * plan.accumulation
         what = f"{recipe.dpo.loss_type} sorts the pairs of a step, and a pass holds {plan.rows_per_pass} of {pairs}"
         fix = f"set it to {pairs} and train.gradient_accumulation_steps to 1, or use another dpo.loss_type"
@@ -155,19 +147,16 @@ def merged_start(recipe: DpoRecipe | KtoRecipe, run: Run) -> ModelConfig:
     return recipe.model.model_copy(update={"name": str(target), "adapter": None, "revision": None, "source": None})
 
 
-def policy(
-    recipe: DpoRecipe | KtoRecipe | PpoRecipe, base: ModelConfig, parts: Parts, machine: Hardware
-) -> tuple[Any, bool]:
-    """(the model to train, whether its reference is a frozen copy of it)."""
+def policy(recipe: DpoRecipe | KtoRecipe | PpoRecipe, base: ModelConfig, parts: Parts, machine: Hardware) -> Any:
+    """The model to train: `base` with a fresh adapter, or with its own."""
     network = loading.load_model(base, session.weights_dtype(recipe), machine)
     loading.refuse_training(network, base.name)
     if base.adapter is None:
-        model = apply(network, recipe.adapter, parts.tokenizer, loading.folder(base))
-        return model, moves_reference(recipe.adapter)
+        return apply(network, recipe.adapter, parts.tokenizer, loading.folder(base))
     start = loading.adapter_folder(base.adapter)
     model = loading.attach_adapter(network, start, base, trainable=loads_trainable(start))
     prepare(model)
-    return model, True
+    return model
 
 
 def reward_model(recipe: RewardRecipe, parts: Parts, machine: Hardware) -> Any:
@@ -197,7 +186,7 @@ REFERENCE_VERSION = "3"
 
 
 def moves_reference(section: Any) -> bool:
-    """Whether a fresh adapter's start, and not the base with the adapter off, is the reference."""
+    """Whether a fresh adapter's start is not the base as it is held."""
     return rewrites_base(section) or getattr(section, "init_lora_weights", None) == "loftq"
 
 
@@ -220,27 +209,29 @@ def fingerprint_of_adapter(folder: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+def add_reference(trainer: Any, recipe: DpoRecipe | KtoRecipe, base: ModelConfig) -> None:
+    """The reference's log-probabilities beside the rows of a new trainer."""
+    bare = base.adapter is None and soft_prompts.peft_type(trainer.model) in soft_prompts.TYPES
+    reference.add(trainer, reference_key(recipe, base), cache_folder() / "reference", bare)
+
+
 def dpo_trainer(
-    recipe: DpoRecipe, run: Run, model: Any, copy: bool, base: ModelConfig, parts: Parts, data: SftData,
-    plan: session.Layout, machine: Hardware,
+    recipe: DpoRecipe, run: Run, model: Any, base: ModelConfig, parts: Parts, data: SftData, plan: session.Layout,
+    machine: Hardware,
 ) -> Any:  # fmt: skip
     """trl's DPOTrainer with the recipe's objective."""
     dpo = recipe.dpo
-    loss = "sigmoid" if dpo.loss_type in trainers.REFERENCE_FREE else dpo.loss_type
+    free = dpo.loss_type in preference_trainers.REFERENCE_FREE
     config = DPOConfig(
         **session.arguments(recipe, run, plan, machine, data.eval is not None),
-        loss_type=[loss],
+        loss_type=["sigmoid" if free else dpo.loss_type],
         beta=dpo.beta,
         label_smoothing=dpo.label_smoothing,
-        precompute_ref_log_probs=True,
         max_length=None,
     )
     session.one_device(config)
-    trainer = trainers.Dpo(
+    trainer = preference_trainers.Dpo(
         dpo=dpo,
-        copy=copy,
-        reference=reference_key(recipe, base),
-        cache=cache_folder() / "reference",
         model=model,
         args=config,
         train_dataset=data.train,
@@ -249,11 +240,13 @@ def dpo_trainer(
         data_collator=PairCollator(parts.tokenizer.pad_token_id, session.pad_multiple(machine)),
         callbacks=session.callbacks(recipe, run, data.eval is not None),
     )
+    if not free:
+        add_reference(trainer, recipe, base)
     return session.finish_setup(trainer, recipe)
 
 
 def kto_trainer(
-    recipe: KtoRecipe, run: Run, model: Any, copy: bool, parts: Parts, data: SftData, plan: session.Layout,
+    recipe: KtoRecipe, run: Run, model: Any, base: ModelConfig, parts: Parts, data: SftData, plan: session.Layout,
     machine: Hardware,
 ) -> Any:  # fmt: skip
     """trl's KTOTrainer with the recipe's objective."""
@@ -266,15 +259,19 @@ def kto_trainer(
         max_length=None,
     )
     session.one_device(config)
-    trainer = trainers.Kto(
-        copy=copy,
+    train, held_out = (
+        rows if rows is None else with_other_answers(rows, data.train, recipe.train.seed)
+        for rows in (data.train, data.eval)
+    )
+    trainer = preference_trainers.Kto(
         model=model,
         args=config,
-        train_dataset=data.train,
-        eval_dataset=data.eval,
+        train_dataset=train,
+        eval_dataset=held_out,
         processing_class=parts.tokenizer,
         callbacks=session.callbacks(recipe, run, data.eval is not None),
     )
+    add_reference(trainer, recipe, base)
     return session.finish_setup(trainer, recipe)
 
 
@@ -289,7 +286,7 @@ def reward_trainer(
         max_length=None,
     )
     session.one_device(config)
-    trainer = trainers.Reward(
+    trainer = preference_trainers.Reward(
         model=model,
         args=config,
         train_dataset=data.train,
