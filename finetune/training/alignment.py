@@ -121,7 +121,7 @@ def run_stage(
 def check_step(recipe: DpoRecipe | KtoRecipe | RewardRecipe, plan: session.Layout, rows: Any) -> None:
     """UserError for an objective that needs several rows or prompts beside each other, where there is one."""
     if recipe.stage == "kto" and plan.rows_per_pass * plan.accumulation < 2:
-        what = "KTO's KL term is measured on the other rows of a step, and one is alone in it"
+        what = "KTO's KL term is a mean over the rows of a step, and one is alone in it"
         raise UserError(what, key="train.effective_batch_size", fix="set it to 2 or more")
     if recipe.stage == "kto" and len({tuple(ids) for ids in rows["prompt_ids"]}) < 2:
         what = "every answer is to the same prompt, and KTO's KL term is measured on answers to others"

@@ -234,8 +234,8 @@ class CountOn(TrainerCallback):
 def unrounded(model: Any) -> Iterator[None]:
     """While a trainer of trl is made: what is trained on a quantized base keeps its float32.
 
-    trl casts it to bfloat16, which cannot be undone: a policy that goes on from an adapter would begin elsewhere than
-    that adapter, and DPO's reference pass would see the rounded one. It passes over what does not require a gradient.
+    trl 1.16 casts it to bfloat16 (`if _is_quantized_model:` in every __init__, sft_trainer.py:908), which cannot be
+    undone: a policy that goes on from an adapter would begin elsewhere. It passes over what requires no gradient.
     """
     quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     trained = [p for p in model.parameters() if p.requires_grad] if quantized else []
