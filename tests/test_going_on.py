@@ -26,7 +26,7 @@ from finetune.recipe.stages import RECIPES, SftRecipe
 from finetune.run.directory import Run
 from finetune.run.opening import open_run
 from finetune.terminal import progress
-from finetune.training import alignment, session
+from finetune.training import reference, session
 from finetune.training.callbacks import Recorder
 
 Recipes = Callable[..., Path]
@@ -194,7 +194,7 @@ def test_a_dry_run_warns_as_the_run_does(
     tmp_path: Path, base: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe: Any = load(str(written(tmp_path, base, stage, data={"max_length": 600})), RECIPES[stage])
-    monkeypatch.setattr(alignment, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(reference, "cache_folder", lambda: tmp_path / "cache")
     found: list[list[str]] = []
     plan = session.Session.plan
 

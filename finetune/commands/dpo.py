@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from trl import DPOConfig
+
 from finetune.data import pairs
 from finetune.errors import UserError
 from finetune.recipe.stages import DpoRecipe
-from finetune.training.alignment import check_continues, dpo_trainer, policy
-from finetune.training.plan import Layout, longest_row
-from finetune.training.preference import stuck
-from finetune.training.session import prepare
-from finetune.training.start import merged_start
-from finetune.training.trainers import SORTED
+from finetune.training import reference
+from finetune.training.fit import finish_setup
+from finetune.training.plan import Layout, longest_row, one_device, pad_multiple
+from finetune.training.preference import PairCollator, stuck
+from finetune.training.preference_trainers import REFERENCE_FREE, SORTED, Dpo
+from finetune.training.session import Session, prepare
+from finetune.training.start import check_start, merged_start, policy
 
 
 def run(raw: DpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
     session = prepare(raw, resume)
     recipe = session.recipe
-    check_continues(recipe)
+    check_start(recipe)
     rows = pairs.load_pairs(recipe.data, session.base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
     session.plan(rows, longest_row(rows.train))
     check_sorted(recipe, session.layout)
@@ -25,8 +30,9 @@ def run(raw: DpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         return
     with session.run(overwrite) as folder:
         base = merged_start(recipe, folder) if recipe.dpo.start == "merge" else session.base
-        model, copy = policy(recipe, base, session.machine)
-        trainer = dpo_trainer(recipe, folder, model, copy, base.model, base, rows, session.layout, session.machine)
+        trainer = make_trainer(session, policy(recipe, base, session.machine))
+        if recipe.dpo.loss_type not in REFERENCE_FREE:
+            reference.add(trainer, recipe, base)
         session.train(trainer, base, look=lambda run: stuck(run.read_metrics()))
 
 
@@ -37,3 +43,26 @@ def check_sorted(recipe: DpoRecipe, layout: Layout) -> None:
         what = f"{recipe.dpo.loss_type} sorts the pairs of a step, and a pass holds {layout.rows_per_pass} of {step}"
         fix = f"set it to {step} and train.gradient_accumulation_steps to 1, or use another dpo.loss_type"
         raise UserError(what, key="train.per_device_train_batch_size", fix=fix)
+
+
+def make_trainer(session: Session[DpoRecipe], model: Any) -> Dpo:
+    """trl's DPOTrainer with the recipe's objective."""
+    dpo, tokenizer = session.recipe.dpo, session.base.tokenizer
+    config = DPOConfig(
+        **session.arguments(),
+        loss_type=["sigmoid" if dpo.loss_type in REFERENCE_FREE else dpo.loss_type],
+        beta=dpo.beta,
+        label_smoothing=dpo.label_smoothing,
+        max_length=None,
+    )
+    trainer = Dpo(
+        dpo=dpo,
+        model=model,
+        args=one_device(config),
+        train_dataset=session.rows.train,
+        eval_dataset=session.rows.eval,
+        processing_class=tokenizer,
+        data_collator=PairCollator(tokenizer.pad_token_id, pad_multiple(session.machine)),
+        callbacks=session.callbacks(),
+    )
+    return finish_setup(trainer, session.recipe)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from trl import KTOConfig
+
 from finetune.data import pairs
 from finetune.errors import UserError
 from finetune.recipe.stages import KtoRecipe
-from finetune.training.alignment import check_continues, kto_trainer, policy
-from finetune.training.plan import Layout, longest_row
-from finetune.training.preference import stuck
-from finetune.training.session import prepare
-from finetune.training.start import merged_start
+from finetune.training import reference
+from finetune.training.fit import finish_setup
+from finetune.training.plan import Layout, longest_row, one_device
+from finetune.training.preference import stuck, with_other_answers
+from finetune.training.preference_trainers import Kto
+from finetune.training.session import Session, prepare
+from finetune.training.start import check_start, merged_start, policy
 
 
 def run(raw: KtoRecipe, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
@@ -20,7 +24,7 @@ def run(raw: KtoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
     if recipe.data.train_on == "all":
         what = "KTO measures its KL term on other prompts' answers, and with `all` a prompt is part of the answer"
         raise UserError(what, key="data.train_on", fix="leave it out")
-    check_continues(recipe)
+    check_start(recipe)
     rows = pairs.load_unpaired(recipe.data, session.base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
     session.plan(rows, longest_row(rows.train))
     check_others(session.layout, rows.train)
@@ -29,16 +33,37 @@ def run(raw: KtoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         return
     with session.run(overwrite) as folder:
         base = merged_start(recipe, folder) if recipe.kto.start == "merge" else session.base
-        model, copy = policy(recipe, base, session.machine)
-        trainer = kto_trainer(recipe, folder, model, copy, base, rows, session.layout, session.machine)
+        trainer = make_trainer(session, policy(recipe, base, session.machine))
+        reference.add(trainer, recipe, base)
         session.train(trainer, base, look=lambda run: stuck(run.read_metrics()))
 
 
 def check_others(layout: Layout, rows: Any) -> None:
-    """UserError where a row has no other one, of another prompt, beside it."""
+    """UserError where a row has no other one beside it, or none of another prompt."""
     if layout.rows_per_pass * layout.accumulation < 2:
-        what = "KTO's KL term is measured on the other rows of a step, and one is alone in it"
+        what = "KTO's KL term is a mean over the rows of a step, and one is alone in it"
         raise UserError(what, key="train.effective_batch_size", fix="set it to 2 or more")
     if len({tuple(ids) for ids in rows["prompt_ids"]}) < 2:
         what = "every answer is to the same prompt, and KTO's KL term is measured on answers to others"
         raise UserError(what, key="data.train", fix="give rows with other prompts, too")
+
+
+def make_trainer(session: Session[KtoRecipe], model: Any) -> Kto:
+    """trl's KTOTrainer with the recipe's objective."""
+    kto, rows, seed = session.recipe.kto, session.rows, session.recipe.train.seed
+    config = KTOConfig(
+        **session.arguments(),
+        beta=kto.beta,
+        desirable_weight=kto.desirable_weight,
+        undesirable_weight=kto.undesirable_weight,
+        max_length=None,
+    )
+    trainer = Kto(
+        model=model,
+        args=one_device(config),
+        train_dataset=with_other_answers(rows.train, rows.train, seed),
+        eval_dataset=None if rows.eval is None else with_other_answers(rows.eval, rows.train, seed),
+        processing_class=session.base.tokenizer,
+        callbacks=session.callbacks(),
+    )
+    return finish_setup(trainer, session.recipe)

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from trl import RewardConfig
+
 from finetune.data import pairs
 from finetune.errors import UserError
 from finetune.recipe.stages import RewardRecipe
-from finetune.training.alignment import reward_trainer
 from finetune.training.finish import Words
-from finetune.training.plan import longest_row
-from finetune.training.session import prepare
+from finetune.training.fit import finish_setup
+from finetune.training.plan import longest_row, one_device, pad_multiple
+from finetune.training.preference import ScoreCollator
+from finetune.training.preference_trainers import Reward
+from finetune.training.session import Session, prepare
 from finetune.training.start import reward_model
 
 
@@ -28,9 +32,8 @@ def run(raw: RewardRecipe, *, resume: bool = False, overwrite: bool = False, dry
     if dry_run:
         session.show()
         return
-    with session.run(overwrite) as folder:
-        model = reward_model(recipe, session.base, session.machine)
-        trainer = reward_trainer(recipe, folder, model, session.base, rows, session.layout, session.machine)
+    with session.run(overwrite):
+        trainer = make_trainer(session, reward_model(recipe, session.base, session.machine))
         session.train(trainer, words=Words(gist, answers=False, hint=HINT))
 
 
@@ -39,3 +42,24 @@ HINT = "for ft ppo set reward.model: {run}; ft eval --reward scores the answers 
 
 def gist(held_out: dict[str, Any]) -> str | None:
     return f"held-out pair accuracy {held_out['accuracy']:.3f}" if "accuracy" in held_out else None
+
+
+def make_trainer(session: Session[RewardRecipe], model: Any) -> Reward:
+    """trl's RewardTrainer with the recipe's objective."""
+    reward, tokenizer = session.recipe.reward, session.base.tokenizer
+    config = RewardConfig(
+        **session.arguments(),
+        center_rewards_coefficient=reward.center_rewards_coefficient,
+        disable_dropout=False,
+        max_length=None,
+    )
+    trainer = Reward(
+        model=model,
+        args=one_device(config),
+        train_dataset=session.rows.train,
+        eval_dataset=session.rows.eval,
+        processing_class=tokenizer,
+        data_collator=ScoreCollator(tokenizer.pad_token_id, reward.margin, pad_multiple(session.machine)),
+        callbacks=session.callbacks(),
+    )
+    return finish_setup(trainer, session.recipe)

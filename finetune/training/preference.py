@@ -2,7 +2,7 @@
 
     simpo_loss, orpo_loss       pure functions of log-probabilities, tested against float64 values
     PairCollator                pairs of token ids -> one batch, chosen rows first; ScoreCollator for reward models
-    mismatched(prompts)         for each row another one with another prompt, for KTO's KL term
+    with_other_answers(rows)    each row with the answer to another prompt, for KTO's KL term
     stuck(rows)                 a loss that stands where it began, with the likely cause
 
 Everything else is trl's: DPOTrainer, KTOTrainer and RewardTrainer underneath.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
@@ -96,11 +97,27 @@ class ScoreCollator:
         return {**batch, "margin": torch.full((len(rows),), self.margin)}
 
 
+def with_other_answers(rows: Any, train: Any, seed: int) -> Any:
+    """The rows with KL_completion_ids: for each the answer of another one to another prompt, drawn once.
+
+    Held-out rows that all have one prompt get those of the training rows `train`.
+    """
+    prompts, answers, draw = list(rows["prompt_ids"]), list(rows["completion_ids"]), Random(seed)
+    order = draw.sample(range(len(prompts)), len(prompts))  # rows that stand together are often alike
+    found = mismatched([prompts[i] for i in order])
+    if found is not None:
+        others = {i: answers[order[other]] for i, other in zip(order, found, strict=True)}
+    else:
+        pool = [row["completion_ids"] for row in train if row["prompt_ids"] != prompts[0]]
+        others = {i: draw.choice(pool) for i in order}
+    return rows.add_column("KL_completion_ids", [others[i] for i in range(len(prompts))])
+
+
 def mismatched(prompts: Sequence[Any]) -> list[int] | None:
     """For each row the number of another one whose prompt is another; None where all prompts are one.
 
-    Every row is taken once, as KTO's estimate wants (Ethayarajh et al. 2024: the answers of the batch, to other
-    prompts), unless more than half of the rows share one prompt.
+    Every row is taken once, as KTO's estimate wants (Ethayarajh et al. 2024: answers to other prompts), unless
+    more than half of the rows share one prompt.
     """
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):

@@ -12,7 +12,7 @@ from finetune.adapters.load import apply, as_score_task, loads_trainable, prepar
 from finetune.adapters.methods import without_head
 from finetune.adapters.multiple import HEAD_WEIGHTS
 from finetune.base import Base
-from finetune.errors import RunError
+from finetune.errors import RunError, UserError
 from finetune.models import attach, loading, sources
 from finetune.models.score_head import with_score_head
 from finetune.recipe.resolve import Hardware
@@ -64,6 +64,13 @@ def loaded(recipe: Recipe, base: Base, machine: Hardware) -> Any:
     network = loading.load_model(base.model, weights_dtype(recipe), machine)
     loading.refuse_training(network, base.model.name)
     return network
+
+
+def check_start(recipe: DpoRecipe | KtoRecipe) -> None:
+    """UserError where there is nothing that dpo.start or kto.start could merge."""
+    if recipe.model.adapter is None and getattr(recipe, recipe.stage).start == "merge":
+        key = f"{recipe.stage}.start"
+        raise UserError("there is no adapter to merge", key=key, fix="set model.adapter, or leave it out")
 
 
 def merged_start(recipe: DpoRecipe | KtoRecipe, run: Run) -> Base:

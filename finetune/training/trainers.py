@@ -8,46 +8,31 @@ gives every row of a step the same weight, however the step is cut into passes.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, TrainerCallback
-from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetune.adapters import adalora
-from finetune.adapters.multiple import copy_adapter, named
 from finetune.adapters.resume import load_state, save_state
-from finetune.errors import RunError, UserError
+from finetune.errors import RunError
 from finetune.metrics import ratio_interval
-from finetune.models.quantization import is_quantized
 from finetune.recipe.sections import TrainConfig
-from finetune.recipe.stages import DpoConfig
 from finetune.run.checkpoints import complete, damage, known_of, rotate
-from finetune.run.writing import write_json
-from finetune.terminal.progress import task
 from finetune.training.optim import MuonWithAdamW, decayed, faster_b, muon_split
-from finetune.training.preference import mismatched, orpo_loss, simpo_loss
 from finetune.training.sampler import OrderedSampler
 from finetune.training.weight_check import check_finite, trained
 
-REFERENCE_FREE = ("simpo", "orpo")
 RESAMPLED = 10  # batches of held-out rows from which on they are resampled for an interval
-SORTED = ("aot", "aot_unpaired")
-"""Losses between the sorted margins of all pairs that are in a pass."""
 
 
 class Extras:
@@ -249,8 +234,8 @@ class CountOn(TrainerCallback):
 def unrounded(model: Any) -> Iterator[None]:
     """While a trainer of trl is made: what is trained on a quantized base keeps its float32.
 
-    trl casts it to bfloat16, which cannot be undone: a policy that goes on from an adapter would begin elsewhere than
-    that adapter, and DPO's reference pass would see the rounded one. It passes over what does not require a gradient.
+    trl 1.16 casts it to bfloat16 (`if _is_quantized_model:` in every __init__, sft_trainer.py:908), which cannot be
+    undone: a policy that goes on from an adapter would begin elsewhere. It passes over what requires no gradient.
     """
     quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     trained = [p for p in model.parameters() if p.requires_grad] if quantized else []
@@ -261,15 +246,6 @@ def unrounded(model: Any) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad = True
-
-
-def as_measured(model: Any, training: bool) -> None:
-    """For a pass of the reference: nothing is dropped at random, and quantized layers compute as they do for the policy
-    it is compared with. Those of int8 compute otherwise in training."""
-    model.eval()
-    for module in model.modules():
-        if is_quantized(module):
-            module.train(training)
 
 
 class RowMeans:
@@ -341,264 +317,3 @@ class _WeightedSft(SFTTrainer):
 
 class Sft(Extras, _WeightedSft):
     """Rows of input_ids, labels and, where there are any, weights and seq_lengths."""
-
-
-@contextmanager
-def own_reference(model: Any, copy: bool) -> Iterator[None]:
-    """While trl's DPOTrainer and KTOTrainer are made: the reference is ours, not the second adapter that trl adds.
-
-    trl adds "ref" to every PeftModel and copies what has `.default.` inside its name, which leaves BitFit, IA3, VeRA,
-    LoHa, LoKr and soft prompts with a reference that was never trained. Here `copy` makes a whole copy; otherwise
-    there is none, and the base with the adapter off is the reference, without the memory.
-    """
-    if copy and isinstance(model, PeftModel):
-        try:
-            copy_adapter(model, "default", "ref")
-        except UserError as error:  # what copy_adapter advises is for PPO
-            problems = [replace(problem, fix="set dpo.start or kto.start: merge") for problem in error.problems]
-            raise UserError(problems) from None
-        for parameter in named(model, "ref").values():
-            parameter.requires_grad_(False)
-    find = getattr(model, "get_parameter", None)
-    if not isinstance(model, PeftModel) or find is None:
-        yield
-        return
-    model.add_adapter = lambda *args, **kwargs: None
-    model.get_parameter = lambda name: find(name.replace(".ref.", ".default."))  # copied onto itself
-    try:
-        yield
-    finally:
-        del model.add_adapter, model.get_parameter
-
-
-class _PairDpo(DPOTrainer):
-    """trl's DPO on pairs of token ids, and the two losses without a reference."""
-
-    data_collator: Any
-
-    def __init__(self, *, dpo: DpoConfig, copy: bool, reference: str, cache: Path, **kwargs: Any) -> None:
-        """
-        Args:
-            copy: the reference is a frozen copy of the adapter as it is now, not the base with the adapter off.
-            reference: what identifies the reference, for the cache of its log-probabilities in the folder `cache`.
-        """
-        self.recipe_dpo, self.copy, self.reference, self.cache = dpo, copy, reference, cache
-        with own_reference(kwargs["model"], copy):
-            super().__init__(**kwargs)
-
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return dataset
-
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """Once per content: pairs, reference and precision make the name of the file they are kept in."""
-        if self.recipe_dpo.loss_type in REFERENCE_FREE:
-            return dataset
-        digest = hashlib.sha256(f"{self.reference} {name}".encode())
-        for row in dataset:
-            digest.update(repr(sorted(row.items())).encode())
-        file = self.cache / f"{digest.hexdigest()}.json"
-        if file.is_file():
-            columns = json.loads(file.read_text(encoding="utf-8"))
-        else:
-            as_measured(self.model, training=name == "train")
-            collate: Any = self.data_collator
-            what = "scoring with the reference" if name == "train" else "scoring held-out pairs with the reference"
-            with task(what, len(dataset), "pairs") as advance:
-                self.data_collator = lambda rows: (advance(len(rows)), collate(rows))[1]
-                try:
-                    done = super()._precompute_ref_logps(dataset, name, batch_size)
-                finally:
-                    self.data_collator = collate
-            columns = {key: list(done[key]) for key in ("ref_chosen_logps", "ref_rejected_logps")}
-            self.cache.mkdir(parents=True, exist_ok=True)
-            write_json(file, columns)
-        for key, values in columns.items():
-            dataset = dataset.add_column(key, values)
-        return dataset
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        if self.recipe_dpo.loss_type not in REFERENCE_FREE:
-            return self._with_sft(model, inputs, return_outputs)
-        completion = inputs["completion_mask"]
-        labels = inputs["input_ids"].masked_fill(completion == 0, -100)
-        kept = {k: inputs[k] for k in ("input_ids", "attention_mask")}
-        outputs = model(**kept, labels=labels, use_cache=False, fused_lm_head=True)
-        shifted = completion[:, 1:]
-        logps = outputs.log_probs[:, -shifted.shape[1] :].sum(1)
-        (chosen, rejected), (long, short) = logps.chunk(2), shifted.sum(1).chunk(2)
-        beta = self.recipe_dpo.beta
-        if self.recipe_dpo.loss_type == "simpo":
-            losses = simpo_loss(chosen, rejected, long, short, beta, self.recipe_dpo.simpo_gamma)
-        else:
-            losses = orpo_loss(chosen, rejected, long, short, beta)
-        if self.recipe_dpo.sft_weight:
-            losses = losses - self.recipe_dpo.sft_weight * chosen / long
-        rewards = (beta * (chosen / long).detach(), beta * (rejected / short).detach())
-        self._record(rewards, chosen, rejected, inputs["attention_mask"])
-        return losses.mean()
-
-    def _with_sft(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        """trl's objective and, weighted, each chosen answer's mean negative log-likelihood, averaged over the pairs.
-
-        trl's own `sft` is a mean over the tokens of a pass: pairs with long answers would weigh more, and every way to
-        cut a step into passes would have another loss.
-        """
-        if not self.recipe_dpo.sft_weight:
-            return super()._compute_loss(model, inputs, return_outputs)
-        seen = []
-
-        def looked_at(**kwargs: Any) -> Any:
-            seen.append(model(**kwargs))
-            return seen[-1]
-
-        loss = super()._compute_loss(looked_at, inputs, return_outputs)
-        chosen = inputs["completion_mask"][:, 1:].chunk(2)[0]
-        logps = seen[0].log_probs[:, -chosen.shape[1] :].chunk(2)[0].sum(1)
-        sft = -(logps / chosen.sum(1)).mean() * self.recipe_dpo.sft_weight
-        return (loss[0] + sft, loss[1]) if return_outputs else loss + sft
-
-    def _record(self, rewards: tuple[Any, Any], chosen: Any, rejected: Any, attention: Any) -> None:
-        """The same names that trl logs."""
-        mode = "train" if self.model.training else "eval"
-        if mode == "train":
-            self._total_train_tokens += int(attention.sum())
-            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        good, bad = rewards
-        for name, value in {
-            "rewards/chosen": good, "rewards/rejected": bad, "rewards/margins": good - bad,
-            "rewards/accuracies": (good > bad).float(), "logps/chosen": chosen.detach(),
-            "logps/rejected": rejected.detach(),
-        }.items():  # fmt: skip
-            self._metrics[mode][name].append(value.mean().item())
-
-
-class Dpo(Extras, RowMeans, _PairDpo):
-    """Rows of chosen_ids, chosen_mask, rejected_ids, rejected_mask."""
-
-    length_columns = ("chosen_ids", "rejected_ids")
-
-    def weight(self, key: str, inputs: dict[str, Any]) -> float:
-        """Pairs, or the tokens that a figure is a mean over."""
-        chosen, rejected = inputs["completion_mask"][:, 1:].chunk(2)
-        tokens = {
-            "mean_token_accuracy": chosen.sum(), "logits/chosen": chosen.sum(), "logits/rejected": rejected.sum(),
-            "entropy": chosen.sum() + rejected.sum(),
-        }  # fmt: skip
-        return float(tokens.get(key, len(chosen)))
-
-
-class _TokenKto(KTOTrainer):
-    """trl's KTO, with a KL term that is the same however a step is cut into passes: measured on all its rows, before
-    the first pass, on answers to other prompts of the same step."""
-
-    def __init__(self, *, copy: bool, **kwargs: Any) -> None:
-        """
-        Args:
-            copy: as for DPO.
-        """
-        args = kwargs["args"]
-        rows = args.per_device_train_batch_size
-        args.per_device_train_batch_size = max(2, rows)  # trl wants two rows in a pass, as it measures KL there
-        model = kwargs["model"]
-        if not isinstance(model, PeftModel):  # trl would load the base anew, without what the recipe says of it
-            kwargs["ref_model"] = deepcopy(model).requires_grad_(False)
-        with own_reference(model, copy):
-            super().__init__(**kwargs)
-        self.args.per_device_train_batch_size = self._train_batch_size = rows
-        self.precompute_ref_logps = True  # `measure_kl` puts the reference's log-probabilities into every batch
-        self.kl = torch.zeros(1)
-
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return dataset
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
-        batches, count = super().get_batch_samples(*args, **kwargs)
-        as_measured(self.model, training=True)
-        self.measure_kl(batches)
-        return batches, count
-
-    def measure_kl(self, batches: list[dict[str, Any]]) -> None:
-        """The KL estimate of the rows of these batches, and the reference's log-probabilities in each of them."""
-        prompts, answers = [], []
-        for batch in batches:
-            for ids, real, completion in zip(
-                *(batch[key].tolist() for key in ("input_ids", "attention_mask", "completion_mask")), strict=True
-            ):
-                start = completion.index(1)
-                prompts.append(ids[:start])
-                answers.append(ids[start : sum(real)])
-        others = self._answers_to_others(prompts, answers)
-        ratios, at = [], 0
-        for batch in batches:
-            count = len(batch["label"])
-            rows = [
-                {"prompt_ids": prompt, "KL_completion_ids": other, "label": True}
-                for prompt, other in zip(prompts[at : at + count], others[at : at + count], strict=True)
-            ]
-            at += count
-            mixed = {k: v.to(batch["label"].device) for k, v in self.data_collator(rows).items() if k != "label"}
-            both = {**batch, **mixed}
-            batch["ref_logps"], reference = self.compute_ref_log_probs(self.ref_model or self.model, both)
-            batch["ref_KL_logps"] = torch.zeros_like(self.kl)
-            with torch.no_grad(), self.accelerator.autocast():
-                ratios.append(super()._compute_kl_logps(self.model, both) - reference)
-        self.kl = torch.cat(ratios).mean()[None]
-
-    def _answers_to_others(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[int]]:
-        """For each prompt the answer to another one: of the same rows or, where they all have one prompt, of others."""
-        order = mismatched(prompts)
-        if order is not None:
-            return [answers[i] for i in order]
-        draw, rows = Random(self.args.seed * 1_000_003 + self.state.global_step), self.train_dataset
-        found: list[list[int]] = []
-        while len(found) < len(prompts):
-            row = rows[draw.randrange(len(rows))]
-            if row["prompt_ids"] != prompts[0]:  # there are some: `alignment.check_step` asks for two prompts
-                found.append(row["completion_ids"])
-        return found
-
-    def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        return self.kl  # trl takes `ref_KL_logps` off, which are 0, and then the mean
-
-
-class Kto(Extras, RowMeans, _TokenKto):
-    """Rows of prompt_ids, completion_ids, label."""
-
-    length_columns = ("prompt_ids", "completion_ids")
-
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """The KL term of held-out rows is measured on all of them, not on those of a batch."""
-        self.measured = [self._prepare_inputs(batch) for batch in dataloader]
-        as_measured(self.model, training=False)
-        self.measure_kl(self.measured)
-        return super().evaluation_loop(dataloader, *args, **kwargs)
-
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().prediction_step(model, self.measured.pop(0), *args, **kwargs)  # the same batch, measured
-
-    def weight(self, key: str, inputs: dict[str, Any]) -> float:
-        """Answers of the kind that a figure is a mean over, or their tokens."""
-        good, tokens = torch.as_tensor(inputs["label"]).bool(), inputs["completion_mask"][:, 1:].sum(1)
-        good = good.to(tokens.device)
-        if key.startswith("logits/"):
-            return float(tokens[good if key == "logits/chosen" else ~good].sum())
-        if key == "entropy":
-            return float(tokens.sum())
-        side = good if key.endswith("/chosen") else ~good if key.endswith("/rejected") else torch.ones_like(good)
-        return float(side.sum())
-
-    def figures(self) -> dict[str, float]:
-        found = super().figures()
-        if "rewards/margins" in found:
-            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-        return found
-
-
-class Reward(Extras, RowMeans, RewardTrainer):
-    """Rows of chosen_ids and rejected_ids; the model has one output."""
-
-    length_columns = ("chosen_ids", "rejected_ids")
-
-    def weight(self, key: str, inputs: dict[str, Any]) -> float:
-        """Pairs."""
-        return len(inputs["input_ids"]) / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +19,7 @@ from finetune.recipe.stages import DpoLoss
 from finetune.run.directory import Run
 from finetune.training import session
 from finetune.training.plan import Layout
-from finetune.training.preference import mismatched
+from finetune.training.preference import mismatched, with_other_answers
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "preferences"
 STAGES: dict[str, Any] = {"dpo": dpo, "kto": kto, "reward": reward}
@@ -26,7 +27,7 @@ STAGES: dict[str, Any] = {"dpo": dpo, "kto": kto, "reward": reward}
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.training.alignment.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("finetune.training.reference.cache_folder", lambda: tmp_path / "cache")
 
 
 def recipe_of(base: Path, stage: str, file: str = "uneven", **sections: Any) -> Any:
@@ -87,11 +88,8 @@ def test_a_step_has_one_gradient(base: Path, tmp_path: Path, objective: str) -> 
     def found(rows: int, passes: int, samples: int) -> tuple[float, dict[str, torch.Tensor]]:
         recipe = recipe_of(base, stage, data={"max_samples": samples}, **sections)
         trainer = made(recipe, tmp_path, rows, passes)
-        if stage == "kto":  # the policy must have left the reference, or the KL term is 0 everywhere
-            torch.manual_seed(1)
-            for name, parameter in trainer.model.named_parameters():
-                if "lora_B" in name:
-                    parameter.data += torch.randn_like(parameter) / 60
+        if stage == "kto":
+            moved(trainer)  # or the KL term is 0 everywhere
         result = step(trainer, passes)
         assert stage != "kto" or trainer.kl.item() > 0.1, "below 0 it would be clamped, and not be tried"
         return result
@@ -180,40 +178,93 @@ def test_one_prompt_has_no_other() -> None:
     assert mismatched(list("abcd")) == [3, 0, 1, 2], "as trl's"
 
 
-@pytest.mark.parametrize(("rows", "passes"), [(8, 1), (2, 4), (1, 2), (2, 1)])
-def test_kl_is_measured_on_answers_to_other_prompts(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, passes: int
-) -> None:
-    """Grouped rows, in every step of two epochs; and where a step can, with its own answers."""
-    recipe = recipe_of(base, "kto", "grouped", train={"group_by_length": False})
-    trainer = made(recipe, tmp_path, rows, passes)
-    answers = {tuple(row["completion_ids"]): tuple(row["prompt_ids"]) for row in trainer.train_dataset}
-    assert len({*answers.values()}) < len(answers), "several answers to a prompt, or nothing is tried"
-    seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    whole = trainer.data_collator
+def moved(trainer: Any) -> Any:
+    """The trainer with a policy that has left its reference."""
+    torch.manual_seed(1)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += torch.randn_like(parameter) / 60
+    return trainer
 
-    def collated(listed: list[dict[str, Any]]) -> Any:
-        seen.extend((tuple(r["prompt_ids"]), tuple(r["KL_completion_ids"])) for r in listed if "KL_completion_ids" in r)
-        return whole(listed)
 
-    loader = iter(trainer.get_train_dataloader())
-    monkeypatch.setattr(trainer, "data_collator", collated)
-    for _ in range(len(trainer.train_dataset) // (rows * passes)):
-        seen.clear()
-        batches, _ = trainer.get_batch_samples(loader, passes, trainer.args.device)
-        assert len(seen) == rows * passes
-        assert all(answers[answer] != prompt for prompt, answer in seen)
-        asked = [prompt for prompt, _ in seen]
-        if max(map(asked.count, asked)) * 2 <= len(asked):
-            ids = [ids for batch in batches for ids in batch["input_ids"].tolist()]
-            mixed = sorted(answer for _, answer in seen)
-            own = sorted(
-                tuple(i for i, m in zip(row, mask, strict=True) if m)
-                for batch in batches
-                for row, mask in zip(batch["input_ids"].tolist(), batch["completion_mask"].tolist(), strict=True)
-            )
-            assert mixed == own
-            assert len(ids) == len(seen)
+def rows_of(batch: dict[str, torch.Tensor], prefix: str = "") -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) of each row."""
+    found = []
+    for ids, real, mask in zip(
+        *(batch[f"{prefix}{key}"].tolist() for key in ("input_ids", "attention_mask", "completion_mask")), strict=True
+    ):
+        found.append((ids[: mask.index(1)], ids[mask.index(1) : sum(real)]))
+    return found
+
+
+def logp(model: Any, prompt: list[int], answer: list[int]) -> float:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
+    return float(logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum())
+
+
+def test_kl_answers_are_to_other_prompts(base: Path, tmp_path: Path) -> None:
+    """Of training and held-out rows, each answer once, by seed."""
+    made_with = {
+        seed: made(recipe_of(base, "kto", "grouped", data={"eval_split": 12}, train={"seed": seed}), tmp_path)
+        for seed in (1, 2)
+    }
+    answers = {}
+    for seed, trainer in made_with.items():
+        for rows in (trainer.train_dataset, trainer.eval_dataset):
+            prompts = {tuple(row["completion_ids"]): row["prompt_ids"] for row in rows}
+            assert len({*map(tuple, prompts.values())}) < len(prompts), "several answers to a prompt"
+            assert sorted(rows["KL_completion_ids"]) == sorted(rows["completion_ids"])
+            assert all(prompts[tuple(row["KL_completion_ids"])] != row["prompt_ids"] for row in rows)
+        answers[seed] = list(trainer.train_dataset["KL_completion_ids"])
+    assert answers[1] != answers[2]
+
+
+def test_held_out_rows_of_one_prompt_have_answers_of_training_rows() -> None:
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"prompt_ids": [1], "completion_ids": [i]} for i in (10, 11)])
+    train = Dataset.from_list([{"prompt_ids": [p], "completion_ids": [20 + p]} for p in (1, 2, 3)])
+    assert {ids[0] for ids in with_other_answers(rows, train, 0)["KL_completion_ids"]} <= {22, 23}
+
+
+@pytest.mark.parametrize(("rows", "passes"), [(8, 1), (2, 4), (1, 2), (3, 1)])
+def test_kto_is_the_formula(base: Path, tmp_path: Path, rows: int, passes: int) -> None:
+    """Ethayarajh et al. 2024, eq. 7 and 8, in float64: z0 over all rows of the step, each with another's answer."""
+    keys = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.5}
+    recipe = recipe_of(base, "kto", "grouped", kto=keys, train={"group_by_length": False})
+    start = made(recipe, tmp_path, rows, passes).model.eval()
+    trainer = moved(made(recipe, tmp_path, rows, passes))
+    batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), passes, trainer.args.device)
+    loss = sum(float(trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)) for batch in batches)
+
+    def ratio(row: tuple[list[int], list[int]]) -> float:
+        return logp(trainer.model.eval(), *row) - logp(start, *row)
+
+    mixed = [row for batch in batches for row in rows_of(batch, "KL_")]
+    own = [row for batch in batches for row in rows_of(batch)]
+    assert [prompt for prompt, _ in mixed] == [prompt for prompt, _ in own]
+    kl = sum(map(ratio, mixed)) / len(mixed)
+    assert trainer.kl.item() == pytest.approx(kl, abs=1e-3)
+    assert kl > 0.1, "below 0 it would be clamped, and not be tried"
+    expected = []
+    for row, label in zip(own, [label for batch in batches for label in batch["label"].tolist()], strict=True):
+        signed = (ratio(row) - kl) if label else (kl - ratio(row))
+        expected.append((1.5 if label else 0.5) * (1 - 1 / (1 + math.exp(-0.3 * signed))))
+    assert loss == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+
+
+def test_held_out_kl_is_the_same_in_every_batch_size(base: Path, tmp_path: Path) -> None:
+    """Measured on all held-out rows."""
+    found = {}
+    for size in (1, 3, 12):
+        sections = {"data": {"eval_split": 12}, "train": {"per_device_eval_batch_size": size}}
+        trainer = moved(made(recipe_of(base, "kto", "grouped", **sections), tmp_path))
+        found[size] = trainer.evaluate()
+    assert found[1]["eval_kl"] > 0.1
+    for size in (1, 3):
+        for key in ("eval_kl", "eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
+            assert found[size][key] == pytest.approx(found[12][key], abs=1e-3), key
 
 
 def test_kto_wants_another_prompt(base: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ Write = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Reference log-probabilities of a test stay with the test."""
-    monkeypatch.setattr("finetune.training.alignment.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("finetune.training.reference.cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache" / "reference"
 
 
@@ -135,7 +136,7 @@ def test_learns_the_preference(aligned: Write) -> None:
     assert logged(found, "eval_rewards/accuracies")[-1] == 1.0
     assert logged(found, "loss")[-1] < 0.4
     assert {p.name for p in found.adapter.iterdir()} >= {"adapter_model.safetensors", "base_identity.json"}
-    assert not (found.adapter / "ref").exists(), "the frozen reference is not part of the result"
+    assert not [path for path in found.adapter.iterdir() if path.is_dir()], "there is one adapter"
 
 
 @pytest.mark.parametrize("loss", ["ipo", "hinge", "robust", "apo_zero", "simpo", "orpo", "sigmoid_norm"])
@@ -196,7 +197,7 @@ def test_from_an_sft_run(aligned: Write, recipe: Write, start: str, tmp_path: Pa
     [
         {"method": "bitfit"}, {"method": "ia3"}, {"method": "vera", "r": 16}, {"method": "lokr", "r": 4},
         {"method": "last_layers", "num_layers": 1}, {"method": "prompt_tuning", "num_virtual_tokens": 4},
-        {"method": "prefix_tuning", "num_virtual_tokens": 4},
+        {"method": "prefix_tuning", "num_virtual_tokens": 4}, {"method": "adalora", "init_r": 4, "target_r": 3},
     ],
     ids=lambda section: section["method"],
 )  # fmt: skip
@@ -204,7 +205,7 @@ def test_from_an_sft_run(aligned: Write, recipe: Write, start: str, tmp_path: Pa
 def test_the_reference_of_every_method_is_where_it_starts(
     aligned: Write, recipe: Write, unpaired: Path, stage: str, section: dict[str, Any]
 ) -> None:
-    """peft keeps the weights of some methods under other names than LoRA's, which a copy by name misses."""
+    """Also of those that stand on a base only once, or keep their weights under other names than LoRA's."""
 
     def with_section(path: Path) -> Path:
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "adapter": section}))
@@ -217,7 +218,7 @@ def test_the_reference_of_every_method_is_where_it_starts(
     found = run(with_section(aligned(stage, **sections)))
     first = found.read_metrics()[0]
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
-    if stage == "dpo":
+    if stage == "dpo" and section["method"] != "adalora":  # whose loss has a penalty in it
         assert first["loss"] == pytest.approx(0.6931, abs=1e-4)
     before, after = tensors(sft.adapter), tensors(found.adapter)
     assert before.keys() == after.keys()
@@ -243,7 +244,7 @@ def test_other_methods_as_policy(aligned: Write, tmp_path: Path, method: str) ->
 def test_a_start_that_rewrites_the_base_rewrites_it_once(
     aligned: Write, unpaired: Path, base: Path, stage: str
 ) -> None:
-    """Learning nothing, the saved adapter is the base; the reference beside the policy must not move it."""
+    """Learning nothing, the saved adapter is the base."""
     settings = {"max_steps": 1, "learning_rate": 1e-12, "warmup_steps": 0}
     data = {"train": str(unpaired)} if stage == "kto" else {}
     found = run(aligned(stage, data=data, train=settings, adapter={"init_lora_weights": "pissa"}))
@@ -254,34 +255,6 @@ def test_a_start_that_rewrites_the_base_rewrites_it_once(
     bare = loading.load_model(config, torch.float32)(ids).logits
     tuned = attach.attach_adapter(loading.load_model(config, torch.float32), found.adapter, config)(ids).logits
     torch.testing.assert_close(tuned, bare, atol=1e-4, rtol=0)
-
-
-def test_advice_is_for_the_stage(aligned: Write, recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy that cannot be is advised on by DPO's keys, not by PPO's."""
-    sft = train(recipe(train={"max_steps": 1}))
-
-    def refuse(*_: Any) -> None:
-        raise UserError("cannot stand twice on one base", key="adapter.method", fix="set ppo.models: separate")
-
-    monkeypatch.setattr("finetune.training.trainers.copy_adapter", refuse)
-    with pytest.raises(UserError, match=r"cannot stand twice.*dpo\.start") as caught:
-        run(aligned(model={"adapter": str(sft.path)}))
-    assert "ppo" not in str(caught.value)
-
-
-def test_adalora_cannot_stand_twice(aligned: Write, recipe: Write, tmp_path: Path) -> None:
-    path = recipe(train={"max_steps": 12})
-    values = yaml.safe_load(path.read_text())
-    values["adapter"] = {"method": "adalora", "init_r": 4, "target_r": 2}
-    path.write_text(yaml.safe_dump(values))
-    sft = train(path)
-    path = aligned(model={"adapter": str(sft.path)}, adapter={"method": "adalora", "init_r": 4, "target_r": 2})
-    values = yaml.safe_load(path.read_text())
-    del values["adapter"]["r"], values["adapter"]["lora_alpha"]
-    path.write_text(yaml.safe_dump(values))
-    with pytest.raises(UserError, match="only once"):
-        run(path)
-    assert not (tmp_path / "dpo").exists()
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -303,6 +276,42 @@ def test_resume_is_exact(aligned: Write, tmp_path: Path) -> None:
     assert logged(resumed, "loss") == logged(whole, "loss")
     a, b = tensors(whole.adapter), tensors(resumed.adapter)
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    ("stage", "start", "kind"),
+    [
+        ("dpo", "adapter", None), ("kto", "adapter", None), ("dpo", "adapter", "int4"), ("kto", "adapter", "int8"),
+        ("dpo", "pissa", None), ("dpo", "full", None), ("kto", "prompt_tuning", None),
+    ],
+)  # fmt: skip
+def test_a_run_that_goes_on_has_the_references_it_began_with(
+    aligned: Write, recipe: Write, unpaired: Path, cache: Path, stage: str, start: str, kind: str | None
+) -> None:
+    """Not those of the half-trained policy in its checkpoint; with what was kept of them gone, too."""
+    sections: dict[str, Any] = {"model": {"quantization": kind}, "data": {"eval_split": 8}}
+    if stage == "kto":
+        sections["data"]["train"] = str(unpaired)
+    if start == "adapter":
+        sft = train(recipe(train={"max_steps": 4}, model={"quantization": kind}))
+        sections["model"]["adapter"] = str(sft.path)
+    elif start == "pissa":
+        sections["adapter"] = {"init_lora_weights": "pissa"}
+    path = aligned(stage, train={"max_steps": 6, "save_steps": 2, "eval_steps": 3, "save_total_limit": 9}, **sections)
+    if start in ("full", "prompt_tuning"):
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "adapter": {"method": start}}))
+    found = run(path)
+    keys = ("loss", "rewards/chosen", "rewards/rejected", "eval_loss", "eval_rewards/margins")
+    whole, kept = {key: logged(found, key) for key in keys}, {f.name: f.read_bytes() for f in cache.iterdir()}
+    assert len(kept) == 2
+    assert min(map(len, whole.values())) >= 2
+    found.result.unlink()
+    for step in (4, 6):
+        (found.checkpoints / f"checkpoint-{step}" / "complete").unlink()
+    shutil.rmtree(cache)
+    resumed = run(path, resume=True)
+    assert {f.name: f.read_bytes() for f in cache.iterdir()} == kept
+    assert {key: logged(resumed, key) for key in keys} == whole
 
 
 def test_kto_wants_two_rows_per_step(aligned: Write, unpaired: Path) -> None:

@@ -37,7 +37,7 @@ Write = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference log-probabilities of a test stay with the test."""
-    monkeypatch.setattr("finetune.training.alignment.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("finetune.training.reference.cache_folder", lambda: tmp_path / "cache")
 
 
 def words(i: int) -> str:

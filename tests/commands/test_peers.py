@@ -18,7 +18,6 @@ from conftest import SHARED
 from transformers import Trainer
 
 from finetune.commands import dpo, sft
-from finetune.data.conversations import SftData
 from finetune.recipe.file import load
 from finetune.recipe.stages import DpoRecipe, SftRecipe
 from finetune.run.directory import Run
@@ -69,16 +68,15 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_dpo(workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = dpo.dpo_trainer
+    make = dpo.make_trainer
 
-    def with_newline(*args: Any) -> Any:
-        data = next(a for a in args if isinstance(a, SftData))
+    def with_newline(session: Any, model: Any) -> Any:
         names = ("chosen_mask", "rejected_mask")
-        data.train = data.train.map(lambda row: {name: [*row[name][:-1], 1] for name in names})
-        return make(*args)
+        session.rows.train = session.rows.train.map(lambda row: {name: [*row[name][:-1], 1] for name in names})
+        return make(session, model)
 
-    monkeypatch.setattr(dpo, "dpo_trainer", with_newline)
-    monkeypatch.setattr("finetune.training.alignment.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(dpo, "make_trainer", with_newline)
+    monkeypatch.setattr("finetune.training.reference.cache_folder", lambda: tmp_path)
     path = write(tmp_path, workload, "dpo", "dpo_trl_bench32.jsonl", batch=4, epochs=1, dpo={"beta": 0.1})
     dpo.run(load(str(path), DpoRecipe))
     assert losses(tmp_path) == pytest.approx(DPO, abs=1e-3)

@@ -17,6 +17,7 @@ from test_accumulation import made, recipe_of, step
 
 from finetune.adapters.load import apply
 from finetune.adapters.methods import METHODS
+from finetune.base import Base
 from finetune.data.chat import make_encoder
 from finetune.data.pairs import load_pairs, load_unpaired
 from finetune.data.prompts import load_prompts
@@ -26,13 +27,13 @@ from finetune.recipe.adapters import ADAPTERS
 from finetune.recipe.file import check
 from finetune.recipe.resolve import resolve
 from finetune.recipe.sections import DataConfig, ModelConfig, SourceConfig
-from finetune.training import alignment
+from finetune.training import reference
 from finetune.training.optim import decayed
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.training.alignment.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("finetune.training.reference.cache_folder", lambda: tmp_path / "cache")
 
 
 def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
@@ -80,16 +81,63 @@ def test_a_reference_has_the_name_of_its_precision(base: Path) -> None:
     for dtype in ("float32", "bfloat16", "float16"):
         for adapter in ("full", "lora"):
             recipe = recipe_of(base, "dpo", model={"dtype": dtype}, adapter={"method": adapter})
-            keys.add(alignment.reference_key(recipe, recipe.model))
+            keys.add(reference.key_of(recipe, Base.open(recipe.model)))
     assert len(keys) == 5, "in float32 both hold the base alike"
 
 
-def test_the_reference_of_full_kto_is_the_policy(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_the_reference_of_full_fine_tuning_is_the_policy(base: Path, tmp_path: Path, stage: str) -> None:
     """Not the base loaded once more without the recipe's rope_scaling, revision or layout."""
     sections = {"adapter": {"method": "full"}, "model": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}}
-    trainer = made(recipe_of(base, "kto", **sections), tmp_path)
-    assert step(trainer, 1)[0] == pytest.approx(0.5, abs=1e-6)
-    assert trainer.ref_model.config.rope_parameters == trainer.model.config.rope_parameters
+    trainer = made(recipe_of(base, stage, **sections), tmp_path)
+    assert step(trainer, 1)[0] == pytest.approx({"dpo": math.log(2), "kto": 0.5}[stage], abs=1e-6)
+    assert not list(trainer.ref_model.parameters()), "no second model"
+
+
+def scored(model: Any, prompt: list[int], answer: list[int]) -> float:
+    """Log-probability of an answer, by transformers alone."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].double()
+    logps = logits[-len(answer) - 1 : -1].log_softmax(-1)
+    return float(logps.gather(-1, torch.tensor(answer)[:, None]).sum())
+
+
+STARTS: dict[str, dict[str, Any]] = {
+    "lora": {}, "pissa": {"init_lora_weights": "pissa"}, "full": {"method": "full"}, "adapter": {},
+    "prompt_tuning": {"method": "prompt_tuning"}, "prefix_tuning": {"method": "prefix_tuning"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_the_reference_is_where_the_policy_starts(
+    base: Path, tmp_path: Path, recipe: Callable[..., Path], stage: str, start: str
+) -> None:
+    """Every row has the log-probabilities of the model it starts from: the adapter's, else the base's. A fresh soft
+    prompt is no reference, as it changes every answer."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    expected = AutoModelForCausalLM.from_pretrained(base)
+    values = recipe_of(base, stage, adapter=STARTS[start] or {}, data={"max_samples": 8, "eval_split": 2}).model_dump(
+        exclude={"adapter"} if start == "adapter" else None, exclude_unset=True
+    )
+    if start == "adapter":
+        sft = train(recipe(train={"max_steps": 6}))
+        values["model"]["adapter"] = str(sft.path)
+        expected = PeftModel.from_pretrained(expected, sft.adapter)
+    trainer = made(check(yaml.safe_load(json.dumps(values, default=str)), stage), tmp_path)
+    for rows in (trainer.train_dataset, trainer.eval_dataset):
+        for row in rows:
+            if stage == "dpo":
+                found = [row["ref_chosen_logps"], row["ref_rejected_logps"]]
+                starts = [row[f"{name}_mask"].index(1) for name in ("chosen", "rejected")]
+                answers = [row["chosen_ids"], row["rejected_ids"]]
+                pairs = [(ids[:at], ids[at:]) for ids, at in zip(answers, starts, strict=True)]
+            else:
+                found = [row["ref_logps"], row["ref_KL_logps"]]
+                pairs = [(row["prompt_ids"], row[f"{name}completion_ids"]) for name in ("", "KL_")]
+            assert found == pytest.approx([scored(expected.eval(), *pair) for pair in pairs], abs=2e-3)
 
 
 def test_reward_goes_on_with_the_head_of_its_start(base: Path, tmp_path: Path) -> None:

@@ -581,7 +581,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def watch(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, here: Path) -> Watch:
-    monkeypatch.setattr("finetune.training.alignment.cache_folder", lambda: here / "cache")
+    monkeypatch.setattr("finetune.training.reference.cache_folder", lambda: here / "cache")
     return Watch(files, monkeypatch)
 
 

@@ -1,0 +1,182 @@
+"""What finetune/ uses of trl, transformers, peft and datasets without their promise: an upgrade fails here first.
+
+Each row says why we need the name. A private name that stands in finetune/ and not here fails, too.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import transformers
+import trl
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.peft_types import PeftType
+from transformers import core_model_loading
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+PACKAGE = Path(__file__).parents[1] / "finetune"
+TRAINER, DPO, KTO = transformers.Trainer, trl.DPOTrainer, trl.KTOTrainer
+OF_TRL = (trl.SFTTrainer, DPO, KTO, trl.RewardTrainer)
+
+# (where it is defined, name, its parameters, why we need it)
+METHODS: list[tuple[type, str, tuple[Any, ...], str]] = [
+    (TRAINER, "_get_train_sampler", ("self", "train_dataset"), "an order of samples that can be resumed"),
+    (TRAINER, "_save_checkpoint", ("self", "model", "trial"), "a checkpoint is complete or not there"),
+    (TRAINER, "_load_from_checkpoint", ("self", "resume_from_checkpoint", "model"), "states that peft does not save"),
+    (TRAINER, "_load_best_model", ("self",), "the same, and a damaged best checkpoint is an error"),
+    (TRAINER, "_run_epoch", ("self", ...), "a run whose steps are all taken takes no more"),
+    (TRAINER, "_maybe_log_save_evaluate", ("self", "tr_loss", "grad_norm", ...), "a step that is no number is logged"),
+    (TRAINER, "get_batch_samples", ("self", "epoch_iterator", "num_batches", "device"), "all rows of a step, before it"),
+    (TRAINER, "prediction_step", ("self", "model", "inputs", ...), "figures of each held-out batch"),
+    (TRAINER, "evaluation_loop", ("self", "dataloader", ...), "figures over all held-out rows"),
+    (TRAINER, "create_accelerator_and_postprocess", ("self",), "loss scaling on CPUs"),
+    (DPO, "_prepare_dataset", ("self", "dataset", ...), "rows are token ids already"),
+    (KTO, "_prepare_dataset", ("self", "dataset", ...), "rows are token ids already"),
+    (KTO, "_compute_kl_logps", ("self", "model", "batch"), "the KL term is that of the step, not of the pass"),
+    (DPO, "compute_ref_log_probs", ("self", "model", "inputs"), "the reference is scored by the policy's own pass"),
+    (KTO, "compute_ref_log_probs", ("self", "model", "inputs"), "the same"),
+    (BaseTuner, "_pre_injection_hook", ("self", "model", "config", "adapter_name"), "targets of our own tuners"),
+    (BaseTuner, "_prepare_adapter_config", ("self", "peft_config", "model_config"), "our tuners know their targets"),
+    (BaseTuner, "_create_and_replace", ("self", ...), "how our tuners wrap a layer"),
+    (BaseTuner, "_replace_module", ("self", "parent", "child_name", "new_module", "child"), "the same"),
+    (BaseTunerLayer, "_move_adapter_to_device_of_base_layer", ("self", "adapter_name", ...), "where a layer is"),
+    (BaseTunerLayer, "_cast_input_dtype", ("self", "x", "dtype"), "our layers compute in their own precision"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "parameters", "why"), METHODS, ids=[f"{owner.__name__}.{name}" for owner, name, *_ in METHODS]
+)
+def test_methods(owner: type, name: str, parameters: tuple[Any, ...], why: str) -> None:
+    found = tuple(inspect.signature(getattr(owner, name)).parameters)
+    wanted = parameters[:-1] if parameters[-1] is ... else parameters
+    assert found[: len(wanted)] == wanted, why
+    assert parameters[-1] is ... or len(found) == len(wanted), why
+
+
+# name -> (pattern in the source of the class or module, why we need it)
+IN_THE_SOURCE: dict[str, tuple[Any, str, str]] = {
+    "_tr_loss": (TRAINER, r"self\._tr_loss = torch\.tensor\(0\.0", "the loss since the last log, for checkpoints"),
+    "_total_loss_scalar": (TRAINER, r"self\._total_loss_scalar = 0\.0", "the mean loss of a run that goes on"),
+    "_globalstep_last_logged": (TRAINER, r"self\._globalstep_last_logged = self\.state\.global_step", "the same"),
+    "_initial_global_step": (
+        TRAINER, r"num_steps_trained = self\.state\.global_step - self\._initial_global_step", "the same",
+    ),
+    "_n_gpu": (transformers.TrainingArguments, r"return self\._n_gpu", "one device, whatever else is there"),
+    "_weight_conversions": (
+        core_model_loading, r'getattr\(model, "_weight_conversions", None\)', "what is converted is saved as stock",
+    ),
+    "_can_checkpoint_with_cache": (
+        GradientCheckpointingLayer, r"if not self\._can_checkpoint_with_cache", "prefixes live in the cache",
+    ),
+    "_disable_adapters": (BaseTunerLayer, r"self\._disable_adapters", "peft's state of a layer"),
+    "_active_adapter": (BaseTunerLayer, r"self\._active_adapter", "peft's state of a layer"),
+    "_fingerprint": (datasets.Dataset, r"self\._fingerprint", "packed rows are kept under the name of their content"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_THE_SOURCE)
+def test_attributes(name: str) -> None:
+    owner, pattern, why = IN_THE_SOURCE[name]
+    assert re.search(pattern, inspect.getsource(inspect.getmodule(owner) or owner)), why
+
+
+@pytest.mark.parametrize("trainer", OF_TRL)
+def test_trl_counts_in_these(trainer: type) -> None:
+    """`_metrics` and `_total_train_tokens` are read for the run's figures and kept in checkpoints."""
+    source = inspect.getsource(trainer)
+    assert 'self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}' in source
+    assert "self._total_train_tokens = 0" in source
+
+
+@pytest.mark.parametrize("trainer", OF_TRL)
+def test_trl_rounds_what_requires_a_gradient(trainer: type) -> None:
+    """On quantized bases, to bfloat16; `trainers.unrounded` hides it from this loop. Without the loop it can go."""
+    rounds = (
+        "        if _is_quantized_model:\n            for name, param in model.named_parameters():\n"
+        '                if param.requires_grad and "lora_magnitude_vector" not in name:\n'
+        "                    param.data = param.data.to(torch.bfloat16)\n"
+    )
+    assert rounds in inspect.getsource(trainer.__init__)
+
+
+@pytest.mark.parametrize("trainer", [DPO, KTO])
+def test_trl_makes_no_reference_where_one_is_given(trainer: type) -> None:
+    """`reference.NoReference` stands there: no adapter "ref" is added, and with columns it is never asked."""
+    init = inspect.getsource(trainer.__init__)
+    assert "elif is_peft_model(model) and ref_model is None:" in init
+    assert init.count('model.add_adapter("ref"') == 1
+    assert "        else:\n            self.ref_model = ref_model\n" in init
+    assert "self.precompute_ref_logps = args.precompute_ref_log_probs" in init
+    loss = inspect.getsource(trainer._compute_loss)
+    assert loss.index("if self.precompute_ref_logps:") < loss.index("self.ref_model")
+    scoring = inspect.getsource(trainer.compute_ref_log_probs)
+    assert "if self.ref_model is None and is_peft_model(self.model):" in scoring, "else the model is scored as it is"
+
+
+def test_trl_takes_the_mean_of_the_kl_term() -> None:
+    """`Kto` gives it that of the step; two rows in a pass are asked for only with the KL term."""
+    assert "kl = (KL_logps - ref_KL_logps).mean().detach()" in inspect.getsource(KTO._compute_loss)
+    init = inspect.getsource(KTO.__init__)
+    assert 'calculate_kl = args.loss_type not in ["apo_zero_unpaired"]' in init
+    assert "if self.calculate_KL and args.per_device_train_batch_size <= 1:" in init
+
+
+@pytest.mark.parametrize("trainer", [DPO, KTO])
+def test_trl_reads_the_columns(trainer: type) -> None:
+    """ref_… and KL_… are no arguments of the model, and the loss of the fused head has these names."""
+    source = inspect.getsource(trainer)
+    names = ("ref_chosen_logps", "ref_rejected_logps") if trainer is DPO else ("ref_logps", "ref_KL_logps")
+    assert all(f'"{name}"' in source for name in names)
+    assert "fused_lm_head=True" in source
+    assert ".log_probs" in source
+
+
+def test_peft_takes_new_methods() -> None:
+    """`tuners.base.add_type` adds a member to this enum, as peft's own `register_peft_method` accepts no other name."""
+    assert PeftType._member_map_["LORA"] is PeftType._value2member_map_["LORA"] is PeftType.LORA
+    assert "LORA" in PeftType._member_names_
+    assert isinstance(PeftType.LORA, str)
+
+
+def test_torch_maps_over_trees() -> None:
+    """Arguments of a layer to another device, in merging."""
+    from torch.utils._pytree import tree_map
+
+    assert tree_map(lambda x: x + 1, {"a": (1, 2)}) == {"a": (2, 3)}
+
+
+def private_names() -> dict[str, list[str]]:
+    """Names with one underscore that finetune/ reads of others: {name: files}."""
+    own: set[str] = set()
+    of_self, of_others = [], []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+                mine = isinstance(node.value, ast.Name) and node.value.id == "self"
+                (of_self if mine else of_others).append((node.attr, file.name))
+                if mine and isinstance(node.ctx, ast.Store):
+                    own.add(node.attr)
+    found: dict[str, list[str]] = {}
+    for name, file in of_others + [entry for entry in of_self if entry[0] not in own]:
+        found.setdefault(name, []).append(file)
+    return found
+
+
+def test_every_private_name_is_here() -> None:
+    of_python = {"_exit", "_replace", "_name_", "_value_"}  # os, namedtuple, enum
+    known = of_python | {name for _, name, _, _ in METHODS} | set(IN_THE_SOURCE)
+    known |= {"_metrics", "_total_train_tokens", "_member_map_", "_value2member_map_", "_member_names_"}
+    assert {name: files for name, files in private_names().items() if name not in known} == {}
+
+
+def test_what_is_private_is_seen() -> None:
+    assert {"_replace_module", "_weight_conversions", "_fingerprint", "_member_map_"} <= set(private_names())
