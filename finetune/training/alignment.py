@@ -20,7 +20,7 @@ from finetune.adapters.load import adapter_config
 from finetune.adapters.lora_init import rewrites_base
 from finetune.adapters.methods import of
 from finetune.base import Base
-from finetune.data.conversations import SftData
+from finetune.data.rows import Rows
 from finetune.data.token_cache import cache_folder
 from finetune.errors import UserError
 from finetune.models import loading
@@ -83,7 +83,7 @@ def fingerprint_of_adapter(folder: Path) -> str:
 
 
 def dpo_trainer(
-    recipe: DpoRecipe, run: Run, model: Any, copy: bool, base: ModelConfig, parts: Base, data: SftData,
+    recipe: DpoRecipe, run: Run, model: Any, copy: bool, base: ModelConfig, parts: Base, data: Rows,
     plan: Layout, machine: Hardware,
 ) -> Any:  # fmt: skip
     """trl's DPOTrainer with the recipe's objective."""
@@ -115,7 +115,7 @@ def dpo_trainer(
 
 
 def kto_trainer(
-    recipe: KtoRecipe, run: Run, model: Any, copy: bool, parts: Base, data: SftData, plan: Layout,
+    recipe: KtoRecipe, run: Run, model: Any, copy: bool, parts: Base, data: Rows, plan: Layout,
     machine: Hardware,
 ) -> Any:  # fmt: skip
     """trl's KTOTrainer with the recipe's objective."""
@@ -141,7 +141,7 @@ def kto_trainer(
 
 
 def reward_trainer(
-    recipe: RewardRecipe, run: Run, model: Any, parts: Base, data: SftData, plan: Layout, machine: Hardware
+    recipe: RewardRecipe, run: Run, model: Any, parts: Base, data: Rows, plan: Layout, machine: Hardware
 ) -> Any:
     """trl's RewardTrainer with the recipe's objective."""
     config = RewardConfig(

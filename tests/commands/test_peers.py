@@ -18,7 +18,7 @@ from conftest import SHARED
 from transformers import Trainer
 
 from finetune.commands import dpo, sft
-from finetune.data.conversations import SftData
+from finetune.data.rows import Rows
 from finetune.recipe.file import load
 from finetune.recipe.stages import DpoRecipe, SftRecipe
 from finetune.run.directory import Run
@@ -72,7 +72,7 @@ def test_dpo(workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     make = dpo.dpo_trainer
 
     def with_newline(*args: Any) -> Any:
-        data = next(a for a in args if isinstance(a, SftData))
+        data = next(a for a in args if isinstance(a, Rows))
         names = ("chosen_mask", "rejected_mask")
         data.train = data.train.map(lambda row: {name: [*row[name][:-1], 1] for name in names})
         return make(*args)

@@ -19,7 +19,7 @@ import yaml
 
 from finetune.adapters import compatibility
 from finetune.adapters.load import adapter_config, loads_trainable, prepare
-from finetune.data import conversations
+from finetune.data import held_out
 from finetune.data.chat import make_encoder
 from finetune.errors import UserError
 from finetune.evaluation import generation as evaluation
@@ -43,7 +43,7 @@ def measure(where: Path) -> dict[str, Any]:
     architecture = loading.read_config(recipe.model)["model_type"]
     trained = next((folder for folder in (where / "adapter", where / "model") if folder.is_dir()), None)
     encoder = make_encoder(loading.load_tokenizer(recipe.model, trained), family(architecture))  # as it was trained
-    rows = conversations.load_eval_rows(recipe.eval.data, recipe.data)[: recipe.eval.limit]
+    rows = held_out.load_eval_rows(recipe.eval.data, recipe.data)[: recipe.eval.limit]
     asked = [evaluation.split_reference(row)[0] for row in rows[:PROMPTS]]
     prompts = [encoder.prompt_ids(conversation.messages, conversation.tools) for conversation in asked]
 
