@@ -64,7 +64,5 @@ def load_prompts(config: DataConfig, encoder: Encoder, *, seed: int = 42, eval_d
         raise UserError("no prompt is left", key="data.max_length", fix=f"raise it: {too_long} are longer")
     if too_long:
         warnings.append(f"{too_long} prompts are longer than data.max_length ({config.max_length}) and left out")
-    return divided(
-        lambda numbers: [found.rows[i] for i in numbers],
-        found.hashes, found.weights, None, counts, warnings,
-    )  # fmt: skip
+    pick = lambda numbers: [found.rows[i] for i in numbers]  # noqa: E731
+    return divided(pick, found.hashes, found.weights, config.eval_split, counts, warnings)

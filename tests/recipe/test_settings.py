@@ -254,7 +254,7 @@ def test_settings_of_data_without_a_recipe(tmp_path: Path) -> None:
     file = str(write_rows(tmp_path / "r.jsonl", [{"ask": "a", "say": "b"}]))
     for prefix in ("data.", ""):
         items = [f"{prefix}columns.prompt=ask", f"{prefix}columns.completion=say", f"{prefix}max_length=9"]
-        found = data_stage.settings(None, items, file, None, None, None)[0]
+        found = data_stage.looked_at(None, items, file).config
         assert found.columns == {"prompt": "ask", "completion": "say"}
         assert found.max_length == 9
     for item, expected in (
@@ -264,7 +264,7 @@ def test_settings_of_data_without_a_recipe(tmp_path: Path) -> None:
         ("data.shuffle=true", "set data.max_samples"),
     ):
         with pytest.raises(UserError, match=expected):
-            data_stage.settings(None, [item], file, None, None, None)
+            data_stage.looked_at(None, [item], file)
 
 
 # --- pretrain reads as the others do ---
