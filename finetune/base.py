@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from finetune.data.chat import make_encoder
+from finetune.data.encoder import Encoder
 from finetune.families import Family, family
 from finetune.models import attach, loading, sources, tokenizers
 from finetune.models.config import read_config
@@ -54,7 +55,7 @@ class Base:
         return tokenizers.load_tokenizer(self.model, self.adapter)
 
     @cached_property
-    def encoder(self) -> Any:
+    def encoder(self) -> Encoder:
         """Conversations as ids, in this base's chat format or in that of the adapter."""
         return make_encoder(self.tokenizer, self.family)
 

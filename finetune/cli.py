@@ -373,7 +373,11 @@ def data_check(
     _quiet(bars=False)
     from finetune.commands.data import check
 
-    raise typer.Exit(check(recipe, set_, data, model, stage, eval_data, fix, json_))
+    code = check(
+        recipe=recipe, overrides=set_, data=data, model=model, stage=stage, eval_data=eval_data, fix=fix,
+        json_file=json_,
+    )  # fmt: skip
+    raise typer.Exit(code)
 
 
 @data_app.command("preview")
@@ -393,7 +397,10 @@ def data_preview(
     _quiet(bars=False)
     from finetune.commands.data import preview
 
-    preview(recipe, set_, data, model, stage, limit, json_, html)
+    preview(
+        recipe=recipe, overrides=set_, data=data, model=model, stage=stage, limit=limit, json_file=json_,
+        html_file=html,
+    )  # fmt: skip
 
 
 OTHER_COMMANDS = {

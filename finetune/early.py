@@ -77,7 +77,7 @@ def recipe(
 
     together(lambda: check_inputs(found, find(reference)) if overwrite else None, place, *checks_of(found))
     if not endless(found.data.train):
-        from finetune.data.conversations import screen
+        from finetune.data.audit import screen
 
         screen(found.data, ROWS[stage])
     announce(found.model)

@@ -18,7 +18,7 @@ from finetune import early
 from finetune.child import PART
 from finetune.cli import main
 from finetune.commands import sft
-from finetune.data import conversations
+from finetune.data import audit
 from finetune.errors import Interrupted
 from finetune.models import tokenizers
 from finetune.recipe.file import load
@@ -104,7 +104,7 @@ def test_ctrl_c_while_loading_says_how_to_start_again(
 def test_ctrl_c_while_reading_data(
     recipe: Recipes, monkeypatch: pytest.MonkeyPatch, typed: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(conversations, "screen", interrupt)
+    monkeypatch.setattr(audit, "screen", interrupt)
     place = str(tmp_path / "a run")
     code, said = typed("sft", str(recipe()), "--output", place)
     assert (code, again_of(said)) == (130, ["sft", "--recipe", str(recipe()), "--output", place])

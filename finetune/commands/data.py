@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -17,28 +17,19 @@ from finetune.places import check_file, json_with
 from finetune.recipe.file import load, with_settings
 from finetune.recipe.reading import find, parse_value, recipe_text
 from finetune.recipe.resolve import absolute_source
-from finetune.recipe.sections import DataConfig
+from finetune.recipe.sections import DataConfig, ModelConfig
 from finetune.recipe.stages import RECIPES
 from finetune.run.writing import write_atomically, write_json
 from finetune.terminal.progress import note, say, say_json
 from finetune.terminal.progress import output as output_console
 
-KINDS = {
-    "pretrain": "text", "sft": "sft", "reward": "preference", "dpo": "preference", "kto": "unpaired", "ppo": "prompts",
-}  # fmt: skip
 WORST = 20  # problems of each level shown in the terminal; --json has them all
 
 
 def check(
-    recipe: str | None,
-    overrides: Sequence[str],
-    data: str | None,
-    model: str | None,
-    stage: str | None,
-    eval_data: str | None,
-    fix: str | None,
-    json_file: str | None,
-) -> int:
+    *, recipe: str | None = None, overrides: Sequence[str] = (), data: str | None = None, model: str | None = None,
+    stage: str | None = None, eval_data: str | None = None, fix: str | None = None, json_file: str | None = None,
+) -> int:  # fmt: skip
     """Exit code: 2 when a row cannot be used, else 0."""
     from finetune.data import audit, samples, sources
     from finetune.data import fix as mend
@@ -48,58 +39,42 @@ def check(
         mend.check_free(Path(fix))
         if json_file is not None and Path(json_file).resolve() in {p.resolve() for p in mend.files(Path(fix))}:
             raise UserError("is the file of --fix", path=json_file, key="--json", fix="name another file")
-    config, base, kind, held_out = settings(recipe, overrides, data, model, stage, eval_data)
-    early.data_of(config, base if kind != "text" else None, held_out)
-    encoder = make_encoder(base) if base is not None and kind != "text" else None
+    config, base, kind, held_out = looked_at(recipe, overrides, data, model, stage, eval_data)
+    base = None if kind == "text" else base
+    early.data_of(config, base, held_out)
+    encoder = None if base is None else encoder_of(base)
     if fix is not None:
         kept, taken, rejects = mend.mend(config, Path(fix), encoder, kind, held_out)
         note(f"{kept:,} rows written to {fix}, {taken:,} rejects with their reasons to {rejects}")
     report = audit.check(config, encoder, kind=kind, eval_data=held_out)
-    tell = note if json_file == "-" else found
-    if encoder is not None and encoder.notice is not None:
-        tell(encoder.notice)
-    for line in sources.left_out(samples.specs(config), offer=held_out is None):
-        tell(line)
-    if json_file == "-":
-        say_json(report.as_json())
-    else:
+    notice = [] if encoder is None or encoder.notice is None else [encoder.notice]
+    for line in (*notice, *sources.left_out(samples.specs(config), offer=held_out is None)):
+        (note if json_file == "-" else found)(line)
+    if json_file != "-":
         show(report)
-    if json_file and json_file != "-":
-        write_json(Path(json_file), report.as_json())
+    write(json_file, report.as_json())
     return 2 if report.errors and fix is None else 0
 
 
 def preview(
-    recipe: str | None,
-    overrides: Sequence[str],
-    data: str | None,
-    model: str | None,
-    stage: str | None,
-    limit: int,
-    json_file: str | None,
-    html_file: str | None,
-) -> None:
+    *, recipe: str | None = None, overrides: Sequence[str] = (), data: str | None = None, model: str | None = None,
+    stage: str | None = None, limit: int = 5, json_file: str | None = None, html_file: str | None = None,
+) -> None:  # fmt: skip
     from finetune.data import preview as views
 
     check_outputs(("--json", json_file, json_with("samples", "template")), ("--html", html_file, is_page))
     if json_file is not None and html_file is not None and Path(json_file).resolve() == Path(html_file).resolve():
         raise UserError("is the file of --json", path=html_file, key="--html", fix="name another file")
-    config, base, kind, _ = settings(recipe, overrides, data, model, stage, None)
+    config, base, kind, _ = looked_at(recipe, overrides, data, model, stage)
     early.data_of(config, base, None)
     if base is None:
         raise UserError("a preview needs a tokenizer", key="--model", fix="give --model or --recipe")
-    encoder = make_encoder(base)
+    encoder = encoder_of(base)
     shown = views.samples(config, encoder, limit, kind)
     rows = views.packs(shown, config.max_length) if config.packing else None
-    if json_file is not None:
-        kept = [{key: value for key, value in sample.items() if key != "roles"} for sample in shown]
-        output: dict[str, Any] = {"template": encoder.origin, "samples": kept}
-        if rows is not None:
-            output["packs"] = rows
-        if json_file == "-":
-            say_json(output, indent=None)
-        else:
-            write_json(Path(json_file), output)
+    kept = [{key: value for key, value in sample.items() if key != "roles"} for sample in shown]
+    packs = {} if rows is None else {"packs": rows}
+    write(json_file, {"template": encoder.origin, "samples": kept, **packs}, indent=None)
     if html_file is not None:
         write_atomically(Path(html_file), views.as_html(shown, rows))
         note(f"written to {html_file}")
@@ -114,6 +89,14 @@ def preview(
             note(f"green is trained · {encoder.origin}")
 
 
+def write(json_file: str | None, value: dict[str, Any], indent: int | None = 2) -> None:
+    """To the file of --json, or to stdout."""
+    if json_file == "-":
+        say_json(value, indent)
+    elif json_file is not None:
+        write_json(Path(json_file), value)
+
+
 def check_outputs(*files: tuple[str, str | None, Callable[[Path], bool]]) -> None:
     """UserError for what cannot be written; before anything is read."""
     for key, file, ours in files:
@@ -126,29 +109,31 @@ def is_page(path: Path) -> bool:
         return b"<title>ft data preview</title>" in file.read(200)
 
 
-def settings(
-    recipe: str | None,
-    overrides: Sequence[str],
-    data: str | None,
-    model: str | None,
-    stage: str | None,
-    eval_data: str | None,
-) -> tuple[DataConfig, Any, str | None, str | None]:
-    """(data section, model section or None, kind of data, held-out data). Arguments win over the recipe."""
-    from finetune.recipe.sections import ModelConfig
+class LookedAt(NamedTuple):
+    config: DataConfig
+    base: ModelConfig | None
+    kind: str | None
+    """Of rows; None where nothing says it."""
+    held_out: str | None
 
-    if stage is not None and stage not in KINDS:
-        raise UserError(f"unknown stage {stage!r}", key="--stage", fix=f"one of {', '.join(KINDS)}")
-    base: Any = ModelConfig(name=model) if model is not None else None
+
+def looked_at(
+    recipe: str | None, overrides: Sequence[str], data: str | None, model: str | None = None, stage: str | None = None,
+    eval_data: str | None = None,
+) -> LookedAt:  # fmt: skip
+    """What the arguments and the recipe name; arguments win."""
+    kinds = early.ROWS
+    if stage is not None and stage not in kinds:
+        raise UserError(f"unknown stage {stage!r}", key="--stage", fix=f"one of {', '.join(kinds)}")
+    base = None if model is None else ModelConfig(name=model)
     if recipe is None:
         if data is None:
             raise UserError("nothing to look at", fix="give --recipe R, or --data D")
-        config = data_settings(stage, data, overrides)
-        return config, base, KINDS[stage] if stage else None, eval_data
-    kind: Any = RECIPES[stage_of(recipe)]
-    loaded: Any = load(recipe, kind, overrides)
+        return LookedAt(data_settings(stage, data, overrides), base, kinds[stage] if stage else None, eval_data)
+    given: Any = RECIPES[stage_of(recipe)]
+    loaded: Any = load(recipe, given, overrides)
     config = loaded.data if data is None else loaded.data.model_copy(update={"train": absolute_source(data)})
-    return config, base or loaded.model, KINDS[stage or loaded.stage], eval_data or loaded.eval.data
+    return LookedAt(config, base or loaded.model, kinds[stage or loaded.stage], eval_data or loaded.eval.data)
 
 
 def data_settings(stage: str | None, data: str, overrides: Sequence[str]) -> DataConfig:
@@ -172,14 +157,10 @@ def stage_of(recipe: str) -> str:
     return stage if stage in RECIPES else "sft"
 
 
-def make_encoder(model: Any) -> Any:
-    from finetune.data import chat
-    from finetune.families import family
-    from finetune.models import tokenizers
-    from finetune.models.config import read_config
+def encoder_of(model: ModelConfig) -> Any:
+    from finetune.base import Base
 
-    config = read_config(model)
-    return chat.make_encoder(tokenizers.load_tokenizer(model), family(config["model_type"]))
+    return Base.open(model).encoder
 
 
 def show(report: Any) -> None:

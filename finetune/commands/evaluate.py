@@ -16,9 +16,7 @@ import torch
 from finetune import metrics
 from finetune.adapters.multiple import ActiveAdapter, activated
 from finetune.base import Base
-from finetune.data import evaluated
-from finetune.data.evaluated import HeldOut
-from finetune.data.seen import trained_on
+from finetune.data.held_out import SPLIT, HeldOut, rows_of, split_off, trained_on
 from finetune.data.types import Conversation
 from finetune.errors import UserError
 from finetune.evaluation import evaluators, options
@@ -101,7 +99,7 @@ def held_out(target: Target, data: str | None, limit: int | None) -> HeldOut:
     limit = limit or target.eval.limit
     named = data or target.eval.data
     if named is not None:
-        return evaluated.named(absolute_data(named), target.data, limit)
+        return rows_of(absolute_data(named), target.data, limit)
     recipe = target.recipe
     if recipe is None or recipe.data.eval_split is None:
         fix = "set it or data.eval_split in the recipe, or give --data FILE"
@@ -113,7 +111,7 @@ def held_out(target: Target, data: str | None, limit: int | None) -> HeldOut:
     if recipe.stage != "pretrain":
         encoder = Base.open(recipe.model.model_copy(update={"adapter": None}), place).encoder
     note(f"the rows that data.eval_split {recipe.data.eval_split} held out of {target.name}'s training")
-    return evaluated.split_off(recipe, encoder, limit)
+    return split_off(recipe, encoder, limit)
 
 
 def evaluate_target(target: Target, held: HeldOut, temperature: float = 0.0, seed: int = 0) -> Evaluation:
@@ -123,12 +121,12 @@ def evaluate_target(target: Target, held: HeldOut, temperature: float = 0.0, see
         scorer = reward_model(target.scores, target.model.dtype)
         return evaluators.scores(target.name, scorer, held.rows, longest)
     base = Base.open(target.model, target.adapter or target.template)  # in the chat format that was trained
-    encoder = None if held.kind == "text" else base.encoder
+    encoder: Any = None if held.kind == "text" else base.encoder
     model = load_model(target, base)
     if held.kind == "text":
         length = min(longest, context(base.config, target.model) or longest)
-        texts = [sample.text for sample in held.samples]  # type: ignore[union-attr]
-        whole = held.name == evaluated.SPLIT
+        texts = [sample.text for sample in held.samples]
+        whole = held.name == SPLIT
         result = evaluators.text(target.name, model, base.tokenizer, texts, size, length, held.blocks, whole)
     elif held.kind == "answers":
         limits = (target.eval.max_new_tokens, size)

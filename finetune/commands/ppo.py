@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune import child
-from finetune.data import pairs, prompts, sources
+from finetune.data import pairs, prompts
+from finetune.data.samples import held_out_section
 from finetune.errors import Interrupted, RunError, UserError
 from finetune.evaluation.rewards import load_rule
 from finetune.recipe.file import to_yaml
 from finetune.recipe.resolve import a_step, batch_layout
-from finetune.recipe.sections import DataConfig, OutputConfig, SourceConfig, TrainConfig
+from finetune.recipe.sections import OutputConfig, TrainConfig
 from finetune.recipe.stages import PpoRecipe, RewardModelConfig, RewardRecipe
 from finetune.rl import models
 from finetune.rl.ppo import Ppo, rollouts
@@ -37,23 +38,24 @@ def run(raw: PpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
     models.check(recipe)
     rules = {name: load_rule(spec) for name, spec in names_of(recipe.reward.functions).items()}
     rows = prompts.load_prompts(recipe.data, encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
-    if len(rows.rows) < recipe.ppo.num_mini_batches:
-        what = f"{len(rows.rows)} prompts are too few for {recipe.ppo.num_mini_batches} minibatches"
+    if len(rows.train) < recipe.ppo.num_mini_batches:
+        what = f"{len(rows.train)} prompts are too few for {recipe.ppo.num_mini_batches} minibatches"
         raise UserError(what, key="ppo.num_mini_batches", fix="lower it, or give more prompts")
     held_out = []
     if recipe.eval.data is not None:
-        held = SourceConfig(**sources.held_out(recipe.eval.data))
-        section = DataConfig(train=held, columns=recipe.data.columns, max_length=recipe.data.max_length)
-        held_out = prompts.load_prompts(section, encoder).rows[: recipe.eval.limit]
+        section = held_out_section(recipe.eval.data, recipe.data)
+        held_out = prompts.load_prompts(section, encoder).train[: recipe.eval.limit]
     folder = Run(Path(recipe.output.dir))
     first = reward_recipe(recipe, folder) if recipe.reward.train is not None else None
     if first is not None and (overwrite or not trained(folder)):
         pairs.load_pairs(first.data, encoder, to_score=True)  # what is wrong with them is said now
-    batch, per_epoch, total = rollouts(recipe, len(rows.rows))
+    batch, per_epoch, total = rollouts(recipe, len(rows.train))
     check_schedule(recipe.train, total)
-    fewer = None if batch == recipe.train.effective_batch_size else f"{len(rows.rows)} prompts: rollouts are of {batch}"
+    fewer = (
+        None if batch == recipe.train.effective_batch_size else f"{len(rows.train)} prompts: rollouts are of {batch}"
+    )
     session.plan(
-        rows, longest=max(len(row.ids) for row in rows.rows) + recipe.ppo.max_new_tokens, also=fewer,
+        rows, longest=max(len(row.ids) for row in rows.train) + recipe.ppo.max_new_tokens, also=fewer,
         cut=Layout(*batch_layout(*a_step(recipe), session.machine), per_epoch, total),
         updates=total * recipe.ppo.num_ppo_epochs * recipe.ppo.num_mini_batches,
     )  # fmt: skip
@@ -68,7 +70,7 @@ def run(raw: PpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         built = models.build(recipe, session.base, session.machine, reward)
         seed_everything(recipe)  # the same replies however many models were drawn
         trainer = Ppo(
-            recipe=recipe, models=built, encoder=encoder, prompts=rows.rows, held_out=held_out, rules=rules,
+            recipe=recipe, models=built, encoder=encoder, prompts=rows.train, held_out=held_out, rules=rules,
             arguments=session.arguments(), rows=session.layout.rows_per_pass,
         )  # fmt: skip
         session.train(trainer, fit=Ppo.fit, words=Words(gist))

@@ -7,25 +7,21 @@ Blocks are taken in the order of the text (a curriculum stays one), each exactly
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer, TrainingArguments
 
 from finetune.adapters.load import apply
 from finetune.base import Base
 from finetune.builtin import initial, tokenizers, world
-from finetune.data import text as raw
-from finetune.data.audit import Audit
-from finetune.data.offsets import check_embedded
-from finetune.data.samples import watched
+from finetune.data import text
 from finetune.errors import UserError
 from finetune.models import loading
 from finetune.models.chatglm import export
@@ -45,20 +41,6 @@ from finetune.training.trainers import Extras
 WORLD_CHATGLM3 = "builtin:world/chatglm3"  # model.tokenizer: the world's tokenizer as a ChatGLM3 tokenizer.model
 
 
-class Blocks(Dataset[dict[str, torch.Tensor]]):
-    """Rows of one tensor (blocks, max_length) of token ids; every token is a label."""
-
-    def __init__(self, blocks: list[list[int]]) -> None:
-        self.ids = torch.tensor(blocks, dtype=torch.int32)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = self.ids[index].long()
-        return {"input_ids": ids, "labels": ids}
-
-
 class BlockTrainer(Extras, Trainer):
     """Keeps the order of the blocks."""
 
@@ -74,10 +56,14 @@ class BlockTrainer(Extras, Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def run(given: PretrainRecipe, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
-    session = prepare(given, resume, open_base)
+def run(raw: PretrainRecipe, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
+    session = prepare(raw, resume, open_base)
     recipe = session.recipe
-    rows = load_blocks(recipe, session.base.tokenizer)
+    steps = recipe.train.max_steps
+    rows = text.load_blocks(
+        recipe.data, session.base.tokenizer, seed=recipe.train.seed, eval_data=recipe.eval.data,
+        wanted=steps and steps * recipe.train.effective_batch_size, is_new=recipe.model.is_new,
+    )  # fmt: skip
     session.plan(rows, recipe.data.max_length)
     if dry_run:
         session.show()
@@ -96,22 +82,14 @@ def open_base(model: PretrainModelConfig) -> Base:
     return Base.open(model) if model.config is None else Base(model, model.config, own_tokenizer=tokenizer_of(model))
 
 
-@dataclass
-class BlockRows:
-    train: Blocks
-    eval: Blocks | None
-    counts: dict[str, Any]
-    warnings: list[str]
-
-
 def tokenizer_of(model: PretrainModelConfig) -> Any:
     """Of a new model."""
     name = model.tokenizer
     if name is None:
         raise UserError(
-            "is needed with model.config", key="model.tokenizer", fix=f"give a folder, a hub id or {raw.WORLD}"
+            "is needed with model.config", key="model.tokenizer", fix=f"give a folder, a hub id or {text.WORLD}"
         )
-    if name == raw.WORLD:
+    if name == text.WORLD:
         with task("making the tokenizer", after=1.0):
             return tokenizers.build_tokenizer(_world_texts(), world.HAN)
     if name == WORLD_CHATGLM3:
@@ -123,80 +101,6 @@ def tokenizer_of(model: PretrainModelConfig) -> Any:
 
 def _world_texts() -> Iterator[str]:
     return islice(world.documents(0, 8_000), 8_000)
-
-
-def load_blocks(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> BlockRows:
-    """Training and held-out blocks of the recipe's text."""
-    data, train = recipe.data, recipe.train
-    audit = None if raw.is_endless(data) else Audit(data, None, "text", recipe.eval.data)
-    separator = raw.separator(tokenizer)
-
-    def encode(text: str) -> list[int]:
-        ids = cast(list[int], tokenizer.encode(text, add_special_tokens=False))
-        if recipe.model.config is None:
-            check_embedded(tokenizer, ids)
-        return ids
-
-    def packed(texts: Iterator[str]) -> Iterator[list[int]]:
-        return raw.pack(texts, encode, data.max_length, separator)
-
-    if raw.is_endless(data):
-        if train.max_steps is None:
-            raise UserError(f"{raw.WORLD} is endless", key="train.max_steps", fix="set a number of steps")
-        if isinstance(data.eval_split, float):
-            raise UserError(
-                f"{raw.WORLD} is endless", key="data.eval_split", fix="give a number of blocks, not a share"
-            )
-        wanted = train.max_steps * train.effective_batch_size
-        with task("making", wanted, "blocks of text") as advance:
-            total = _documents_for(wanted, packed, recipe)
-            blocks = list(counted(islice(packed(raw.documents(data, train.seed, total)), wanted), advance))
-        other = raw.documents(data, train.seed + raw.EVAL_SEED, 1)
-        held = list(islice(packed(other), data.eval_split)) if data.eval_split else []
-    else:
-        texts = watched(raw.documents(data, train.seed, 1, audit), data)
-        kept: list[str] = []
-        if data.eval_split is not None:
-            kept, texts = raw.held_out(texts, data.eval_split)
-        wanted_blocks = train.max_steps * train.effective_batch_size if train.max_steps else None
-        blocks = list(islice(packed(texts), wanted_blocks))
-        held = list(packed(iter(kept)))
-        if audit is not None:
-            audit.settle()
-    if not blocks:
-        raise UserError(
-            f"the text does not fill one block of {data.max_length} tokens", path=str(data.train),
-            key="data.max_length", fix="give more text or a smaller data.max_length",
-        )  # fmt: skip
-    if data.eval_split is not None and not held:
-        raise UserError(
-            f"the texts held out do not fill one block of {data.max_length} tokens", key="data.eval_split",
-            fix="hold out more, or leave it out",
-        )  # fmt: skip
-    counts = {"rows": len(blocks), "dropped": 0, **(dict(audit.counts) if audit is not None else {})}
-    counts |= {"blocks": len(blocks), "trained_tokens": len(blocks) * (data.max_length - 1)}
-    warnings = audit.warnings() if audit is not None else []
-    return BlockRows(Blocks(blocks), Blocks(held) if held else None, counts, warnings)
-
-
-def counted(blocks: Iterator[list[int]], advance: Callable[[int], None]) -> Iterator[list[int]]:
-    for block in blocks:
-        advance(1)
-        yield block
-
-
-def _documents_for(blocks: int, packed: Any, recipe: PretrainRecipe) -> int:
-    """How many documents of the endless world fill `blocks` blocks, measured on a thousandth of them."""
-    sample, used = max(50, blocks // 1000), 0
-
-    def drawn() -> Iterator[str]:
-        nonlocal used
-        for text in raw.documents(recipe.data, recipe.train.seed, 1):
-            used += 1
-            yield text
-
-    found = len(list(islice(packed(drawn()), sample)))
-    return blocks * used // found
 
 
 def new_model(recipe: PretrainRecipe, base: Base) -> Any:

@@ -6,9 +6,8 @@
     encoder.stop_ids
 
 The tokenizer's own template is the reference: the ids are those of tokenizer.apply_chat_template. What is trained is
-what the model has to write: everything after the header of an assistant turn, the token that ends it included. Where
-it begins and ends comes from {% generation %} marks (of the template itself, or of a shipped copy that renders
-the same), otherwise from the difference between the conversation with and without the turn.
+what the model has to write: everything after the header of an assistant turn, the token that ends it included; see
+spans.py for where that is.
 """
 
 from __future__ import annotations
@@ -21,10 +20,11 @@ from typing import Any
 
 from finetune.data import chat_glm, control_tokens, shown, templates
 from finetune.data.control_tokens import Guard
+from finetune.data.encoder import Encoder
 from finetune.data.glm_encoder import GlmEncoder
-from finetune.data.messages import is_plain
 from finetune.data.offsets import ByLength, Tokens, check_embedded, first_from
-from finetune.data.types import IGNORED, Conversation, Encoded, Message, RowProblem, attempted
+from finetune.data.spans import Spans, from_tool
+from finetune.data.types import IGNORED, Conversation, Encoded, Message, RowProblem, attempted, is_plain
 
 
 @dataclass(slots=True)
@@ -44,11 +44,11 @@ class Plan:
     lost: tuple[tuple[str, bool], ...] = ()
 
 
-def make_encoder(tokenizer: Any, family: Any = None) -> Encoder | GlmEncoder:
+def make_encoder(tokenizer: Any, family: Any = None) -> Encoder:
     """The encoder for this tokenizer; `family`, a row of families.py, may name a template for bases without one."""
     if chat_glm.glm_version(tokenizer) is not None:
         return GlmEncoder(tokenizer)
-    return Encoder(tokenizer, family)
+    return TemplateEncoder(tokenizer, family)
 
 
 def turn_weights(messages: list[Message], train_on: str) -> dict[int, float]:
@@ -62,35 +62,8 @@ def turn_weights(messages: list[Message], train_on: str) -> dict[int, float]:
     return weights
 
 
-def from_tool(message: Message) -> bool:
-    return message["role"] == "tool" or "results" in message
-
-
-def scored_length(ids: Sequence[int], separator: int | None) -> int:
-    """How much of a text that ends with a reply a reward model reads. The score stands at the last of these tokens.
-
-    That is the end of turn, unless the end token is ChatGLM's `</s>`: in pre-training it separates documents, and what
-    is computed there need not know the document. That of tiny-chatglm3 does not: read at `</s>`, a reward model learned
-    nothing in 240 steps (loss 0.65); read one token earlier, it came to 0.20 in 125.
-    """
-    return len(ids) - (ids[-1] == separator)
-
-
-def scored_ids(encoded: Encoded, separator: int | None) -> list[int]:
-    """A conversation that ends with a reply, up to where it is scored: nothing that a template writes after the last
-    trained token, where a sampled reply ends."""
-    ids = encoded.input_ids[: max(i for i, label in enumerate(encoded.labels) if label != IGNORED) + 1]
-    return ids[: scored_length(ids, separator)]
-
-
-def scored_end(encoder: Encoder | GlmEncoder) -> int | None:
-    """The token with which a finished reply is scored: the one that closes it in training, but for a separator."""
-    return None if encoder.end_id == encoder.separator else encoder.end_id
-
-
-class Encoder:
+class TemplateEncoder:
     separator: int | None = None
-    """An end token that replies share with documents."""
 
     def __init__(self, tokenizer: Any, family: Any = None) -> None:
         self.tokenizer = tokenizer
@@ -98,15 +71,15 @@ class Encoder:
         templates.check(self.template, tokenizer, self.origin)
         self.notice = None if tokenizer.chat_template else f"chat format: {self.origin}"
         self.variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        self.annotated = templates.annotated(self.template, self.variables)
         self.guard = Guard(tokenizer)
         self.shows_tools, self.shows_calls, self.shows_results = templates.expresses(
             self.template, tuple(sorted((k, v) for k, v in self.variables.items() if isinstance(v, str)))
         )
         self.end_tokens, self.stop_ids = self._ends()
+        annotated = templates.annotated(self.template, self.variables)
+        self.spans = Spans(self.template, annotated, self.variables, self.end_tokens, tokenizer.eos_token)
         self.end_id = self.stop_ids[0] if self.stop_ids else None
         self.markers = self._markers()
-        self._verified: set[Any] = set()
         self.losses = shown.Losses(self._shown, shown.tags_of(self.template))
         self._fast = getattr(tokenizer, "backend_tokenizer", None) is not None
         plainest = templates.attempt(self.template, [templates.U, templates.A], None, self.variables)
@@ -127,8 +100,6 @@ class Encoder:
         """Ids and labels of many; a conversation that cannot be encoded yields its RowProblem instead."""
         plans = self.plan_batch(conversations, train_on)
         return self.label_batch(plans, self.tokenize_batch(plans))
-
-    # encode_batch in three steps, so that the second, which runs outside of Python's lock, can run beside the others.
 
     def plan_batch(self, conversations: Sequence[Conversation], train_on: str) -> list[Plan | RowProblem]:
         return [attempted(self.plan, conversation, train_on) for conversation in conversations]
@@ -173,7 +144,7 @@ class Encoder:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
         day = str(date.today()) if "strftime_now" in self.template else ""
-        return (vocabulary, self.template, str(self.annotated), repr(self.variables), day)
+        return (vocabulary, self.template, str(self.spans.annotated), repr(self.variables), day)
 
     def plan(self, conversation: Conversation, train_on: str = "assistant") -> Plan:
         """The text and what is trained in it."""
@@ -184,12 +155,12 @@ class Encoder:
         messages, tools = self._expressible(conversation.messages, conversation.tools)
         weights = turn_weights(messages, train_on)
         messages, tools, content, mark = self._guarded(messages, tools)
-        text, spans = self._spans(messages, tools, content, weights)
+        text, spans = self.spans.of(messages, tools, content, weights)
         last = len(messages) - 1
         unfinished = last in spans and not text[: spans[last][1]].endswith(self.end_tokens)
         ranges = [(*spans[i], weights[i]) for i in sorted(spans)]
         if train_on == "all" and any(from_tool(m) for m in messages):
-            ranges += [(start, end, 0.0) for start, end in self._tool_output(text, messages, tools, content)]
+            ranges += [(start, end, 0.0) for start, end in self.spans.tool_output(text, messages, tools, content)]
         return Plan(
             text, ranges, mark, train_on == "all", unfinished, weights.get(last, 1.0), shown.told(lost, trained)
         )
@@ -222,94 +193,6 @@ class Encoder:
             {"role": m["role"], **self.guard.mark(t, mark, m["role"])} for t, m in zip(turns, messages, strict=True)
         ]
         return guarded, self.guard.mark(tools, mark), content, mark
-
-    def _spans(
-        self, messages: list[Message], tools: Any, content: str, weights: dict[int, float]
-    ) -> tuple[str, dict[int, tuple[int, int]]]:
-        """(text, message index -> character range) of the turns in `weights`."""
-        if self.annotated is not None:
-            assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-            edges = templates.EDGES
-            if edges[0] in content or edges[1] in content:
-                edges = control_tokens.unused(content, 4)[2:]  # the first may be the mark
-            text, blocks = templates.render_spans(self.annotated, messages, tools, self.variables, edges)
-            if len(blocks) == len(assistants) and self._same(text, messages, tools):
-                spans = dict(zip(assistants, blocks, strict=True))
-                return text, {i: self._trim(text, *spans[i]) for i in weights}
-        text = templates.render(self.template, messages, tools, self.variables)
-        return text, {i: self._difference(text, messages, tools, i) for i in weights}
-
-    def _tool_output(self, text: str, messages: list[Message], tools: Any, content: str) -> list[tuple[int, int]]:
-        """Character ranges of what tools returned, found by rendering it between two characters that occur nowhere."""
-        fence = control_tokens.unused(content, 6)
-        first, last = fence[4], fence[5]
-        fenced = [{**m, "content": f"{first}{m['content']}{last}"} if from_tool(m) else m for m in messages]
-        head, *parts = templates.render(self.template, fenced, tools, self.variables).split(first)
-        whole, ranges = head, []
-        for part in parts:
-            inside, _, after = part.partition(last)
-            ranges.append((len(whole), len(whole) + len(inside)))
-            whole += inside + after
-        if whole != text:
-            what = "the chat template changes tool output, which therefore cannot be kept out of the loss"
-            raise RowProblem("unstable_template", what, "set data.train_on: assistant")
-        return ranges
-
-    def _same(self, text: str, messages: list[Message], tools: Any) -> bool:
-        """Whether the marked copy rendered what the template itself renders: looked at once per shape of conversation,
-        and always where contents could take another path (blank, edged with white space, thinking, tools)."""
-        if self.annotated is self.template:
-            return True
-        plain = not tools and all(
-            len(m) == 2 and m["content"] == m["content"].strip() and m["content"] and "think>" not in m["content"]
-            for m in messages
-        )
-        shape = tuple(m["role"] for m in messages) if plain and len(messages) < 32 else None
-        if shape is not None and shape in self._verified:
-            return True
-        same = templates.render(self.template, messages, tools, self.variables) == text
-        if same and shape is not None:
-            self._verified.add(shape)
-        return same
-
-    def _difference(self, text: str, messages: list[Message], tools: Any, i: int) -> tuple[int, int]:
-        """Character range of turn i: what it adds to the conversation before it, header excluded."""
-        before = templates.render(self.template, messages[:i], tools, self.variables, prompt=True) if i else ""
-        upto = text
-        if i < len(messages) - 1:
-            upto = templates.render(self.template, messages[: i + 1], tools, self.variables)
-            if not text.startswith(upto):  # some templates close every text with the end token
-                eos = self.tokenizer.eos_token
-                upto = upto.removesuffix(eos) if eos else upto
-        if not text.startswith(upto):
-            raise RowProblem(
-                "unstable_template",
-                f"the chat template writes turn {i + 1} differently once more turns follow: no safe label mask",
-                "set data.train_on: last, or model.chat_template to a template with {% generation %} marks",
-            )
-        if not upto.startswith(before):
-            raise RowProblem(
-                "unstable_template",
-                f"turn {i + 1}: the chat template's prompt is not how its record of the reply begins",
-                "set model.chat_template to a template with {% generation %} marks",
-            )
-        return self._trim(text, len(before), len(upto))
-
-    def _trim(self, text: str, start: int, end: int) -> tuple[int, int]:
-        """The range up to the token that ends the turn. White space behind it, and an end token of the whole text, are
-        the template's; an end token just behind the range belongs to it."""
-        stripped = text[start:end].rstrip()
-        if stripped.endswith(self.end_tokens):
-            while True:
-                last = next(token for token in self.end_tokens if stripped.endswith(token))
-                shorter = stripped.removesuffix(last).rstrip()
-                if not shorter.endswith(self.end_tokens):
-                    return start, start + len(stripped)
-                stripped = shorter
-        for token in self.end_tokens:
-            if text.startswith(token, end):
-                return start, end + len(token)
-        return start, end
 
     def _tokenize(self, texts: list[str]) -> list[Tokens]:
         """The tokens of each text, nothing added."""

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from finetune.data.control_tokens import all_strings
-from finetune.data.messages import MEDIA, READ, REASONING, is_plain
-from finetune.data.types import Conversation, Message, Preference, Sample, Text, Unpaired
+from finetune.data.messages import MEDIA, READ, REASONING
+from finetune.data.types import Conversation, Message, Preference, Sample, Text, Unpaired, is_plain
 
 
 class Finding(NamedTuple):
@@ -22,34 +22,39 @@ class Finding(NamedTuple):
 
 
 def check(sample: Sample, text: str) -> list[Finding]:
-    """All findings of one sample; `text` is all its text, as samples.all_text gives it."""
-    if isinstance(sample, Conversation):
-        found = turn_order(sample.messages)
-        messages = sample.messages
-        if sample.tools or not is_plain(messages):
-            half = HALF.search(all_strings([messages, sample.tools or []]))
-            if half is not None and half[0] not in text:
-                what = f"half a surrogate pair (\\u{ord(half[0]):04x}) in a tool call or description"
-                found.append(Finding("error", "broken_encoding", what, "mend the \\u escapes"))
-    elif isinstance(sample, Text):
-        found = [] if sample.text.strip() else [Finding("error", "empty_text", "the text is empty", "remove the row")]
-        messages = [{"role": "text", "content": sample.text}]
-    elif isinstance(sample, Unpaired):
-        found = [*prompt(sample.prompt), *answer(sample.completion, "the completion")]
-        messages = sample.prompt + sample.completion
-    else:
-        found = preference(sample)
-        messages = [*sample.prompt, *sample.chosen, *sample.rejected]
+    """All findings of one sample; `text` is its `whole_text`."""
+    found = list(STRUCTURE[type(sample)](sample))
+    if isinstance(sample, Conversation) and (sample.tools or not is_plain(sample.messages)):
+        half = HALF.search(all_strings([sample.messages, sample.tools or []]))
+        if half is not None and half[0] not in text:
+            what = f"half a surrogate pair (\\u{ord(half[0]):04x}) in a tool call or description"
+            found.append(Finding("error", "broken_encoding", what, "mend the \\u escapes"))
     if (not text.isascii() and SUSPECT.search(text)) or "\x00" in text:
-        found += [f for number, m in enumerate(messages, 1) for f in encoding(m["content"], f"turn {number}")]
+        found += [f for number, m in enumerate(sample.turns, 1) for f in encoding(m["content"], f"turn {number}")]
     return found
 
 
-def preference(sample: Preference) -> list[Finding]:
-    found = [*prompt(sample.prompt), *answer(sample.chosen, "chosen"), *answer(sample.rejected, "rejected")]
+def preference(sample: Preference) -> Iterator[Finding]:
+    yield from prompt(sample.prompt)
+    yield from answer(sample.chosen, "chosen")
+    yield from answer(sample.rejected, "rejected")
     if sample.chosen == sample.rejected:
-        found.append(Finding("error", "same_answers", "chosen and rejected are the same", "remove the row"))
-    return found
+        yield Finding("error", "same_answers", "chosen and rejected are the same", "remove the row")
+
+
+def unpaired(sample: Unpaired) -> Iterator[Finding]:
+    yield from prompt(sample.prompt)
+    yield from answer(sample.completion, "the completion")
+
+
+def raw(sample: Text) -> Iterator[Finding]:
+    if not sample.text.strip():
+        yield Finding("error", "empty_text", "the text is empty", "remove the row")
+
+
+STRUCTURE: dict[type[Sample], Callable[[Any], Iterable[Finding]]] = {
+    Conversation: lambda sample: turn_order(sample.messages), Preference: preference, Unpaired: unpaired, Text: raw,
+}  # fmt: skip
 
 
 def prompt(messages: list[Message]) -> list[Finding]:
@@ -154,6 +159,14 @@ def unread(row: Mapping[str, Any], text: str) -> Iterator[Finding]:
 
 
 UNREAD = {*REASONING, *MEDIA}
+
+
+def trained_in_vain(messages: list[Message]) -> Iterator[Finding]:
+    """Turns that ask to be trained and are not the assistant's."""
+    for number, message in () if is_plain(messages) else enumerate(messages, 1):
+        if message["role"] != "assistant" and message.get("train"):
+            what = f"turn {number}: not read: train (only turns of the assistant are trained)"
+            yield Finding("warning", "unread_key", what)
 
 
 def blank_turn(number: int, message: Message) -> Iterable[Finding]:

@@ -6,8 +6,8 @@ import difflib
 import re
 from typing import Any
 
-from finetune.data.messages import answer_text, is_parts, is_plain, kind_of, parse_tools, text_of, to_messages
-from finetune.data.types import Conversation, Message, Preference, RowProblem, Text, Unpaired
+from finetune.data.messages import answer_text, is_parts, kind_of, parse_tools, text_of, to_messages
+from finetune.data.types import Conversation, Message, Preference, RowProblem, Text, Unpaired, is_plain
 from finetune.json_text import decode, same
 
 Fields = dict[str, Any]

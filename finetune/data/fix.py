@@ -9,38 +9,37 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import IO, Any
 
 from finetune.data import sources
 from finetune.data.audit import Audit
+from finetune.data.encoder import Encoder
 from finetune.data.samples import specs
 from finetune.errors import UserError
 from finetune.places import check_writable, fresh
+from finetune.recipe.sections import DataConfig
 
 
 def mend(
-    config: Any, out: Path, encoder: Any = None, kind: str | None = "sft", eval_data: Any = None
+    config: DataConfig, out: Path, encoder: Encoder | None = None, kind: str | None = "sft", eval_data: Any = None
 ) -> tuple[int, int, Path]:
     """Write OUT (json lines) and OUT's name with .rejects.jsonl. UserError when one of them exists."""
     check_free(out)
     listed = specs(config)
     if len(listed) > 1:
         raise UserError("--fix takes one source", key="--fix", fix="run it once per source, with --data")
-    audit = Audit(config, encoder, kind, eval_data)
-    audit.listed = (sys.maxsize, sys.maxsize)
+    audit = Audit(config, encoder, kind, eval_data, list_all=True)
     for _ in audit.rows():
         pass
-    if audit.cut_off:
-        raise UserError(audit.cut_off)
+    audit.check_whole()
     reasons = audit.rejects()
     parts = [fresh(file) for file in files(out)]
     kept = 0
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         with parts[0].open("x", encoding="utf-8") as clean, parts[1].open("x", encoding="utf-8") as rejected:
-            for row in sources.read_rows(listed[0], unit=getattr(config, "text_unit", "line")):
+            for row in sources.read_rows(listed[0], unit=config.text_unit):
                 if row.problem is not None and row.problem.kind == "empty_file":
                     continue
                 why = reasons.get((row.file, row.row))

@@ -1,4 +1,4 @@
-"""ChatGLM's encoder: the interface of chat.Encoder over chat_glm.py, which builds ids segment by segment."""
+"""ChatGLM's encoder: the interface of encoder.py over chat_glm.py, which builds ids segment by segment."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.data import chat_glm, shown
+from finetune.data.control_tokens import Guard
 from finetune.data.offsets import check_embedded
 from finetune.data.types import IGNORED, Conversation, Encoded, Message, RowProblem, attempted
 
 
 class GlmEncoder:
-    """ChatGLM3: every segment on its own ids; see chat_glm.py."""
-
-    template = None
+    template: str | None = None
     origin = "ChatGLM3, encoded per segment"
-    notice = None
+    notice: str | None = None
+    guard: Guard | None = None  # content is encoded without control tokens
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -37,15 +37,10 @@ class GlmEncoder:
         ids = attempted(chat_glm.encode_messages, self.tokenizer, messages, tools)
         return None if isinstance(ids, RowProblem) else str(self.tokenizer.decode(ids[0]))
 
-    def encode_batch(
-        self, conversations: Sequence[Conversation], train_on: str = "assistant"
-    ) -> list[Encoded | RowProblem]:
+    def plan_batch(self, conversations: Sequence[Conversation], train_on: str) -> list[Encoded | RowProblem]:
         return [attempted(self.encode, conversation, train_on) for conversation in conversations]
 
-    def plan_batch(self, conversations: Sequence[Conversation], train_on: str) -> list[Encoded | RowProblem]:
-        return self.encode_batch(conversations, train_on)
-
-    def tokenize_batch(self, plans: Sequence[Any]) -> None:
+    def tokenize_batch(self, plans: list[Any]) -> None:
         return None
 
     def label_batch(self, plans: list[Encoded | RowProblem], tokens: None) -> list[Encoded | RowProblem]:

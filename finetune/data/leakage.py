@@ -2,6 +2,8 @@
 
     index = Index(prompts of the held-out rows)
     index.search(prompts of a batch of training rows) -> [(training row, held-out row, similarity)]
+    index.matches(training rows) -> {training row: (held-out row, similarity)}, the same question included
+    HeldOut(section).findings(training rows)          the same as warnings, with the held-out row's place
 
 Nearly means that most of a held-out prompt's passages stand in one training prompt. A passage is a window of 24 bytes
 (8 Chinese characters, about 5 English words) after case, spacing and ASCII punctuation are taken away; one in two is
@@ -10,9 +12,14 @@ kept, chosen by its hash, so that both sides keep the same. Windows are computed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+
+from finetune.data.checks import Finding
+from finetune.data.samples import read_samples, specs
+from finetune.data.types import Sample
+from finetune.recipe.sections import DataConfig
 
 WINDOW = 24
 KEPT = 2  # one window in this many
@@ -58,7 +65,7 @@ def windows(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 class Index:
     def __init__(self, prompts: Sequence[str], questions: Sequence[str] = ()) -> None:
-        """questions: what samples.questions says of the same rows."""
+        """questions: `Sample.questions` of the same rows."""
         self.questions: dict[str, int] = {}
         for row, question in enumerate(questions):
             if question:
@@ -97,3 +104,33 @@ class Index:
                 if near and found.get(int(row), (0, 0.0))[1] < similarity:
                     found[int(row)] = (int(match), min(float(similarity), 0.99))
         return [(row, match, similarity) for row, (match, similarity) in sorted(found.items())]
+
+    def matches(self, samples: Sequence[Sample]) -> dict[int, tuple[int, float]]:
+        """{row of `samples`: (held-out row, similarity)}; 0.0 where only the question is the same, under another system
+        turn."""
+        found = {row: (match, share) for row, match, share in self.search([s.prompt_text for s in samples])}
+        for row, sample in enumerate(samples):
+            match = self.questions.get(sample.questions)
+            if match is not None:
+                found.setdefault(row, (match, 0.0))
+        return found
+
+
+class HeldOut:
+    """The rows of a data section, looked for in training rows."""
+
+    def __init__(self, section: DataConfig) -> None:
+        items = [i for spec in specs(section) for i in read_samples(spec, section, None) if i.sample is not None]
+        self.places = [f"{item.file}, row {item.row}" for item in items]
+        self.index = Index([i.usable.prompt_text for i in items], [i.usable.questions for i in items])
+
+    def findings(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Finding]]:
+        for row, (match, similarity) in sorted(self.index.matches(samples).items()):
+            place = self.places[match]
+            if similarity:
+                how = "is in the held-out data" if similarity == 1 else f"is {similarity:.0%} in the held-out data"
+                fix = "take it out of one of the two"
+                yield row, Finding("warning", "leakage", f"the prompt {how} ({place})", fix)
+            else:
+                what = f"the question is in the held-out data ({place}), under another system turn"
+                yield row, Finding("warning", "same_question", what)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable
 from typing import Any
 
-from finetune.data.types import Message, RowProblem
+from finetune.data.types import Message, RowProblem, is_plain
 from finetune.json_text import decode
 
 ROLES = {
@@ -32,15 +31,6 @@ READ = {
     "role", "from", "content", "value", "text", "tool_calls", "function_call", "tools", *KEPT, *FLAGS, *REASONING,
 }  # fmt: skip
 """The keys of a turn that mean something; `checks.turn_keys` names the others."""
-
-
-def is_plain(messages: Iterable[Message]) -> bool:
-    """Whether every message is a role and a content, as nearly all are. Asked for every row at several steps, hence
-    the loop: all() with a generator takes three times as long."""
-    for message in messages:  # noqa: SIM110
-        if len(message) != 2:
-            return False
-    return True
 
 
 TEXT_PARTS = ("text", "input_text", "output_text")

@@ -11,73 +11,58 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from finetune.data.audit import Audit
-from finetune.data.chat import IGNORED, Encoded, scored_ids
-from finetune.data.conversations import SftData, held_out, times_used, uneven
-from finetune.data.samples import content_hash, watched
-from finetune.data.types import Unpaired
+from finetune.data.audit import Audit, Encoding
+from finetune.data.encoder import Encoder, scored_ids
+from finetune.data.rows import Rows, divided, gathered
+from finetune.data.samples import Item
+from finetune.data.types import Encoded, Unpaired
 from finetune.errors import UserError
+from finetune.recipe.sections import DataConfig
 
 
-def load_pairs(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = None, to_score: bool = False) -> SftData:
+def load_pairs(
+    config: DataConfig, encoder: Encoder, *, seed: int = 42, eval_data: Any = None, to_score: bool = False
+) -> Rows:
     """Pairs of `data.train`, split by `data.eval_split`. UserError with every problem of every row.
 
     to_score: as a reward model reads them, up to where each answer is scored.
     """
     if to_score:  # the score stands at the end of the answer, whatever else could carry loss
         config = config.model_copy(update={"train_on": "last"})
-    rows, hashes, weights, audit = [], [], [], Audit(config, encoder, "preference", eval_data)
-    for item, encoded in watched(audit.rows(seed), config):
+
+    def row(item: Item, encoded: Encoding) -> dict[str, list[int]]:
         assert isinstance(encoded, dict)
-        row: dict[str, list[int]] = {}
-        for name in ("chosen", "rejected"):
-            found = encoded[name]
-            ids = scored_ids(found, encoder.separator) if to_score else found.input_ids
-            row[f"{name}_ids"], row[f"{name}_mask"] = ids, mask(found)[: len(ids)]
-        rows.append(row)
-        hashes.append(content_hash(item.sample))  # type: ignore[arg-type]
-        weights.append(item.weight)
-    audit.settle()
-    return _split(rows, hashes, weights, config, audit)
+        out = {}
+        for name, answer in encoded.items():
+            ids = scored_ids(answer, encoder.separator) if to_score else answer.input_ids
+            out[f"{name}_ids"], out[f"{name}_mask"] = ids, answer.mask[: len(ids)]
+        return out
+
+    return _load(Audit(config, encoder, "preference", eval_data), seed, row)
 
 
-def load_unpaired(config: Any, encoder: Any, *, seed: int = 42, eval_data: Any = None) -> SftData:
+def load_unpaired(config: DataConfig, encoder: Encoder, *, seed: int = 42, eval_data: Any = None) -> Rows:
     """Labelled answers; pairs are read as one good and one bad answer. UserError with every problem of every row."""
-    rows, hashes, weights, audit = [], [], [], Audit(config, encoder, "unpaired", eval_data)
-    for item, encoded in watched(audit.rows(seed), config):
+
+    def row(item: Item, encoded: Encoding) -> dict[str, Any]:
         assert isinstance(encoded, Encoded)
         assert isinstance(item.sample, Unpaired)
-        start = mask(encoded).index(1)
-        ids = encoded.input_ids
-        rows.append({"prompt_ids": ids[:start], "completion_ids": ids[start:], "label": item.sample.label})
-        hashes.append(content_hash(item.sample))
-        weights.append(item.weight)
-    audit.settle()
-    data = _split(rows, hashes, weights, config, audit)
-    if len(set(data.train["label"])) < 2:
-        good = "good" if data.train[0]["label"] else "bad"
-        raise UserError(f"every answer is labelled {good}", key="data.train", fix="KTO needs good and bad answers")
+        start, ids = encoded.mask.index(1), encoded.input_ids
+        return {"prompt_ids": ids[:start], "completion_ids": ids[start:], "label": item.sample.label}
+
+    data = _load(Audit(config, encoder, "unpaired", eval_data), seed, row)
+    labels = set(data.train["label"])
+    if len(labels) < 2:
+        what = f"every answer is labelled {'good' if labels.pop() else 'bad'}"
+        raise UserError(what, key="data.train", fix="KTO needs good and bad answers")
     return data
 
 
-def mask(encoded: Encoded) -> list[int]:
-    """1 where a token is trained."""
-    return [int(label != IGNORED) for label in encoded.labels]
-
-
-def _split(rows: list[dict[str, Any]], hashes: list[int], weights: list[float], config: Any, audit: Audit) -> SftData:
-    """Rows held out by content; the others as often as the weight of their source says."""
+def _load(audit: Audit, seed: int, row: Any) -> Rows:
     import datasets
 
-    marks = np.asarray(hashes, np.uint64)
-    held, times = held_out(marks, config.eval_split), times_used(marks, np.asarray(weights))
-    times[held] = 0
-    if not times.any():
-        raise UserError("no row is left to train on", key="data.train", fix="give more rows, or hold out fewer")
-    used = [rows[i] for i in np.repeat(np.arange(len(rows)), times)]
-    kept = [rows[i] for i in np.flatnonzero(held)]
-    train, test = (datasets.Dataset.from_list(part) if part else None for part in (used, kept))
-    warnings = [*audit.warnings(), *uneven(held, config.eval_split)]
-    return SftData(train, test, {**dict(audit.counts), "eval_rows": int(held.sum())}, warnings)
+    found = gathered(audit, seed, row)
+    return divided(
+        lambda numbers: datasets.Dataset.from_list([found.rows[i] for i in numbers]),
+        found.hashes, found.weights, audit.config.eval_split, dict(audit.counts), audit.warnings(),
+    )  # fmt: skip

@@ -12,14 +12,15 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from finetune.data.audit import Audit, conversations
-from finetune.data.chat import IGNORED
+from finetune.data.audit import Audit
+from finetune.data.encoder import Encoder
 from finetune.data.packing import plan
-from finetune.data.types import Message
+from finetune.data.types import IGNORED, Message
 from finetune.errors import visible
+from finetune.recipe.sections import DataConfig
 
 
-def samples(config: Any, encoder: Any, limit: int = 10, kind: str | None = "sft") -> list[dict[str, Any]]:
+def samples(config: DataConfig, encoder: Encoder, limit: int = 10, kind: str | None = "sft") -> list[dict[str, Any]]:
     """The first `limit` usable rows. A pair gives two samples, told apart by `answer`."""
     audit = Audit(config, encoder, kind)
     out: list[dict[str, Any]] = []
@@ -36,7 +37,7 @@ def samples(config: Any, encoder: Any, limit: int = 10, kind: str | None = "sft"
                 "labels": row.labels,
                 "tokens": decoded,
                 "text": encoder.tokenizer.decode(row.input_ids),
-                "roles": roles("".join(decoded), conversations(item.sample)[name].messages),
+                "roles": roles("".join(decoded), item.usable.conversations()[name].messages),
             }
             out.append(sample if not name else {"answer": name, **sample})
     if not out:

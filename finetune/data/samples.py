@@ -2,6 +2,7 @@
 
     read_samples(spec, config, kind) -> Iterator[Item]       in file order, problems included
     specs(config) -> the sources of data.train, as dicts
+    held_out_section(spec, config) -> a data section for rows that are measured on
     watched(rows, config) -> the same rows, counted on the screen
 
 Formats are recognised per source from its first rows. Training data, audit, preview and evaluation all read through
@@ -12,19 +13,17 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
 from finetune.data import formats, sources
-from finetune.data.messages import is_plain
 from finetune.data.nulls import filled, without_nulls
-from finetune.data.types import Conversation, Preference, Row, RowProblem, Sample, Text, Unpaired
+from finetune.data.types import Row, RowProblem, Sample
 from finetune.errors import UserError
+from finetune.recipe.sections import DataConfig, SourceConfig
 from finetune.terminal.progress import shown_name, task
 
 SNIFFED = 100
@@ -42,14 +41,19 @@ class Item(NamedTuple):
     weight: float = 1.0
     data: dict[str, Any] = {}  # noqa: RUF012 (the row as read, never written to)
 
+    @property
+    def usable(self) -> Sample:
+        """The sample of a row that has one."""
+        assert self.sample is not None
+        return self.sample
 
-def specs(config: Any) -> list[dict[str, Any]]:
-    """The sources of a data section (or of one spec)."""
-    train = getattr(config, "train", config)
-    return [sources.as_dict(spec) for spec in (train if isinstance(train, list | tuple) else [train])]
+
+def specs(config: DataConfig) -> list[dict[str, Any]]:
+    """The sources of a data section."""
+    return sources.as_dicts(config.train)
 
 
-def watched(rows: Iterator[R], config: Any, what: str = "tokenising") -> Iterator[R]:
+def watched(rows: Iterator[R], config: DataConfig, what: str = "tokenising") -> Iterator[R]:
     """The rows of a data section, with a line that counts them."""
     total, name = expected_rows(config), named(config)
     with task(f"{what} {name}") if total is None else task(what, total, f"rows of {name}") as advance:
@@ -58,7 +62,7 @@ def watched(rows: Iterator[R], config: Any, what: str = "tokenising") -> Iterato
             yield row
 
 
-def named(config: Any) -> str:
+def named(config: DataConfig) -> str:
     """The sources in few words."""
     names = [shown_name(str(spec["path"])) for spec in specs(config)]
     return ", ".join([*names[:2], *(["…"] if len(names) > 2 else [])])
@@ -67,15 +71,14 @@ def named(config: Any) -> str:
 COUNTED = {".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".text"}
 
 
-def expected_rows(config: Any) -> int | None:
+def expected_rows(config: DataConfig) -> int | None:
     """About how many rows the sources hold, by their lines; None where that says nothing or would take long."""
-    if getattr(config, "text_unit", "line") != "line":
+    if config.text_unit != "line":
         return None
     total = 0
     for spec in specs(config):
-        limit = spec.get("max_samples") or getattr(config, "max_samples", None)
-        local = not sources.is_hub(spec) and spec.get("source") != "modelscope"
-        files = sources.files_of(spec["path"], spec.get("split")) if local else []
+        limit = spec.get("max_samples") or config.max_samples
+        files = sources.local_files([spec]) or []
         plain = files and all(file.suffix in COUNTED for file in files) and not spec.get("filter")
         if not plain or sum(file.stat().st_size for file in files) > COUNTED_BELOW:
             return None
@@ -95,31 +98,30 @@ def lines_in(file: Path) -> int:
     return count + (not last.endswith(b"\n")) - (file.suffix in (".csv", ".tsv"))
 
 
-def as_held_out(config: Any) -> Any:
-    """What of the training data's settings holds for held-out rows: names of columns, and what a document is."""
-    return SimpleNamespace(columns=getattr(config, "columns", None), text_unit=getattr(config, "text_unit", "line"))
+def held_out_section(spec: Any, config: DataConfig | None = None) -> DataConfig:
+    """Held-out rows as a data section: of the training rows' settings, names of columns, what a document is and the
+    length hold for them, too."""
+    kept = {} if config is None else config.model_dump(include={"columns", "text_unit", "max_length"})
+    return DataConfig(train=[SourceConfig(**sources.held_out(one)) for one in sources.as_dicts(spec)], **kept)
 
 
-def read_samples(spec: Any, config: Any, kind: str | None = "sft", *, seed: int = 42) -> Iterator[Item]:
+def read_samples(spec: sources.Spec, config: DataConfig, kind: str | None = "sft", *, seed: int = 42) -> Iterator[Item]:
     """All samples of one source in order; unreadable and unconvertible rows as items with a problem.
 
     kind: what the stage needs (sft, preference, unpaired, text), None for anything. UserError when the source does not
     exist, when no format recognises its rows, or when they are of another kind.
     """
     spec = sources.as_dict(spec)
-    columns = spec.get("columns") or getattr(config, "columns", None)
+    columns = spec.get("columns") or config.columns
     weight = float(spec.get("weight", 1.0))
-    streaming, unit = getattr(config, "streaming", False), getattr(config, "text_unit", "line")
-    rows = sources.read_rows(spec, streaming=streaming, unit=unit)
+    rows = sources.read_rows(spec, streaming=config.streaming, unit=config.text_unit)
     head = list(itertools.islice(rows, SNIFFED))
-    name = spec.get("format") or getattr(config, "format", None)
-    name = checked_format(name, head, columns, kind, str(spec["path"]))
+    name = checked_format(spec.get("format") or config.format, head, columns, kind, str(spec["path"]))
     exported = filled(row.data for row in head)
-    limit = spec.get("max_samples") or getattr(config, "max_samples", None)
+    limit = spec.get("max_samples") or config.max_samples
     everything: Iterator[Row] = itertools.chain(head, rows)
     if limit is not None:
-        shuffled = getattr(config, "shuffle", False)
-        everything = drawn(everything, limit, seed) if shuffled else itertools.islice(everything, limit)
+        everything = drawn(everything, limit, seed) if config.shuffle else itertools.islice(everything, limit)
     convert = formats.FORMATS[name].convert
     for row in everything:
         data, file, number, problem = row
@@ -127,7 +129,10 @@ def read_samples(spec: Any, config: Any, kind: str | None = "sft", *, seed: int 
             try:
                 if exported:
                     data = without_nulls(data)
-                for sample in convert(formats.shaped(data, columns)):
+                samples: list[Sample] = convert(formats.shaped(data, columns))
+                if kind == "unpaired":
+                    samples = [half for sample in samples for half in sample.apart()]
+                for sample in samples:
                     yield Item(file, number, sample, None, weight, data)
                 continue
             except RowProblem as found:
@@ -154,11 +159,11 @@ def kind_of(path: str) -> str | None:
 def checked_format(name: str | None, head: list[Row], columns: Any, kind: str | None, path: str) -> str:
     """The format to read with: the one asked for, or the one recognised."""
     if name is None:
-        good = [row.data for row in head if row.problem is None]
-        if not good:
+        readable = [row.data for row in head if row.problem is None]
+        if not readable:
             return "text" if kind == "text" else "messages"  # nothing readable: every row carries its own problem
         try:
-            name = formats.detect(good, columns)
+            name = formats.detect(readable, columns)
         except UserError as error:
             raise UserError(error.problems[0].message, path=path, fix=error.problems[0].fix) from None
     if name not in formats.FORMATS:
@@ -182,65 +187,3 @@ def drawn(rows: Iterator[Row], count: int, seed: int) -> Iterator[Row]:
         elif key > chosen[0][0]:
             heapq.heapreplace(chosen, (key, index, row))
     yield from (row for _, _, row in sorted(chosen, key=lambda entry: entry[1]))
-
-
-def all_text(sample: Sample) -> str:
-    if isinstance(sample, Conversation):
-        return "\n".join([m["content"] for m in sample.messages])
-    if isinstance(sample, Text):
-        return sample.text
-    answers = sample.chosen + sample.rejected if isinstance(sample, Preference) else sample.completion
-    return "\n".join([m["content"] for m in [*sample.prompt, *answers]])
-
-
-def prompt_text(sample: Sample) -> str:
-    """What the model is asked: the texts of all turns that are not its own."""
-    if isinstance(sample, Text):
-        return sample.text
-    messages = sample.messages if isinstance(sample, Conversation) else sample.prompt
-    return "\x1e".join([m["content"] for m in messages if m["role"] != "assistant"])
-
-
-def question(sample: Sample) -> str:
-    """The user's first turn without case, spacing, width and closing punctuation: equal for what is the same question,
-    whatever the system turn says and however far the conversation goes on."""
-    if isinstance(sample, Text):
-        text = sample.text
-    else:
-        messages = sample.messages if isinstance(sample, Conversation) else sample.prompt
-        first = next((m["content"] for m in messages if m["role"] == "user"), None)
-        text = prompt_text(sample) if first is None else first
-    return folded(text)
-
-
-def questions(sample: Sample) -> str:
-    """All turns of the user, likewise; "" where there are none."""
-    if isinstance(sample, Text):
-        return ""
-    messages = sample.messages if isinstance(sample, Conversation) else sample.prompt
-    return "\x1e".join([folded(m["content"]) for m in messages if m["role"] == "user"])
-
-
-def folded(text: str) -> str:
-    text = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    short = "".join(text.casefold().split())
-    return short.rstrip(".!?。…") or short
-
-
-def content_hash(sample: Sample) -> int:
-    """64 bits over the question, the same on every machine; equal questions fall on the same side of a split."""
-    return xxhash.xxh3_64_intdigest(question(sample).encode("utf-8", "surrogatepass"))
-
-
-def identity(sample: Sample) -> int:
-    """64 bits over everything that is trained on; equal for duplicates. Only for one run (Python's own hash)."""
-    if isinstance(sample, Conversation):
-        if not sample.tools and is_plain(sample.messages):
-            return hash(tuple([m["content"] for m in sample.messages]))
-        return hash(repr((sample.messages, sample.tools)))
-    if isinstance(sample, Text):
-        return hash(sample.text)
-    if isinstance(sample, Preference):
-        return hash(repr((sample.prompt, sample.chosen, sample.rejected)))
-    assert isinstance(sample, Unpaired)
-    return hash(repr((sample.prompt, sample.completion, sample.label)))

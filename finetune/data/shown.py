@@ -14,8 +14,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from finetune.data.messages import is_plain
-from finetune.data.types import Message
+from finetune.data.types import Message, is_plain
 
 TAG = re.compile(r"</?[A-Za-z][\w:-]*>|\[/?[A-Z_]{3,}\]")
 SAID = ("content", "thinking", "tool call")

@@ -103,6 +103,22 @@ def as_dict(spec: Spec) -> dict[str, Any]:
     return spec if isinstance(spec, dict) else {"path": str(spec)}
 
 
+def as_dicts(specs: Spec | list[Any] | tuple[Any, ...]) -> list[dict[str, Any]]:
+    """One source or several."""
+    return [as_dict(spec) for spec in (specs if isinstance(specs, list | tuple) else [specs])]
+
+
+def is_remote(spec: dict[str, Any]) -> bool:
+    return is_hub(spec) or spec.get("source") == "modelscope"
+
+
+def local_files(specs: list[dict[str, Any]]) -> list[Path] | None:
+    """The files of all sources; None where one of them is remote."""
+    if any(map(is_remote, specs)):
+        return None
+    return [file for spec in specs for file in files_of(spec["path"], spec.get("split"))]
+
+
 def filtered(rows: Iterator[Row], wanted: dict[str, Any] | None) -> Iterator[Row]:
     """Rows whose columns have the wanted values ({column: value or list}); unreadable rows stay, to be reported."""
     if not wanted:
@@ -231,7 +247,7 @@ def chosen(groups: dict[str, list[Path]], split: str | None, path: str) -> list[
 def held_out(spec: Spec) -> dict[str, Any]:
     """The spec of held-out rows: of a dataset folder its validation split, or its test split, if it has one."""
     spec = as_dict(spec)
-    if not spec.get("split") and not is_hub(spec) and spec.get("source") != "modelscope":
+    if not spec.get("split") and not is_remote(spec):
         groups = splits_in(str(spec["path"])) or {}
         split = next((name for name in ("validation", "test") if name in groups), None)
         return {**spec, "split": split} if split else spec
@@ -243,7 +259,7 @@ def left_out(listed: list[dict[str, Any]], offer: bool) -> list[str]:
     lines = []
     for spec in listed:
         path = str(spec["path"])
-        if path == "builtin:world" or spec.get("split") or is_hub(spec) or spec.get("source") == "modelscope":
+        if path == "builtin:world" or spec.get("split") or is_remote(spec):
             continue
         groups = splits_in(path)
         if groups is None:

@@ -15,8 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from finetune.data.messages import is_plain
-from finetune.data.types import Message, RowProblem
+from finetune.data.types import Message, RowProblem, is_plain
 from finetune.errors import UserError
 from finetune.resources import resource_path
 

@@ -1,40 +1,138 @@
 """Raw text for pre-training: documents from any source, packed into blocks of equal length.
 
-documents(data, blocks)    -> the texts of `data.train`; `builtin:world` is endless
-pack(documents, …)         -> blocks of exactly max_length tokens
+load_blocks(config, tokenizer, …) -> Rows of Blocks
+documents(config, seed, total)    -> the texts of `data.train`; `builtin:world` is endless
+pack(documents, …)                -> blocks of exactly max_length tokens
+
+The text is a stream: with max_steps no more is read than is trained on. Its order is kept (a curriculum stays one).
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
-from finetune.data import samples
 from finetune.data.audit import Audit
-from finetune.data.conversations import times_used
-from finetune.data.samples import content_hash
+from finetune.data.offsets import check_embedded
+from finetune.data.rows import Rows, eval_mask, times_used
+from finetune.data.samples import watched
 from finetune.data.types import Text
 from finetune.errors import UserError
 from finetune.recipe.sections import DataConfig
+from finetune.terminal.progress import task
 
 WORLD = "builtin:world"
 EVAL_SEED = 1_000_003  # added to the seed: the held-out text of the endless built-in world
 Encode = Callable[[str], list[int]]
+SPLIT_AMONG = 10_000  # texts of a stream among which some are chosen to be held out
 
 
-def is_endless(data: DataConfig) -> bool:
+class Blocks:
+    """A torch dataset over one tensor `ids` (blocks, max_length); every token is a label."""
+
+    def __init__(self, blocks: Sequence[list[int]]) -> None:
+        import torch
+
+        self.ids = torch.tensor(blocks, dtype=torch.int32)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = self.ids[index].long()
+        return {"input_ids": ids, "labels": ids}
+
+
+def load_blocks(
+    config: DataConfig, tokenizer: Any, *, seed: int = 42, eval_data: Any = None, wanted: int | None = None,
+    is_new: bool = False,
+) -> Rows:  # fmt: skip
+    """Blocks of `data.train`, split by `data.eval_split` text by text. UserError with every problem of every row, and
+    for texts that do not fill a block.
+
+    Args:
+        eval_data: held-out rows, only looked at for leakage.
+        wanted: the number of training blocks, all that the text fills when None.
+        is_new: the model will have an embedding for every token of this tokenizer.
+    """
+    length, before = config.max_length, separator(tokenizer)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        if not is_new:
+            check_embedded(tokenizer, ids)
+        return ids
+
+    def packed(texts: Iterable[str]) -> Iterator[list[int]]:
+        return pack(texts, encode, length, before)
+
+    counts, warnings = {"rows": 0, "dropped": 0}, []
+    if is_endless(config):
+        blocks, held = _of_world(config, packed, seed, wanted)
+        counts["rows"] = len(blocks)
+    else:
+        audit = Audit(config, None, "text", eval_data)
+        kept, texts = split(watched(documents(config, seed, 1, audit), config), config.eval_split)
+        blocks, held = list(islice(packed(texts), wanted)), list(packed(kept))
+        audit.settle()
+        counts, warnings = dict(audit.counts), audit.warnings()
+    if not blocks:
+        raise UserError(
+            f"the text does not fill one block of {length} tokens", path=str(config.train),
+            key="data.max_length", fix="give more text or a smaller data.max_length",
+        )  # fmt: skip
+    if config.eval_split is not None and not held:
+        raise UserError(
+            f"the texts held out do not fill one block of {length} tokens", key="data.eval_split",
+            fix="hold out more, or leave it out",
+        )  # fmt: skip
+    counts |= {"blocks": len(blocks), "trained_tokens": len(blocks) * (length - 1)}
+    return Rows(Blocks(blocks), Blocks(held) if held else None, counts, warnings)
+
+
+def _of_world(
+    config: DataConfig, packed: Callable[[Iterable[str]], Iterator[list[int]]], seed: int, wanted: int | None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """(training blocks, held-out blocks) of the endless text."""
+    if wanted is None:
+        raise UserError(f"{WORLD} is endless", key="train.max_steps", fix="set a number of steps")
+    if isinstance(config.eval_split, float):
+        raise UserError(f"{WORLD} is endless", key="data.eval_split", fix="give a number of blocks, not a share")
+    blocks: list[list[int]] = []
+    with task("making", wanted, "blocks of text") as advance:
+        total = _documents_for(wanted, packed, documents(config, seed, 1))
+        for block in islice(packed(documents(config, seed, total)), wanted):
+            blocks.append(block)
+            advance(1)
+    return blocks, list(islice(packed(documents(config, seed + EVAL_SEED, 1)), config.eval_split or 0))
+
+
+def _documents_for(blocks: int, packed: Callable[[Iterable[str]], Iterator[list[int]]], texts: Iterator[str]) -> int:
+    """How many documents of the endless world fill `blocks` blocks, measured on a thousandth of them."""
+    used = 0
+
+    def drawn() -> Iterator[str]:
+        nonlocal used
+        for text in texts:
+            used += 1
+            yield text
+
+    found = len(list(islice(packed(drawn()), max(50, blocks // 1000))))
+    return blocks * used // found
+
+
+def is_endless(config: DataConfig) -> bool:
     """Whether the text is `builtin:world`. UserError for it beside others, which would never be reached."""
-    listed = data.train if isinstance(data.train, list) else [data.train]
+    listed = config.train if isinstance(config.train, list) else [config.train]
     if WORLD in listed and len(listed) > 1:
         raise UserError(f"{WORLD} is endless: no other source would be read", key="data.train", fix="name one of them")
     return WORLD in listed
 
 
-def documents(data: DataConfig, seed: int, total: int, audit: Audit | None = None) -> Iterator[str]:
+def documents(config: DataConfig, seed: int, total: int, audit: Audit | None = None) -> Iterator[str]:
     """The texts of all sources, in order. `builtin:world` draws from `seed`, its curriculum over `total` documents.
 
     A source of a weight above 1 is read again after all others, so that no document stands beside itself.
@@ -42,20 +140,20 @@ def documents(data: DataConfig, seed: int, total: int, audit: Audit | None = Non
     Args:
         audit: notes the rows that cannot be used; whoever gives it calls `settle` once the texts are read.
     """
-    if is_endless(data):
+    if is_endless(config):
         from finetune.builtin import world
 
         yield from world.documents(seed, total)
         return
-    pass_over = Audit(data, None, "text") if audit is None else audit
+    pass_over = Audit(config, None, "text") if audit is None else audit
     again: list[tuple[str, int]] = []
     for item, _ in pass_over.rows(seed):
-        text = item.sample.text  # type: ignore[union-attr]
-        times = _times(text, item.weight)
+        assert isinstance(item.sample, Text)
+        times = 1 if item.weight == 1 else int(times_used(hashes([item.sample.text]), np.asarray([item.weight]))[0])
         if times:
-            yield text
+            yield item.sample.text
         if times > 1:
-            again.append((text, times - 1))
+            again.append((item.sample.text, times - 1))
     if audit is None:
         pass_over.settle()
     while again:
@@ -63,11 +161,8 @@ def documents(data: DataConfig, seed: int, total: int, audit: Audit | None = Non
         again = [(text, times - 1) for text, times in again if times > 1]
 
 
-def _times(text: str, weight: float) -> int:
-    """How often the weight of its source uses a text, as in every stage."""
-    if weight == 1:
-        return 1
-    return int(times_used(np.asarray([content_hash(Text(text))], np.uint64), np.asarray([weight]))[0])
+def hashes(texts: Sequence[str]) -> np.ndarray:
+    return np.asarray([Text(text).content_hash for text in texts], np.uint64)
 
 
 def separator(tokenizer: Any) -> list[int]:
@@ -103,14 +198,17 @@ def pack(
         yield block
 
 
-def held_out(texts: Iterable[str], share: float | int) -> tuple[list[str], Iterator[str]]:
-    """(held-out texts, the others) of a text stream. A share is drawn by content hash among the first 10,000 texts,
-    a number is taken from them likewise; the same text, up to case and spacing, always falls on the same side."""
+def split(texts: Iterable[str], share: float | int | None) -> tuple[list[str], Iterator[str]]:
+    """(held-out texts, the others): chosen by content among the first 10,000, as in every stage; the same text, up to
+    case and spacing, always falls on the same side."""
     stream = iter(texts)
-    first = list(islice(stream, 10_000))
-    count = share if isinstance(share, int) else max(1, round(share * len(first)))
-    keys = [samples.question(Text(text)) for text in first]
-    order = sorted(range(len(first)), key=lambda i: zlib.crc32(keys[i].encode("utf-8", "surrogatepass")))
-    held = {keys[i] for i in order[: min(count, len(first) // 2)]}
-    rest = (text for text in chain(first, stream) if samples.question(Text(text)) not in held)
-    return [text for text, key in zip(first, keys, strict=True) if key in held], rest
+    if not share:
+        return [], stream
+    first = list(islice(stream, SPLIT_AMONG))
+    marks = hashes(first)
+    mask = eval_mask(marks, share)
+    if mask.all():
+        raise UserError("every text is held out", key="data.eval_split", fix="hold out fewer texts")
+    held = set(marks[mask].tolist())
+    kept = [text for text, mark in zip(first, marks.tolist(), strict=True) if mark in held]
+    return kept, (text for text in chain(first, stream) if Text(text).content_hash not in held)

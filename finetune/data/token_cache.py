@@ -1,6 +1,7 @@
 """Tokenised rows in a columnar table: in memory while small, in a cached file when large.
 
-Writer(path or None): add(encoded, hash, weight), table() -> datasets.Dataset
+Writer(path or None): add(encoded, hash, weight), finish(noted) -> datasets.Dataset, noted
+read(path) -> the same of an earlier run, None where there is none
 cache_key(…) -> str         changes with content, template, tokenizer, settings and this package's code
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import os
 import shutil
 import tempfile
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from finetune.data.types import IGNORED, Encoded
 from finetune.terminal.progress import warn
 
 LARGE = 16 << 20  # bytes of source files from which on tokenised rows are kept on disk
@@ -56,8 +59,19 @@ def cache_key(files: Iterable[Path], *parts: Any) -> str:
     return digest.hexdigest()
 
 
+def read(path: Path) -> tuple[Any, dict[str, Any]] | None:
+    """What `Writer.finish` wrote."""
+    import datasets
+
+    noted = path.with_suffix(".json")
+    if not (path.is_file() and noted.is_file()):
+        return None
+    return datasets.Dataset.from_file(str(path)), json.loads(noted.read_text(encoding="utf-8"))
+
+
 class Writer:
-    """Collects rows; `path` is written beside its final place and moved there when it is complete."""
+    """Collects rows; `path` is written beside its final place and moved there when it is complete. When its
+    block fails the unfinished file is removed."""
 
     def __init__(self, path: Path | None) -> None:
         import pyarrow as pa
@@ -65,7 +79,7 @@ class Writer:
         self.path, self.batches = path, []  # type: ignore[var-annotated]
         self.hashes: list[int] = []
         self.repeats: list[float] = []
-        self.rows: list[Any] = []
+        self.rows: list[Encoded] = []
         self.schema = pa.schema(
             {
                 "input_ids": pa.list_(pa.int32()),
@@ -75,18 +89,25 @@ class Writer:
                 "repeat": pa.float32(),
             }
         )
-        self.count, self.weighted = 0, False
+        self.weighted = False
         self.part = path.with_name(f"{path.name}.{os.getpid()}.part") if path else None
         self.sink: Any = None
         if self.part is not None:
             self.part.parent.mkdir(parents=True, exist_ok=True)
             self.sink = pa.ipc.new_stream(self.part, self.schema)
 
-    def add(self, encoded: Any, content_hash: int, repeat: float) -> None:
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, failed: Any, *_: Any) -> None:
+        if failed is not None and self.sink is not None and self.part is not None:
+            self.sink.close()
+            self.part.unlink(missing_ok=True)
+
+    def add(self, encoded: Encoded, content_hash: int, repeat: float) -> None:
         self.rows.append(encoded)
         self.hashes.append(content_hash)
         self.repeats.append(repeat)
-        self.count += 1
         if len(self.rows) >= FLUSH:
             self.flush()
 
@@ -111,15 +132,17 @@ class Writer:
             self.batches.append(batch)
         self.rows, self.hashes, self.repeats = [], [], []
 
-    def table(self) -> Any:
-        """All rows as a dataset, with the columns content_hash and repeat."""
+    def finish(self, noted: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """All rows as a dataset, with the columns content_hash and repeat, and `noted`, which is kept beside them, with
+        whether turns are weighted."""
         import datasets
         import pyarrow as pa
 
         self.flush()
+        noted = {**noted, "weighted": self.weighted}
         if self.sink is None or self.path is None or self.part is None:
             batches = [filled(batch) for batch in self.batches] if self.weighted else self.batches
-            return datasets.Dataset(pa.Table.from_batches(batches, self.schema))
+            return datasets.Dataset(pa.Table.from_batches(batches, self.schema)), noted
         self.sink.close()
         if self.weighted:
             second = self.part.with_suffix(".filled")
@@ -128,13 +151,8 @@ class Writer:
                     sink.write_batch(filled(batch))
             os.replace(second, self.part)
         os.replace(self.part, self.path)
-        return datasets.Dataset.from_file(str(self.path))
-
-    def discard(self) -> None:
-        """Remove the unfinished file."""
-        if self.sink is not None and self.part is not None:
-            self.sink.close()
-            self.part.unlink(missing_ok=True)
+        self.path.with_suffix(".json").write_text(json.dumps(noted), encoding="utf-8")
+        return datasets.Dataset.from_file(str(self.path)), noted
 
 
 def filled(batch: Any) -> Any:
@@ -142,7 +160,7 @@ def filled(batch: Any) -> Any:
     import pyarrow as pa
 
     pairs = zip(batch.column("weights").to_pylist(), batch.column("labels").to_pylist(), strict=True)
-    weights = [[float(x != -100) for x in labels] if given is None else given for given, labels in pairs]
+    weights = [[float(x != IGNORED) for x in labels] if given is None else given for given, labels in pairs]
     at = batch.schema.get_field_index("weights")
     return batch.set_column(at, batch.schema.field(at), pa.array(weights, batch.schema.field(at).type))
 

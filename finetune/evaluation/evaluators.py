@@ -15,10 +15,9 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from finetune.data import text as raw
-from finetune.data.audit import conversations, cut
-from finetune.data.chat import IGNORED
-from finetune.data.conversations import HeldRow
-from finetune.data.types import Encoded
+from finetune.data.encoder import Encoder, cut
+from finetune.data.held_out import HeldRow
+from finetune.data.types import IGNORED, Encoded
 from finetune.errors import UserError
 from finetune.evaluation.generation import Evaluation, evaluate, negative_log_likelihoods, per_token
 from finetune.evaluation.rewards import RewardModel, score_rows, scored_reply
@@ -33,7 +32,7 @@ Reference = tuple[Callable[[], AbstractContextManager[Any]], float]
 
 
 def answers(
-    name: str, model: Any, encoder: Any, rows: Sequence[HeldRow], max_new_tokens: int, batch_size: int,
+    name: str, model: Any, encoder: Encoder, rows: Sequence[HeldRow], max_new_tokens: int, batch_size: int,
     temperature: float = 0.0, seed: int = 0,
 ) -> Evaluation:  # fmt: skip
     """Exact match, fields of JSON answers, loss and perplexity of the references: see `evaluation.evaluate`."""
@@ -46,7 +45,7 @@ def answers(
 
 
 def pairs(
-    name: str, model: Any, encoder: Any, rows: Sequence[HeldRow], batch_size: int, max_length: int | None,
+    name: str, model: Any, encoder: Encoder, rows: Sequence[HeldRow], batch_size: int, max_length: int | None,
     train_on: str = "assistant", reference: Reference | None = None,
 ) -> Evaluation:  # fmt: skip
     """In how many pairs the chosen answer has the higher summed log-probability, and by how many nats on average; loss
@@ -85,7 +84,7 @@ def pairs(
 
 
 def unpaired(
-    name: str, model: Any, encoder: Any, rows: Sequence[HeldRow], batch_size: int, max_length: int | None,
+    name: str, model: Any, encoder: Encoder, rows: Sequence[HeldRow], batch_size: int, max_length: int | None,
     reference: Reference | None = None,
 ) -> Evaluation:  # fmt: skip
     """Loss and perplexity of the desirable answers, the loss of the others, and what lies between them.
@@ -153,7 +152,7 @@ def scores(name: str, model: RewardModel, rows: Sequence[HeldRow], max_length: i
     on average."""
 
     def ids(row: HeldRow) -> list[list[int]]:
-        both = conversations(row.sample)
+        both = row.sample.conversations()
         return [scored_reply(model.encoder, both[side], max_length) for side in ("chosen", "rejected")]
 
     read = [ids(row) for row in rows]
@@ -187,12 +186,12 @@ def _row(rows: Sequence[HeldRow], i: int) -> dict[str, Any]:
 
 
 def _encoded(
-    encoder: Any, rows: Sequence[HeldRow], train_on: str, limit: int | None
+    encoder: Encoder, rows: Sequence[HeldRow], train_on: str, limit: int | None
 ) -> tuple[list[dict[str, Encoded]], list[str]]:
     """(the answers of each row by name, cut to `limit` tokens; what is to be said of that)"""
     found, cuts = [], 0
     for row in rows:
-        parts = {name: encoder.encode(part, train_on) for name, part in conversations(row.sample).items()}
+        parts = {name: encoder.encode(part, train_on) for name, part in row.sample.conversations().items()}
         short = {name: cut(encoder.tokenizer, part, limit) for name, part in parts.items()}
         cuts += sum(short[name] is not parts[name] for name in parts)
         found.append(short)

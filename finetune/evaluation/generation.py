@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from finetune import metrics
 from finetune.adapters.soft_prompts import is_before_text
-from finetune.data.chat import Encoder, GlmEncoder
+from finetune.data.encoder import Encoder
 from finetune.data.types import Conversation
 from finetune.models.hardware import input_device
 
@@ -75,7 +75,7 @@ def batches(prompts: Sequence[Sequence[int]], batch_size: int, equal_length: boo
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
-    encoder: Encoder | GlmEncoder,
+    encoder: Encoder,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     batch_size: int,
@@ -168,7 +168,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def stop_ids(model: PreTrainedModel, encoder: Encoder | GlmEncoder) -> list[int]:
+def stop_ids(model: PreTrainedModel, encoder: Encoder) -> list[int]:
     """What ends an answer: the chat template's end of turn, and the base's own (generation_config.json: Llama 3 has
     three, GLM-4-0414 the next turn's role)."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
@@ -176,7 +176,7 @@ def stop_ids(model: PreTrainedModel, encoder: Encoder | GlmEncoder) -> list[int]
     return list(dict.fromkeys([*encoder.stop_ids, *listed]))
 
 
-def decode(encoder: Encoder | GlmEncoder, ids: list[int], stops: list[int]) -> str:
+def decode(encoder: Encoder, ids: list[int], stops: list[int]) -> str:
     """Text of an answer: up to the first stop token, special tokens left out."""
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     text: str = encoder.tokenizer.decode(ids[:end], skip_special_tokens=True)
@@ -229,17 +229,13 @@ def negative_log_likelihoods(
 
 def split_reference(conversation: Conversation) -> tuple[Conversation, str | None]:
     """(what the model is asked, the reference answer): the last assistant turn, if it comes last."""
-    messages = list(conversation.messages)
-    if messages and messages[-1]["role"] == "assistant":
-        reference = messages.pop()
-        return Conversation(messages, conversation.tools), str(reference.get("content") or "")
-    return conversation, None
+    return Conversation(conversation.asked, conversation.tools), conversation.reference
 
 
 def evaluate(
     name: str,
     model: PreTrainedModel,
-    encoder: Encoder | GlmEncoder,
+    encoder: Encoder,
     conversations: Sequence[Conversation],
     max_new_tokens: int,
     batch_size: int,

@@ -27,8 +27,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from finetune.base import Base
-from finetune.data.audit import cut
-from finetune.data.chat import IGNORED, scored_end, scored_ids
+from finetune.data.encoder import Encoder, cut, scored_end, scored_ids
 from finetune.data.prompts import Prompt
 from finetune.data.types import Conversation, RowProblem, attempted
 from finetune.errors import RunError, UserError
@@ -137,7 +136,7 @@ def answered(prompts: Sequence[Prompt], replies: Sequence[str]) -> list[Conversa
     ]
 
 
-def scored_reply(encoder: Any, conversation: Conversation, limit: int | None = None) -> list[int]:
+def scored_reply(encoder: Encoder, conversation: Conversation, limit: int | None = None) -> list[int]:
     """A conversation that ends with a reply as a reward model reads it: as `ft reward` reads its pairs, with `limit`
     cut to so many tokens.
 
@@ -147,7 +146,7 @@ def scored_reply(encoder: Any, conversation: Conversation, limit: int | None = N
     found = attempted(encoder.encode, conversation, "last")
     if not isinstance(found, RowProblem):
         found = cut(encoder.tokenizer, found, limit)
-        if found.labels.count(IGNORED) == len(found.labels):  # nothing of the reply is left
+        if not found.trained:  # nothing of the reply is left
             return found.input_ids
         return scored_ids(found, encoder.separator)
     *before, reply = conversation.messages

@@ -119,7 +119,7 @@ def test_base_and_jobs_are_measured_alike(checked: SftRecipe, tmp_path: Path, mo
         return [1]
 
     monkeypatch.setattr("finetune.models.loading.load_model", load_model)
-    monkeypatch.setattr("finetune.data.chat.Encoder.prompt_ids", prompt_ids)
+    monkeypatch.setattr("finetune.data.chat.TemplateEncoder.prompt_ids", prompt_ids)
     monkeypatch.setattr("finetune.models.hardware.detect", lambda: Hardware(bf16=True))
     raw = checked.model_copy(
         update={
@@ -240,7 +240,8 @@ def test_rows_of_eval_split_are_measured_on_and_never_trained_on(
     recipe: Recipes, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The very rows that `ft sft` holds out; the search for the learning rate does not see them, either."""
-    from finetune.data import conversations
+    from finetune.data.audit import load_samples
+    from finetune.data.held_out import load_eval_rows
 
     loaded = load(str(recipe(data={"train": str(rows), "eval_split": 9})), SftRecipe)
     seen: list[SftRecipe] = []
@@ -256,22 +257,21 @@ def test_rows_of_eval_split_are_measured_on_and_never_trained_on(
     (built,) = seen
     held = compare.split_off(loaded)
     assert len(held.rows) == 9
-    assert conversations.load_eval_rows(built.eval.data) == held.samples
-    used = conversations.load_samples(built.data, "sft")
+    assert load_eval_rows(built.eval.data) == held.samples
+    used = load_samples(built.data, "sft")
     assert built.data.eval_split is None
-    assert sorted(map(repr, [*used, *held.samples])) == sorted(
-        map(repr, conversations.load_samples(loaded.data, "sft"))
-    )
+    assert sorted(map(repr, [*used, *held.samples])) == sorted(map(repr, load_samples(loaded.data, "sft")))
 
 
 def test_rows_apart_are_the_same_conversations(tmp_path: Path) -> None:
     """Whatever format they came in."""
-    from finetune.data import conversations, formats
+    from finetune.data import formats
+    from finetune.data.held_out import load_eval_rows
     from finetune.run.writing import write_lines
 
     for name, form in formats.FORMATS.items():
         if form.kind != "sft":
             continue
-        before = conversations.load_eval_rows(f"builtin:{form.sample.partition('.')[0]}")
+        before = load_eval_rows(f"builtin:{form.sample.partition('.')[0]}")
         write_lines(tmp_path / f"{name}.jsonl", [compare.as_row(row, row.group) for row in before])
-        assert conversations.load_eval_rows(str(tmp_path / f"{name}.jsonl")) == before, name
+        assert load_eval_rows(str(tmp_path / f"{name}.jsonl")) == before, name

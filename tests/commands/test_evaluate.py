@@ -66,12 +66,12 @@ def test_loss_equals_a_plain_forward_pass(base: Path, held_out: Path) -> None:
     """Mean negative log-likelihood of answer and end-of-turn tokens, one row at a time through plain transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from finetune.data import conversations, evaluated
+    from finetune.data.held_out import load_eval_rows, rows_of
 
     (target,) = evaluate.find_targets([], None, str(base), None)
     target = evaluate.Target("x", target.model.model_copy(update={"dtype": "float32"}), None, target.data, target.eval)
-    rows = conversations.load_eval_rows(str(held_out), target.data)
-    result = evaluate.evaluate_target(target, evaluated.named(str(held_out), target.data, None))
+    rows = load_eval_rows(str(held_out), target.data)
+    result = evaluate.evaluate_target(target, rows_of(str(held_out), target.data, None))
     tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     total = count = 0.0
     for row in rows:
@@ -178,15 +178,15 @@ def test_groups_and_sampling_stand_in_the_table(base: Path, tmp_path: Path, caps
 
 
 def test_a_group_may_be_named_by_another_column(tmp_path: Path) -> None:
-    from finetune.data import conversations
+    from finetune.data.held_out import load_eval_rows
     from finetune.recipe.sections import DataConfig
 
     path = tmp_path / "rows.jsonl"
     rows = [{"question": "q", "answer": "a", "topic": topic} for topic in ("x", "", None, ["x"], 0)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    named = conversations.load_eval_rows(str(path), DataConfig(train="-", columns={"group": "topic"}))
+    named = load_eval_rows(str(path), DataConfig(train="-", columns={"group": "topic"}))
     assert [row.group for row in named] == ["x", None, None, None, "0"]
-    assert [row.group for row in conversations.load_eval_rows(str(path))] == [None] * 5
+    assert [row.group for row in load_eval_rows(str(path))] == [None] * 5
 
 
 def test_a_column_that_names_rows_is_no_group(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,7 +270,7 @@ def test_no_held_out_data(recipe: Recipe) -> None:
 
 def test_rows_whose_last_turn_is_not_trained_have_no_loss(base: Path, tmp_path: Path) -> None:
     """They count neither as 0 nor as perfect: the loss is that of the other rows alone."""
-    from finetune.data import evaluated
+    from finetune.data.held_out import rows_of
 
     def row(number: int, **more: object) -> dict[str, object]:
         answer = {"role": "assistant", "content": f"answer {number}", **more}
@@ -281,7 +281,7 @@ def test_rows_whose_last_turn_is_not_trained_have_no_loss(base: Path, tmp_path: 
 
     def measured(*rows: dict[str, object]) -> evaluate.Evaluation:
         path = write_rows(tmp_path / "rows.jsonl", list(rows))
-        return evaluate.evaluate_target(target, evaluated.named(str(path), target.data, None))
+        return evaluate.evaluate_target(target, rows_of(str(path), target.data, None))
 
     alone, mixed = measured(row(1)), measured(row(1), row(2, train=False), row(3, weight=0))
     assert mixed.metrics["loss"] == pytest.approx(alone.metrics["loss"], rel=1e-4)

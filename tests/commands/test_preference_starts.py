@@ -187,7 +187,7 @@ def test_the_weight_of_a_source_counts_in_every_stage(base: Path, tmp_path: Path
         found = list(raw.documents(data, 0, 1))
         assert found[:80] == [*(f"once {i}" for i in range(40)), *(f"often {i}" for i in range(40))]
     elif stage == "ppo":
-        found = [prompt.text for prompt in load_prompts(data, encoder).rows]
+        found = [prompt.text for prompt in load_prompts(data, encoder).train]
     else:
         rows = (load_pairs if stage == "dpo" else load_unpaired)(data, encoder).train
         column, answers = ("chosen_ids", 1) if stage == "dpo" else ("prompt_ids", 2)

@@ -79,9 +79,9 @@ def tokenizer() -> Any:
 
 
 @functools.cache
-def encoder() -> chat.Encoder:
+def encoder() -> chat.TemplateEncoder:
     made = chat.make_encoder(tokenizer())
-    assert isinstance(made, chat.Encoder)
+    assert isinstance(made, chat.TemplateEncoder)
     return made
 
 

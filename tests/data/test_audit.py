@@ -245,7 +245,7 @@ def test_the_same_question_under_another_system_turn_is_told(tmp_path: Path) -> 
     ]
     made = audit.Audit(DataConfig(train=write(tmp_path / "x.jsonl", rows)), None, "sft", held)
     assert len(list(made.rows())) == 3
-    assert [(row, found.kind) for _, _, row, found in made.problems] == [(1, "same_question"), (2, "leakage")]
+    assert [(row, found.kind) for _, _, row, found in made.notes.problems] == [(1, "same_question"), (2, "leakage")]
     assert "1 rows whose question is in the held-out data, under another system turn" in made.warnings()
     assert made.counts["leaked"] == 1
     assert list(made.rejects()) == [(held.replace("held", "x"), 2)]  # --fix takes out what is surely the same

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import make_tokenizer, write_rows
 
 from finetune.data import conversations
 from finetune.data.chat import make_encoder
+from finetune.recipe.sections import DataConfig
 
 
 @pytest.mark.parametrize("merges", [False, True])
@@ -21,6 +21,6 @@ def test_merged_boundary_is_named(tmp_path: Path, merges: bool) -> None:
         {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f'{{"n": {i}}}'}]}
         for i in range(8)
     ]
-    config = SimpleNamespace(train=str(write_rows(tmp_path / "r.jsonl", rows)), max_length=512, eval_split=None)
+    config = DataConfig(train=str(write_rows(tmp_path / "r.jsonl", rows)))
     data = conversations.load_sft(config, make_encoder(tokenizer))
     assert any("8 of 8 sampled rows the tokenizer merges" in line for line in data.warnings) is merges

@@ -166,8 +166,8 @@ def test_unknown_templates_by_difference() -> None:
     template = "{% for m in messages %}" + turn + "{% endfor %}" + prompt
     made = byte_level(template)
     encoder = chat.make_encoder(made)
-    assert isinstance(encoder, chat.Encoder)
-    assert encoder.annotated is None
+    assert isinstance(encoder, chat.TemplateEncoder)
+    assert encoder.spans.annotated is None
     row = encoder.encode(Conversation([user("q"), assistant("[USER] x"), user("r"), assistant("b")]))
     assert [made.decode(row.input_ids[a:b]) for a, b in row.turns] == ["[USER] x</s>", "b</s>"]
     assert encoder.forged_markers([user("a [USER] b")]) == [(1, "[USER]")]

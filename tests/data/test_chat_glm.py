@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from finetune.data.chat import make_encoder, scored_end, scored_ids
+from finetune.data.chat import make_encoder
 from finetune.data.chat_glm import encode_messages, encode_weighted, glm_version, prompt_ids, reply_text, stop_ids
+from finetune.data.encoder import scored_end, scored_ids
 from finetune.data.types import Conversation, RowProblem
 from finetune.models.chatglm.tokenizer import build_tokenizer
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from chat_kit import assistant, byte_level, encoder, make_rows, system, user, write
 
-from finetune.data import chat, conversations, samples, sources, token_cache
+from finetune.data import audit, chat, conversations, held_out, samples, sources, token_cache
+from finetune.data.rows import Rows
 from finetune.data.types import Conversation, Preference
 from finetune.errors import UserError
 from finetune.recipe.sections import DataConfig, SourceConfig
 
 
-def load(path: Any, **settings: Any) -> conversations.SftData:
+def load(path: Any, **settings: Any) -> Rows:
     extra = {key: settings.pop(key) for key in ("eval_data", "cache_folder") if key in settings}
     config = DataConfig(train=path, **settings)
     return conversations.load_sft(
@@ -218,26 +219,26 @@ def test_markers_that_are_plain_text(tmp_path: Path) -> None:
 
 
 def test_samples_of_other_kinds() -> None:
-    pairs = conversations.load_samples(DataConfig(train="builtin:preference"), "preference")
+    pairs = audit.load_samples(DataConfig(train="builtin:preference"), "preference")
     assert isinstance(pairs[0], Preference)
-    assert len(conversations.load_samples(DataConfig(train="builtin:ranked"), "preference", encoder=encoder())) == 4
-    assert len(conversations.load_samples(DataConfig(train="builtin:unpaired"), "unpaired", encoder=encoder())) == 2
-    assert len(conversations.load_samples(DataConfig(train="builtin:text"), "text")) == 3
+    assert len(audit.load_samples(DataConfig(train="builtin:ranked"), "preference", encoder=encoder())) == 4
+    assert len(audit.load_samples(DataConfig(train="builtin:unpaired"), "unpaired", encoder=encoder())) == 2
+    assert len(audit.load_samples(DataConfig(train="builtin:text"), "text")) == 3
 
 
 def test_rows_for_generation(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [{"prompt": "only asked"}, {"prompt": "q", "completion": "a"}])
-    rows = conversations.load_eval_rows(path, DataConfig(train="-"))
+    rows = held_out.load_eval_rows(path, DataConfig(train="-"))
     assert [row.messages for row in rows] == [[user("only asked")], [user("q"), assistant("a")]]
     bad = write(tmp_path / "y.jsonl", [{"messages": [system("s"), assistant("a")]}])
     with pytest.raises(UserError, match="row 1: turn 2: the conversation begins with the assistant"):
-        conversations.load_eval_rows(bad)
+        held_out.load_eval_rows(bad)
     from test_templates import make
 
     refused = write(tmp_path / "z.jsonl", [{"messages": [system("s"), user("q"), assistant("a")]}])
-    assert len(conversations.load_eval_rows(refused)) == 1
+    assert len(held_out.load_eval_rows(refused)) == 1
     with pytest.raises(UserError, match=r"z.jsonl, row 1: the chat template refuses this conversation"):
-        conversations.load_eval_rows(refused, encoder=make("gemma")[1])
+        held_out.load_eval_rows(refused, encoder=make("gemma")[1])
 
 
 def test_the_shipped_task_loads() -> None:
@@ -267,7 +268,7 @@ def test_pairs_that_nobody_here_wrote() -> None:
     if not (SHARED / "dpo_zh_demo.json").is_file():
         pytest.skip("the file is not here")
     config = DataConfig(train=str(SHARED / "dpo_zh_demo.json"), max_length=32768)
-    assert len(conversations.load_samples(config, "preference", encoder=encoder())) == 300
+    assert len(audit.load_samples(config, "preference", encoder=encoder())) == 300
     with pytest.raises(
         UserError, match=r"the rows are preference data \(preference\), but this stage needs sft data → use ft dpo"
     ):

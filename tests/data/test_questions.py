@@ -14,7 +14,7 @@ from finetune.builtin.world import KEYS, documents, leaks, pairs, questions
 from finetune.builtin.world.__main__ import SHIPPED, jsonl, shipped
 from finetune.builtin.world.phrasings import FIELDS
 from finetune.builtin.world.questions import ABSTAIN, INSTRUCTION, QUESTIONS, RESERVED, case
-from finetune.data import conversations
+from finetune.data import held_out
 from finetune.data.audit import Audit
 from finetune.recipe.sections import DataConfig
 from finetune.resources import resource_path
@@ -208,5 +208,5 @@ def test_the_samples_page_lists_what_is_shipped() -> None:
 
 
 def test_evaluation_knows_the_groups() -> None:
-    rows = conversations.load_eval_rows("builtin:tickets/questions_test")
+    rows = held_out.load_eval_rows("builtin:tickets/questions_test")
     assert Counter(row.group for row in rows) == {"answerable": 150, "unanswerable": 150}

@@ -178,7 +178,7 @@ def test_calls_in_a_row_are_parallel_calls(tmp_path: Path) -> None:
     _, made = make("qwen3")
     made_of = audit.Audit(DataConfig(train=write(tmp_path / "x.jsonl", [{"conversations": CALLS}])), made)
     ((item, _),) = made_of.rows()
-    assert made_of.problems == []
+    assert made_of.notes.problems == []
     assert isinstance(item.sample, Conversation)
     assert [m["role"] for m in item.sample.messages] == ["user", "assistant", "tool", "tool", "assistant"]
     calls = item.sample.messages[1]["tool_calls"]

@@ -11,7 +11,7 @@ from chat_kit import encoder, write
 from typer.testing import CliRunner
 
 from finetune import cli
-from finetune.data import conversations, sources
+from finetune.data import conversations, held_out, sources
 from finetune.data.samples import read_samples
 from finetune.errors import UserError
 from finetune.recipe.sections import DataConfig
@@ -58,7 +58,7 @@ def test_only_train_is_trained(name: str, tmp_path: Path) -> None:
             assert prompts(tmp_path, split) == {f for f, s in files.items() if s == split}
     held = next((split for split in ("validation", "test") if split in files.values()), None)
     if held:
-        rows = conversations.load_eval_rows(str(tmp_path))
+        rows = held_out.load_eval_rows(str(tmp_path))
         assert {row.messages[0]["content"] for row in rows} == {f for f, split in files.items() if split == held}
 
 
@@ -113,7 +113,7 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
     datasets.DatasetDict(tables).save_to_disk(tmp_path / "dict", num_shards={"train_sft": 2, "test_sft": 1})
     assert prompts(tmp_path / "dict") == prompts(tmp_path / "dict", "train_sft") == {"train_sft"}
     assert len(list(sources.read_rows(tmp_path / "dict"))) == 4
-    assert {row.messages[0]["content"] for row in conversations.load_eval_rows(str(tmp_path / "dict"))} == {"test_sft"}
+    assert {row.messages[0]["content"] for row in held_out.load_eval_rows(str(tmp_path / "dict"))} == {"test_sft"}
     tables["test_sft"].save_to_disk(tmp_path / "one")
     saved = datasets.load_from_disk(tmp_path / "one")
     saved.map(lambda row: {"prompt": "from a cache"})  # writes cache-….arrow beside the data

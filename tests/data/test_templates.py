@@ -88,11 +88,11 @@ LIKE = {
 FAMILIES = sorted(STOCK)
 
 
-def make(name: str) -> tuple[Any, chat.Encoder]:
+def make(name: str) -> tuple[Any, chat.TemplateEncoder]:
     """A byte-level tokenizer with the family's control tokens and published template, and its encoder."""
     tokenizer = byte_level(STOCK[name], **TOKENS[LIKE.get(name, name)])
     encoder = chat.make_encoder(tokenizer)
-    assert isinstance(encoder, chat.Encoder)
+    assert isinstance(encoder, chat.TemplateEncoder)
     return tokenizer, encoder
 
 
@@ -104,11 +104,11 @@ def test_every_shipped_template_is_tested() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_renders_like_the_stock_template(name: str) -> None:
     _, encoder = make(name)
-    assert encoder.annotated == templates.shipped()[name]
+    assert encoder.spans.annotated == templates.shipped()[name]
     for messages, tools in templates.PROBES:
         for prompt in (False, True):
             wanted = templates.attempt(STOCK[name], messages, tools, encoder.variables, prompt)
-            assert templates.attempt(encoder.annotated, messages, tools, encoder.variables, prompt) == wanted
+            assert templates.attempt(encoder.spans.annotated, messages, tools, encoder.variables, prompt) == wanted
 
 
 # Replies that repeat the prompt, hold markers or white space, stand next to turns without content.
@@ -151,7 +151,7 @@ def test_without_the_shipped_copy_the_difference_gives_the_same(name: str) -> No
     if name == "qwen3":
         pytest.skip("drops old thinking: not prefix-stable")
     row = encoder.encode(Conversation(CONVERSATIONS[2]))
-    encoder.annotated = None
+    encoder.spans.annotated = None
     assert encoder.encode(Conversation(CONVERSATIONS[2])) == row
 
 
@@ -172,7 +172,7 @@ def test_the_prompt_is_the_beginning_of_the_sample(name: str) -> None:
 
 def test_unstable_templates_are_refused_with_advice() -> None:
     _, encoder = make("qwen3")
-    encoder.annotated = None
+    encoder.spans.annotated = None
     messages = [user("one"), assistant("two"), user("three"), assistant("four")]
     with pytest.raises(chat.RowProblem, match="writes turn 2 differently") as caught:
         encoder.encode(Conversation(messages))

@@ -38,8 +38,8 @@ def test_every_block_is_full_and_every_document_stands_in_order(texts, length):
 
 def test_held_out_texts_are_chosen_by_content():
     texts = [f"text {i}" for i in range(100)]
-    held, rest = raw.held_out(texts, 0.1)
-    again, _ = raw.held_out(texts[::-1], 0.1)
+    held, rest = raw.split(texts, 0.1)
+    again, _ = raw.split(texts[::-1], 0.1)
     assert len(held) == 10
     assert set(held) == set(again)
     assert sorted([*held, *rest]) == sorted(texts)

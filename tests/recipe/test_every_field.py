@@ -24,7 +24,7 @@ from finetune import hub
 from finetune.adapters import methods
 from finetune.base import Base
 from finetune.commands import dpo, evaluate, kto, ppo, pretrain, sft
-from finetune.data import conversations, pairs, prompts
+from finetune.data import conversations, pairs, prompts, text
 from finetune.errors import RunError, UserError
 from finetune.evaluation import targets
 from finetune.models import loading, quantization, sanity, tokenizers
@@ -32,7 +32,7 @@ from finetune.models.config import read_config
 from finetune.recipe import effects, file
 from finetune.recipe.adapters import ADAPTERS, OtherAdapter
 from finetune.recipe.resolve import Hardware, a_step, batch_layout, resolve
-from finetune.recipe.sections import ModelConfig, SourceConfig
+from finetune.recipe.sections import DataConfig, ModelConfig, SourceConfig
 from finetune.recipe.stages import RECIPES
 from finetune.rl.ppo import Ppo
 from finetune.run.directory import Run
@@ -294,7 +294,7 @@ class Watch:
         self.files = files
         self.until = "training"  # or "loading"
         for module, name in ((conversations, "load_sft"), (pairs, "load_pairs"), (pairs, "load_unpaired"),
-                             (prompts, "load_prompts"), (pretrain, "load_blocks")):  # fmt: skip
+                             (prompts, "load_prompts"), (text, "load_blocks")):  # fmt: skip
             monkeypatch.setattr(module, name, self.reading(getattr(module, name)))
         monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", self.load)
         monkeypatch.setattr(quantization, "after_loading", lambda *_: None)
@@ -325,10 +325,7 @@ class Watch:
     def reading(self, load: Callable[..., Any]) -> Callable[..., Any]:
         def loaded(*arguments: Any, **more: Any) -> Any:
             found = load(*arguments, **more)
-            if isinstance(found, prompts.Prompts):
-                self.seen["rows"] = [(row.ids, row.columns) for row in found.rows]
-            else:
-                self.seen["rows"], self.seen["held out"] = table(found.train), table(found.eval)
+            self.seen["rows"], self.seen["held out"] = table(found.train), table(found.eval)
             return found
 
         return loaded
@@ -391,7 +388,9 @@ REAL_PPO, TOKENIZER = Ppo.fit, tokenizers.load_tokenizer
 
 
 def table(rows: Any) -> Any:
-    if rows is None or isinstance(rows, pretrain.Blocks):
+    if isinstance(rows, list):
+        return [(row.ids, row.columns) for row in rows]
+    if rows is None or isinstance(rows, text.Blocks):
         return None if rows is None else rows.ids.tolist()
     return {name: list(rows[name]) for name in rows.column_names}
 
@@ -539,7 +538,7 @@ def probe_hub_data(stage: str, key: str, files: dict[str, Any], monkeypatch: Any
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = SourceConfig(path="owner/data", source="hub", name="x", split="test", revision="v2")
     for streaming in (False, True):
-        assert len(list(read_samples(source, SimpleNamespace(streaming=streaming)))) == 1
+        assert len(list(read_samples(source, DataConfig(train="-", streaming=streaming)))) == 1
         more = {"split": "test", "revision": "v2", "streaming": streaming}
         assert asked.pop() == ("owner/data", "x", more)
     settings = {key: VALUES.get(key, True)}

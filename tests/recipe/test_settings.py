@@ -17,7 +17,7 @@ from conftest import SHARED, train, write_rows
 from finetune import cli
 from finetune.commands import data as data_stage
 from finetune.commands import dpo, kto, ppo, pretrain, recipes, reward, sft
-from finetune.data.conversations import held_out
+from finetune.data.rows import eval_mask
 from finetune.errors import UserError
 from finetune.models import sources
 from finetune.recipe import file as recipe_file
@@ -123,7 +123,7 @@ def test_fewer_rows_than_a_step_holds(recipe: Callable[..., Path], tmp_path: Pat
 def test_a_share_holds_out_one_row_at_least(share: float, rows: int, expected: int | None) -> None:
     hashes = np.random.default_rng(0).integers(0, 2**64, rows, np.uint64)
     hashes |= np.uint64(0 if expected is None else 2**63)  # none that a share of 5% takes
-    found = held_out(hashes, share)
+    found = eval_mask(hashes, share)
     assert found.sum() == expected or (expected is None and 900 < found.sum() < 1100)
 
 
@@ -254,7 +254,7 @@ def test_settings_of_data_without_a_recipe(tmp_path: Path) -> None:
     file = str(write_rows(tmp_path / "r.jsonl", [{"ask": "a", "say": "b"}]))
     for prefix in ("data.", ""):
         items = [f"{prefix}columns.prompt=ask", f"{prefix}columns.completion=say", f"{prefix}max_length=9"]
-        found = data_stage.settings(None, items, file, None, None, None)[0]
+        found = data_stage.looked_at(None, items, file).config
         assert found.columns == {"prompt": "ask", "completion": "say"}
         assert found.max_length == 9
     for item, expected in (
@@ -264,7 +264,7 @@ def test_settings_of_data_without_a_recipe(tmp_path: Path) -> None:
         ("data.shuffle=true", "set data.max_samples"),
     ):
         with pytest.raises(UserError, match=expected):
-            data_stage.settings(None, [item], file, None, None, None)
+            data_stage.looked_at(None, [item], file)
 
 
 # --- pretrain reads as the others do ---

@@ -170,15 +170,15 @@ def test_output_files_are_checked_before_any_work(tmp_path: Path, monkeypatch: p
         with pytest.raises(UserError, match=f"--json: .*{message}"):
             evaluate.run(["no-run"], json_file=file)
         with pytest.raises(UserError, match=f"--json: .*{message}"):
-            data.check(None, [], "no-data", None, None, None, None, file)
+            data.check(data="no-data", json_file=file)
         with pytest.raises(UserError, match=f"--json: .*{message}"):
-            data.preview(None, [], "no-data", "no-model", None, 5, file, None)
+            data.preview(data="no-data", model="no-model", json_file=file)
         with pytest.raises(UserError, match=f"--html: .*{message}"):
-            data.preview(None, [], "no-data", "no-model", None, 5, None, file)
+            data.preview(data="no-data", model="no-model", html_file=file)
     with pytest.raises(UserError, match="this file exists"):
-        data.check(None, [], "no-data", None, None, None, str(mine), None)
+        data.check(data="no-data", fix=str(mine))
     with pytest.raises(UserError, match="is the file of --fix"):
-        data.check(None, [], "no-data", None, None, None, "a.jsonl", "a.rejects.jsonl")
+        data.check(data="no-data", fix="a.jsonl", json_file="a.rejects.jsonl")
     with pytest.raises(UserError, match="no such folder"):
         recipes.new("nowhere/r.yaml", "sft", "tiny-llama", "d")
     (tmp_path / recipes.SCHEMA_FILE).write_text("mine")

@@ -26,7 +26,7 @@ import yaml
 
 from finetune import child, metrics
 from finetune.adapters.methods import METHODS
-from finetune.data import conversations, evaluated, samples
+from finetune.data import audit, held_out, samples
 from finetune.errors import Interrupted, RunError, UserError
 from finetune.places import check_folder as check_place
 from finetune.recipe.file import check, to_yaml
@@ -198,7 +198,7 @@ def check_jobs(recipe: SftRecipe, jobs: Sequence[Job]) -> tuple[list[int], dict[
     if len({job.fraction for job in jobs}) > len(sizes):
         raise UserError("several shares are the same number of rows", key="--data-fractions", fix="use fewer or larger")
     if recipe.eval.data is not None:
-        conversations.load_eval_rows(recipe.eval.data, recipe.data)
+        held_out.load_eval_rows(recipe.eval.data, recipe.data)
     else:
         split_off(recipe)
 
@@ -224,16 +224,11 @@ def check_jobs(recipe: SftRecipe, jobs: Sequence[Job]) -> tuple[list[int], dict[
     return counts, recipes, refused
 
 
-def split_off(recipe: SftRecipe) -> evaluated.HeldOut:
+def split_off(recipe: SftRecipe) -> held_out.HeldOut:
     """The rows that `ft sft` of this recipe would hold out."""
-    from finetune.data.chat import make_encoder
-    from finetune.families import family
-    from finetune.models import tokenizers
-    from finetune.models.config import read_config
+    from finetune.base import Base
 
-    config = read_config(recipe.model)
-    encoder = make_encoder(tokenizers.load_tokenizer(recipe.model), family(config["model_type"]))
-    return evaluated.split_off(recipe, encoder, None)
+    return held_out.split_off(recipe, Base.open(recipe.model).encoder, None)
 
 
 def held_apart(recipe: SftRecipe, folder: Path) -> SftRecipe:
@@ -247,7 +242,7 @@ def held_apart(recipe: SftRecipe, folder: Path) -> SftRecipe:
     sources = []
     for number, spec in enumerate(samples.specs(recipe.data), 1):
         items = samples.read_samples(spec, recipe.data, seed=recipe.train.seed)
-        kept = [i.sample for i in items if i.sample is not None and samples.content_hash(i.sample) not in held.hashes]
+        kept = [i.sample for i in items if i.sample is not None and i.sample.content_hash not in held.hashes]
         write_lines(place / f"train-{number}.jsonl", [as_row(sample) for sample in kept])
         sources.append({"path": str(place.resolve() / f"train-{number}.jsonl"), "weight": spec.get("weight", 1.0)})
     note(f"measured on the {len(held.rows)} rows that data.eval_split holds out, which no job is trained on")
@@ -287,7 +282,7 @@ def job_recipe(recipe: SftRecipe, job: Job, counts: Sequence[int]) -> SftRecipe:
 def count_rows(recipe: SftRecipe) -> list[int]:
     """Of each source, as far as max_samples lets them be used."""
     parts = [recipe.data.model_copy(update={"train": [spec]}) for spec in samples.specs(recipe.data)]
-    return [len(conversations.load_samples(part, "sft")) for part in parts]
+    return [len(audit.load_samples(part, "sft")) for part in parts]
 
 
 def share_of(counts: Sequence[int], fraction: float) -> list[int]:

@@ -19,13 +19,11 @@ import yaml
 
 from finetune.adapters import compatibility
 from finetune.adapters.load import adapter_config, loads_trainable, prepare
-from finetune.data import conversations
-from finetune.data.chat import make_encoder
+from finetune.base import Base
+from finetune.data import held_out
 from finetune.errors import UserError
 from finetune.evaluation import generation as evaluation
-from finetune.families import family
-from finetune.models import attach, hardware, loading, tokenizers
-from finetune.models.config import read_config
+from finetune.models import attach, hardware, loading
 from finetune.recipe.file import check
 from finetune.recipe.resolve import compute_dtype
 from finetune.recipe.sections import ModelConfig
@@ -41,10 +39,10 @@ def measure(where: Path) -> dict[str, Any]:
     recipe = check(yaml.safe_load((where / "recipe.yaml").read_text(encoding="utf-8")), "sft")
     assert isinstance(recipe, SftRecipe)
     assert recipe.eval.data is not None
-    architecture = read_config(recipe.model)["model_type"]
     trained = next((folder for folder in (where / "adapter", where / "model") if folder.is_dir()), None)
-    encoder = make_encoder(tokenizers.load_tokenizer(recipe.model, trained), family(architecture))  # as it was trained
-    rows = conversations.load_eval_rows(recipe.eval.data, recipe.data)[: recipe.eval.limit]
+    opened = Base.open(recipe.model, trained)
+    encoder = opened.encoder  # as it was trained
+    rows = held_out.load_eval_rows(recipe.eval.data, recipe.data)[: recipe.eval.limit]
     asked = [evaluation.split_reference(row)[0] for row in rows[:PROMPTS]]
     prompts = [encoder.prompt_ids(conversation.messages, conversation.tools) for conversation in asked]
 
@@ -65,7 +63,7 @@ def measure(where: Path) -> dict[str, Any]:
         prepare(model)
         weights, mergeable = adapter.glob("adapter_model*"), "yes"
         try:
-            compatibility.check_merge(adapter_config(adapter), architecture)
+            compatibility.check_merge(adapter_config(adapter), opened.config["model_type"])
         except UserError:
             mergeable = "no"
     scored = evaluation.evaluate(where.name, model, encoder, rows, *generation)

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 from chat_kit import assistant, make_rows, system, user, write
 
-from finetune.data.conversations import held_out
-from finetune.data.samples import content_hash
-from finetune.data.seen import trained_on
+from finetune.data.held_out import trained_on
+from finetune.data.rows import eval_mask
 from finetune.data.types import Conversation, Preference, Sample
 from finetune.recipe.sections import DataConfig
 
@@ -42,7 +41,7 @@ def test_rows_that_were_held_out_of_training_are_not_counted(tmp_path: Path) -> 
     rows = samples(200)
     for share in (0.25, 30):
         data = DataConfig(train=write(tmp_path / "x.jsonl", make_rows(200)), eval_split=share)
-        held = held_out(np.array([content_hash(row) for row in rows], np.uint64), share)
+        held = eval_mask(np.array([row.content_hash for row in rows], np.uint64), share)
         assert 0 < held.sum() < 200
         assert trained_on(data, rows) == 200 - held.sum()
 

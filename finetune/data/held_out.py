@@ -1,0 +1,217 @@
+"""What `ft eval` and `ft compare` measure on, and how much of it a run was trained on.
+
+rows_of(path, config)    a file's rows, of whatever kind they are
+split_off(recipe, …)     the rows that data.eval_split held out of a run, found by the code that held them out
+load_eval_rows(…)        conversations for generation; the last assistant turn is the reference
+trained_on(config, …)    how many rows stand in the training rows of a run
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from finetune.data import checks, formats, leakage, sources
+from finetune.data import text as raw
+from finetune.data.audit import BATCH, Audit, batched
+from finetune.data.encoder import Encoder
+from finetune.data.report import Noted
+from finetune.data.rows import eval_mask
+from finetune.data.samples import Item, held_out_section, read_samples, specs, watched
+from finetune.data.types import Conversation, Preference, RowProblem, Sample, Text, Unpaired, attempted
+from finetune.errors import Problem, UserError
+from finetune.recipe.sections import DataConfig
+from finetune.recipe.stages import Recipe
+from finetune.terminal.progress import note, warn
+
+KINDS: dict[type[Sample], str] = {
+    Conversation: "answers", Preference: "pairs", Unpaired: "unpaired", Text: "text",
+}  # fmt: skip
+SPLIT = "data.eval_split"
+
+
+class HeldRow(NamedTuple):
+    """A row to evaluate on, with its place."""
+
+    file: str
+    row: int
+    sample: Any
+    """A Sample."""
+    group: str | None = None
+    """What its column `group` says. Metrics are given per group, too."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    name: str
+    """The file, or data.eval_split."""
+    rows: list[HeldRow]
+    hashes: frozenset[int] | None = None
+    """Of all rows that data.eval_split holds out."""
+    blocks: int | None = None
+    """Of text: only so many of the blocks that it fills."""
+
+    @property
+    def kind(self) -> str:
+        """answers, pairs, unpaired or text"""
+        return KINDS[type(self.rows[0].sample)]
+
+    @property
+    def samples(self) -> list[Any]:
+        return [row.sample for row in self.rows]
+
+
+# --- a file's rows ---
+
+
+def rows_of(path: str, config: DataConfig, limit: int | None) -> HeldOut:
+    """The rows of a file; of a dataset folder those of its validation or test split, which is said."""
+    if split := sources.held_out(path).get("split"):
+        note(f"{path}: its {split} split")
+    return HeldOut(path, load_held_out(path, config)[:limit])
+
+
+def load_eval_rows(
+    spec: Any, config: DataConfig | None = None, *, encoder: Encoder | None = None
+) -> list[Conversation]:
+    """Conversations for generation; as `load_held_out`."""
+    return [row.sample for row in load_held_out(spec, config, "sft", encoder=encoder)]
+
+
+def load_held_out(
+    spec: Any, config: DataConfig | None = None, kind: str | None = None, *, encoder: Encoder | None = None
+) -> list[HeldRow]:
+    """The rows of a file to evaluate on, of the kind that they are (or of `kind` alone), all of one kind. Conversations
+    with only a prompt are fine. UserError with every unusable row, and with an encoder also with those that it cannot
+    encode."""
+    rows: list[HeldRow] = []
+    errors: list[Problem] = []
+    section = held_out_section(spec, config)
+    for source in specs(section):
+        for item in read_samples(source, section, kind):
+            if item.problem is not None and item.problem.kind == "empty_file":
+                warn(f"{item.file}: {item.problem.message}")
+                continue
+            found = what_is_wrong(item, encoder)
+            errors += [Noted("error", item.file, item.row, finding).as_problem() for finding in found]
+            if not found:
+                rows.append(held_row(item, source.get("columns") or section.columns))
+    if errors:
+        raise UserError(errors)
+    if not rows:
+        raise UserError("no rows", path=str(spec), fix="name a file with rows")
+    other = next((row for row in rows if type(row.sample) is not type(rows[0].sample)), None)
+    if other is not None:
+        raise UserError(
+            f"row {other.row} is of another kind than {rows[0].file}, row {rows[0].row}", path=other.file,
+            fix="evaluate them one after the other",
+        )  # fmt: skip
+    return rows
+
+
+def what_is_wrong(item: Item, encoder: Encoder | None) -> Sequence[checks.Finding | RowProblem]:
+    if item.problem is not None:
+        return [item.problem]
+    found = checks.check(item.usable, item.usable.whole_text)
+    bad = [finding for finding in found if finding.level == "error" and finding.kind != "no_answer"]
+    if encoder is None or bad:
+        return bad
+    encoded = attempted(encoder.encode, item.sample, "last")
+    return [encoded] if isinstance(encoded, RowProblem) else []
+
+
+def held_row(item: Item, columns: dict[str, str] | None) -> HeldRow:
+    group = formats.shaped(item.data, columns).get("group")
+    named = str(group) if isinstance(group, str | int | float) and group != "" else None  # a list names no group
+    sample = replace(item.sample, group=named) if isinstance(item.sample, Conversation) else item.sample
+    return HeldRow(item.file, item.row, sample, named)
+
+
+# --- what data.eval_split holds out ---
+
+MANY = 50_000
+
+
+def split_off(recipe: Recipe, encoder: Encoder | None, limit: int | None) -> HeldOut:
+    """The rows that training leaves out by `data.eval_split`. UserError when there are none.
+
+    encoder: that of the run; rows that it cannot encode, or that max_length leaves out, are held out nowhere. None for
+    raw text.
+    """
+    data, seed = recipe.data, recipe.train.seed
+    if recipe.stage == "pretrain":
+        found = texts_split_off(data, seed)
+        return replace(found, rows=found.rows[:limit])
+    if recipe.stage == "reward":  # as its rows are read to be scored
+        data = data.model_copy(update={"train_on": "last"})
+    kind = {"sft": "sft", "dpo": "preference", "reward": "preference", "kto": "unpaired"}[recipe.stage]
+    audit = Audit(data, encoder, kind)
+    kept: list[tuple[int, Item]] = []
+    for item, _ in watched(audit.rows(seed), data, "reading"):
+        kept.append((item.usable.content_hash, item))
+        if len(kept) >= 2 * MANY:  # what is not held out of these is not held out of more
+            kept = lowest(kept, data.eval_split)
+    audit.settle()
+    kept = lowest(kept, data.eval_split)
+    if not kept:
+        raise UserError("no row was held out", key=SPLIT, fix="give --data FILE")
+    rows = [held_row(item, data.columns) for _, item in kept]
+    return HeldOut(SPLIT, rows[:limit], frozenset(mark for mark, _ in kept))
+
+
+def lowest(marked: Sequence[tuple[int, Item]], share: float | int | None) -> list[tuple[int, Item]]:
+    held = eval_mask(np.asarray([mark for mark, _ in marked], np.uint64), share)
+    return [pair for pair, kept in zip(marked, held, strict=True) if kept]
+
+
+def texts_split_off(data: DataConfig, seed: int) -> HeldOut:
+    if raw.is_endless(data):
+        blocks = int(data.eval_split or 0)
+        texts = islice(raw.documents(data, seed + raw.EVAL_SEED, 1), blocks * data.max_length)
+        return HeldOut(SPLIT, [HeldRow(raw.WORLD, i, Text(t)) for i, t in enumerate(texts, 1)], blocks=blocks)
+    audit = Audit(data, None, "text")
+    kept, others = raw.split(raw.documents(data, seed, 1, audit), data.eval_split)
+    for _ in others:
+        pass
+    audit.settle()
+    rows = [HeldRow(str(data.train), i, Text(text)) for i, text in enumerate(kept, 1)]
+    return HeldOut(SPLIT, rows, frozenset(row.sample.content_hash for row in rows))
+
+
+# --- what a run was trained on ---
+
+
+def trained_on(
+    config: DataConfig, rows: Sequence[Sample], seed: int = 42, apart: Collection[int] | None = None
+) -> int | None:
+    """How many of `rows` stand in the training rows of a run's data section: with the same prompt, nearly the same, or
+    the same question under another system turn. None where that data cannot be read here (gone, remote, endless).
+
+    Args:
+        apart: the content hashes of what data.eval_split holds out, where they are known; else they are found here.
+    """
+    listed = specs(config)
+    if raw.is_endless(config) or any(map(sources.is_remote, listed)):
+        return None
+    index = leakage.Index([row.prompt_text for row in rows], [row.questions for row in rows])
+    hashes, matches = array("Q"), []  # of every training row; (its number, evaluated row)
+    try:
+        items = (item for spec in listed for item in read_samples(spec, config, None, seed=seed))
+        for batch in batched((item.sample for item in items if item.sample is not None), BATCH):
+            matches += [(len(hashes) + row, match) for row, (match, _) in index.matches(batch).items()]
+            hashes.extend([sample.content_hash for sample in batch])
+    except UserError:
+        return None
+    if apart is None:
+        held = eval_mask(np.asarray(hashes, np.uint64), config.eval_split)
+    else:
+        held = np.asarray([mark in apart for mark in hashes], bool)
+    known = {match for row, match in matches if not held[row]}
+    prompts = {leakage.folded(rows[i].prompt_text) for i in known}
+    questions = {rows[i].questions for i in known} - {""}
+    return sum(leakage.folded(row.prompt_text) in prompts or row.questions in questions for row in rows)

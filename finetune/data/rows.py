@@ -1,0 +1,104 @@
+"""What every loader returns, and which rows are held out or repeated.
+
+gathered(audit, seed, convert) -> Gathered      what `convert` makes of every usable row
+divided(pick, hashes, weights, audit) -> Rows   rows held out by content, the others as often as their source weighs
+eval_mask(hashes, share), times_used(hashes, weights)
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from finetune.data.audit import Audit, Encoding
+from finetune.data.samples import Item, watched
+from finetune.errors import UserError
+
+
+@dataclass
+class Rows:
+    train: Any
+    """A datasets.Dataset, or for prompts and text a list."""
+    eval: Any | None
+    """The rows held out by eval_split."""
+    counts: dict[str, int]
+    """rows, used, dropped, truncated, cut_away, duplicates, leaked, tokens, trained_tokens, eval_rows, …"""
+    warnings: list[str] = field(default_factory=list)
+    """One line per kind of thing that was found and did not stop the run."""
+
+
+@dataclass
+class Gathered:
+    rows: list[Any]
+    hashes: np.ndarray
+    """Content hash of each row."""
+    weights: np.ndarray
+    """Weight of its source."""
+
+
+def gathered(audit: Audit, seed: int, convert: Callable[[Item, Encoding], Any], what: str = "tokenising") -> Gathered:
+    """What `convert` makes of every usable row, None for none. UserError with every problem of every row."""
+    rows, hashes, weights = [], array("Q"), array("d")
+    for item, encoded in watched(audit.rows(seed), audit.config, what):
+        row = convert(item, encoded)
+        if row is not None:
+            rows.append(row)
+            hashes.append(item.usable.content_hash)
+            weights.append(item.weight)
+    audit.settle()
+    return Gathered(rows, np.asarray(hashes, np.uint64), np.asarray(weights))
+
+
+def divided(
+    pick: Callable[[np.ndarray], Any], hashes: np.ndarray, weights: np.ndarray, share: float | int | None,
+    counts: dict[str, int], warnings: list[str],
+) -> Rows:  # fmt: skip
+    """Hold rows out and repeat those of weighted sources; `pick` gives the rows of these numbers. UserError when none
+    is left."""
+    held, times = eval_mask(hashes, share), times_used(hashes, weights)
+    times[held] = 0
+    if len(held) and held.all():
+        raise UserError("every row is held out", key="data.eval_split", fix="hold out fewer rows")
+    if not times.any():
+        raise UserError("no row is left to train on", key="data.train", fix="give more rows, or hold out fewer")
+    return Rows(
+        pick(np.repeat(np.arange(len(times)), times)),
+        pick(np.flatnonzero(held)) if held.any() else None,
+        {**counts, "eval_rows": int(held.sum())},
+        [*warnings, *uneven(held, share)],
+    )
+
+
+def eval_mask(hashes: np.ndarray, share: float | int | None) -> np.ndarray:
+    """Which rows are held out: by hash alone, so more data never moves a row; a number takes the lowest hashes, and so
+    does a share of so few rows that it would take none."""
+    if not share or not len(hashes):
+        return np.zeros(len(hashes), bool)
+    if isinstance(share, float):
+        return hashes < max(np.uint64(share * 2**64), np.sort(hashes)[0] + np.uint64(1))  # one row at least
+    limit = np.sort(hashes)[min(share, len(hashes)) - 1]
+    return hashes <= limit
+
+
+def uneven(held: np.ndarray, share: float | int | None) -> list[str]:
+    """A warning where much more or less was held out than was asked."""
+    if not share or not len(held):
+        return []
+    wanted, got = share * len(held) if isinstance(share, float) else share, int(held.sum())
+    if got and abs(got - wanted) <= 5 * max(1.0, wanted) ** 0.5:
+        return []
+    return [f"data.eval_split holds out {got:,} of {len(held):,} rows: rows with the same first question stay together"]
+
+
+def times_used(hashes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """How often each row is used: weight 2.5 is twice, and for half of the rows, by hash, once more."""
+    whole = np.floor(weights).astype(np.int64)
+    order = np.argsort(hashes, kind="stable")
+    again = np.empty(len(hashes), np.uint64)  # 0, 1, 2, … for the rows of one question, which differ in this
+    again[order] = np.arange(len(hashes)) - np.searchsorted(hashes[order], hashes[order], "left")
+    mixed = ((hashes + again) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)  # not the bits that hold rows out
+    return whole + (mixed / 2.0**53 < weights - whole)

@@ -1,0 +1,119 @@
+"""Where the trained turns stand in a rendered conversation.
+
+    spans = Spans(template, annotated, variables, end_tokens, eos)
+    spans.of(messages, tools, content, weights) -> text, {message: its characters}
+    spans.tool_output(text, messages, tools, content) -> characters of what tools returned
+
+From {% generation %} marks (of the template itself, or of a shipped copy that renders the same), otherwise from the
+difference between the conversation with and without the turn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune.data import control_tokens, templates
+from finetune.data.types import Message, RowProblem
+
+
+def from_tool(message: Message) -> bool:
+    return message["role"] == "tool" or "results" in message
+
+
+class Spans:
+    def __init__(
+        self, template: str, annotated: str | None, variables: dict[str, Any], end_tokens: tuple[str, ...],
+        eos: str | None,
+    ) -> None:  # fmt: skip
+        """annotated: the template with marks, None without; end_tokens: the strings that end a turn of the assistant;
+        eos: the tokenizer's end of text."""
+        self.template, self.annotated, self.variables = template, annotated, variables
+        self.end_tokens, self.eos = end_tokens, eos
+        self._verified: set[tuple[str, ...]] = set()
+
+    def of(
+        self, messages: list[Message], tools: Any, content: str, weights: dict[int, float]
+    ) -> tuple[str, dict[int, tuple[int, int]]]:
+        """(text, message index -> character range) of the turns in `weights`."""
+        if self.annotated is not None:
+            assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+            edges = templates.EDGES
+            if edges[0] in content or edges[1] in content:
+                edges = control_tokens.unused(content, 4)[2:]  # the first may be the mark
+            text, blocks = templates.render_spans(self.annotated, messages, tools, self.variables, edges)
+            if len(blocks) == len(assistants) and self._same(text, messages, tools):
+                spans = dict(zip(assistants, blocks, strict=True))
+                return text, {i: self._trim(text, *spans[i]) for i in weights}
+        text = templates.render(self.template, messages, tools, self.variables)
+        return text, {i: self._difference(text, messages, tools, i) for i in weights}
+
+    def tool_output(self, text: str, messages: list[Message], tools: Any, content: str) -> list[tuple[int, int]]:
+        """Character ranges of what tools returned, found by rendering it between two characters that occur nowhere."""
+        fence = control_tokens.unused(content, 6)
+        first, last = fence[4], fence[5]
+        fenced = [{**m, "content": f"{first}{m['content']}{last}"} if from_tool(m) else m for m in messages]
+        head, *parts = templates.render(self.template, fenced, tools, self.variables).split(first)
+        whole, ranges = head, []
+        for part in parts:
+            inside, _, after = part.partition(last)
+            ranges.append((len(whole), len(whole) + len(inside)))
+            whole += inside + after
+        if whole != text:
+            what = "the chat template changes tool output, which therefore cannot be kept out of the loss"
+            raise RowProblem("unstable_template", what, "set data.train_on: assistant")
+        return ranges
+
+    def _same(self, text: str, messages: list[Message], tools: Any) -> bool:
+        """Whether the marked copy rendered what the template itself renders: looked at once per shape of conversation,
+        and always where contents could take another path (blank, edged with white space, thinking, tools)."""
+        if self.annotated is self.template:
+            return True
+        plain = not tools and all(
+            len(m) == 2 and m["content"] == m["content"].strip() and m["content"] and "think>" not in m["content"]
+            for m in messages
+        )
+        shape = tuple(m["role"] for m in messages) if plain and len(messages) < 32 else None
+        if shape is not None and shape in self._verified:
+            return True
+        same = templates.render(self.template, messages, tools, self.variables) == text
+        if same and shape is not None:
+            self._verified.add(shape)
+        return same
+
+    def _difference(self, text: str, messages: list[Message], tools: Any, i: int) -> tuple[int, int]:
+        """Character range of turn i: what it adds to the conversation before it, header excluded."""
+        before = templates.render(self.template, messages[:i], tools, self.variables, prompt=True) if i else ""
+        upto = text
+        if i < len(messages) - 1:
+            upto = templates.render(self.template, messages[: i + 1], tools, self.variables)
+            if not text.startswith(upto):  # some templates close every text with the end token
+                upto = upto.removesuffix(self.eos) if self.eos else upto
+        if not text.startswith(upto):
+            raise RowProblem(
+                "unstable_template",
+                f"the chat template writes turn {i + 1} differently once more turns follow: no safe label mask",
+                "set data.train_on: last, or model.chat_template to a template with {% generation %} marks",
+            )
+        if not upto.startswith(before):
+            raise RowProblem(
+                "unstable_template",
+                f"turn {i + 1}: the chat template's prompt is not how its record of the reply begins",
+                "set model.chat_template to a template with {% generation %} marks",
+            )
+        return self._trim(text, len(before), len(upto))
+
+    def _trim(self, text: str, start: int, end: int) -> tuple[int, int]:
+        """The range up to the token that ends the turn. White space behind it, and an end token of the whole text, are
+        the template's; an end token just behind the range belongs to it."""
+        stripped = text[start:end].rstrip()
+        if stripped.endswith(self.end_tokens):
+            while True:
+                last = next(token for token in self.end_tokens if stripped.endswith(token))
+                shorter = stripped.removesuffix(last).rstrip()
+                if not shorter.endswith(self.end_tokens):
+                    return start, start + len(stripped)
+                stripped = shorter
+        for token in self.end_tokens:
+            if text.startswith(token, end):
+                return start, end + len(token)
+        return start, end
