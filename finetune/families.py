@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -27,10 +27,22 @@ class Family:
     """What the tests do with it: a key of TESTED."""
     note: str = ""
     """What is special."""
-    encoder: str = "template"
-    """How conversations become ids: the tokenizer's chat `template`, or per segment for `glm`."""
     template: str | None = None
     """File under data_templates/chat_templates/ used when the tokenizer has no template."""
+    tokenizer: str = ""
+    """`sentencepiece`: Llama's kind of tokenizer.model, which is rebuilt where no tokenizer.json stands beside it."""
+    positions: str = "rotary"
+    """`rotary`, `alibi`, or `learned`: rows of a table, behind whose end there is nothing."""
+    bias_slots: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Which linear layers' biases its checkpoints can hold: those that all have one when this flag of config.json is
+    set; under "" those that always have one."""
+    layout: str = ""
+    """Row of models/layouts.py: how its checkpoints lie on disk, where that is not as transformers writes them."""
+
+    @property
+    def biased(self) -> set[str]:
+        """Last names of the layers in `bias_slots`."""
+        return {name for group in self.bias_slots.values() for name in group}
 
 
 TESTED = {
@@ -42,40 +54,53 @@ TESTED = {
     "equal to one by one, merge parity; missing, unexpected and misshapen weights refused",
     "layout": "random tiny checkpoint in the published layout computes bit for bit what its Llama does; missing, "
     "unexpected and misshapen weights refused; the tokenizer gives sentencepiece's ids",
-    "": "not tested",
 }
 """How a family is tested. None of them has been run with its published weights or on a GPU; docs/models.md says so."""
 
 SHARED = "all-linear adapters train attention and the shared expert; the other experts stay frozen"
+QKV = ("q_proj", "k_proj", "v_proj")
+QWEN2_BIASES = {"": QKV}
+GLM_BIASES = {"attention_bias": QKV}
+QWEN3_BIASES = {"attention_bias": (*QKV, "o_proj")}
+LLAMA_BIASES = {**QWEN3_BIASES, "mlp_bias": ("gate_proj", "up_proj", "down_proj")}
 EXPERTS = "all-linear LoRA trains attention, router and every expert (3-D parameters); no quantization"
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
-        "LLaMA", "Llama 2, 3, 3.1, 3.2, 3.3; Llama-Chinese, Linly, Chinese-Alpaca, Yi, Vicuna, DeepSeek-LLM", "base"),
-    "qwen2": Family("Qwen", "Qwen1.5, Qwen2, Qwen2.5, QwQ", "base", template="chatml.jinja"),
+        "LLaMA", "Llama 2, 3, 3.1, 3.2, 3.3; Llama-Chinese, Linly, Chinese-Alpaca, Yi, Vicuna, DeepSeek-LLM", "base",
+        tokenizer="sentencepiece", bias_slots=LLAMA_BIASES),
+    "qwen2": Family("Qwen", "Qwen1.5, Qwen2, Qwen2.5, QwQ", "base", template="chatml.jinja", bias_slots=QWEN2_BIASES),
     "qwen2_moe": Family("Qwen MoE", "Qwen1.5-MoE, Qwen2-57B-A14B", "random", SHARED, template="chatml.jinja"),
-    "qwen3": Family("Qwen", "Qwen3 dense", "random", template="chatml.jinja"),
-    "qwen3_moe": Family("Qwen MoE", "Qwen3-30B-A3B, Qwen3-235B-A22B", "random", EXPERTS, template="chatml.jinja"),
+    "qwen3": Family("Qwen", "Qwen3 dense", "random", template="chatml.jinja", bias_slots=QWEN3_BIASES),
+    "qwen3_moe": Family(
+        "Qwen MoE", "Qwen3-30B-A3B, Qwen3-235B-A22B", "random", EXPERTS, template="chatml.jinja",
+        bias_slots=QWEN3_BIASES),
     "chatglm": Family(
         "ChatGLM", "ChatGLM3-6B (8k, 32k, 128k), ChatGLM2-6B, GLM-4-9B, CodeGeeX2 and 4, original layout", "golden",
         "loads into transformers' own Glm network while it is read; ft merge --format chatglm writes it back",
-        encoder="glm"),
-    "glm": Family("GLM", "GLM-4-9B-chat-hf", "random", encoder="glm"),
-    "glm4": Family("GLM", "GLM-4-9B-0414, GLM-4-32B-0414, GLM-Z1", "random"),
-    "mistral": Family("Mistral", "Mistral-7B, Zephyr", "random"),
-    "mixtral": Family("Mixtral", "Mixtral-8x7B", "random", EXPERTS),
+        bias_slots=GLM_BIASES, layout="chatglm"),
+    "glm": Family("GLM", "GLM-4-9B-chat-hf", "random", bias_slots=GLM_BIASES),
+    "glm4": Family("GLM", "GLM-4-9B-0414, GLM-4-32B-0414, GLM-Z1", "random", bias_slots=GLM_BIASES),
+    "mistral": Family("Mistral", "Mistral-7B, Zephyr", "random", tokenizer="sentencepiece"),
+    "mixtral": Family("Mixtral", "Mixtral-8x7B", "random", EXPERTS, tokenizer="sentencepiece"),
     "gemma": Family("Gemma", "Gemma 1", "random", template="gemma.jinja"),
     "gemma2": Family("Gemma", "Gemma 2", "random", template="gemma.jinja"),
     "gemma3_text": Family("Gemma", "Gemma 3, text only", "random", template="gemma3.jinja"),
     "phi": Family("Phi", "Phi-1.5, Phi-2", "random"),
     "phi3": Family("Phi", "Phi-3, Phi-3.5, Phi-4", "random", "fused qkv_proj and gate_up_proj"),
     "falcon": Family("Falcon", "Falcon-7B, 40B, 180B", "random"),
-    "gpt2": Family("GPT-2", "GPT-2, CPM-like Chinese GPT-2", "random", "learned positions: no rope_scaling"),
-    "bloom": Family("BLOOM", "BLOOM, BLOOMZ", "random", "ALiBi: no rope_scaling; packing switches itself off"),
+    "gpt2": Family(
+        "GPT-2", "GPT-2, CPM-like Chinese GPT-2", "random", "learned positions: no rope_scaling", positions="learned"),
+    "bloom": Family(
+        "BLOOM", "BLOOM, BLOOMZ", "random", "ALiBi: no rope_scaling; packing switches itself off", positions="alibi"),
     "baichuan": Family(
         "Baichuan", "Baichuan-7B, Baichuan2-7B", "layout",
         "fused W_pack split into Llama's q, k and v while it is read, Baichuan2's normalised head folded in; the "
-        "tokenizer is rebuilt from tokenizer.model and refused unless its ids are the same"),
+        "tokenizer is rebuilt from tokenizer.model and refused unless its ids are the same",
+        tokenizer="sentencepiece", bias_slots=LLAMA_BIASES, layout="baichuan"),
+    # Not tested; known here for their positions only.
+    **{kind: Family(kind, positions="learned")
+       for kind in ("opt", "gpt_neo", "gpt_bigcode", "openai-gpt", "biogpt", "xglm", "ctrl")},
 }  # fmt: skip
 
 

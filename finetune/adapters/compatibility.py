@@ -5,7 +5,6 @@ check_base(…)         what a kind of base adds to them
 check(recipe, …)      UserError with every row of it that the recipe meets
 continued(recipe, …)  model.adapter: what it is, and whether the recipe says the same
 check_merge(…)        UserError for an adapter that cannot be merged
-BIAS_SLOTS            which layers' biases an architecture's checkpoints can hold
 """
 
 from __future__ import annotations
@@ -18,23 +17,10 @@ from pydantic import ValidationError
 
 from finetune.adapters.methods import FROM_WEIGHTS, METHODS, Method, of
 from finetune.errors import Problem, UserError
+from finetune.families import family
 from finetune.recipe.stages import DpoRecipe, KtoRecipe, PpoRecipe, PretrainRecipe, Recipe, RewardRecipe, SftRecipe
 
 AnyRecipe = TypeVar("AnyRecipe", PretrainRecipe, SftRecipe, DpoRecipe, KtoRecipe, RewardRecipe, PpoRecipe)
-QKV = ("q_proj", "k_proj", "v_proj")
-
-# model_type -> {flag of config.json: the linear layers that all have a bias when it is set}. qwen2 has no flag: q, k
-# and v always have one, nothing else ever does.
-BIAS_SLOTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "llama": {"attention_bias": (*QKV, "o_proj"), "mlp_bias": ("gate_proj", "up_proj", "down_proj")},
-    "qwen2": {"": QKV},
-    "qwen3": {"attention_bias": (*QKV, "o_proj")},
-    "qwen3_moe": {"attention_bias": (*QKV, "o_proj")},
-    "chatglm": {"attention_bias": QKV},
-    "baichuan": {"attention_bias": (*QKV, "o_proj"), "mlp_bias": ("gate_proj", "up_proj", "down_proj")},
-    "glm": {"attention_bias": QKV},
-    "glm4": {"attention_bias": QKV},
-}
 
 
 @dataclass(frozen=True)
@@ -155,9 +141,10 @@ LIMITS: tuple[Limit, ...] = (
 
 def check_base(recipe: Recipe, config: Mapping[str, Any]) -> None:
     """UserError for what cannot be on the base of this config.json."""
-    if getattr(recipe.adapter, "init_lora_weights", None) == "loftq" and config.get("model_type") == "chatglm":
+    row = family(config["model_type"])
+    if getattr(recipe.adapter, "init_lora_weights", None) == "loftq" and row.layout:
         raise UserError(
-            "loftq reads the base's weights by name, and ChatGLM's original layout has other names",
+            f"loftq reads the base's weights by name, and {row.name}'s original layout has other names",
             key="adapter.init_lora_weights", fix="use init_lora_weights: default",
         )  # fmt: skip
 
@@ -253,7 +240,7 @@ def check_merge(adapter_config: Mapping[str, Any], model_type: str, path: Any = 
             fix="use it as it is: ft eval, ft chat and peft load it onto the base",
         )  # fmt: skip
     if of(kind).adds_biases:
-        slots = {name for group in BIAS_SLOTS.get(model_type, {}).values() for name in group}
+        slots = family(model_type).biased
         names = {str(name).rpartition(".")[2] for name in adapter_config["target_modules"]}
         if slots and not names <= slots:
             raise UserError(

@@ -24,9 +24,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from finetune.adapters.compatibility import BIAS_SLOTS
 from finetune.adapters.tuners.bitfit import empty_bias, fill_bias_slots
 from finetune.errors import RunError, UserError
+from finetune.families import family
 
 # What the float32 sum of a layer may miss: this share of what the adapter does to the layer's output, …
 OF_THE_EFFECT = 1e-3
@@ -46,7 +46,7 @@ def check_layers(adapted: Any, folder: Path) -> None:
     fix = "use it as it is: ft eval, ft chat and peft load it onto the base"
     kind = adapted.peft_config["default"].peft_type.value
     model_type = adapted.get_base_model().config.model_type
-    slots = {name for group in BIAS_SLOTS.get(model_type, {}).values() for name in group}
+    slots = family(model_type).biased
     for name, module in adapted.named_modules():
         if isinstance(module, BaseTunerLayer) and type(module).merge is BaseTunerLayer.merge:
             what = f"{kind.lower()} cannot be merged: peft has no sum of it and a weight"

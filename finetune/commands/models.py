@@ -16,9 +16,12 @@ HONEST = (
 )
 
 
+SHOWN = {model_type: row for model_type, row in FAMILIES.items() if row.tested}
+
+
 def kinds() -> list[str]:
     """How families are tested, as keys of TESTED, each once."""
-    return list(dict.fromkeys(row.tested for row in FAMILIES.values()))
+    return list(dict.fromkeys(row.tested for row in SHOWN.values()))
 
 
 def refusals() -> list[Refused]:
@@ -32,7 +35,7 @@ def show(markdown: bool = False) -> None:
     table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
     for column in ("model_type", "family", "models", "tested"):
         table.add_column(column, overflow="fold")
-    for model_type, row in FAMILIES.items():
+    for model_type, row in SHOWN.items():
         table.add_row(model_type, row.name, row.models, row.tested)
     console.print(table)
     console.print()
@@ -58,7 +61,7 @@ def document() -> str:
         "",
         "| model_type | family | published models | tested | remarks |",
         "|---|---|---|---|---|",
-        *(f"| {k} | {f.name} | {f.models} | {f.tested} | {f.note} |" for k, f in FAMILIES.items()),
+        *(f"| {k} | {f.name} | {f.models} | {f.tested} | {f.note} |" for k, f in SHOWN.items()),
         "| any other causal model of transformers |  |  | no | the same door and the same checks |",
         "",
         "How it was tested:",

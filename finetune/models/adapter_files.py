@@ -2,6 +2,7 @@
 
 described(folder)       adapter_config.json. UserError unless peft knows such adapters and their weights are whole
 shapes(folder)          name -> shape of its weights
+save_adapter(…)         a folder that peft loads
 resize(model, folder)   the base with as many embeddings as the adapter was trained on
 check_fit(model, …)     UserError unless its weights have a place on the network; `model` is without weights
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from finetune import register
 from finetune.errors import UserError
@@ -61,6 +63,14 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return {name: tuple(value.shape) for name, value in read_pickle(path, "meta").items()}
+
+
+def save_adapter(config: Any, weights: dict[str, torch.Tensor], out: Path) -> None:
+    """config: peft's."""
+    out.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(out))
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(weights, out / "adapter_model.safetensors", {"format": "pt"})
 
 
 def is_embedding(name: str) -> bool:

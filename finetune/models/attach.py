@@ -21,14 +21,12 @@ from transformers import PreTrainedModel
 
 from finetune import register
 from finetune.errors import FinetuneError, UserError
-from finetune.models import sources
-from finetune.models.adapter_files import check_fit, described, own_embeddings, resize
-from finetune.models.adapter_files import weights as weights_of
-from finetune.models.chatglm.adapter import convert_adapter_from_original, is_original_adapter, save_adapter
-from finetune.models.chatglm.config import is_chatglm_layout
+from finetune.models import adapter_files, sources
+from finetune.models.adapter_files import check_fit, described, own_embeddings, resize, save_adapter
 from finetune.models.config import read_config
 from finetune.models.failures import as_user_error, reason
 from finetune.models.identity import check_identity
+from finetune.models.layouts import layout_of
 from finetune.models.loading import skeleton
 from finetune.models.tokenizers import added_tokens
 from finetune.models.weight_files import tensors
@@ -51,11 +49,11 @@ def attach_adapter(
     check_identity(adapter, sources.folder(model), model.name)
     config = read_config(model)
     with tempfile.TemporaryDirectory() as scratch, _as_adapter_error(adapter, model.name):
-        if is_chatglm_layout(config) and is_original_adapter(adapter):  # LoRA on the fused query_key_value
-            save_adapter(*convert_adapter_from_original(adapter, config), scratch)
+        if (native := layout_of(config).adapter(adapter, config)) is not None:
+            save_adapter(*native, Path(scratch))
             adapter = Path(scratch)
         if more:
-            weights = dict(tensors(weights_of(adapter)))
+            weights = dict(tensors(adapter_files.weights(adapter)))
             if adapter != Path(scratch):
                 shutil.copy(adapter / "adapter_config.json", scratch)
             adapter = Path(scratch)
@@ -95,7 +93,7 @@ def check_adapter(adapter: Path, model: ModelConfig, trainable: bool = False) ->
         trainable: refuse what can be used but not trained on.
     """
     stored, config = described(adapter), read_config(model)
-    if is_chatglm_layout(config) and is_original_adapter(adapter):
+    if layout_of(config).adapter(adapter, config) is not None:
         return None
     if stored.get("task_type") == "SEQ_CLS":  # its score head is no part of this network
         return None
@@ -116,5 +114,5 @@ def check_adapter(adapter: Path, model: ModelConfig, trainable: bool = False) ->
 
 def resize_for(network: Any, adapter: Path, model: ModelConfig) -> None:
     """Give the base `model` as many embeddings as the adapter was trained on."""
-    if not is_chatglm_layout(read_config(model)):
+    if layout_of(read_config(model)).tokenizer is None:
         resize(network, adapter, added_tokens(model, adapter))

@@ -16,6 +16,9 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter
 
 from finetune.errors import UserError
+from finetune.models import rope, sources
+from finetune.models.weight_files import check_loading
+from finetune.recipe.sections import ModelConfig
 
 KEPT = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
@@ -25,8 +28,11 @@ SECOND = 125696
 """Vocabulary of Baichuan2, whose config.json says nothing about its head; Baichuan-7B has 64,000."""
 
 
-def is_fused_layout(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") == "baichuan"
+def network(model: ModelConfig, config: dict[str, Any]) -> LlamaConfig:
+    """LlamaConfig for Baichuan's config.json, with `model.rope_scaling`."""
+    found = llama_config(config, model.name)
+    rope.apply(found, model.rope_scaling, model.name)
+    return found
 
 
 def llama_config(config: Mapping[str, Any], name: str) -> LlamaConfig:
@@ -54,19 +60,21 @@ class _Normalize(ConversionOps):
         return {target_patterns[0]: torch.nn.functional.normalize(tensor.float()).to(tensor.dtype)}
 
 
-def load(source: str, config: LlamaConfig, **from_pretrained: Any) -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """(stock LlamaForCausalLM, transformers' report on missing and unexpected weights)."""
-    kind = "Baichuan2" if config.vocab_size == SECOND else "Baichuan"
+def load_weights(model: ModelConfig, network: LlamaConfig, **options: Any) -> LlamaForCausalLM:
+    """A stock LlamaForCausalLM."""
+    kind = "Baichuan2" if network.vocab_size == SECOND else "Baichuan"
     loading: Any = type(f"{kind}AsLlama", (LlamaForCausalLM,), {"__module__": __name__})
     rules = [WeightConverter("self_attn.W_pack", [f"self_attn.{part}_proj" for part in "qkv"], [Chunk(dim=0)])]
     if kind == "Baichuan2":
         rules.append(WeightConverter("lm_head.weight", "lm_head.weight", [_Normalize()]))
     register_checkpoint_conversion_mapping(loading.__name__, rules, overwrite=True)
-    model, info = loading.from_pretrained(
-        source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **from_pretrained
-    )
+    loaded, info = loading.from_pretrained(
+        sources.weights(model), config=network, revision=sources.hub_revision(model), output_loading_info=True,
+        ignore_mismatched_sizes=True, **options,
+    )  # fmt: skip
     # Stock from here on: save_pretrained would otherwise write the fused names under `model_type: llama`.
-    model.__class__ = LlamaForCausalLM
-    if hasattr(model, "_weight_conversions"):
-        del model._weight_conversions
-    return model, info
+    loaded.__class__ = LlamaForCausalLM
+    if hasattr(loaded, "_weight_conversions"):
+        del loaded._weight_conversions
+    check_loading(info, model.name)
+    return loaded

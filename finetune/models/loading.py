@@ -20,13 +20,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from finetune.errors import UserError
-from finetune.models import baichuan, quantization, sanity, sources
-from finetune.models.chatglm import weights as chatglm
-from finetune.models.chatglm.config import is_chatglm_layout
-from finetune.models.config import network, read_config
+from finetune.models import quantization, sanity, sources
+from finetune.models.config import read_config
 from finetune.models.failures import as_user_error
+from finetune.models.layouts import layout_of
 from finetune.models.tokenizers import load_tokenizer
-from finetune.models.weight_files import check_file, check_loading, weight_files
+from finetune.models.weight_files import check_file, weight_files
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.sections import ModelConfig
 from finetune.terminal.progress import shown_name, task
@@ -54,7 +53,9 @@ def load_model(model: ModelConfig, dtype: torch.dtype, machine: Hardware = CPU, 
         options["quantization_config"] = quantized
     precision = [str(dtype).removeprefix("torch."), *([model.quantization] if model.quantization else [])]
     with task(f"loading {shown_name(model.name)} ({', '.join(precision)})"):
-        loaded = _from_pretrained(model, config, dtype, options)
+        layout = layout_of(config)
+        with as_user_error(model):
+            loaded: Any = layout.weights(model, layout.network(model, config), dtype=dtype, **options)
         if scratch is not None:
             weakref.finalize(loaded, shutil.rmtree, scratch, ignore_errors=True)
         if quantized is not None or quantization.is_bitsandbytes(config):
@@ -63,26 +64,6 @@ def load_model(model: ModelConfig, dtype: torch.dtype, machine: Hardware = CPU, 
         plain = model.model_copy(update={"chat_template": None})  # its text is no conversation
         with task("looking whether it is a language model", after=1.0):
             sanity.check(loaded, load_tokenizer(plain), model)
-    return loaded
-
-
-def _from_pretrained(
-    model: ModelConfig, config: dict[str, Any], dtype: torch.dtype, options: dict[str, Any]
-) -> PreTrainedModel:
-    native = network(model, config)
-    source, options = sources.weights(model), {"dtype": dtype, **options}
-    revision = sources.hub_revision(model)
-    if is_chatglm_layout(config):
-        return chatglm.load(chatglm.fetch(source, revision), native, **options)
-    with as_user_error(model):
-        if baichuan.is_fused_layout(config):
-            loaded, info = baichuan.load(source, native, revision=revision, **options)
-        else:
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                source, config=native, revision=revision, trust_remote_code=False,
-                output_loading_info=True, ignore_mismatched_sizes=True, **options,
-            )  # fmt: skip
-    check_loading(info, model.name)
     return loaded
 
 
@@ -96,10 +77,11 @@ def check_weights(model: ModelConfig) -> None:
 
 def skeleton(model: ModelConfig) -> PreTrainedModel:
     """The network without weights (on torch's meta device): names and shapes, before anything large is read."""
-    native = network(model, read_config(model))
+    config = read_config(model)
+    network = layout_of(config).network(model, config)
     check_weights(model)
     with as_user_error(model), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(native)
+        return AutoModelForCausalLM.from_config(network)
 
 
 def _spread(model: ModelConfig, scratch: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 apply(config, scaling, name)   write the scaling into a transformers config, or say why it cannot be
 check_length(config, model, n) a warning or an error for samples longer than the base was made for
-glm_reading(scaling, config)   for ChatGLM's original layout: does the key settle what `rope_ratio` means?
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from finetune.errors import UserError
+from finetune.families import family
 from finetune.recipe.sections import ModelConfig, RopeScaling
 
 KEY = "model.rope_scaling"
@@ -67,24 +67,14 @@ def _original(old: Mapping[str, Any], length: int) -> int:
     return round(length / old["factor"]) if old.get("rope_type") == "linear" else length
 
 
-def glm_reading(scaling: RopeScaling | None, config: Mapping[str, Any]) -> str | None:
-    """default or linear, when the key says which of its two meanings an original `rope_ratio` has; else None."""
-    ratio = float(config.get("rope_ratio") or 1)
-    if scaling is None or scaling.rope_type not in ("default", "linear") or scaling.factor not in (None, ratio):
-        return None
-    return scaling.rope_type if ratio != 1 or scaling.factor is None else None
-
-
 LENGTHS = ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length")
-LEARNED = ("gpt2", "opt", "gpt_neo", "gpt_bigcode", "openai-gpt", "biogpt", "xglm", "ctrl")
-"""Positions are rows of a table: there is nothing behind its end."""
 
 
 def context(config: Mapping[str, Any], model: ModelConfig) -> int | None:
     """How many tokens the base was made for, with its rope_scaling; None where there is no such number."""
     scaling = model.rope_scaling
     known = next((int(config[key]) for key in LENGTHS if config.get(key)), None)
-    if known is None or config.get("model_type") == "bloom" or config.get("alibi"):
+    if known is None or family(str(config.get("model_type"))).positions == "alibi" or config.get("alibi"):
         return None
     if scaling is not None and scaling.factor is not None:
         return round((scaling.original_max_position_embeddings or known) * scaling.factor)
@@ -101,7 +91,7 @@ def check_length(config: Mapping[str, Any], model: ModelConfig, longest: int, re
     if limit is None or longest <= limit:
         return None
     shorter = f"set data.max_length: {limit}," if replies is None else f"set it and {replies} to {limit} together,"
-    if config["model_type"] in LEARNED:
+    if family(config["model_type"]).positions == "learned":
         raise UserError(
             f"a sample has {longest} tokens, this model has {limit} positions", path=name, key="data.max_length",
             fix=f"{shorter} or use a model with rotary positions",

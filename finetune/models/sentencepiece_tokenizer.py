@@ -13,16 +13,19 @@ from tokenizers import AddedToken, processors
 from transformers import PreTrainedTokenizerFast
 
 from finetune.errors import UserError
+from finetune.families import family
 from finetune.models.chatglm.tokenizer import sentencepiece_bpe
 from finetune.models.weight_files import read_json
+from finetune.resources import resource_path
 
+BAICHUAN2_TURN = "<reserved_106>"
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def wanted(folder: Path, model_type: str) -> bool:
     """True for LLaMA layouts with tokenizer.model and no tokenizer.json."""
     alone = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
-    return alone and model_type in ("llama", "mistral", "mixtral", "baichuan")
+    return alone and family(model_type).tokenizer == "sentencepiece"
 
 
 def build(folder: Path) -> PreTrainedTokenizerFast:
@@ -54,11 +57,15 @@ def build(folder: Path) -> PreTrainedTokenizerFast:
             pair=" ".join(part for part in pair if part),
             special_tokens=[(token, core.token_to_id(token)) for token in ends.values()],
         )
+    template = config.get("chat_template")
+    if template is None and core.token_to_id(BAICHUAN2_TURN) is not None:
+        file = resource_path("data_templates", "chat_templates", "baichuan2.jinja")
+        template = file.read_text(encoding="utf-8")
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
-        chat_template=config.get("chat_template"),
+        chat_template=template,
         **special,
     )
 

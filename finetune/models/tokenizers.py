@@ -14,17 +14,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from finetune.errors import UserError
 from finetune.models import sentencepiece_tokenizer, sources
-from finetune.models.chatglm.config import is_chatglm_layout
-from finetune.models.chatglm.tokenizer import build_tokenizer
-from finetune.models.chatglm.weights import fetch
+from finetune.models.chatglm.tokenizer import refuse_template
 from finetune.models.config import embedding_rows, read_config
 from finetune.models.failures import reason, unloadable
 from finetune.models.identity import locked_template
+from finetune.models.layouts import layout_of
 from finetune.recipe.sections import ModelConfig
-from finetune.resources import resource_path
 
 SPLIT_PROBE = 'Tara Nkem paid 1,024.50 yuan;\n  it\'s order-ID: ZX90817 (杭州,2024年3月5日) <b>  {"k": "v"}\n\n退款!'
-BAICHUAN2_TURN = "<reserved_106>"
 
 
 def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTrainedTokenizerBase:
@@ -34,11 +31,10 @@ def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTraine
     file was changed since training), and the tokens that its own tokenizer adds.
     """
     config = read_config(model)
-    if is_chatglm_layout(config):  # its own code cannot run here, and is never run
-        _refuse_template(model)
-        glm = build_tokenizer(fetch(sources.weights(model), sources.hub_revision(model)))
-        glm.embedding_rows = embedding_rows(config)
-        return glm
+    if (own := layout_of(config).tokenizer) is not None:
+        tokenizer = own(model)
+        tokenizer.embedding_rows = embedding_rows(config)
+        return tokenizer
     tokenizer = _tokenizer(model, config)
     grown = adapter or (sources.find_adapter(model.adapter) if model.adapter is not None else None)
     rows = embedding_rows(config)
@@ -59,20 +55,12 @@ def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTraine
         tokenizer.template_file = str(path)  # so that what is wrong with it can be told with its place
     tokenizer.padding_side = "left"
     if "glm_version" in tokenizer.init_kwargs:  # GLM-4 pads with its end token, and ends turns with <|user|>
-        _refuse_template(model)
+        refuse_template(model)
         return tokenizer
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # pad == eos hides the end of turn from the loss in many trainers: generation then never stops.
         tokenizer.pad_token = _unused_token(tokenizer)
     return tokenizer
-
-
-def _refuse_template(model: ModelConfig) -> None:
-    if model.chat_template is not None:
-        raise UserError(
-            "ChatGLM's turns are made of tokens that no text becomes, so no template can replace them",
-            path=model.name, key="model.chat_template", fix="leave it out",
-        )  # fmt: skip
 
 
 def _tokenizer(model: ModelConfig, config: dict[str, Any]) -> PreTrainedTokenizerBase:
@@ -81,11 +69,7 @@ def _tokenizer(model: ModelConfig, config: dict[str, Any]) -> PreTrainedTokenize
         for companion in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
             sources.file(model, companion)  # into the same snapshot
         if file is not None and sentencepiece_tokenizer.wanted(Path(file).parent, str(config["model_type"])):
-            built = sentencepiece_tokenizer.build(Path(file).parent)
-            if built.chat_template is None and BAICHUAN2_TURN in built.get_vocab():
-                template = resource_path("data_templates", "chat_templates", "baichuan2.jinja")
-                built.chat_template = template.read_text(encoding="utf-8")
-            return built
+            return sentencepiece_tokenizer.build(Path(file).parent)
     where: dict[str, Any] = {
         "pretrained_model_name_or_path": sources.locate(model), "revision": sources.hub_revision(model),
         "trust_remote_code": False,

@@ -16,8 +16,8 @@ from finetune import places
 from finetune.adapters.load import save as save_adapter
 from finetune.base import Base
 from finetune.errors import UserError
+from finetune.families import family
 from finetune.models import sources
-from finetune.models.chatglm.weights import is_chatglm_layout
 from finetune.models.hardware import peak_memory_gb
 from finetune.models.identity import write_identity
 from finetune.models.quantization import parameter_counts
@@ -89,7 +89,8 @@ def write_card(recipe: Recipe, run: Run, result: dict[str, Any], base: Base) -> 
         licence = model_card.licence_of(name, folder)
         place = model_card.place_of(name, folder) if base.model.name == name else os.path.relpath(base.folder, weights)
     values = yaml.safe_load(to_yaml(recipe))
-    original = is_chatglm_layout(config)
+    row = family(config["model_type"])
+    original = row.name if row.layout else None
     text = model_card.card(values, result, name, licence, place=place, original_layout=original)
     write_atomically(weights / "README.md", text)
     places.as_umask(weights)

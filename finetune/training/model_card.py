@@ -40,7 +40,7 @@ def licence_of(base: str, folder: Path) -> str | None:
 
 def card(
     recipe: dict[str, Any], result: dict[str, Any], base: str | None, licence: str | None, *,
-    place: str | None = None, original_layout: bool = False,
+    place: str | None = None, original_layout: str | None = None,
 ) -> str:  # fmt: skip
     """The model card of a run's weights.
 
@@ -48,7 +48,7 @@ def card(
         recipe: the resolved recipe; result: result.json.
         base: name of the base, None for a new model; licence: the base's, None when unknown.
         place: where the base is loaded from, seen from the card's folder; the name when unset.
-        original_layout: base (or model) is in ChatGLM's own layout, which plain transformers does not read.
+        original_layout: family whose own layout the base (or model) is in, which plain transformers does not read.
     """
     stage, method, model = recipe["stage"], recipe["adapter"]["method"], recipe["model"]
     kind = "A reward model" if stage == "reward" else "A model" if method == "full" else "An adapter"
@@ -178,12 +178,14 @@ def _split(recipe: dict[str, Any]) -> str | None:
     )
 
 
-def usage(stage: str, method: str, base: str | None, original_layout: bool, revision: str | None = None) -> list[str]:
+def usage(
+    stage: str, method: str, base: str | None, original_layout: str | None, revision: str | None = None
+) -> list[str]:
     """How to load it, as Markdown lines; the Python runs in the card's folder."""
     if original_layout:
         what = ["--model", "."] if method == "full" or base is None else ["--model", base, "--adapter", "."]
         return [
-            "In ChatGLM's original layout, which plain transformers does not read:", "",
+            f"In {original_layout}'s original layout, which plain transformers does not read:", "",
             "```bash", command("chat", *what), "```",
         ]  # fmt: skip
     auto = "AutoModelForSequenceClassification" if stage == "reward" else "AutoModelForCausalLM"

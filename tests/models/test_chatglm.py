@@ -16,16 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GlmForCausalLM, GlmForSequenceClassification
 
 from finetune.errors import UserError
+from finetune.models.chatglm.config import glm_config, read_config
 from finetune.models.chatglm.export import export_hf
-from finetune.models.chatglm.weights import (
-    Fused,
-    fetch,
-    glm_config,
-    is_chatglm_layout,
-    load,
-    original_shapes,
-    read_config,
-)
+from finetune.models.chatglm.weights import Fused, fetch, load, original_shapes
+from finetune.models.layouts import LAYOUTS, layout_of
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -251,9 +245,9 @@ def test_all_reasons_are_named_at_once():
 
 
 def test_layout_is_told_by_model_type():
-    assert is_chatglm_layout(original_config())
-    assert not is_chatglm_layout({"model_type": "glm"})
-    assert not is_chatglm_layout({})
+    assert layout_of(original_config()) is LAYOUTS["chatglm"]
+    assert layout_of({"model_type": "glm"}) is LAYOUTS[""]
+    assert layout_of({}) is LAYOUTS[""]
 
 
 def small(tmp_path, change=None, **keys):
@@ -429,7 +423,7 @@ def test_glm_checkpoints_with_native_names_load_in_plain_transformers(tmp_path):
     load(source, dtype=torch.float32).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == "glm"
-    assert not is_chatglm_layout(config)
+    assert layout_of(config) is LAYOUTS[""]
     assert all(name.startswith(("model.", "lm_head.")) for name in load_file(tmp_path / "model.safetensors"))
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]

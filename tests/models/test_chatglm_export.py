@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GlmConfig, GlmForC
 
 import finetune.models.chatglm.export as export
 from finetune.errors import UserError
+from finetune.models.chatglm.config import glm_config, read_config
 from finetune.models.chatglm.tokenizer import build_tokenizer
-from finetune.models.chatglm.weights import glm_config, load, read_config, weight_files
+from finetune.models.chatglm.weights import load
+from finetune.models.weight_files import weight_files
 
 
 def stored(folder):

@@ -85,4 +85,4 @@ def test_other_kinds() -> None:
     assert "num_labels=1" in card(recipe(stage="reward"), RESULT, "owner/base", None)
     full = card(recipe(adapter={"method": "full"}), RESULT, "owner/base", None)
     assert "PeftModel" not in full
-    assert "ft chat" in card(recipe(), RESULT, "owner/base", None, original_layout=True)
+    assert "ft chat" in card(recipe(), RESULT, "owner/base", None, original_layout="ChatGLM")

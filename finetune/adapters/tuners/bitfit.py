@@ -17,10 +17,10 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from finetune.adapters.compatibility import BIAS_SLOTS
 from finetune.adapters.targets import find, is_linear, is_norm, linears
 from finetune.adapters.tuners.base import Tuner, WrappedLayer, add_type, register
 from finetune.errors import UserError
+from finetune.families import family
 from finetune.recipe.adapters import BitFitAdapter
 
 BITFIT = add_type("bitfit")
@@ -114,8 +114,7 @@ def with_bias(model: Any) -> list[str]:
 
 def storable(model: Any) -> list[str]:
     """Full names of the linear layers whose bias the model's own checkpoint format can hold."""
-    slots = BIAS_SLOTS.get(model.config.model_type, {})
-    names = {name for group in slots.values() for name in group}
+    names = family(model.config.model_type).biased
     return [name for name in linears(model) if name.rpartition(".")[2] in names]
 
 
@@ -145,7 +144,7 @@ def targets_of(model: Any, section: BitFitAdapter) -> list[str]:
 def fill_bias_slots(model: Any) -> None:
     """After merging: every layer of a group gets a bias (of zero) when one has it, and the config's flag is set."""
     modules = {name: module for name, module in model.named_modules() if is_linear(module)}
-    for flag, group in BIAS_SLOTS.get(model.config.model_type, {}).items():
+    for flag, group in family(model.config.model_type).bias_slots.items():
         members = [m for name, m in modules.items() if name.rpartition(".")[2] in group]
         if any(m.bias is not None for m in members) and not (flag and getattr(model.config, flag, False)):
             if flag:  # qwen2 has none: its biases are always there

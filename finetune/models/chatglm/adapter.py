@@ -2,8 +2,8 @@
 
     is_original_adapter(folder)                       was it made for the original layout?
     convert_adapter_from_original(folder, config)     -> LoRA config, weights for GlmForCausalLM
+    adapter_for_glm(folder, config)                   the same, or None for one that was not
     convert_adapter_to_original(folder, config)       -> LoRA config, weights for the published inference code
-    save_adapter(config, weights, out)
 
 To native: q, k and v share A and get their rows of B. To original: A is stacked and B block-diagonal, so rank and alpha
 of `query_key_value` grow threefold; where q, k and v share one A (an adapter that came from there) it stays one.
@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file, save_file
 
 from finetune import register
 from finetune.errors import UserError
+from finetune.models import adapter_files
 from finetune.models.chatglm.export import original_name
-from finetune.models.chatglm.weights import FUSED, INNER, PREFIXES, SPLIT, Fused, read_pickle
+from finetune.models.chatglm.weights import FUSED, INNER, PREFIXES, SPLIT, Fused
+from finetune.models.weight_files import tensors
 
 WRAPPER = "base_model.model."
 ROWS = ("lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "lora_magnitude_vector.weight", "bias")
@@ -37,9 +38,14 @@ SAVED = {old.split(".")[-2]: new.split(".")[-2] for old, new in PREFIXES.items()
 Weights = dict[str, torch.Tensor]
 
 
+def adapter_for_glm(folder: Path, config: Mapping[str, Any]) -> tuple[PeftConfig, Weights] | None:
+    """As `convert_adapter_from_original`; None for an adapter that fits GlmForCausalLM as it is."""
+    return convert_adapter_from_original(folder, config) if is_original_adapter(folder) else None
+
+
 def is_original_adapter(folder: str | Path) -> bool:
     """True if the adapter's weights carry original names."""
-    return any(name.startswith(WRAPPER + "transformer.") for name in _weights(folder))
+    return any(name.startswith(WRAPPER + "transformer.") for name in adapter_files.shapes(Path(folder)))
 
 
 def convert_adapter_from_original(folder: str | Path, config: Mapping[str, Any]) -> tuple[PeftConfig, Weights]:
@@ -95,15 +101,6 @@ def convert_adapter_to_original(folder: str | Path, config: Mapping[str, Any]) -
     return _config(adapter, ranks, saved, config["num_layers"]), {WRAPPER + k: v for k, v in original.items()}
 
 
-def save_adapter(config: PeftConfig, weights: Weights, out: str | Path) -> None:
-    """An adapter folder that peft loads."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(out))
-    save_file(
-        {k: v.contiguous() for k, v in weights.items()}, Path(out) / "adapter_model.safetensors", {"format": "pt"}
-    )
-
-
 def native_name(name: str) -> str:
     """Native name of an original weight or module, but for the fused one, which becomes three."""
     for old, new in PREFIXES.items():
@@ -112,15 +109,6 @@ def native_name(name: str) -> str:
     for old, new in INNER.items():
         name = name.replace(old, new)
     return name
-
-
-def _weights(folder: str | Path) -> Weights:
-    file = Path(folder) / "adapter_model.safetensors"
-    if file.is_file():
-        return load_file(file)
-    if file.with_suffix(".bin").is_file():
-        return read_pickle(file.with_suffix(".bin"))
-    raise UserError("no adapter_model.safetensors or .bin", path=folder, fix="name an adapter folder")
 
 
 def _read(folder: str | Path) -> tuple[PeftConfig, Weights]:
@@ -133,7 +121,7 @@ def _read(folder: str | Path) -> tuple[PeftConfig, Weights]:
         raise UserError(
             f"a {kind} adapter belongs to the layout it was trained in", path=folder, fix="only LoRA can be converted"
         )
-    return adapter, _weights(folder)
+    return adapter, dict(tensors(adapter_files.weights(Path(folder))))
 
 
 def _alpha(adapter: LoraConfig, module: str) -> float:

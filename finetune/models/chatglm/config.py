@@ -1,7 +1,7 @@
 """What an original config.json of ChatGLM2, ChatGLM3 or GLM-4-9B means, as a GlmConfig; everything else is refused.
 
-is_chatglm_layout(config)      does this config.json describe the original layout?
-glm_config(config, name)       config.json -> GlmConfig, or a UserError with every reason against it
+glm_network(model, config)     config.json -> GlmConfig, with model.rope_scaling
+glm_config(config, name)       the same without, or a UserError with every reason against it
 rope_parameters(config, name)  the two readings of `rope_ratio`
 EXPRESSIBLE                    what may stand in config.json, and why nothing else may
 """
@@ -15,12 +15,9 @@ from typing import Any
 from transformers import GlmConfig
 
 from finetune.errors import Problem, UserError
+from finetune.models import rope
 from finetune.models.weight_files import read_json
-
-
-def is_chatglm_layout(config: Mapping[str, Any]) -> bool:
-    """True for every config.json with `model_type: chatglm`, also those that `glm_config` then refuses by name."""
-    return config.get("model_type") == "chatglm"
+from finetune.recipe.sections import ModelConfig, RopeScaling
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -52,6 +49,23 @@ EXPRESSIBLE: dict[str, tuple[Any, str, str]] = {
 }  # fmt: skip
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "padded_vocab_size",
          "seq_length")  # fmt: skip
+
+
+def glm_network(model: ModelConfig, config: dict[str, Any]) -> GlmConfig:
+    """GlmConfig for an original config.json, with `model.rope_scaling`, which may only say what `rope_ratio` means."""
+    reading = glm_reading(model.rope_scaling, config)
+    found = glm_config(config, model.name, reading)
+    if reading is None:
+        rope.apply(found, model.rope_scaling, model.name)
+    return found
+
+
+def glm_reading(scaling: RopeScaling | None, config: Mapping[str, Any]) -> str | None:
+    """default or linear, when the key says which of its two meanings an original `rope_ratio` has; else None."""
+    ratio = float(config.get("rope_ratio") or 1)
+    if scaling is None or scaling.rope_type not in ("default", "linear") or scaling.factor not in (None, ratio):
+        return None
+    return scaling.rope_type if ratio != 1 or scaling.factor is None else None
 
 
 def glm_config(

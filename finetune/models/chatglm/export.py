@@ -3,7 +3,6 @@
     export_original(model, source_config, out)   original names, config.json, inv_freq and tokenizer files
     export_hf(model, out)                        a stock Glm checkpoint for plain transformers
     original_config(config)                      an original config.json for a model that never had one
-    adapter_to_native / adapter_to_original      LoRA weights and config from one layout to the other, exactly
 
 Never call save_pretrained on such a model without deciding the layout: these functions decide it.
 """
@@ -22,18 +21,9 @@ from safetensors import safe_open
 from transformers import GlmConfig, PreTrainedModel
 
 from finetune.errors import UserError
-from finetune.models.chatglm.weights import (
-    FUSED,
-    INNER,
-    INV_FREQ,
-    PREFIXES,
-    SPLIT,
-    Fused,
-    glm_config,
-    original_shapes,
-    read_pickle,
-    weight_files,
-)
+from finetune.models.chatglm.config import glm_config
+from finetune.models.chatglm.weights import FUSED, INNER, INV_FREQ, PREFIXES, SPLIT, Fused, original_shapes
+from finetune.models.weight_files import read_pickle, weight_files
 
 # What the published inference code needs beside config.json and weights; its Python is copied, never run.
 COMPANIONS = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "*.py")

@@ -1,5 +1,6 @@
 """Fast tokenizers for ChatGLM2, ChatGLM3 and GLM-4-9B from their `tokenizer.model`, without the checkpoint's code.
 
+    load_original_tokenizer(model)  the tokenizer of a base, from wherever it lies
     build_tokenizer(folder)     -> PreTrainedTokenizerFast; saved and loaded again by AutoTokenizer it is the same
     glm_version(folder, …)      2, 3 or 4: the same tokenizer.model serves ChatGLM2 and ChatGLM3, their markers differ
 
@@ -21,8 +22,11 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from finetune.errors import UserError
+from finetune.models import sources
 from finetune.models.chatglm.config import version_in
+from finetune.models.chatglm.weights import fetch
 from finetune.models.weight_files import read_json
+from finetune.recipe.sections import ModelConfig
 
 MASKS = ["[MASK]", "[gMASK]", "[sMASK]"]
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
@@ -43,6 +47,20 @@ PROBES = [
     "", " ", "  a  b ", "\n\n x\t", "你好，世界！ＡＢＣ　１２３", "ﬁ ① ㍿ é é", "sop <|user|> [gMASK] </s> <unk>",
     "def f(x):\n    return x ** 2  # 平方", "🙂👩‍👩‍👧 ก็ \u00a0\u200b", "aaaa        ---- 1234567890", "▁ ▁▁ <0x41>",
 ]  # fmt: skip
+
+
+def load_original_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
+    """Built here: the tokenizer's own code cannot run with current transformers, and is never run."""
+    refuse_template(model)
+    return build_tokenizer(fetch(sources.weights(model), sources.hub_revision(model)))
+
+
+def refuse_template(model: ModelConfig) -> None:
+    if model.chat_template is not None:
+        raise UserError(
+            "ChatGLM's turns are made of tokens that no text becomes, so no template can replace them",
+            path=model.name, key="model.chat_template", fix="leave it out",
+        )  # fmt: skip
 
 
 def glm_version(folder: str | Path) -> int:

@@ -1,14 +1,15 @@
 """ChatGLM2, ChatGLM3 and GLM-4-9B checkpoints in their original layout, loaded into transformers' own GlmForCausalLM.
 
+    load_original_weights(model, network)  weights renamed and split while they are read; nothing is converted on disk
+    load(folder, config, dtype=…)  the same from a folder
     fetch(name, revision)          local folder of a hub id
-    load(folder, config, dtype=…)  weights renamed and split while they are read; nothing is converted on disk
     Fused                          how q, k and v lie in the fused `query_key_value`
     check_weights(folder, …)       names and shapes of all weights, from headers only
 
 The published checkpoints bring Python code that current transformers cannot run; it is never run here. The network is
 the one transformers ships for GLM-4: same blocks, same interleaved RoPE over half of each head, other names.
-config.json: chatglm_config.py. Writing the original layout back: chatglm_export.py, adapters made for it:
-chatglm_adapter.py. The tokenizer: chatglm_tokenizer.py.
+config.json: config.py. Writing the original layout back: export.py, adapters made for it: adapter.py. The tokenizer:
+tokenizer.py.
 """
 
 from __future__ import annotations
@@ -28,13 +29,10 @@ from transformers.utils import cached_file
 
 from finetune import hub
 from finetune.errors import Problem, UserError
-from finetune.models.chatglm.config import EXPRESSIBLE, glm_config, is_chatglm_layout, read_config, rope_parameters
+from finetune.models import sources
+from finetune.models.chatglm.config import EXPRESSIBLE, glm_config, read_config
 from finetune.models.weight_files import check_file, read_pickle, weight_files
-
-__all__ = [
-    "Fused", "check_weights", "fetch", "glm_config", "is_chatglm_layout", "load", "original_shapes", "read_config",
-    "read_pickle", "rope_parameters", "stored_shapes", "weight_files",
-]  # fmt: skip
+from finetune.recipe.sections import ModelConfig
 
 # Original name -> native name. The first four are beginnings of a weight's name, the others lie inside a layer.
 PREFIXES = {
@@ -114,6 +112,11 @@ def fetch(name: str, revision: str | None = None) -> Path:
     except OSError as error:
         what, fix = hub.why(error)
         raise UserError(what, path=name, key="model.name", fix=fix) from None
+
+
+def load_original_weights(model: ModelConfig, network: GlmConfig, **options: Any) -> Any:
+    """As `load`, from wherever the base lies."""
+    return load(fetch(sources.weights(model), sources.hub_revision(model)), network, **options)
 
 
 def load(
