@@ -43,7 +43,7 @@ from finetune.run.writing import append_lines
 from finetune.terminal.progress import Progress, samples, task
 from finetune.training.callbacks import Guard
 from finetune.training.sampler import OrderedSampler
-from finetune.training.weight_check import Proof, check_finite
+from finetune.training.weight_check import Proof
 
 EVALUATION_SEED = 20_000
 PATIENCE = 50  # updates within which every gradient must have been non-zero: rewards may be equal at first
@@ -124,7 +124,6 @@ class Ppo:
         if self.learner.left_out and not self.learner.steps:
             what = f"loss scaling has left out all {self.learner.left_out} steps: nothing was trained"
             raise RunError(f"{what}; set model.dtype: bfloat16 or float32")
-        check_finite(self.learner.weights().items(), "at the end")
         result = {
             "trained": proof.finish() if proof.seen else None, "train_loss": mean(state.losses), "steps": state.step,
             "seconds": round(time.perf_counter() - begun, 2), "epochs": self.epochs(),

@@ -15,7 +15,10 @@ import torch
 from rl_kit import ppo_recipe, run_ppo, scaled
 
 from finetune.adapters.multiple import activated
-from finetune.rl.ppo import Ppo, repetition
+from finetune.errors import RunError
+from finetune.recipe.file import load
+from finetune.recipe.stages import PpoRecipe
+from finetune.rl.ppo import Ppo, repetition, rollouts
 from finetune.rl.replies import response_logits, token_values
 from finetune.rl.rollout import Rollout
 from finetune.run.directory import Run
@@ -130,6 +133,23 @@ def test_scores_are_normalised_by_all_so_far(tmp_path: Path, base: Path, monkeyp
     looking(tmp_path, base, monkeypatch, look, normalize_rewards=True)
 
 
+def test_scores_of_several_sources_are_weighed(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(trainer: Ppo) -> None:
+        collector, prompts = trainer.collector, trainer.prompts_of(0)[:2]
+        collector.scorers = {"a": lambda *_: [1.0, 2.0], "b": lambda *_: [10.0, 30.0]}
+        assert collector.score(prompts, ["x", "y"]) == ([11.0, 32.0], {"a": [1.0, 2.0], "b": [10.0, 30.0]})
+        for weights, sums in (([2.0, -0.5], [-3.0, -11.0]), ([1.0, 1e308], None)):
+            reward = trainer.recipe.reward.model_copy(update={"weights": weights})
+            collector.recipe = trainer.recipe.model_copy(update={"reward": reward})
+            if sums is None:
+                with pytest.raises(RunError, match=r"the reward of reply 'x' is inf: lower reward\.weights"):
+                    collector.score(prompts, ["x", "y"])
+            else:
+                assert collector.score(prompts, ["x", "y"])[0] == sums
+
+    looking(tmp_path, base, monkeypatch, look)
+
+
 def average(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -208,6 +228,32 @@ def by_hand(trainer: Ppo, rollout: Rollout, index: list[int]) -> dict[str, float
             sums["value_loss"] += float(objective.detach()) / total
             (c.vf_coef * objective / total).backward()
     return sums
+
+
+def test_every_model_reads_with_its_own_adapter(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reply at a time; the policy would read other values than the value model, and other probabilities than ref."""
+
+    def look(trainer: Ppo) -> None:
+        rollout, models = collected(trainer), trainer.models
+
+        @torch.no_grad()
+        def read(which: Any, i: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+            part = rollout.replies.rows(torch.tensor([i]))
+            with activated(which) as model:
+                logp = torch.log_softmax(response_logits(model, part)[0, :n] / trainer.recipe.ppo.temperature, dim=-1)
+                return logp[range(n), part.tokens[0, :n]], token_values(model, models.value_head, part)[0, :n]
+
+        apart = torch.zeros(2)
+        for i, n in enumerate(lengths(rollout)):
+            (logp, foreign), (ref, _), (_, values) = (
+                read(which, i, n) for which in (models.policy, models.ref, models.value)
+            )
+            for found, wanted in ((rollout.logp, logp), (rollout.ref_logp, ref), (rollout.values, values)):
+                torch.testing.assert_close(found[i, :n], wanted, atol=1e-4, rtol=0)
+            apart = torch.maximum(apart, torch.stack([(logp - ref).abs().max(), (foreign - values).abs().max()]))
+        assert (apart > 0.01).all()
+
+    looking(tmp_path, base, monkeypatch, look)
 
 
 def test_top_k_and_top_p_hold_while_learning(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,6 +429,24 @@ def test_prompts_of_each_step(tmp_path: Path, base: Path, monkeypatch: pytest.Mo
     assert len(orders) == 4
     assert len({frozenset(order) for order in orders}) == 4, "each epoch leaves out others"
     assert tuple(range(24)) not in orders
+
+
+@pytest.mark.parametrize(
+    ("prompts", "train", "cut"),
+    [
+        (70, {"effective_batch_size": 32, "num_train_epochs": 3}, (32, 2, 6)),
+        (70, {"effective_batch_size": 32, "num_train_epochs": 0.1}, (32, 2, 1)),
+        (70, {"effective_batch_size": 32, "max_steps": 5}, (32, 2, 5)),
+        (30, {"effective_batch_size": 64, "num_train_epochs": 3}, (28, 1, 3)),
+        (4, {"effective_batch_size": 64, "num_train_epochs": 1}, (4, 1, 1)),
+    ],
+)
+def test_rollouts_of_a_run(
+    tmp_path: Path, base: Path, prompts: int, train: dict[str, Any], cut: tuple[int, int, int]
+) -> None:
+    """As large as asked for, or as all prompts that are whole minibatches of four."""
+    path = ppo_recipe(tmp_path, base, train={"max_steps": None, **train}, ppo={"num_mini_batches": 4})
+    assert rollouts(load(str(path), PpoRecipe), prompts) == cut
 
 
 def test_the_schedule_follows_the_rollouts(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
