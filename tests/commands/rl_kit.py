@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from conftest import write_rows
+from conftest import ft, write_rows
 
 from finetune.commands import ppo, reward
 from finetune.recipe.file import load
@@ -101,6 +103,24 @@ def run_ppo(path: Path, *overrides: str, resume: bool = False, overwrite: bool =
     recipe = load(str(path), PpoRecipe, overrides)
     ppo.run(recipe, resume=resume, overwrite=overwrite)
     return Run(Path(recipe.output.dir))
+
+
+class Here:
+    """In the place of subprocess.Popen: `python -m finetune …` in this process, without its nine seconds of imports."""
+
+    def __init__(self, command: list[str], *, env: dict[str, str] | None = None, **_: Any) -> None:
+        assert command[1:3] == ["-m", "finetune"]
+        before = dict(os.environ)
+        os.environ.update(env or {})
+        try:
+            self.done = ft(*command[3:])
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        print(self.done.stderr, end="", file=sys.stderr)
+
+    def wait(self) -> int:
+        return self.done.returncode
 
 
 def logged(found: Run, key: str) -> list[Any]:

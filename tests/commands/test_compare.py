@@ -37,9 +37,24 @@ def checked(recipe: Recipes, rows: Path, monkeypatch: pytest.MonkeyPatch) -> Sft
 def test_a_comparison_from_start_to_end(
     checked: SftRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "a comparison"
+    """The base is measured in a process of its own; the rest here, or each step would cost nine seconds of imports."""
+    folder, started, in_a_process = tmp_path / "a comparison", [], compare.finetune
+
+    def finetune(module: str, *words: str) -> None:
+        started.append(module)
+        if len(started) == 1:
+            in_a_process(module, *words)
+        elif module == "finetune":
+            done = ft(*words)
+            assert done.returncode == 0, done.stderr
+        else:
+            Path(words[1]).write_text(json.dumps(measure.measure(Path(words[0]))))
+
+    monkeypatch.setattr(compare, "finetune", finetune)
     lists = compare.parse("lora, prompt_tuning,lora", "none", "1")
     compare.run(checked, *lists, str(folder))
+    measuring = "finetune.commands.compare.measure"
+    assert started == [measuring, *["finetune", "finetune", measuring] * 2], "a short run, the run, its measures"
     base, *jobs = json.loads((folder / "compare.json").read_text())["jobs"]
     assert [base["name"], *(job["method"] for job in jobs)] == ["base", "lora", "prompt_tuning"]
     low, high = base["metrics"]["loss_ci"]

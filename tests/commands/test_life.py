@@ -484,7 +484,8 @@ def test_steps_that_loss_scaling_leaves_out_do_not_end_a_run(
     write: Write, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     monkeypatch.setattr(torch.amp, "GradScaler", LargeScale)
-    settings = {"max_steps": 24, "logging_steps": 1, "save_steps": 100}
+    steps = 4 if stage == "ppo" else 24  # of several updates each
+    settings = {"max_steps": steps, "logging_steps": 1, "save_steps": 100}
     sections: dict[str, Any] = {"model": {"dtype": "float16"}, "train": settings}
     found = run(ppo_recipe(tmp_path, base, "run", **sections) if stage == "ppo" else write(stage, **sections))
     rows = found.read_metrics()
@@ -507,7 +508,10 @@ def test_a_run_of_which_every_step_was_left_out_has_trained_nothing(
 
 
 def test_a_hang_up_saves_a_checkpoint(write: Write, tmp_path: Path) -> None:
-    """The terminal is closed: nothing can be written to it any more, and the run goes on with --resume."""
+    """The terminal is closed: nothing can be written to it any more, and the run goes on with --resume.
+
+    In a process of its own, which loses its terminal.
+    """
     path = write("sft", train={"max_steps": 3000, "save_steps": 5000, "logging_steps": 1})
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "finetune", "sft", "--recipe", str(path)]

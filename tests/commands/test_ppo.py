@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ft, tensors, train, write_rows
-from rl_kit import comparable, logged, pairs, ppo_recipe, result, reward_recipe, rule, run_ppo, run_reward, scaled
+from rl_kit import Here, comparable, logged, pairs, ppo_recipe, result, reward_recipe, rule, run_ppo, run_reward, scaled
 from safetensors.torch import save_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -349,26 +349,29 @@ def test_several_rewards_are_weighed(tmp_path: Path, base: Path, rewarded: Calla
     assert row["reward_mean"] == pytest.approx(0.5 * row["rewards/model"] + 10 + 200)
 
 
-def test_one_command_from_pairs(tmp_path: Path, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = ppo_recipe(tmp_path, base, reward={"train": str(pairs(tmp_path, 16)), "num_train_epochs": 2})
-    found = run_ppo(path)
-    said = capfd.readouterr().err.splitlines()
-    assert not any("set reward.model" in line for line in said)
-    assert sum(line.startswith("done in") for line in said) == 2, "the reward model's figures, too"
-    assert sum(line.startswith("next ") for line in said) == 1, "what to type next, of the whole"
-    assert json.loads((found.path / "reward" / "result.json").read_text())["stage"] == "reward"
-    assert len(logged(found, "reward_mean")) == 2
+def test_a_run_that_is_overwritten_leaves_nothing(tmp_path: Path, base: Path) -> None:
+    path = ppo_recipe(tmp_path, base)
+    before = comparable(run_ppo(path))
     again = run_ppo(path, overwrite=True)
-    assert comparable(again) == comparable(found)
-    assert len((found.path / "samples.jsonl").read_text().splitlines()) == 8, "none of the run before"
+    assert comparable(again) == before
+    assert len((again.path / "samples.jsonl").read_text().splitlines()) == 8, "none of the run before"
 
 
-def test_goes_on_after_a_stop_while_the_reward_model_trains(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_command_from_pairs_goes_on_after_a_stop_while_the_reward_model_trains(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """And after a kill before the first checkpoint of PPO."""
+    """And after a kill before the first checkpoint of PPO. The run that is stopped has a process of its own, to which
+    alone the signal goes, and so has its child."""
     sections = {"reward": {"train": str(pairs(tmp_path, 64)), "num_train_epochs": 8}}
-    whole = run_ppo(ppo_recipe(tmp_path, base, "whole", **sections))
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", Here)
+        whole = run_ppo(ppo_recipe(tmp_path, base, "whole", **sections))
+    lines = capfd.readouterr().err.splitlines()
+    assert not any("set reward.model" in line for line in lines)
+    assert sum(line.startswith("done in") for line in lines) == 2, "the reward model's figures, too"
+    assert sum(line.startswith("next ") for line in lines) == 1, "what to type next, of the whole"
+    assert json.loads((whole.path / "reward" / "result.json").read_text())["stage"] == "reward"
+    assert len(logged(whole, "reward_mean")) == 2
     path = ppo_recipe(tmp_path, base, "broken", **sections)
     command = [sys.executable, "-m", "finetune", "ppo", "--recipe", str(path)]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -392,6 +395,7 @@ def test_goes_on_after_a_stop_while_the_reward_model_trains(
 
     with monkeypatch.context() as patch:
         patch.setattr(Ppo, "save", killed)
+        patch.setattr(subprocess, "Popen", Here)
         with pytest.raises(Interrupted, match="interrupted; go on with ft ppo"):
             run_ppo(path, resume=True)
     broken = run_ppo(path, resume=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ft, tensors, train, write_rows
+from transformers import Trainer
 
 from finetune.errors import UserError
 
@@ -347,23 +346,26 @@ def test_nan_stops_the_run(full: Recipe) -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_interrupt_saves_a_checkpoint_and_resumes(recipe: Recipe, tmp_path: Path) -> None:
-    settings = {"max_steps": 60, "save_steps": 1000, "logging_steps": 1}
-    path = recipe(train=settings)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "finetune", "sft", "--recipe", str(path)], stderr=subprocess.PIPE, text=True
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not metrics.exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+def test_interrupt_saves_a_checkpoint_and_resumes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe(train={"max_steps": 12, "save_steps": 1000, "logging_steps": 1})
+    step = Trainer.training_step
+
+    def interrupted(self: Any, *arguments: Any, **more: Any) -> Any:
+        if self.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupted)
+        done = ft("sft", "--recipe", path)
+    assert done.returncode == 130, done.stderr
     written = tmp_path / "run" / "recipe.yaml"
-    assert errors.rstrip().endswith(f"go on with ft sft --recipe {written} --resume")
+    assert done.stderr.rstrip().endswith(f"go on with ft sft --recipe {written} --resume")
     assert not (tmp_path / "run" / "result.json").exists()
     resumed = train(written, resume=True)
+    assert [row["step"] for row in resumed.read_metrics()] == list(range(1, 13))
     whole = train(path, f"output.dir={tmp_path / 'whole'}")
     assert logged(resumed, "loss") == logged(whole, "loss")
 
