@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import SHARED, ft
-from rl_kit import Here
+from rl_kit import here
 
+from finetune import child
 from finetune.models import sources
 
 REAL = SHARED / "data" / "dpo_zh_demo.json"
@@ -38,7 +38,7 @@ def run(folder: Path, stage: str, family: str, *settings: str) -> Path:
 @pytest.mark.parametrize("stage", SHORT)
 def test_trains(tmp_path: Path, stage: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PPO's trains its reward model first (test_ppo.py does so in a process of its own, as it is)."""
-    monkeypatch.setattr(subprocess, "Popen", Here)
+    monkeypatch.setattr(child, "run", here)
     found = run(tmp_path, stage, family)
     result = json.loads((found / "result.json").read_text())
     assert result["steps"] == (1 if stage == "ppo" else 2)

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import ft, tensors, train, write_rows
-from rl_kit import Here, comparable, logged, pairs, ppo_recipe, result, reward_recipe, rule, run_ppo, run_reward, scaled
+from rl_kit import comparable, here, logged, pairs, ppo_recipe, result, reward_recipe, rule, run_ppo, run_reward, scaled
 from safetensors.torch import save_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from finetune import child
 from finetune.adapters.multiple import named
 from finetune.commands import ppo
 from finetune.data.pairs import load_pairs
@@ -364,7 +365,7 @@ def test_one_command_from_pairs_goes_on_after_a_stop_while_the_reward_model_trai
     alone the signal goes, and so has its child."""
     sections = {"reward": {"train": str(pairs(tmp_path, 64)), "num_train_epochs": 8}}
     with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "Popen", Here)
+        patch.setattr(child, "run", here)
         whole = run_ppo(ppo_recipe(tmp_path, base, "whole", **sections))
     lines = capfd.readouterr().err.splitlines()
     assert not any("set reward.model" in line for line in lines)
@@ -395,7 +396,7 @@ def test_one_command_from_pairs_goes_on_after_a_stop_while_the_reward_model_trai
 
     with monkeypatch.context() as patch:
         patch.setattr(Ppo, "save", killed)
-        patch.setattr(subprocess, "Popen", Here)
+        patch.setattr(child, "run", here)
         with pytest.raises(Interrupted, match="interrupted; go on with ft ppo"):
             run_ppo(path, resume=True)
     broken = run_ppo(path, resume=True)
