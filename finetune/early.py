@@ -22,6 +22,7 @@ from finetune.data import sources as data_sources
 from finetune.errors import Problem, UserError
 from finetune.evaluation import options
 from finetune.models import sources
+from finetune.models.export import FORMATS
 from finetune.recipe.file import load
 from finetune.recipe.reading import find, recipe_text
 from finetune.recipe.resolve import Hardware, absolute_data, resolve
@@ -251,21 +252,21 @@ def merged(
 ) -> None:  # fmt: skip
     """UserError for what is wrong with the arguments of `ft merge`."""
 
-    def options() -> None:
-        if dtype is not None and dtype not in DTYPES:
-            raise UserError(f"unknown dtype {dtype!r}", key="--dtype", fix=f"one of {', '.join(DTYPES)}")
-        if layout not in LAYOUTS:
-            raise UserError(f"unknown format {layout!r}", key="--format", fix=f"one of {', '.join(LAYOUTS)}")
-
     def inputs() -> None:
         check_apart(target, adapter_and_base(adapter, model))
 
-    together(lambda: check_target(target, overwrite), options, inputs)
+    together(lambda: check_target(target, overwrite), lambda: check_options(dtype, layout), inputs)
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-LAYOUTS = ("hf", "chatglm")
 REPORT = "merge.json"
+
+
+def check_options(dtype: str | None, layout: str) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}", key="--dtype", fix=f"one of {', '.join(DTYPES)}")
+    if layout not in FORMATS:
+        raise UserError(f"unknown format {layout!r}", key="--format", fix=f"one of {', '.join(FORMATS)}")
 
 
 def check_target(target: Path, overwrite: bool) -> None:

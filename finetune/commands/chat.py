@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from transformers import TextIteratorStreamer
 
-from finetune.data.chat import make_encoder
+from finetune.base import Base
 from finetune.errors import FinetuneError, RunError, UserError
 from finetune.evaluation.generation import Sampled, answer, not_followed, stop_ids
-from finetune.families import family
-from finetune.models import attach, hardware, loading, sources, tokenizers
-from finetune.models.config import read_config
+from finetune.models import attach, hardware, sources
 from finetune.models.identity import configs_of
 from finetune.recipe.resolve import compute_dtype
 from finetune.recipe.sections import ModelConfig
@@ -30,13 +28,9 @@ def run(model: str | None, adapter: str | None, system: str | None, temperature:
     config = ModelConfig(name=str(model)) if folder is None else configs_of(folder, model)[1]
     if folder is not None:
         attach.check_adapter(folder, config)
-    machine = hardware.detect()
-    tokenizer = tokenizers.load_tokenizer(config, folder)
-    encoder = make_encoder(tokenizer, family(read_config(config)["model_type"]))
-    network = loading.load_model(config, getattr(torch, compute_dtype(config.dtype, machine)), machine)
-    if folder is not None:
-        network = attach.attach_adapter(network, folder, config)
-    network.eval()
+    machine, base = hardware.detect(), Base.open(config, folder)
+    encoder = base.encoder
+    network = base.load(getattr(torch, compute_dtype(config.dtype, machine)), machine).eval()
     if ignored := not_followed(network):
         note(f"not followed, of the base's generation_config.json: {', '.join(f'{k} {v}' for k, v in ignored.items())}")
     interactive = sys.stdin.isatty()

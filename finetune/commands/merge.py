@@ -10,15 +10,16 @@ import gc
 import json
 import math
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
 
 from finetune import places
 from finetune.adapters.compatibility import check_merge
 from finetune.adapters.merge import (
+    Sums,
     adapted_layers,
     check_layers,
     check_written,
@@ -29,18 +30,14 @@ from finetune.adapters.merge import (
     merge_in_float32,
     prove_sums,
 )
-from finetune.data.chat import make_encoder
-from finetune.early import DTYPES, REPORT, check_apart, check_target, written_names
+from finetune.base import Base
+from finetune.early import REPORT, check_apart, check_options, check_target, written_names
 from finetune.errors import UserError
 from finetune.evaluation.generation import stop_ids
-from finetune.families import family
-from finetune.models import attach, hardware, loading, sources, tokenizers
+from finetune.models import attach, hardware, loading, sources
 from finetune.models.adapter_files import described
-from finetune.models.chatglm.config import is_chatglm_layout
-from finetune.models.chatglm.export import export_original
-from finetune.models.config import read_config
+from finetune.models.export import FORMATS
 from finetune.models.identity import configs_of
-from finetune.models.weight_files import check_loading
 from finetune.recipe.sections import ModelConfig
 from finetune.run.directory import read_recipe, versions
 from finetune.run.writing import write_atomically, write_json
@@ -53,158 +50,126 @@ SAMPLES = (
     "def add(a, b):\n    return a + b\n\n# 1, 2, 3, 5, 8, 13",
     "Once upon a time there was a small model that wanted to be merged. 从前有一个小模型。",
 )
+Logits = dict[str, Any]
+"""One [length, vocabulary] tensor per sample, by name: of the quantized model as `trained`, of the `base`, of the same
+computed in float32 (`exact`, or None), of base + adapter (`unmerged`), and of what was `merged`, as read back."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is merged, and into what."""
+
+    base: Base
+    """In its original precision, with the adapter's tokenizer."""
+    trained: ModelConfig
+    """The same, quantized as it was in training."""
+    adapter: Path
+    method: str
+    """Its peft type."""
+    weights: str
+    """original, or dequantized: what the quantized weights stand for."""
+    dtype: str
+    layout: str
+    """Row of FORMATS."""
+    samples: list[list[int]]
+
+    @property
+    def kind(self) -> torch.dtype:
+        kind: torch.dtype = getattr(torch, self.dtype)
+        return kind
 
 
 def run(
-    adapter: str,
-    output: str,
-    model: str | None = None,
-    dtype: str | None = None,
-    max_shard_size: str = "5GB",
-    overwrite: bool = False,
-    base: str = "original",
-    layout: str = "hf",
-) -> None:
+    adapter: str, output: str, model: str | None = None, dtype: str | None = None, max_shard_size: str = "5GB",
+    overwrite: bool = False, base: str = "original", layout: str = "hf",
+) -> None:  # fmt: skip
     target = Path(output).expanduser()
     check_target(target, overwrite)
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}", key="--dtype", fix=f"one of {', '.join(DTYPES)}")
+    check_options(dtype, layout)
+    job = opened(adapter, target, model, dtype, base, layout)
+    merged, sums, logits = summed(job)
+    # A failed merge leaves nothing that looks like a model, and the one before stays until this one is proven.
+    with places.built_beside(target, "--output", lambda: written_names(target, overwrite)) as part:
+        device = merged.device
+        write(job, merged, part, max_shard_size)
+        del merged
+        gc.collect()
+        with task("reading it back and comparing"):
+            written = FORMATS[layout].load_for_proof(part, job.kind, job.base.model)
+            check_written(sums, written)
+            logits["merged"] = logits_of(written.to(device), job.samples)
+        figures = measured(logits)
+        write_report(job, sums, figures, part, target.name)
+    tell(job, sums, figures, target)
+
+
+def opened(adapter: str, target: Path, model: str | None, dtype: str | None, weights: str, layout: str) -> Job:
+    """Base and adapter. UserError, before any weights are loaded, for what cannot be merged."""
     folder = sources.adapter_folder(adapter)
     config, trained = configs_of(folder, model)
     check_apart(target, folder, sources.folder(config))
-    if base not in ("original", "dequantized") or (base == "dequantized" and trained.quantization is None):
+    if weights not in ("original", "dequantized") or (weights == "dequantized" and trained.quantization is None):
         fix = "one of original, dequantized" if trained.quantization else "it was trained on the original weights"
-        raise UserError(f"no {base!r} base to merge into", path=folder, key="--base", fix=fix)
+        raise UserError(f"no {weights!r} base to merge into", path=folder, key="--base", fix=fix)
     started = ((read_recipe(folder.parent) or {}).get("adapter") or {}).get("init_lora_weights")
-    if started == "loftq" and base == "original":
+    if started == "loftq" and weights == "original":
         raise UserError(
             "started by making up for what int4 rounds away (loftq), and the original weights are not rounded",
             path=folder, key="--base", fix="use --base dequantized",
         )  # fmt: skip
-    values = read_config(config)
-    check_layout(layout, values, config.name)
-    check_merge(described(folder), values["model_type"], folder)
+    base = Base.open(config, folder)
+    FORMATS[layout].check(config, base.config)
+    stored = described(folder)
+    check_merge(stored, base.config["model_type"], folder)
     if (fitted := attach.check_adapter(folder, config)) is not None:
         check_layers(fitted, folder)
-    declared = values.get("dtype") or values.get("torch_dtype") or "float32"
-    dtype = dtype or declared
-    kind = getattr(torch, dtype)
-    tokenizer = tokenizers.load_tokenizer(config, folder)
-    encoder = make_encoder(tokenizer, family(values["model_type"]))
-    samples = [encoder.prompt_ids([{"role": "user", "content": text}]) for text in SAMPLES]
+    samples = [base.encoder.prompt_ids([{"role": "user", "content": text}]) for text in SAMPLES]
+    return Job(base, trained, folder, stored["peft_type"], weights, dtype or declared(base), layout, samples)
 
-    as_trained = None
-    if trained.quantization is not None:
-        quantized = loading.load_model(trained, kind, hardware.detect())
-        as_trained = logits_of(attach.attach_adapter(quantized, folder, trained), samples)
+
+def declared(base: Base) -> str:
+    """The dtype that config.json names."""
+    return str(base.config.get("dtype") or base.config.get("torch_dtype") or "float32")
+
+
+def summed(job: Job) -> tuple[Any, Sums, Logits]:
+    """The merged model, what each of its tensors must be on disk, and the logits that it is compared with."""
+    logits: Logits = {}
+    if job.trained.quantization is not None:
+        quantized = loading.load_model(job.trained, job.kind, hardware.detect())
+        logits["trained"] = logits_of(with_adapter(quantized, job), job.samples)
         del quantized
-    network = _base(config, trained, base, kind)
-    attach.resize_for(network, folder, config)  # base and sum are compared, token by token
-    before = logits_of(network, samples)
-    exact = before if kind == torch.float32 else widened_logits(network, samples)
-    adapted = attach.attach_adapter(network, folder, config)
-    unmerged = logits_of(adapted, samples)
-    method = adapted.peft_config["default"].peft_type.value
-    stored = sources.stored_dtype(config) or declared
-    if kind != torch.float32 and (base == "dequantized" or stored != dtype):
+    network = start(job, job.kind)
+    logits["base"] = logits_of(network, job.samples)
+    logits["exact"] = logits["base"] if job.kind == torch.float32 else widened_logits(network, job.samples)
+    adapted = with_adapter(network, job)
+    logits["unmerged"] = logits_of(adapted, job.samples)
+    stored = sources.stored_dtype(job.base.model) or declared(job.base)
+    if job.kind != torch.float32 and (job.weights == "dequantized" or stored != job.dtype):
         # Its values do not fit into `kind`: sum in float32, so that they are rounded once.
         del network, adapted
-        network = _base(config, trained, base, torch.float32)
-        attach.resize_for(network, folder, config)
-        exact = logits_of(network, samples)
-        adapted = attach.attach_adapter(network, folder, config)
-    calls = inputs_of(adapted, samples[0])
+        network = start(job, torch.float32)
+        logits["exact"] = logits_of(network, job.samples)
+        adapted = with_adapter(network, job)
+    calls = inputs_of(adapted, job.samples[0])
     with task("summing and proving", len(adapted_layers(adapted)), "layers") as advance:
-        sums = prove_sums(adapted, calls, kind, advance)
-        merged = merge_in_float32(adapted).to(kind)
-
-    # A failed merge leaves nothing that looks like a model, and the one before stays until this one is proven.
-    with places.built_beside(target, "--output", lambda: written_names(target, overwrite)) as part:
-        stops, device = stop_ids(merged, encoder), merged.device
-        with task("writing the merged model", after=1.0):
-            if layout == "chatglm":
-                export_original(merged, values, part, max_shard_size, source=sources.folder(config))
-            else:
-                merged.generation_config = GenerationConfig()  # checked while saving, and replaced below
-                merged.save_pretrained(part, max_shard_size=max_shard_size)
-                tokenizer.save_pretrained(part)
-        write_generation_config(part, config, stops, tokenizer.pad_token_id)
-        del network, adapted, merged
-        gc.collect()
-        with task("reading it back and comparing"):
-            written = read_back(part, kind, config if layout == "chatglm" else None)
-            check_written(sums, written)
-            after = logits_of(written.to(device), samples)
-        largest, relative = largest_difference(unmerged, after)
-        figures = {
-            "max_logit_diff": largest,
-            "relative_diff": relative,
-            "base_logit_diff": largest_difference(exact, before)[0] if exact is not None else math.nan,
-            "adapter_effect": largest_difference(unmerged, before)[0],
-            "compared_tokens": sum(len(ids) for ids in samples),
-        }
-        if as_trained is not None:
-            figures["diff_to_trained_model"], _ = largest_difference(as_trained, after)
-        report = {
-            "base": config.name, "base_weights": base, "quantization": trained.quantization, "format": layout,
-            "adapter": str(folder), "method": method, "dtype": dtype,
-            "sum": {"layers": sums.layers, "largest_miss": sums.largest_miss, "tensors": len(sums.digests)},
-            **{key: value if math.isfinite(value) else None for key, value in figures.items()},
-        }  # fmt: skip
-        with suppress(UserError):  # a hub's snapshot may be without it, and the hub away by now
-            sources.file(config, "README.md")
-        licence = model_card.licence_of(config.name, sources.folder(config))
-        card = model_card.merged_card(report, config.name, licence, recipe_of(folder), target.name)
-        write_atomically(part / "README.md", card)
-        files = sorted({path.name for path in part.iterdir()} - {places.UNFINISHED} | {REPORT})
-        write_json(part / REPORT, {**report, "versions": versions(), "files": files})
-    note(f"merged {method} into {config.name} ({base} weights, {dtype}): {target}")
-    if as_trained is not None:
-        gap = figures["diff_to_trained_model"]
-        note(f"difference to the {trained.quantization} model as trained: {gap:.3g} (measured, not a gate)")
-    note(
-        f"proven: in {sums.layers:,} layers the float32 sum misses at most {sums.largest_miss:.1g} of what the adapter "
-        f"does, and all {len(sums.digests):,} tensors are on disk as that sum, rounded once to {dtype}"
-    )
-    if dtype != "float32" and largest > figures["adapter_effect"] / 2:
-        warn(f"rounding to {dtype} moves logits about as much as the adapter does; --dtype float32 keeps all of it")
-    alone = figures["base_logit_diff"]  # no number for a network whose layers cannot be computed in float32
-    rounding = "" if dtype == "float32" or math.isnan(alone) else f" ({dtype} moves the base's own by {alone:.3g})"
-    note(
-        f"largest logit difference to the unmerged model {largest:.3g}{rounding}; the adapter itself moves logits by "
-        f"up to {figures['adapter_effect']:.3g}"
-    )
-    shown = f"./{target}" if str(target).startswith("-") else str(target)
-    lines = [("chat", "--model", shown)]
-    recipe = read_recipe(folder.parent) or {}
-    if (recipe.get("eval") or {}).get("data") or (recipe.get("data") or {}).get("eval_split"):
-        lines.insert(0, ("eval", shown, "--compare-base"))
-    for number, parts in enumerate(lines):
-        note(f"{'' if number else 'next':7} {command(*parts)}")
+        sums = prove_sums(adapted, calls, job.kind, advance)
+        return merge_in_float32(adapted).to(job.kind), sums, logits
 
 
-def recipe_of(adapter: Path) -> dict[str, Any] | None:
-    """The recipe of the run that an adapter lies in."""
-    found = read_recipe(adapter.parent) if adapter.name == "adapter" else None
-    return found if isinstance(found, dict) and {"stage", "model", "data", "output"} <= found.keys() else None
+def start(job: Job, dtype: torch.dtype) -> Any:
+    """The weights to merge into, with as many embeddings as the adapter has: both are compared, token by token."""
+    model, machine = job.base.model, hardware.detect()
+    if job.weights == "original":
+        network = loading.load_model(model, dtype, machine)
+    else:
+        network = loading.load_model(job.trained, torch.float32, machine).dequantize().to(dtype)
+    attach.resize_for(network, job.adapter, model)
+    return network
 
 
-def check_layout(layout: str, values: dict[str, Any], name: str) -> None:
-    """UserError for a layout that this base cannot be written in."""
-    if layout not in ("hf", "chatglm"):
-        raise UserError(f"unknown format {layout!r}", key="--format", fix="one of hf, chatglm")
-    if layout == "chatglm" and not is_chatglm_layout(values):
-        raise UserError(
-            "is not in ChatGLM's original layout: there is no tokenizer.model and no code to put beside the weights",
-            path=name, key="--format", fix="use --format hf, or give the original checkpoint with --model",
-        )  # fmt: skip
-
-
-def _base(config: ModelConfig, trained: ModelConfig, choice: str, dtype: torch.dtype) -> Any:
-    """The weights to merge into, in `dtype`: the original ones, or what the quantized ones stand for."""
-    if choice == "original":
-        return loading.load_model(config, dtype, hardware.detect())
-    return loading.load_model(trained, torch.float32, hardware.detect()).dequantize().to(dtype)
+def with_adapter(network: Any, job: Job) -> Any:
+    return attach.attach_adapter(network, job.adapter, job.base.model)
 
 
 def widened_logits(network: Any, samples: list[list[int]]) -> list[torch.Tensor] | None:
@@ -216,18 +181,82 @@ def widened_logits(network: Any, samples: list[list[int]]) -> list[torch.Tensor]
         return None
 
 
-def read_back(folder: Path, dtype: torch.dtype, original: ModelConfig | None = None) -> Any:
-    """What was written, loaded as anyone would (`original`: as that base, in ChatGLM's layout)."""
-    if original is None:
-        written, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-        check_loading(info, str(folder))
-        return written
-    here = {"name": str(folder), "source": None, "revision": None, "sanity_check": False}
-    return loading.load_model(original.model_copy(update=here), dtype)
-
-
-def write_generation_config(folder: Path, base: ModelConfig, stops: list[int], pad: int | None) -> None:
-    """What the base's file says, word for word, with what ends an answer and what pads it."""
-    own = sources.file(base, "generation_config.json")
+def write(job: Job, merged: Any, out: Path, max_shard_size: str) -> None:
+    """In the job's format, with the base's generation_config.json word for word, but for what ends an answer and what
+    pads it."""
+    base, stops = job.base, stop_ids(merged, job.base.encoder)
+    with task("writing the merged model", after=1.0):
+        FORMATS[job.layout].write(merged, base.tokenizer, base.folder, out, max_shard_size)
+    own = sources.file(base.model, "generation_config.json")
     said = json.loads(Path(own).read_text(encoding="utf-8")) if own is not None else {}
-    write_json(folder / "generation_config.json", {**said, "eos_token_id": stops, "pad_token_id": pad})
+    ends = {"eos_token_id": stops, "pad_token_id": base.tokenizer.pad_token_id}
+    write_json(out / "generation_config.json", {**said, **ends})
+
+
+def measured(logits: Logits) -> dict[str, float]:
+    """Largest differences of logits over all samples."""
+    unmerged, merged, base, exact = (logits[name] for name in ("unmerged", "merged", "base", "exact"))
+    largest, relative = largest_difference(unmerged, merged)
+    figures = {
+        "max_logit_diff": largest,
+        "relative_diff": relative,
+        # No number for a network whose layers cannot be computed in float32.
+        "base_logit_diff": largest_difference(exact, base)[0] if exact is not None else math.nan,
+        "adapter_effect": largest_difference(unmerged, base)[0],
+        "compared_tokens": sum(len(rows) for rows in unmerged),
+    }
+    if "trained" in logits:
+        figures["diff_to_trained_model"], _ = largest_difference(logits["trained"], merged)
+    return figures
+
+
+def write_report(job: Job, sums: Sums, figures: dict[str, float], out: Path, title: str) -> None:
+    """merge.json and the model's card."""
+    base = job.base
+    report = {
+        "base": base.model.name, "base_weights": job.weights, "quantization": job.trained.quantization,
+        "format": job.layout, "adapter": str(job.adapter), "method": job.method, "dtype": job.dtype,
+        "sum": {"layers": sums.layers, "largest_miss": sums.largest_miss, "tensors": len(sums.digests)},
+        **{key: value if math.isfinite(value) else None for key, value in figures.items()},
+    }  # fmt: skip
+    with suppress(UserError):  # a hub's snapshot may be without it, and the hub away by now
+        sources.file(base.model, "README.md")
+    licence = model_card.licence_of(base.model.name, base.folder)
+    card = model_card.merged_card(report, base.model.name, licence, recipe_of(job.adapter), title)
+    write_atomically(out / "README.md", card)
+    files = sorted({path.name for path in out.iterdir()} - {places.UNFINISHED} | {REPORT})
+    write_json(out / REPORT, {**report, "versions": versions(), "files": files})
+
+
+def recipe_of(adapter: Path) -> dict[str, Any] | None:
+    """The recipe of the run that an adapter lies in."""
+    found = read_recipe(adapter.parent) if adapter.name == "adapter" else None
+    return found if isinstance(found, dict) and {"stage", "model", "data", "output"} <= found.keys() else None
+
+
+def tell(job: Job, sums: Sums, figures: dict[str, float], target: Path) -> None:
+    """What was done and proven, and what to type next."""
+    note(f"merged {job.method} into {job.base.model.name} ({job.weights} weights, {job.dtype}): {target}")
+    if "diff_to_trained_model" in figures:
+        gap = figures["diff_to_trained_model"]
+        note(f"difference to the {job.trained.quantization} model as trained: {gap:.3g} (measured, not a gate)")
+    note(
+        f"proven: in {sums.layers:,} layers the float32 sum misses at most {sums.largest_miss:.1g} of what the adapter "
+        f"does, and all {len(sums.digests):,} tensors are on disk as that sum, rounded once to {job.dtype}"
+    )
+    largest, effect, alone = (figures[key] for key in ("max_logit_diff", "adapter_effect", "base_logit_diff"))
+    if job.dtype != "float32" and largest > effect / 2:
+        warn(f"rounding to {job.dtype} moves logits about as much as the adapter does; --dtype float32 keeps all of it")
+    known = job.dtype != "float32" and not math.isnan(alone)
+    rounding = f" ({job.dtype} moves the base's own by {alone:.3g})" if known else ""
+    note(
+        f"largest logit difference to the unmerged model {largest:.3g}{rounding}; the adapter itself moves logits by "
+        f"up to {effect:.3g}"
+    )
+    shown = f"./{target}" if str(target).startswith("-") else str(target)
+    lines = [("chat", "--model", shown)]
+    recipe = read_recipe(job.adapter.parent) or {}
+    if (recipe.get("eval") or {}).get("data") or (recipe.get("data") or {}).get("eval_split"):
+        lines.insert(0, ("eval", shown, "--compare-base"))
+    for number, parts in enumerate(lines):
+        note(f"{'' if number else 'next':7} {command(*parts)}")

@@ -24,8 +24,8 @@ from finetune.builtin import initial, tokenizers, world
 from finetune.data import text
 from finetune.errors import UserError
 from finetune.models import loading
-from finetune.models.chatglm import export
 from finetune.models.chatglm import tokenizer as chatglm_tokenizer
+from finetune.models.chatglm.export import export_original, original_config
 from finetune.models.tokenizers import load_tokenizer
 from finetune.recipe.sections import ModelConfig, PretrainModelConfig
 from finetune.recipe.stages import PretrainRecipe
@@ -128,7 +128,7 @@ def save_new(
     if model.config.tie_word_embeddings:  # the layout has a matrix for each
         model.get_output_embeddings().weight = nn.Parameter(model.get_output_embeddings().weight.detach().clone())
         model.config.tie_word_embeddings = False
-    export.export_original(model, export.original_config(model.config), run.model)
+    export_original(model, original_config(model.config), run.model)
     (run.model / "tokenizer.model").write_bytes(tokenizers.build_sentencepiece(_world_texts(), world.HAN))
     return run.model
 

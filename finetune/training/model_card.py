@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from finetune.adapters.methods import METHODS
+from finetune.models.export import FORMATS
 from finetune.resources import BUILTIN_MODELS
 from finetune.terminal.progress import command, shown_name
 from finetune.training.report import shown, with_intervals
@@ -130,10 +131,10 @@ def merged_card(
         ("what the float32 sum misses of the adapter, at most", shown(proof["largest_miss"])),
         ("tensors read back, equal bit by bit", shown(proof["tensors"])),
     ]
-    how = ["```bash", command("chat", "--model", "."), "```"] if report["format"] == "chatglm" else python(
+    how = python(
         "from transformers import AutoModelForCausalLM, AutoTokenizer", "", HERE,
         "model = AutoModelForCausalLM.from_pretrained(folder)",
-    )  # fmt: skip
+    ) if FORMATS[report["format"]].stock else ["```bash", command("chat", "--model", "."), "```"]  # fmt: skip
     lines = [
         *front(head), f"# {title}", "", "An adapter merged into its base by `ft merge` (package ft-recipes).", "",
         *table(rows), "", "## Merge", "", *table(figures), "", "## Use", "", *how, "",

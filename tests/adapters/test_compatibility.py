@@ -121,8 +121,7 @@ def test_merges_refused_before_loading(
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
     save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     read = read_config
-    monkeypatch.setattr(merge, "read_config", lambda model: {**read(model), "model_type": model_type})
-    monkeypatch.setattr(merge, "make_encoder", lambda *_: _NoEncoder())
+    monkeypatch.setattr("finetune.base.read_config", lambda model: {**read(model), "model_type": model_type})
     with pytest.raises(UserError, match=expected):
         merge.run(str(tmp_path), str(tmp_path / "merged"))
 
@@ -138,11 +137,6 @@ def test_loftq_is_merged_into_rounded_weights_only(recipe: Recipe, tmp_path: Pat
         merge.run(str(run.path), str(tmp_path / "merged"))
     merge.run(str(run.path), str(tmp_path / "merged"), base="dequantized")
     assert json.loads((tmp_path / "merged" / "merge.json").read_text())["diff_to_trained_model"] < 1e-4
-
-
-class _NoEncoder:
-    def prompt_ids(self, *_: Any) -> list[int]:
-        return [1]
 
 
 def test_bitfit_on_a_model_that_cannot_store_biases() -> None:

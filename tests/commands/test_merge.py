@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from finetune.adapters.merge import in_float32, logits_of
 from finetune.commands import merge
 from finetune.errors import RunError, UserError
 from finetune.models import attach
+from finetune.models.export import FORMATS
 
 Recipe = Callable[..., Path]
 
@@ -189,7 +191,7 @@ def test_the_sum_itself_is_proven(
 def test_a_wrong_tensor_on_disk_is_found(
     trained: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: str
 ) -> None:
-    real = merge.read_back
+    real = FORMATS["hf"].load_for_proof
 
     def damaged(folder: Path, *arguments: Any) -> Any:
         weights = load_file(folder / "model.safetensors")
@@ -198,7 +200,7 @@ def test_a_wrong_tensor_on_disk_is_found(
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         return real(folder, *arguments)
 
-    monkeypatch.setattr(merge, "read_back", damaged)
+    monkeypatch.setitem(FORMATS, "hf", replace(FORMATS["hf"], load_for_proof=damaged))
     with pytest.raises(RunError, match=rf"1 of \d+ tensors are not.*{tensor}"):
         merged(trained, tmp_path / "merged")
     assert not list(tmp_path.glob("merged*"))

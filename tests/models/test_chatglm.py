@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GlmForCausalL
 
 from finetune.errors import UserError
 from finetune.models.chatglm.config import glm_config, read_config
-from finetune.models.chatglm.export import export_hf
+from finetune.models.chatglm.export import export_original
 from finetune.models.chatglm.weights import Fused, fetch, load, original_shapes
 from finetune.models.layouts import LAYOUTS, layout_of
 
@@ -385,7 +385,7 @@ def test_layers_can_be_offloaded_to_disk(tmp_path):
     with torch.no_grad():
         assert torch.equal(offloaded(input_ids=ids).logits, load(source, dtype=torch.float32)(input_ids=ids).logits)
     with pytest.raises(UserError, match="weights are offloaded"):
-        export_hf(offloaded, tmp_path / "out")
+        export_original(offloaded, read_config(source), tmp_path / "out")
 
 
 def test_a_changed_config_is_used(tmp_path):

@@ -94,10 +94,10 @@ def test_changed_weights_arrive(tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_hf_export_is_a_stock_checkpoint(tmp_path, case):
+def test_what_is_saved_is_a_stock_checkpoint(tmp_path, case):
     source = FIXTURES / case / "checkpoint"
     model = load(source, dtype=torch.float32)
-    export.export_hf(model, tmp_path, max_shard_size="200KB")
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
     build_tokenizer(source).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert (config["model_type"], config["architectures"]) == ("glm", ["GlmForCausalLM"])
@@ -180,15 +180,13 @@ def test_another_networks_config_is_refused(tmp_path):
 def test_wrapped_and_quantized_models_are_refused(tmp_path):
     model = load(FIXTURES / "chatglm3" / "checkpoint", dtype=torch.float32)
     quantized = SimpleNamespace(is_quantized=True, config=model.config)
-    for write in (export.export_hf, lambda m, out: export.export_original(m, original_config(), out)):
-        with pytest.raises(UserError, match="dequantize it first"):
-            write(quantized, tmp_path)
+    with pytest.raises(UserError, match="dequantize it first"):
+        export.export_original(quantized, original_config(), tmp_path)
     model.model.layers[0].mlp.bottleneck = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"bottleneck\.bias does not belong in this layout"):
         export.export_original(model, original_config(), tmp_path)
     del model.model.layers[0].mlp.bottleneck
     wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-    for write in (export.export_hf, lambda m, out: export.export_original(m, original_config(), out)):
-        with pytest.raises(UserError, match="merge adapters first"):
-            write(wrapped, tmp_path)
+    with pytest.raises(UserError, match="merge adapters first"):
+        export.export_original(wrapped, original_config(), tmp_path)
     assert not list(tmp_path.iterdir())

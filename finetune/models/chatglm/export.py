@@ -1,10 +1,9 @@
-"""From GlmForCausalLM back to ChatGLM's original layout, for models and LoRA adapters.
+"""From GlmForCausalLM back to ChatGLM's original layout.
 
     export_original(model, source_config, out)   original names, config.json, inv_freq and tokenizer files
-    export_hf(model, out)                        a stock Glm checkpoint for plain transformers
     original_config(config)                      an original config.json for a model that never had one
 
-Never call save_pretrained on such a model without deciding the layout: these functions decide it.
+The stock checkpoint is what save_pretrained writes. LoRA adapters from one layout to the other: adapter.py.
 """
 
 from __future__ import annotations
@@ -70,12 +69,6 @@ def export_original(
     for pattern in COMPANIONS if source else ():
         for file in Path(source or "").glob(pattern):
             shutil.copyfile(file, out / file.name)
-
-
-def export_hf(model: PreTrainedModel, out: str | Path, max_shard_size: int | str = "5GB") -> None:
-    """Write `model` as a stock Glm checkpoint (model_type glm) that plain AutoModelForCausalLM loads."""
-    _plain(model, out)
-    model.save_pretrained(out, max_shard_size=max_shard_size, save_original_format=False)
 
 
 def original_config(config: GlmConfig, name_or_path: str = "THUDM/chatglm3-6b") -> dict[str, Any]:
