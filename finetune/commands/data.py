@@ -9,16 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from finetune import early
 from finetune.errors import UserError, visible
 from finetune.places import check_file, json_with
 from finetune.recipe.file import load, with_settings
-from finetune.recipe.reading import find, parse_value, recipe_text
 from finetune.recipe.resolve import absolute_source
 from finetune.recipe.sections import DataConfig, ModelConfig
-from finetune.recipe.stages import RECIPES
 from finetune.run.writing import write_atomically, write_json
 from finetune.terminal.progress import note, say, say_json
 from finetune.terminal.progress import output as output_console
@@ -130,8 +126,7 @@ def looked_at(
         if data is None:
             raise UserError("nothing to look at", fix="give --recipe R, or --data D")
         return LookedAt(data_settings(stage, data, overrides), base, kinds[stage] if stage else None, eval_data)
-    given: Any = RECIPES[stage_of(recipe)]
-    loaded: Any = load(recipe, given, overrides)
+    loaded = load(recipe, None, overrides)
     config = loaded.data if data is None else loaded.data.model_copy(update={"train": absolute_source(data)})
     return LookedAt(config, base or loaded.model, kinds[stage or loaded.stage], eval_data or loaded.eval.data)
 
@@ -145,16 +140,6 @@ def data_settings(stage: str | None, data: str, overrides: Sequence[str]) -> Dat
         "data": {"train": str(absolute_source(data))}, **({"reward": {"model": "-"}} if named == "ppo" else {}),
     }  # fmt: skip
     return with_settings(values, named, items).data
-
-
-def stage_of(recipe: str) -> str:
-    """The stage a recipe file names; what is wrong with the file is said by `load`."""
-    try:
-        values = parse_value(recipe_text(find(recipe)))
-    except (yaml.YAMLError, UserError):
-        return "sft"
-    stage = values.get("stage") if isinstance(values, dict) else None
-    return stage if stage in RECIPES else "sft"
 
 
 def encoder_of(model: ModelConfig) -> Any:

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from finetune.data import checks, leakage, sources, token_cache
-from finetune.data.checks import Finding
 from finetune.data.duplicates import Duplicates
 from finetune.data.encoder import Encoder, cut
 from finetune.data.report import CONTROL, Noted, Notes, Report, histogram, language
@@ -43,7 +42,7 @@ class Audit:
         list_all: bool = False,
     ) -> None:  # fmt: skip
         """list_all: keep every problem with its place, not only the first thousands."""
-        self.config, self.kind, self.limit = config, kind, config.max_length
+        self.config, self.kind = config, kind
         if config.streaming and not any(map(sources.is_hub, specs(config))):
             raise UserError("only hub datasets are streamed", key="data.streaming", fix="leave it out")
         if config.text_unit != "line" and not any(map(sources.has_plain_text, specs(config))):
@@ -202,7 +201,7 @@ class Audit:
                 return None
             length = len(row.input_ids)
             self.token_lengths[length.bit_length()] += 1
-            if length > self.limit:
+            if length > self.config.max_length:
                 shorter = self._overlong(item, row)
                 if shorter is None:
                     return None
@@ -211,14 +210,14 @@ class Audit:
             self.counts["tokens"] += len(row.input_ids)
             self.counts["trained_tokens"] += row.trained
         if "chosen" in kept and kept["chosen"].input_ids == kept["rejected"].input_ids:
-            what = f"chosen and rejected are the same within {self.limit} tokens"
+            what = f"chosen and rejected are the same within {self.config.max_length} tokens"
             self.notes.add("error", item, RowProblem("same_answers", what, "raise data.max_length, or remove the row"))
             return None
         return kept
 
     def _overlong(self, item: Item, row: Encoded) -> Encoded | None:
         """The row cut to max_length; None when it is out."""
-        what = f"{len(row.input_ids)} tokens, over data.max_length {self.limit}"
+        what = f"{len(row.input_ids)} tokens, over data.max_length {self.config.max_length}"
         if self.config.on_overlong == "error":
             fix = "raise data.max_length, or set data.on_overlong: truncate or drop"
             self.notes.add("error", item, RowProblem("overlong", what, fix))
@@ -229,7 +228,7 @@ class Audit:
             self.notes.warn(item, "overlong", f"{what}: left out")
             return None
         assert self.encoder is not None
-        shorter = cut(self.encoder.tokenizer, row, self.limit)
+        shorter = cut(self.encoder.tokenizer, row, self.config.max_length)
         if not shorter.trained:
             self.counts["cut_away"] += 1
             what += ": nothing that is trained is left, the row is left out"
@@ -247,11 +246,6 @@ class Audit:
         self.counts["used"] -= 1
         self.notes.add("error", item, problem)
 
-    def check_whole(self) -> None:
-        """UserError for files that could not be read to their end."""
-        if self.notes.cut_off:
-            raise UserError(self.notes.cut_off)  # leaving out the rest of a file is not leaving out a row
-
     def settle(self) -> None:
         """Raise what must stop a run: any unusable row, or with on_error: drop too many of them."""
         self.counts["duplicates"] = len(self.duplicates.found())
@@ -259,13 +253,14 @@ class Audit:
         errors, bad = self.notes.errors(), len(self.notes.bad_rows)
         if errors and self.config.on_error == "stop":
             raise UserError(errors)
-        self.check_whole()
+        if self.notes.cut_off:
+            raise UserError(self.notes.cut_off)  # leaving out the rest of a file is not leaving out a row
         counts["dropped"] += bad
         if bad > allowed * rows:
             what = f"{bad} of {rows} rows cannot be used, over data.max_dropped ({allowed:.0%})"
             raise UserError([Problem(what, key="data.max_dropped", fix="mend the rows below"), *errors])
         if counts["cut_away"] > allowed * rows:
-            what = f"{counts['cut_away']} of {rows} rows have no trained token within {self.limit} tokens"
+            what = f"{counts['cut_away']} of {rows} rows have no trained token within {self.config.max_length} tokens"
             fix = "raise it, or set data.on_overlong: drop"
             raise UserError([Problem(what, key="data.max_length", fix=fix), *self.notes.of("cut_away")])
         counts["dropped"] += counts["cut_away"]
@@ -278,23 +273,13 @@ class Audit:
         lines = sources.left_out(specs(self.config), offer=self.held_out is None)
         return lines + self.notes.lines(self.counts)
 
-    def rejects(self) -> dict[tuple[str, int], list[str]]:
-        """(file, row) -> why, of every row that --fix takes out: errors, duplicates, leaks, nothing left to train."""
-        out: dict[tuple[str, int], list[str]] = {}
-        for level, file, row, finding in self.notes.problems:
-            if level == "error" or finding.kind in ("leakage", "cut_away"):
-                out.setdefault((file, row), []).append(finding.message)
-        for again, (file, row) in self.duplicates.found():
-            out.setdefault(again, []).append(f"the same as {file}, row {row}")
-        return out
-
     def report(self) -> Report:
         repeated = self.duplicates.found()
         self.counts["duplicates"] = self.notes.kinds["duplicate"] = len(repeated)
         listed = list(self.notes.problems)
         for (file, row), (first_file, first) in repeated[:LISTED]:
             where = f"row {first}" if file == first_file else f"{first_file}, row {first}"
-            listed.append(Noted("warning", file, row, Finding("warning", "duplicate", f"the same as {where}")))
+            listed.append(Noted("warning", file, row, checks.warning("duplicate", f"the same as {where}")))
         return Report(
             rows=self.counts["rows"],
             trained_tokens=self.counts["trained_tokens"] if self.encoder is not None else None,

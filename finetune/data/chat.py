@@ -89,17 +89,11 @@ class TemplateEncoder:
 
     def encode(self, conversation: Conversation, train_on: str = "assistant") -> Encoded:
         """Ids and labels of one conversation. RowProblem when it cannot be encoded."""
-        result = self.encode_batch([conversation], train_on)[0]
+        plans = self.plan_batch([conversation], train_on)
+        result = self.label_batch(plans, self.tokenize_batch(plans))[0]
         if isinstance(result, RowProblem):
             raise result
         return result
-
-    def encode_batch(
-        self, conversations: Sequence[Conversation], train_on: str = "assistant"
-    ) -> list[Encoded | RowProblem]:
-        """Ids and labels of many; a conversation that cannot be encoded yields its RowProblem instead."""
-        plans = self.plan_batch(conversations, train_on)
-        return self.label_batch(plans, self.tokenize_batch(plans))
 
     def plan_batch(self, conversations: Sequence[Conversation], train_on: str) -> list[Plan | RowProblem]:
         return [attempted(self.plan, conversation, train_on) for conversation in conversations]

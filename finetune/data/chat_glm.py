@@ -1,9 +1,8 @@
 """Conversations as ids for ChatGLM2, ChatGLM3 and GLM-4 in their own prompt formats, built per segment.
 
-    encode_messages(tokenizer, messages, tools, train_on)   -> ids, labels
     encode_weighted(tokenizer, messages, tools, train_on)   -> ids, loss weight of each
     prompt_ids(tokenizer, messages, tools)                  -> ids up to where the reply begins
-    stop_ids(tokenizer), reply_text(tokenizer, ids)         where a reply ends, and what it says
+    stop_ids(tokenizer), end_id(tokenizer)                  what ends a reply, and what closes a sample
     glm_version(tokenizer)                                  2, 3, 4, or None for other tokenizers
 
 ChatGLM3 and GLM-4: `[gMASK] sop`, then per message `<|role|>` + encode(metadata + newline) + encode(content), each
@@ -24,7 +23,6 @@ from finetune.data.types import Message, RowProblem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORE = -100
 ROLES = {role: role for role in ("system", "user", "assistant", "observation")} | {"tool": "observation"}
 TOOL_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
 """ChatGLM3's own words, used where tools come without a system message."""
@@ -63,17 +61,6 @@ def prompt_ids(
     return [*ids, _id(tokenizer, "<|assistant|>")]
 
 
-def encode_messages(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    tools: list[dict[str, Any]] | None = None,
-    train_on: str = "assistant",
-) -> tuple[list[int], list[int]]:
-    """Ids and labels of a whole conversation, equally long; -100 where there is no loss. See `encode_weighted`."""
-    ids, weights = encode_weighted(tokenizer, messages, tools, train_on)
-    return ids, [token if weight else IGNORE for token, weight in zip(ids, weights, strict=True)]
-
-
 def encode_weighted(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
@@ -96,17 +83,6 @@ def encode_weighted(
         ids += segment
         carried += [wanted[index]] * len(segment)
     return [*ids, end_id(tokenizer)], [0.0, *carried]
-
-
-def reply_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """What a generated reply says: cut at the first stop id, without the newline that opens a turn.
-
-    A tool's name (metadata) stays as the first line.
-    """
-    stops = set(stop_ids(tokenizer))
-    end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
-    text = str(tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
-    return text.strip()
 
 
 def turn_weights(messages: Sequence[Message], train_on: str) -> list[float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from finetune.data.control_tokens import all_strings
@@ -21,6 +22,9 @@ class Finding(NamedTuple):
     fix: str | None = None
 
 
+error, warning = partial(Finding, "error"), partial(Finding, "warning")
+
+
 def check(sample: Sample, text: str) -> list[Finding]:
     """All findings of one sample; `text` is its `whole_text`."""
     found = list(STRUCTURE[type(sample)](sample))
@@ -28,7 +32,7 @@ def check(sample: Sample, text: str) -> list[Finding]:
         half = HALF.search(all_strings([sample.messages, sample.tools or []]))
         if half is not None and half[0] not in text:
             what = f"half a surrogate pair (\\u{ord(half[0]):04x}) in a tool call or description"
-            found.append(Finding("error", "broken_encoding", what, "mend the \\u escapes"))
+            found.append(error("broken_encoding", what, "mend the \\u escapes"))
     if (not text.isascii() and SUSPECT.search(text)) or "\x00" in text:
         found += [f for number, m in enumerate(sample.turns, 1) for f in encoding(m["content"], f"turn {number}")]
     return found
@@ -39,7 +43,7 @@ def preference(sample: Preference) -> Iterator[Finding]:
     yield from answer(sample.chosen, "chosen")
     yield from answer(sample.rejected, "rejected")
     if sample.chosen == sample.rejected:
-        yield Finding("error", "same_answers", "chosen and rejected are the same", "remove the row")
+        yield error("same_answers", "chosen and rejected are the same", "remove the row")
 
 
 def unpaired(sample: Unpaired) -> Iterator[Finding]:
@@ -49,7 +53,7 @@ def unpaired(sample: Unpaired) -> Iterator[Finding]:
 
 def raw(sample: Text) -> Iterator[Finding]:
     if not sample.text.strip():
-        yield Finding("error", "empty_text", "the text is empty", "remove the row")
+        yield error("empty_text", "the text is empty", "remove the row")
 
 
 STRUCTURE: dict[type[Sample], Callable[[Any], Iterable[Finding]]] = {
@@ -59,15 +63,15 @@ STRUCTURE: dict[type[Sample], Callable[[Any], Iterable[Finding]]] = {
 
 def prompt(messages: list[Message]) -> list[Finding]:
     if not messages:
-        return [Finding("error", "empty_conversation", "there is no prompt", "add one, or remove the row")]
+        return [error("empty_conversation", "there is no prompt", "add one, or remove the row")]
     return turn_order(messages, answered=False)
 
 
 def answer(messages: list[Message], name: str) -> Iterable[Finding]:
     if not messages or messages[0]["role"] != "assistant":
-        yield Finding("error", "wrong_order", f"{name} does not begin with the assistant's turn", "mend the row")
+        yield error("wrong_order", f"{name} does not begin with the assistant's turn", "mend the row")
     elif all(blank(m) for m in messages):
-        yield Finding("error", "empty_answer", f"{name} is empty", "fill it in, or remove the row")
+        yield error("empty_answer", f"{name} is empty", "fill it in, or remove the row")
 
 
 def blank(message: Message) -> bool:
@@ -86,28 +90,26 @@ FOLLOWS = {
 def turn_order(messages: list[Message], answered: bool = True) -> list[Finding]:
     """Roles in order, no blank turns, with `answered` at least one answer of the assistant."""
     if not messages:
-        return [Finding("error", "empty_conversation", "the conversation has no turns", "remove the row")]
+        return [error("empty_conversation", "the conversation has no turns", "remove the row")]
     found: list[Finding] = []
     before = ""
     for number, message in enumerate(messages, 1):
         role = message["role"]
         if before not in FOLLOWS[role]:
             what, fix = order_message(number, role, before), order_fix(message, before, messages[number - 2])
-            found.append(Finding("error", "wrong_order", what, fix))
+            found.append(error("wrong_order", what, fix))
             if role == "system":
                 continue  # one complaint is enough: judge the next turn by the one before
         if not message["content"].strip() and blank(message):
             found += blank_turn(number, message)
         if role == "tool" and before == "assistant" and not messages[number - 2].get("tool_calls"):
-            found.append(
-                Finding("warning", "stray_tool_result", f"turn {number}: a tool result, but no call before it")
-            )
+            found.append(warning("stray_tool_result", f"turn {number}: a tool result, but no call before it"))
         before = role
     if answered and before != "assistant":
         if any(message["role"] == "assistant" for message in messages):
-            found.append(Finding("warning", "unanswered", f"ends with a turn of the {before}, which is not trained"))
+            found.append(warning("unanswered", f"ends with a turn of the {before}, which is not trained"))
         else:
-            found.append(Finding("error", "no_answer", "no turn of the assistant, nothing to learn", "add the answer"))
+            found.append(error("no_answer", "no turn of the assistant, nothing to learn", "add the answer"))
     return found
 
 
@@ -141,7 +143,7 @@ def unread(row: Mapping[str, Any], text: str) -> Iterator[Finding]:
     """
     for column, turns in row.items():
         if turns and column in UNREAD and not (isinstance(turns, str) and turns.strip() in text):
-            yield Finding("warning", "unread_key", f"a column that is not read: {column}")
+            yield warning("unread_key", f"a column that is not read: {column}")
         if not isinstance(turns, list):
             continue
         for number, turn in enumerate(turns, 1):
@@ -153,9 +155,9 @@ def unread(row: Mapping[str, Any], text: str) -> Iterator[Finding]:
                 where = f"{column}, turn {number}"
                 if key in MEDIA:
                     fix = "remove the row; models are trained on text only"
-                    yield Finding("error", "unsupported_content", f"{where}: {key} cannot be read", fix)
+                    yield error("unsupported_content", f"{where}: {key} cannot be read", fix)
                 else:
-                    yield Finding("warning", "unread_key", f"{where}: not read: {key}")
+                    yield warning("unread_key", f"{where}: not read: {key}")
 
 
 UNREAD = {*REASONING, *MEDIA}
@@ -166,21 +168,17 @@ def trained_in_vain(messages: list[Message]) -> Iterator[Finding]:
     for number, message in () if is_plain(messages) else enumerate(messages, 1):
         if message["role"] != "assistant" and message.get("train"):
             what = f"turn {number}: not read: train (only turns of the assistant are trained)"
-            yield Finding("warning", "unread_key", what)
+            yield warning("unread_key", what)
 
 
 def blank_turn(number: int, message: Message) -> Iterable[Finding]:
     role = message["role"]
     if role == "assistant" and message.get("train", True):
-        yield Finding(
-            "error", "empty_answer", f"turn {number}: the assistant's answer is empty", "fill it in, or remove the row"
-        )
+        yield error("empty_answer", f"turn {number}: the assistant's answer is empty", "fill it in, or remove the row")
     elif role == "user":
-        yield Finding(
-            "error", "empty_turn", f"turn {number}: the user's turn is empty", "fill it in, or remove the row"
-        )
+        yield error("empty_turn", f"turn {number}: the user's turn is empty", "fill it in, or remove the row")
     elif role != "tool":  # a tool may well return nothing
-        yield Finding("warning", "empty_turn", f"turn {number}: the {role}'s turn is empty")
+        yield warning("empty_turn", f"turn {number}: the {role}'s turn is empty")
 
 
 HALF = re.compile("[\ud800-\udfff]")
@@ -194,14 +192,10 @@ def encoding(text: str, where: str) -> Iterable[Finding]:
         return
     char = hit[0]
     if "\ud800" <= char <= "\udfff":
-        yield Finding(
-            "error", "broken_encoding", f"{where}: half a surrogate pair (\\u{ord(char):04x})", "mend the \\u escapes"
-        )
+        yield error("broken_encoding", f"{where}: half a surrogate pair (\\u{ord(char):04x})", "mend the \\u escapes")
     elif char == "\x00":
-        yield Finding("warning", "broken_encoding", f"{where}: a NUL character")
+        yield warning("broken_encoding", f"{where}: a NUL character")
     elif char == "\ufffd":
-        yield Finding("warning", "broken_encoding", f"{where}: U+FFFD, a character that was lost in a conversion")
+        yield warning("broken_encoding", f"{where}: U+FFFD, a character that was lost in a conversion")
     else:
-        yield Finding(
-            "warning", "broken_encoding", f"{where}: {char!r} looks like text decoded with the wrong encoding"
-        )
+        yield warning("broken_encoding", f"{where}: {char!r} looks like text decoded with the wrong encoding")

@@ -14,12 +14,8 @@ Fields = dict[str, Any]
 
 
 def is_turns(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and isinstance(value[0], dict)
-        and ("role" in value[0] or "from" in value[0])
-    )
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and ("role" in first or "from" in first)
 
 
 def listed(value: Any) -> Any:
@@ -34,20 +30,16 @@ def listed(value: Any) -> Any:
 
 def field(row: Fields, *names: str) -> Any:
     """The first of these columns the row has; RowProblem when it has none."""
-    for name in names:
-        value = row.get(name)
-        if value is not None:
-            return value
+    if (value := maybe(row, *names)) is not None:
+        return value
     null = next((name for name in names if name in row), None)
     if null is not None:
         raise RowProblem("missing_column", f"{null} is null", "fill it in, or remove the row")
     have = ", ".join(sorted(map(str, row))) or "none"
     near = difflib.get_close_matches(names[0], map(str, row), n=1)
-    hint = (
-        f"rename {near[0]!r} or set data.columns: {{{names[0]}: {near[0]}}}"
-        if near
-        else "fill it in, or map it with data.columns"
-    )
+    hint = "fill it in, or map it with data.columns"
+    if near:
+        hint = f"rename {near[0]!r} or set data.columns: {{{names[0]}: {near[0]}}}"
     raise RowProblem("missing_column", f"no {' or '.join(map(repr, names))} (columns: {have})", hint)
 
 
@@ -145,17 +137,8 @@ def alpaca(row: Fields) -> list[Conversation]:
 
 
 PROMPT_ONLY = {
-    "instruction",
-    "input",
-    "context",
-    "history",
-    "system",
-    "system_prompt",
-    "tools",
-    "id",
-    "prompt",
-    "category",
-}
+    "instruction", "input", "context", "history", "system", "system_prompt", "tools", "id", "prompt", "category",
+}  # fmt: skip
 
 
 def self_instruct(row: Fields) -> list[Conversation]:

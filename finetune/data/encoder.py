@@ -19,36 +19,21 @@ class Encoder(Protocol):
     @property
     def tokenizer(self) -> Any: ...
     @property
-    def template(self) -> str | None:
-        """The chat template; None where ids are built without one."""
-
+    def template(self) -> str | None: ...  # the chat template, where ids are built with one
     @property
-    def origin(self) -> str:
-        """Where the chat format comes from, in words."""
-
+    def origin(self) -> str: ...  # of the chat format, in words
     @property
-    def notice(self) -> str | None:
-        """What a user should be told of it."""
-
+    def notice(self) -> str | None: ...  # what a user should be told of it
     @property
-    def stop_ids(self) -> list[int]:
-        """Tokens that end a reply."""
-
+    def stop_ids(self) -> list[int]: ...  # tokens that end a reply
     @property
-    def end_id(self) -> int | None:
-        """The token that closes a reply in training."""
-
+    def end_id(self) -> int | None: ...  # the token that closes a reply in training
     @property
-    def separator(self) -> int | None:
-        """An end token that replies share with documents."""
-
+    def separator(self) -> int | None: ...  # an end token that replies share with documents
     @property
-    def guard(self) -> Guard | None:
-        """Finds written-out control tokens; None where none can be written."""
-
+    def guard(self) -> Guard | None: ...  # finds written-out control tokens; None where none can be written
     @property
-    def losses(self) -> Losses:
-        """What of a conversation never reaches the ids."""
+    def losses(self) -> Losses: ...  # what of a conversation never reaches the ids
 
     def encode(self, conversation: Conversation, train_on: str = "assistant") -> Encoded:
         """Ids and labels of one conversation. RowProblem when it cannot be encoded."""

@@ -32,8 +32,9 @@ def mend(
     audit = Audit(config, encoder, kind, eval_data, list_all=True)
     for _ in audit.rows():
         pass
-    audit.check_whole()
-    reasons = audit.rejects()
+    if audit.notes.cut_off:
+        raise UserError(audit.notes.cut_off)
+    reasons = rejects(audit)
     parts = [fresh(file) for file in files(out)]
     kept = 0
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +57,17 @@ def mend(
         for part in parts:
             part.unlink(missing_ok=True)
     return kept, len(reasons), files(out)[1]
+
+
+def rejects(audit: Audit) -> dict[tuple[str, int], list[str]]:
+    """(file, row) -> why, of every row that is taken out: errors, duplicates, leaks, nothing left to train."""
+    out: dict[tuple[str, int], list[str]] = {}
+    for level, file, row, finding in audit.notes.problems:
+        if level == "error" or finding.kind in ("leakage", "cut_away"):
+            out.setdefault((file, row), []).append(finding.message)
+    for again, (file, row) in audit.duplicates.found():
+        out.setdefault(again, []).append(f"the same as {file}, row {row}")
+    return out
 
 
 def files(out: Path) -> tuple[Path, Path]:

@@ -1,6 +1,6 @@
 """Row formats: one line of FORMATS each. `detect` looks at the rows' fields, never at file names.
 
-    detect(rows) -> name             convert(row, name) -> sample         convert_all(row, name) -> samples
+    detect(rows) -> name             FORMATS[name].convert(shaped(row)) -> samples
 
 To add a format: a converter (row -> samples) in converters.py and a line in FORMATS, whose order is
 the order of recognition: the more specific stands first.
@@ -8,35 +8,19 @@ the order of recognition: the more specific stands first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from finetune.data.converters import (
-    PAIRS,
-    RANKED,
-    Fields,
-    alpaca,
-    inputs_targets,
-    is_turns,
-    label_of,
-    listed,
-    preference_pair,
-    prompt_completion,
-    question_answer,
-    ranked,
-    raw_text,
-    self_instruct,
-    turns,
-    unpaired,
-)
-from finetune.data.types import Conversation, Preference, Sample, Text, Unpaired
+from finetune.data import converters
+from finetune.data.converters import RANKED, Fields, is_turns, label_of, listed
+from finetune.data.types import Sample
 from finetune.errors import UserError
 
 
 class Format(NamedTuple):
     kind: str  # sft | preference | unpaired | text
     recognise: Callable[[Fields], bool]
-    convert: Callable[[Fields], list[Any]]
+    convert: Callable[[Fields], Sequence[Sample]]
     columns: str
     """The columns as the documentation shows them; [brackets] mark optional ones."""
     about: str
@@ -63,72 +47,71 @@ def has(*names: str) -> Callable[[Fields], bool]:
 
 FORMATS: dict[str, Format] = {
     "preference": Format(
-        "preference", has("chosen", "rejected"), preference_pair,
+        "preference", has("chosen", "rejected"), converters.preference_pair,
         "[prompt|conversations|instruction], chosen (or chosen_messages), rejected, [system], [tools]",
         "a better and a worse answer: text, turns, sharegpt turns, or two full transcripts without a prompt",
         "preference.jsonl",
     ),
     "unpaired": Format(
-        "unpaired", is_unpaired, unpaired,
+        "unpaired", is_unpaired, converters.unpaired,
         "messages (or prompt, completion), label", "one answer, good (true) or bad (false), for KTO",
         "unpaired.jsonl",
     ),
     "ranked": Format(
         "preference",
-        is_ranked, ranked, "prompt (or instruction), responses, [scores|ranks]",
+        is_ranked, converters.ranked, "prompt (or instruction), responses, [scores|ranks]",
         "several answers, best first or with scores; every pair of different rank becomes a preference",
         "ranked.jsonl",
     ),
     "self_instruct": Format(
-        "sft", lambda row: "instruction" in row and isinstance(row.get("instances"), list), self_instruct,
+        "sft", lambda row: "instruction" in row and isinstance(row.get("instances"), list), converters.self_instruct,
         "instruction, instances: [{input, output}]", "self-instruct seed tasks; one sample per instance",
         "self_instruct.jsonl",
     ),
     "sharegpt": Format(
-        "sft", lambda row: any(is_turns(row.get(c)) and "from" in row[c][0] for c in TURNS), turns,
+        "sft", lambda row: any(is_turns(row.get(t)) and "from" in row[t][0] for t in TURNS), converters.turns,
         "conversations: [{from, value}], [system], [tools]",
         "turns from human, gpt, system, function_call, observation, tool",
         "sharegpt.json",
     ),
     "chatglm3": Format(
-        "sft", lambda row: is_turns(row.get("conversations")), turns,
+        "sft", lambda row: is_turns(row.get("conversations")), converters.turns,
         "conversations: [{role, content, [loss]}], [tools]",
         "ChatGLM3's fine-tuning demo, tool turns and per-turn loss included",
         "chatglm3.json",
     ),
     "messages": Format(
-        "sft", lambda row: any(isinstance(row.get(c), list) for c in TURNS), turns,
+        "sft", lambda row: any(isinstance(row.get(t), list) for t in TURNS), converters.turns,
         "messages: [{role, content, [tool_calls], [train]}], [tools]",
         "OpenAI's chat form, with tool calls and content parts",
         "messages.jsonl",
     ),
     "alpaca": Format(
-        "sft", has("instruction"), alpaca, "instruction, [input], output, [history], [system]",
+        "sft", has("instruction"), converters.alpaca, "instruction, [input], output, [history], [system]",
         "Stanford Alpaca and its many children",
         "alpaca.json",
     ),
     "prompt_completion": Format(
-        "sft", lambda row: "prompt" in row or "query" in row, prompt_completion,
+        "sft", lambda row: "prompt" in row or "query" in row, converters.prompt_completion,
         "prompt, completion (or response), [system], [tools]", "text or turns in both columns",
         "prompt_completion.jsonl",
     ),
     "question_answer": Format(
-        "sft", lambda row: "question" in row or has("problem", "solution")(row), question_answer,
+        "sft", lambda row: "question" in row or has("problem", "solution")(row), converters.question_answer,
         "question (or problem), answer (or solution), [context]", "GSM8K and other question sets",
         "question_answer.csv",
     ),
     "inputs_targets": Format(
-        "sft", lambda row: any(has(*pair)(row) for pair in PAIRS), inputs_targets,
+        "sft", lambda row: any(has(*pair)(row) for pair in converters.PAIRS), converters.inputs_targets,
         "inputs, targets (or input, output; source, target)", "FLAN and T5 style",
         "inputs_targets.tsv",
     ),
     "text": Format(
-        "text", has("text"), raw_text, "text",
+        "text", has("text"), converters.raw_text, "text",
         "raw text, for pre-training; in a text file every line is a document (or see data.text_unit)",
         "text.txt",
     ),
 }  # fmt: skip
-KINDS = {"sft": Conversation, "preference": Preference, "unpaired": Unpaired, "text": Text}
 
 
 def rename(row: Fields, columns: Mapping[str, str] | None) -> Fields:
@@ -170,16 +153,5 @@ def detect(rows: Iterable[Fields], columns: Mapping[str, str] | None = None) -> 
             fix=f"set data.columns, or data.format to one of {', '.join(FORMATS)}",
         )
     # Not simply the best: every preference row also looks like a bare prompt, and one broken row must not decide.
-    return (
-        next(name for name in FORMATS if 2 * counts[name] >= len(renamed)) if 2 * counts[best] >= len(renamed) else best
-    )
-
-
-def convert_all(row: Fields, name: str, columns: Mapping[str, str] | None = None) -> list[Any]:
-    """All samples of one row (seed tasks and ranked lists hold several). Raises RowProblem."""
-    return FORMATS[name].convert(shaped(row, columns))
-
-
-def convert(row: Fields, name: str, columns: Mapping[str, str] | None = None) -> Sample:
-    """The first sample of one row. Raises RowProblem."""
-    return convert_all(row, name, columns)[0]
+    often = (name for name in FORMATS if 2 * counts[name] >= len(renamed))
+    return next(often, best)

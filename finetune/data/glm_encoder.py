@@ -34,7 +34,7 @@ class GlmEncoder:
         return Encoded(ids, labels, weights if set(weights) - {0, 1} else None, lost=shown.told(lost, trained))
 
     def _shown(self, messages: list[Message], tools: Any) -> str | None:
-        ids = attempted(chat_glm.encode_messages, self.tokenizer, messages, tools)
+        ids = attempted(chat_glm.encode_weighted, self.tokenizer, messages, tools)
         return None if isinstance(ids, RowProblem) else str(self.tokenizer.decode(ids[0]))
 
     def plan_batch(self, conversations: Sequence[Conversation], train_on: str) -> list[Encoded | RowProblem]:

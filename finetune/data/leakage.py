@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from finetune.data.checks import Finding
+from finetune.data import checks
 from finetune.data.samples import read_samples, specs
 from finetune.data.types import Sample
 from finetune.recipe.sections import DataConfig
@@ -124,13 +124,13 @@ class HeldOut:
         self.places = [f"{item.file}, row {item.row}" for item in items]
         self.index = Index([i.usable.prompt_text for i in items], [i.usable.questions for i in items])
 
-    def findings(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Finding]]:
+    def findings(self, samples: Sequence[Sample]) -> Iterator[tuple[int, checks.Finding]]:
         for row, (match, similarity) in sorted(self.index.matches(samples).items()):
             place = self.places[match]
             if similarity:
                 how = "is in the held-out data" if similarity == 1 else f"is {similarity:.0%} in the held-out data"
                 fix = "take it out of one of the two"
-                yield row, Finding("warning", "leakage", f"the prompt {how} ({place})", fix)
+                yield row, checks.warning("leakage", f"the prompt {how} ({place})", fix)
             else:
                 what = f"the question is in the held-out data ({place}), under another system turn"
-                yield row, Finding("warning", "same_question", what)
+                yield row, checks.warning("same_question", what)

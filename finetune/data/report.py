@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from finetune.data import checks
 from finetune.data.checks import Finding
 from finetune.data.samples import Item
 from finetune.data.types import RowProblem
@@ -106,7 +107,7 @@ class Notes:
             self.problems.append(noted)
 
     def warn(self, item: Item, kind: str, message: str, fix: str | None = None) -> None:
-        self.add("warning", item, Finding("warning", kind, message, fix))
+        self.add("warning", item, checks.warning(kind, message, fix))
 
     def errors(self) -> list[Problem]:
         return [noted.as_problem() for noted in self.problems if noted.level == "error"]

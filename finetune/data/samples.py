@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -129,7 +129,7 @@ def read_samples(spec: sources.Spec, config: DataConfig, kind: str | None = "sft
             try:
                 if exported:
                     data = without_nulls(data)
-                samples: list[Sample] = convert(formats.shaped(data, columns))
+                samples: Sequence[Sample] = convert(formats.shaped(data, columns))
                 if kind == "unpaired":
                     samples = [half for sample in samples for half in sample.apart()]
                 for sample in samples:

@@ -38,11 +38,15 @@ class Losses:
         self.known: dict[Any, list[tuple[int, str]]] = {}
 
     def of(self, messages: list[Message], tools: Any) -> list[tuple[int, str]]:
+        """The fields that `show` leaves out, in order, each once."""
         key = shape(messages, tools, self.tags)
         if key not in self.known:
             if len(self.known) >= KEPT:
                 self.known.clear()
-            self.known[key] = lost(self.show, messages, tools, self.tags)
+            written, described, words = experiment(messages, tools, self.tags)
+            text = self.show(written, described)  # None: refused for what the words are; the row itself was not
+            places = [] if text is None else [place for word, place in words.items() if word not in text]
+            self.known[key] = list(dict.fromkeys(places))
         return self.known[key]
 
 
@@ -52,18 +56,6 @@ def shape(messages: list[Message], tools: Any, tags: re.Pattern[str] | None) -> 
     if plain and (tags is None or not any("<" in m["content"] or "[" in m["content"] for m in messages)):
         return tuple([(m["role"], not m["content"].strip()) for m in messages])
     return repr(experiment(messages, tools, tags)[:2])
-
-
-def lost(
-    show: Callable[[list[Message], Any], str | None],
-    messages: list[Message], tools: Any, tags: re.Pattern[str] | None,
-) -> list[tuple[int, str]]:  # fmt: skip
-    """The fields that `show` leaves out, in order, each once."""
-    written, described, words = experiment(messages, tools, tags)
-    text = show(written, described)
-    if text is None:
-        return []  # refused for what the words are; the row itself was not
-    return list(dict.fromkeys(place for word, place in words.items() if word not in text))
 
 
 def experiment(
@@ -145,8 +137,5 @@ def described(tool: dict[str, Any], word: Callable[[int, str], str]) -> dict[str
 
 def told(found: list[tuple[int, str]], trained: set[int]) -> tuple[tuple[str, bool], ...]:
     """(what is lost, whether it would have been trained), as Encoded has it."""
-    return tuple([(told_field(turn, field), field in SAID and turn in trained) for turn, field in found])
-
-
-def told_field(turn: int, field: str) -> str:
-    return field if turn == ALL_TOOLS else f"the {field} of turn {turn + 1}"
+    names = [field if turn == ALL_TOOLS else f"the {field} of turn {turn + 1}" for turn, field in found]
+    return tuple([(name, field in SAID and turn in trained) for name, (turn, field) in zip(names, found, strict=True)])

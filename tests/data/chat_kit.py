@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.data import chat
+from finetune.data import chat, formats
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -105,3 +105,12 @@ def write(path: Path, rows: list[Any]) -> str:
 def make_rows(count: int, name: str = "x") -> list[dict[str, Any]]:
     """Short conversations, all different."""
     return [{"messages": [user(f"{name} question {i}"), assistant(f"answer {i * 7}")]} for i in range(count)]
+
+
+def converted(row: dict[str, Any], name: str, columns: dict[str, str] | None = None) -> list[Any]:
+    """The samples of one row of this format."""
+    return list(formats.FORMATS[name].convert(formats.shaped(row, columns)))
+
+
+def first(row: dict[str, Any], name: str, columns: dict[str, str] | None = None) -> Any:
+    return converted(row, name, columns)[0]

@@ -248,7 +248,7 @@ def test_the_same_question_under_another_system_turn_is_told(tmp_path: Path) -> 
     assert [(row, found.kind) for _, _, row, found in made.notes.problems] == [(1, "same_question"), (2, "leakage")]
     assert "1 rows whose question is in the held-out data, under another system turn" in made.warnings()
     assert made.counts["leaked"] == 1
-    assert list(made.rejects()) == [(held.replace("held", "x"), 2)]  # --fix takes out what is surely the same
+    assert list(fix.rejects(made)) == [(held.replace("held", "x"), 2)]  # --fix takes out what is surely the same
 
 
 def test_the_assistants_own_tags_are_no_forged_tokens(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from chat_kit import assistant, byte_level, encoder, sentencepiece_like, system,
 from test_templates import make
 
 from finetune.data import chat, templates
-from finetune.data.types import Conversation, RowProblem
+from finetune.data.encoder import Encoder, scored_end, scored_ids
+from finetune.data.types import Conversation, Encoded, RowProblem
 from finetune.errors import UserError
 
 END, START = 256, 258  # ids of <|im_end|> and <|im_start|> in the byte-level tokenizer
@@ -18,8 +19,14 @@ CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"id": 
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
 
 
-def text(row: chat.Encoded, labels: bool = False) -> str:
+def text(row: Encoded, labels: bool = False) -> str:
     return tokenizer().decode([t for t in row.labels if t != -100] if labels else row.input_ids)
+
+
+def encode_batch(made: Encoder, conversations: list[Conversation]) -> list[Encoded | RowProblem]:
+    """In the three steps of the audit."""
+    plans = made.plan_batch(conversations, "assistant")
+    return made.label_batch(plans, made.tokenize_batch(plans))
 
 
 def test_golden_ids_and_labels() -> None:
@@ -183,14 +190,14 @@ def test_a_template_without_an_end_of_turn_gets_one_at_the_end() -> None:
     row = chat.make_encoder(made).encode(Conversation([user("q"), assistant("a"), user("r"), assistant("b")]))
     assert row.input_ids[-1] == row.labels[-1] == made.eos_token_id
     assert made.decode([t for t in row.labels if t != -100]) == "ab</s>"
-    assert chat.scored_end(chat.make_encoder(made)) == made.eos_token_id
+    assert scored_end(chat.make_encoder(made)) == made.eos_token_id
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "gemma3", "mistral", "phi3", "chatml"])
 def test_replies_are_scored_with_the_end_that_pairs_have(name: str) -> None:
     _, encoder = make(name)
     row = encoder.encode(Conversation([user("q"), assistant("a")]))
-    assert chat.scored_end(encoder) == chat.scored_ids(row, encoder.separator)[-1]
+    assert scored_end(encoder) == scored_ids(row, encoder.separator)[-1]
 
 
 def test_templates_whose_prompt_is_not_their_record_are_refused() -> None:
@@ -264,7 +271,7 @@ def test_batches_equal_single_rows_and_carry_problems() -> None:
     good = Conversation([user("q"), assistant("a")])
     forged = Conversation([user("q<|im_end|>"), assistant("a")])
     _, gemma = make("gemma")
-    rows = gemma.encode_batch([good, Conversation([system("s"), user("q"), assistant("a")]), forged])
+    rows = encode_batch(gemma, [good, Conversation([system("s"), user("q"), assistant("a")]), forged])
     assert rows[0] == gemma.encode(good)
     assert isinstance(rows[1], RowProblem)
     assert rows[2] == gemma.encode(forged)
@@ -294,5 +301,5 @@ def test_chatglm_goes_its_own_way() -> None:
     assert row.weights is not None
     assert {w for w, label in zip(row.weights, row.labels, strict=True) if label != -100} == {0.5, 1.0}
     assert row.labels[-1] == made.eos_token_id in encoder.stop_ids
-    rows = encoder.encode_batch([Conversation(messages), Conversation([user("q"), assistant("a", train=False)])])
+    rows = encode_batch(encoder, [Conversation(messages), Conversation([user("q"), assistant("a", train=False)])])
     assert rows[0] == row

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_kit import assistant, system, user, write
+from chat_kit import assistant, first, system, user, write
 
 from finetune.data import formats
 from finetune.data.converters import label_of
@@ -28,7 +28,7 @@ def text(value: Any, key: str = "value") -> dict[str, Any]:
 
 
 def convert(row: dict[str, Any]) -> Any:
-    return formats.convert(row, formats.detect([row]))
+    return first(row, formats.detect([row]))
 
 
 @pytest.mark.parametrize(("parts", "wanted"), [

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_kit import assistant, system, user
+from chat_kit import assistant, converted, first, system, user
 
 from finetune.data import formats
 from finetune.data.samples import read_samples
@@ -182,7 +182,7 @@ def test_columns_can_be_mapped() -> None:
     row = {"问题": "q", "回答": "a", "id": 3}
     columns = {"instruction": "问题", "output": "回答"}
     assert formats.detect([row], columns) == "alpaca"
-    assert formats.convert(row, "alpaca", columns) == Conversation([user("q"), assistant("a")])
+    assert first(row, "alpaca", columns) == Conversation([user("q"), assistant("a")])
     with pytest.raises(UserError, match=r"no known format has the columns id, 回答, 问题"):
         formats.detect([row])
 
@@ -218,7 +218,7 @@ def test_columns_can_be_mapped() -> None:
 ])  # fmt: skip
 def test_variants(row: dict[str, Any], wanted: list[dict[str, Any]]) -> None:
     name = formats.detect([row])
-    sample = formats.convert(row, name)
+    sample = first(row, name)
     assert isinstance(sample, Conversation)
     assert sample.messages == wanted
 
@@ -227,11 +227,11 @@ def test_preference_variants() -> None:
     turns = [user("q"), assistant("a1"), user("r")]
     transcripts = {"chosen": [*turns, assistant("good")], "rejected": [*turns, assistant("bad")]}
     wanted = Preference(turns, [assistant("good")], [assistant("bad")])
-    assert formats.convert(transcripts, "preference") == wanted
-    assert formats.convert({"prompt": turns, **transcripts}, "preference") == wanted
-    assert formats.convert({"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+    assert first(transcripts, "preference") == wanted
+    assert first({"prompt": turns, **transcripts}, "preference") == wanted
+    assert first({"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
                            "preference") == pair("q", "a", "b")  # fmt: skip
-    assert formats.convert({"instruction": "i", "input": "x", "chosen": "a", "rejected": "b"}, "preference") == pair(
+    assert first({"instruction": "i", "input": "x", "chosen": "a", "rejected": "b"}, "preference") == pair(
         "i\nx", "a", "b"
     )
     scored = {
@@ -239,22 +239,20 @@ def test_preference_variants() -> None:
         "completions": [{"response": "a", "overall_score": 3}, {"response": "b", "overall_score": 8}],
     }
     assert formats.detect([scored]) == "ranked"
-    assert formats.convert_all(scored, "ranked") == [pair("q", "b", "a")]
+    assert converted(scored, "ranked") == [pair("q", "b", "a")]
     listed = {"prompt": "q", "answers": [{"answer": "a", "rank": 2.0}, {"answer": "b", "rank": 1.0}]}
-    assert formats.convert_all(listed, formats.detect([listed])) == [pair("q", "b", "a")]
-    assert formats.convert_all({"instruction": "q", "output": ["a", "b"], "rank": [2, 1]}, "ranked") == [
-        pair("q", "b", "a")
-    ]
-    assert formats.convert({"conversations": [user("q"), assistant("a")], "kto_tag": False}, "unpaired") == (
+    assert converted(listed, formats.detect([listed])) == [pair("q", "b", "a")]
+    assert converted({"instruction": "q", "output": ["a", "b"], "rank": [2, 1]}, "ranked") == [pair("q", "b", "a")]
+    assert first({"conversations": [user("q"), assistant("a")], "kto_tag": False}, "unpaired") == (
         Unpaired([user("q")], [assistant("a")], False)
     )
 
 
 def test_a_prompt_alone_is_a_prompt() -> None:
     for row in ({"prompt": "q"}, {"instruction": "q"}, {"question": "q"}, {"messages": [user("q")]}):
-        assert formats.convert(row, formats.detect([row])) == Conversation([user("q")])
+        assert first(row, formats.detect([row])) == Conversation([user("q")])
 
 
 def test_rows_that_do_not_fit_raise_a_row_problem() -> None:
     with pytest.raises(RowProblem, match="no 'instruction'"):
-        formats.convert({"instructoin": "i"}, "alpaca")
+        first({"instructoin": "i"}, "alpaca")

@@ -38,11 +38,15 @@ def test_every_block_is_full_and_every_document_stands_in_order(texts, length):
 
 def test_held_out_texts_are_chosen_by_content():
     texts = [f"text {i}" for i in range(100)]
-    held, rest = raw.split(texts, 0.1)
-    again, _ = raw.split(texts[::-1], 0.1)
-    assert len(held) == 10
-    assert set(held) == set(again)
-    assert sorted([*held, *rest]) == sorted(texts)
+    for share, few, many in ((10, 10, 10), (0.1, 3, 20)):
+        held, rest = raw.split(texts, share)
+        again, _ = raw.split(texts[::-1], share)
+        assert few <= len(held) <= many
+        assert set(held) == set(again)
+        assert sorted([*held, *rest]) == sorted(texts)
+        assert raw.split(["TEXT  " + text[5:] + "." for text in texts], share)[0] == [
+            "TEXT  " + text[5:] + "." for text in texts if text in held
+        ]
 
 
 def test_texts_come_from_a_text_column_and_nothing_else(tmp_path):
