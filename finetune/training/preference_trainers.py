@@ -152,7 +152,7 @@ class Kto(Extras, RowMeans, KTOTrainer):
 
     def figures(self) -> dict[str, float]:
         found = super().figures()
-        if "rewards/margins" in found:
+        if {"rewards/chosen", "rewards/rejected"} <= found.keys():  # in whichever batches they were
             found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
         return found
 

@@ -14,6 +14,7 @@ import yaml
 from conftest import tensors, train, write_rows
 from rl_kit import reward_recipe, run_reward
 from test_accumulation import made, recipe_of, step
+from test_reward import plain_peft, text
 
 from finetune.adapters.load import apply
 from finetune.adapters.methods import METHODS
@@ -22,6 +23,7 @@ from finetune.data.chat import make_encoder
 from finetune.data.pairs import load_pairs, load_unpaired
 from finetune.data.prompts import load_prompts
 from finetune.errors import UserError
+from finetune.evaluation.rewards import score_rows
 from finetune.models import hardware, loading, tokenizers
 from finetune.recipe.adapters import ADAPTERS
 from finetune.recipe.file import check
@@ -131,26 +133,35 @@ def test_the_reference_is_where_the_policy_starts(
         for row in rows:
             if stage == "dpo":
                 found = [row["ref_chosen_logps"], row["ref_rejected_logps"]]
-                starts = [row[f"{name}_mask"].index(1) for name in ("chosen", "rejected")]
-                answers = [row["chosen_ids"], row["rejected_ids"]]
-                pairs = [(ids[:at], ids[at:]) for ids, at in zip(answers, starts, strict=True)]
+                pairs = []
+                for name in ("chosen", "rejected"):
+                    ids, at = row[f"{name}_ids"], row[f"{name}_mask"].index(1)
+                    pairs.append((ids[:at], ids[at : at + sum(row[f"{name}_mask"])]))
             else:
                 found = [row["ref_logps"], row["ref_KL_logps"]]
                 pairs = [(row["prompt_ids"], row[f"{name}completion_ids"]) for name in ("", "KL_")]
             assert found == pytest.approx([scored(expected.eval(), *pair) for pair in pairs], abs=2e-3)
 
 
-def test_reward_goes_on_with_the_head_of_its_start(base: Path, tmp_path: Path) -> None:
-    """With another seed: the same would draw the same head."""
-    first = run_reward(reward_recipe(tmp_path, base, train={"max_steps": 2}))
+@pytest.mark.parametrize(
+    "adapter",
+    [{"method": "lora", "r": 4}, {"method": "prompt_tuning"}, {"method": "last_layers", "num_layers": 1}],
+    ids=lambda adapter: adapter["method"],
+)
+def test_reward_goes_on_with_the_head_of_its_start(base: Path, tmp_path: Path, adapter: dict[str, Any]) -> None:
+    """With another seed: the same would draw the same head. It gives the scores that plain peft gives for the start."""
+    first = run_reward(reward_recipe(tmp_path, base, adapter=adapter, train={"max_steps": 4}))
     again = recipe_of(base, "reward", model={"adapter": str(first.path)}, train={"seed": 7})
     values = again.model_dump(exclude={"adapter"}, exclude_unset=True)
-    found = weights_of(made(check(yaml.safe_load(json.dumps(values)), "reward"), tmp_path))
+    trainer = made(check(yaml.safe_load(json.dumps(values)), "reward"), tmp_path)
     stored = tensors(first.adapter)
-    heads = [name for name in stored if name.endswith("score.weight")]
-    assert heads
-    ours = next(t for n, t in found.items() if "score" in n)
-    assert torch.equal(ours, stored[heads[0]])
+    (head,) = (tensor for name, tensor in stored.items() if name.endswith("score.weight"))
+    (ours,) = (tensor for name, tensor in weights_of(trainer).items() if "score" in name)
+    assert torch.equal(ours, head)
+    rows = [trainer.processing_class(text(i, "yes"))["input_ids"] for i in range(4)]
+    with torch.no_grad():
+        theirs = [plain_peft(base, first.adapter)(input_ids=torch.tensor([row])).logits.item() for row in rows]
+    assert score_rows(trainer.model.eval(), rows, 0) == pytest.approx(theirs, abs=1e-5)
 
 
 def test_an_answer_is_scored_at_its_end_whatever_is_trained(base: Path, tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 
-from finetune.training.preference import PairCollator, orpo_loss, simpo_loss, stuck
+from finetune.training.preference import PairCollator, orpo_loss, simpo_loss, stuck, with_other_answers
 
 CHOSEN, REJECTED, LENGTHS = [-12.5, -3.25, -40.0], [-15.0, -2.0, -38.0], ([10, 4, 33], [12, 3, 40])
 
@@ -75,3 +76,9 @@ def test_a_margin_that_stands_still_is_named() -> None:
     assert stuck(rows([0.0, 0.01, 0.05, 0.1, 0.2])) is None
     assert stuck(rows([0.0] * 3)) is None
     assert stuck([{"loss": 0.6931, "learning_rate": 1e-4}] * 8) is None
+
+
+def test_held_out_rows_of_one_prompt_have_answers_of_training_rows() -> None:
+    rows = Dataset.from_list([{"prompt_ids": [1], "completion_ids": [i]} for i in (10, 11)])
+    train = Dataset.from_list([{"prompt_ids": [p], "completion_ids": [20 + p]} for p in (1, 2, 3)])
+    assert {ids[0] for ids in with_other_answers(rows, train, 0)["KL_completion_ids"]} <= {22, 23}
