@@ -1,11 +1,10 @@
-"""A part of the rows, drawn by seed; and what counts as the same question."""
+"""A part of the rows, drawn by seed."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from finetune.data.samples import content_hash, drawn, question
-from finetune.data.types import Conversation, Text
+from finetune.data.samples import drawn
 
 
 def rows(count: int) -> Any:
@@ -27,21 +26,3 @@ def test_more_data_only_replaces() -> None:
     few, more = set(drawn(rows(500), 50, seed=1)), set(drawn(rows(600), 50, seed=1))
     assert {row for row in more if row < 500} <= few  # type: ignore[operator]
     assert list(drawn(rows(7), 50, seed=1)) == list(range(7))
-
-
-def asked(*turns: tuple[str, str]) -> Conversation:
-    return Conversation([{"role": role, "content": content} for role, content in turns])
-
-
-def test_the_same_question_in_other_clothes() -> None:
-    plain = asked(("user", "What is it?"), ("assistant", "a"))
-    for same in (
-        asked(("user", "  what IS it ？ "), ("assistant", "b")),
-        asked(("system", "be brief"), ("user", "What is it"), ("assistant", "c")),
-        asked(("user", "What is it?"), ("assistant", "a"), ("user", "and now?"), ("assistant", "d")),
-        Text("what is it."),
-    ):
-        assert question(same) == question(plain) == "whatisit"
-        assert content_hash(same) == content_hash(plain)
-    assert question(asked(("user", "?!"), ("assistant", "a"))) == "?!", "nothing but punctuation is a question, too"
-    assert content_hash(asked(("user", "What was it?"))) != content_hash(plain)

@@ -24,7 +24,7 @@ def known(tmp_path: Path) -> Any:
     for name in ("train", "eval"):
         write_rows(tmp_path / f"{name}.jsonl", [{"prompt": name}])
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
     recipe: Any = SimpleNamespace(
         model=SimpleNamespace(adapter=str(tmp_path / "adapter")),
