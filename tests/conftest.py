@@ -115,6 +115,7 @@ def ft(*arguments: Any, cwd: Path | None = None, stdin: str | None = None) -> su
     What it and its own children write is what the two streams got.
     """
     from finetune.cli import main
+    from finetune.terminal import progress
 
     words, streams = ["ft", *map(str, arguments)], (sys.stdin, sys.stdout, sys.stderr)
     before, kept, code = Path.cwd(), [os.dup(1), os.dup(2)], 0
@@ -123,6 +124,7 @@ def ft(*arguments: Any, cwd: Path | None = None, stdin: str | None = None) -> su
             streams[number].flush()
             os.dup2(file.fileno(), number)
         patch.setattr(sys, "argv", words)
+        patch.setattr(progress, "advising", True)
         patch.setenv("COLUMNS", "200")
         sys.stdin = io.StringIO(stdin or "")
         sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 from conftest import ft, write_rows
+from rl_kit import here
 
+from finetune import child
 from finetune.commands import compare
 from finetune.commands.compare import measure
 from finetune.errors import Interrupted, RunError, UserError
@@ -38,19 +40,18 @@ def test_a_comparison_from_start_to_end(
     checked: SftRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The base is measured in a process of its own; the rest here, or each step would cost nine seconds of imports."""
-    folder, started, in_a_process = tmp_path / "a comparison", [], compare.finetune
+    folder, started, in_a_process = tmp_path / "a comparison", [], child.run
 
-    def finetune(module: str, *words: str) -> None:
+    def run(*arguments: str, module: str = "finetune") -> tuple[int, str]:
         started.append(module)
         if len(started) == 1:
-            in_a_process(module, *words)
-        elif module == "finetune":
-            done = ft(*words)
-            assert done.returncode == 0, done.stderr
-        else:
-            Path(words[1]).write_text(json.dumps(measure.measure(Path(words[0]))))
+            return in_a_process(*arguments, module=module)
+        if module == "finetune":
+            return here(*arguments)
+        Path(arguments[1]).write_text(json.dumps(measure.measure(Path(arguments[0]))))
+        return 0, ""
 
-    monkeypatch.setattr(compare, "finetune", finetune)
+    monkeypatch.setattr(child, "run", run)
     lists = compare.parse("lora, prompt_tuning,lora", "none", "1")
     compare.run(checked, *lists, str(folder))
     measuring = "finetune.commands.compare.measure"

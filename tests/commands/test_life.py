@@ -439,6 +439,20 @@ def test_numbers_that_are_none_stop_the_run(write: Write, tmp_path: Path, base: 
         json.loads(line, parse_constant=pytest.fail)
 
 
+def test_a_held_out_loss_that_is_none_stops_the_run(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = Extras.evaluation_loop
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = evaluate(self, *args, **kwargs)
+        output.metrics["eval_loss"] = math.nan
+        return output
+
+    monkeypatch.setattr(Extras, "evaluation_loop", broken)
+    path = write("sft", data={"eval_split": 8}, train={"max_steps": 3, "eval_steps": 2})
+    with pytest.raises(RunError, match="eval_loss became nan at step 2: lower train"):
+        run(path)
+
+
 @pytest.mark.parametrize("stage", [*TRAINERS, "ppo"])
 def test_weights_of_the_last_step_are_looked_at(
     write: Write, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, stage: str
@@ -484,7 +498,7 @@ def test_steps_that_loss_scaling_leaves_out_do_not_end_a_run(
     write: Write, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     monkeypatch.setattr(torch.amp, "GradScaler", LargeScale)
-    steps = 4 if stage == "ppo" else 24  # of several updates each
+    steps = 8 if stage == "ppo" else 24  # of several updates each
     settings = {"max_steps": steps, "logging_steps": 1, "save_steps": 100}
     sections: dict[str, Any] = {"model": {"dtype": "float16"}, "train": settings}
     found = run(ppo_recipe(tmp_path, base, "run", **sections) if stage == "ppo" else write(stage, **sections))

@@ -370,6 +370,24 @@ def test_interrupt_saves_a_checkpoint_and_resumes(
     assert logged(resumed, "loss") == logged(whole, "loss")
 
 
+def test_a_second_interrupt_does_not_wait_for_the_checkpoint(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.training_step
+
+    def interrupted(self: Any, *arguments: Any, **more: Any) -> Any:
+        for _ in range(2 * (self.state.global_step == 1)):
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *arguments, **more)
+
+    monkeypatch.setattr(Trainer, "training_step", interrupted)
+    done = ft("sft", "--recipe", recipe())
+    assert done.returncode == 130, done.stderr
+    assert "interrupted before there was a checkpoint; start again with ft sft" in done.stderr
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "as it was"
+
+
 def test_summary_names_the_next_command(recipe: Recipe, tmp_path: Path) -> None:
     done = ft("sft", "--recipe", recipe(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
