@@ -177,17 +177,17 @@ def test_plain_arguments_are_known_by_content(tmp_path: Path, monkeypatch: pytes
     assert early.chat("tiny-qwen", None, None) == ("tiny-qwen", None)
 
 
-def test_recipe_or_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.cli import _recipe_or_data
+def testrecipe_or_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.cli.groups import recipe_or_data
 
     monkeypatch.chdir(tmp_path)
-    assert _recipe_or_data("mine.yaml", None, None) == ("mine.yaml", None)
-    assert _recipe_or_data("quickstart", None, None) == ("quickstart", None)
-    assert _recipe_or_data("mine.yaml", None, "rows.jsonl") == ("mine.yaml", "rows.jsonl")
-    assert _recipe_or_data("rows.jsonl", "mine.yaml", None) == ("mine.yaml", "rows.jsonl")
-    assert _recipe_or_data("builtin:tickets/train", None, None) == (None, "builtin:tickets/train")
+    assert recipe_or_data("mine.yaml", None, None) == ("mine.yaml", None)
+    assert recipe_or_data("quickstart", None, None) == ("quickstart", None)
+    assert recipe_or_data("mine.yaml", None, "rows.jsonl") == ("mine.yaml", "rows.jsonl")
+    assert recipe_or_data("rows.jsonl", "mine.yaml", None) == ("mine.yaml", "rows.jsonl")
+    assert recipe_or_data("builtin:tickets/train", None, None) == (None, "builtin:tickets/train")
     (tmp_path / "quickstart").mkdir()  # a folder of data
-    assert _recipe_or_data("quickstart", None, None) == (None, "quickstart")
+    assert recipe_or_data("quickstart", None, None) == (None, "quickstart")
 
 
 # --- a recipe that wants more than there is ---

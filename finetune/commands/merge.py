@@ -58,6 +58,7 @@ SAMPLES = (
 def run(
     adapter: str,
     output: str,
+    *,
     model: str | None = None,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
