@@ -17,7 +17,7 @@ from finetune.models import sources
 from finetune.recipe.file import load, to_yaml
 from finetune.recipe.resolve import Hardware, resolve
 from finetune.recipe.sections import ModelConfig
-from finetune.recipe.stages import SftRecipe
+from finetune.recipe.stages import ROWS, SftRecipe
 
 RECIPE = """\
 # ft sft --recipe mine.yaml            one 24 GB GPU (bfloat16)
@@ -77,9 +77,9 @@ CASES: list[tuple[str, str]] = [
     ("ppo ppo.yaml --set reward.model=runs/naer", "runs/naer: no such run, adapter or model → did you mean runs/near?"),
     ("ppo ppo.yaml --set reward.model=owner/judge", "owner/judge: model.name: is neither here nor in the cache"),
     ("ppo ppo.yaml --set reward.train=rowz.jsonl", "rowz.jsonl: reward.train: no such file"),
-    *((f"{stage} {stage}.yaml --set model.name=tiny-lama", "did you mean tiny-llama?") for stage in early.ROWS),
-    *((f"{stage} {stage}.yaml --set data.train=rowz.jsonl", "did you mean rows.jsonl?") for stage in early.ROWS),
-    *((f"{stage} {stage}.yaml --set data.train=broken.jsonl", "broken.jsonl, row 1") for stage in early.ROWS),
+    *((f"{stage} {stage}.yaml --set model.name=tiny-lama", "did you mean tiny-llama?") for stage in ROWS),
+    *((f"{stage} {stage}.yaml --set data.train=rowz.jsonl", "did you mean rows.jsonl?") for stage in ROWS),
+    *((f"{stage} {stage}.yaml --set data.train=broken.jsonl", "broken.jsonl, row 1") for stage in ROWS),
     ("sft mine.yaml --set model.name=bert --set data.train=rowz.jsonl", "BERT"),
 ]
 PROGRAM = """
@@ -121,7 +121,7 @@ def folder_of_runs(tmp: Path) -> None:
     write("mine.yaml", half)
     begun: Any = load(str(tmp / "mine.yaml"), SftRecipe, output=str(tmp / "runs/half"))
     write("runs/half/recipe.yaml", to_yaml(resolve(begun, Hardware("cuda", True, 80.0))))  # on another machine
-    for stage in early.ROWS:
+    for stage in ROWS:
         more = "reward: {functions: [rule.py:f]}\n" if stage == "ppo" else ""
         write(f"{stage}.yaml", RECIPE.format(stage=stage, model="tiny-llama", data="rows.jsonl") + more)
     write("rule.py", "def f(prompts, completions, **_):\n    return [0.0] * len(prompts)\n")
