@@ -27,17 +27,13 @@ from finetune.recipe.file import load
 from finetune.recipe.reading import find, recipe_text
 from finetune.recipe.resolve import Hardware, absolute_data, resolve
 from finetune.recipe.sections import ModelConfig
-from finetune.recipe.stages import RECIPES, Recipe
+from finetune.recipe.stages import RECIPES, ROWS, Recipe
 from finetune.run.directory import read_recipe
 from finetune.run.guards import check_inputs, check_output
 from finetune.run.resuming import check_resumable
 from finetune.terminal.progress import note, warn
 
 ENDLESS = "builtin:world"
-ROWS = {
-    "pretrain": "text", "sft": "sft", "reward": "preference", "dpo": "preference", "kto": "unpaired", "ppo": "prompts",
-}  # fmt: skip
-"""stage -> the kind of rows it reads."""
 # What `resolve` fills in from the machine.
 MACHINE = {
     "model.dtype", "train.per_device_train_batch_size", "train.gradient_accumulation_steps",
@@ -105,7 +101,7 @@ def checks_of(recipe: Recipe) -> list[Callable[[], object]]:
         path = rule.rpartition(":")[0]  # without a function it is refused when it is loaded
         checks.append(lambda path=path: file(path or None, "reward.functions", "give a Python file"))  # type: ignore[misc]
     if getattr(reward, "model", None) is not None:
-        checks.append(lambda: judge(str(reward.model)))  # type: ignore[union-attr]
+        checks.append(lambda: reward_model(str(reward.model)))  # type: ignore[union-attr]
     checks.append(lambda: base(model))
     return checks
 
@@ -125,7 +121,7 @@ def announce(model: Any) -> None:
         sources.announce(model)
 
 
-def judge(reference: str) -> None:
+def reward_model(reference: str) -> None:
     """A reward model: a run of `ft reward`, or a model."""
     if (Path(reference).expanduser() / "model").is_dir() or sources.what_is(reference) == "adapter":
         return
@@ -228,7 +224,7 @@ def evaluated(
     if data is not None:
         checks.append(lambda: rows(absolute_data(data), "--data", held_out=True))
     if reward is not None:
-        checks.append(lambda: judge(reward))
+        checks.append(lambda: reward_model(reward))
     together(*checks)
 
 

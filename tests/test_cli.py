@@ -95,9 +95,9 @@ def test_a_new_recipe_is_for_the_stage_its_rows_are_for(tmp_path: Path, data: st
     """Pairs in a recipe for ft sft would be refused, and so would that recipe by ft dpo."""
     from finetune.commands.recipes import new
 
-    new(str(tmp_path / "mine.yaml"), None, "tiny-llama", data)
+    new(str(tmp_path / "mine.yaml"), data=data)
     assert f"stage: {stage}\n" in (tmp_path / "mine.yaml").read_text("utf-8")
-    new(str(tmp_path / "asked.yaml"), "reward", "tiny-llama", data)
+    new(str(tmp_path / "asked.yaml"), stage="reward", data=data)
     assert "stage: reward\n" in (tmp_path / "asked.yaml").read_text("utf-8")
 
 
@@ -107,7 +107,7 @@ def test_a_new_recipe_of_ppo_has_a_reward_that_its_rows_can_give(tmp_path: Path,
     from finetune.recipe.file import load
     from finetune.recipe.stages import PpoRecipe
 
-    new(str(tmp_path / "ppo.yaml"), "ppo", "tiny-llama", data)
+    new(str(tmp_path / "ppo.yaml"), stage="ppo", data=data)
     assert getattr(load(str(tmp_path / "ppo.yaml"), PpoRecipe).reward, reward)
 
 

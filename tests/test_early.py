@@ -17,7 +17,7 @@ from finetune.models import sources
 from finetune.recipe.file import load, to_yaml
 from finetune.recipe.resolve import Hardware, resolve
 from finetune.recipe.sections import ModelConfig
-from finetune.recipe.stages import SftRecipe
+from finetune.recipe.stages import ROWS, SftRecipe
 
 RECIPE = """\
 # ft sft --recipe mine.yaml            one 24 GB GPU (bfloat16)
@@ -77,9 +77,9 @@ CASES: list[tuple[str, str]] = [
     ("ppo ppo.yaml --set reward.model=runs/naer", "runs/naer: no such run, adapter or model → did you mean runs/near?"),
     ("ppo ppo.yaml --set reward.model=owner/judge", "owner/judge: model.name: is neither here nor in the cache"),
     ("ppo ppo.yaml --set reward.train=rowz.jsonl", "rowz.jsonl: reward.train: no such file"),
-    *((f"{stage} {stage}.yaml --set model.name=tiny-lama", "did you mean tiny-llama?") for stage in early.ROWS),
-    *((f"{stage} {stage}.yaml --set data.train=rowz.jsonl", "did you mean rows.jsonl?") for stage in early.ROWS),
-    *((f"{stage} {stage}.yaml --set data.train=broken.jsonl", "broken.jsonl, row 1") for stage in early.ROWS),
+    *((f"{stage} {stage}.yaml --set model.name=tiny-lama", "did you mean tiny-llama?") for stage in ROWS),
+    *((f"{stage} {stage}.yaml --set data.train=rowz.jsonl", "did you mean rows.jsonl?") for stage in ROWS),
+    *((f"{stage} {stage}.yaml --set data.train=broken.jsonl", "broken.jsonl, row 1") for stage in ROWS),
     ("sft mine.yaml --set model.name=bert --set data.train=rowz.jsonl", "BERT"),
 ]
 PROGRAM = """
@@ -121,7 +121,7 @@ def folder_of_runs(tmp: Path) -> None:
     write("mine.yaml", half)
     begun: Any = load(str(tmp / "mine.yaml"), SftRecipe, output=str(tmp / "runs/half"))
     write("runs/half/recipe.yaml", to_yaml(resolve(begun, Hardware("cuda", True, 80.0))))  # on another machine
-    for stage in early.ROWS:
+    for stage in ROWS:
         more = "reward: {functions: [rule.py:f]}\n" if stage == "ppo" else ""
         write(f"{stage}.yaml", RECIPE.format(stage=stage, model="tiny-llama", data="rows.jsonl") + more)
     write("rule.py", "def f(prompts, completions, **_):\n    return [0.0] * len(prompts)\n")
@@ -177,17 +177,17 @@ def test_plain_arguments_are_known_by_content(tmp_path: Path, monkeypatch: pytes
     assert early.chat("tiny-qwen", None, None) == ("tiny-qwen", None)
 
 
-def test_recipe_or_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.cli import _recipe_or_data
+def testrecipe_or_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.cli.groups import recipe_or_data
 
     monkeypatch.chdir(tmp_path)
-    assert _recipe_or_data("mine.yaml", None, None) == ("mine.yaml", None)
-    assert _recipe_or_data("quickstart", None, None) == ("quickstart", None)
-    assert _recipe_or_data("mine.yaml", None, "rows.jsonl") == ("mine.yaml", "rows.jsonl")
-    assert _recipe_or_data("rows.jsonl", "mine.yaml", None) == ("mine.yaml", "rows.jsonl")
-    assert _recipe_or_data("builtin:tickets/train", None, None) == (None, "builtin:tickets/train")
+    assert recipe_or_data("mine.yaml", None, None) == ("mine.yaml", None)
+    assert recipe_or_data("quickstart", None, None) == ("quickstart", None)
+    assert recipe_or_data("mine.yaml", None, "rows.jsonl") == ("mine.yaml", "rows.jsonl")
+    assert recipe_or_data("rows.jsonl", "mine.yaml", None) == ("mine.yaml", "rows.jsonl")
+    assert recipe_or_data("builtin:tickets/train", None, None) == (None, "builtin:tickets/train")
     (tmp_path / "quickstart").mkdir()  # a folder of data
-    assert _recipe_or_data("quickstart", None, None) == (None, "quickstart")
+    assert recipe_or_data("quickstart", None, None) == (None, "quickstart")
 
 
 # --- a recipe that wants more than there is ---

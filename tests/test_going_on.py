@@ -170,7 +170,7 @@ def test_ctrl_c_in_a_comparison(
 ) -> None:  # fmt: skip
     from finetune.commands import compare
 
-    def stopped(*_: Any) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
         raise Interrupted("stopped")
 
     monkeypatch.setattr(compare, "run", interrupt if stop is interrupt else stopped)

@@ -21,7 +21,10 @@ from finetune.terminal.progress import note, say, warn
 HELP = "/reset forgets the conversation, /exit leaves"
 
 
-def run(model: str | None, adapter: str | None, system: str | None, temperature: float, max_new_tokens: int) -> None:
+def run(
+    *, model: str | None = None, adapter: str | None = None, system: str | None = None, temperature: float = 0.0,
+    max_new_tokens: int = 512,
+) -> None:  # fmt: skip
     folder = sources.adapter_folder(adapter) if adapter else None
     if model is None and folder is None:
         raise UserError("no model to talk to", fix="give --model, or --adapter RUN")

@@ -15,6 +15,7 @@ from finetune.places import check_file, json_with
 from finetune.recipe.file import load, with_settings
 from finetune.recipe.resolve import absolute_source
 from finetune.recipe.sections import DataConfig, ModelConfig
+from finetune.recipe.stages import ROWS
 from finetune.run.writing import write_atomically, write_json
 from finetune.terminal.progress import note, say, say_json
 from finetune.terminal.progress import output as output_console
@@ -118,17 +119,16 @@ def looked_at(
     eval_data: str | None = None,
 ) -> LookedAt:  # fmt: skip
     """What the arguments and the recipe name; arguments win."""
-    kinds = early.ROWS
-    if stage is not None and stage not in kinds:
-        raise UserError(f"unknown stage {stage!r}", key="--stage", fix=f"one of {', '.join(kinds)}")
+    if stage is not None and stage not in ROWS:
+        raise UserError(f"unknown stage {stage!r}", key="--stage", fix=f"one of {', '.join(ROWS)}")
     base = None if model is None else ModelConfig(name=model)
     if recipe is None:
         if data is None:
             raise UserError("nothing to look at", fix="give --recipe R, or --data D")
-        return LookedAt(data_settings(stage, data, overrides), base, kinds[stage] if stage else None, eval_data)
+        return LookedAt(data_settings(stage, data, overrides), base, ROWS[stage] if stage else None, eval_data)
     loaded = load(recipe, None, overrides)
     config = loaded.data if data is None else loaded.data.model_copy(update={"train": absolute_source(data)})
-    return LookedAt(config, base or loaded.model, kinds[stage or loaded.stage], eval_data or loaded.eval.data)
+    return LookedAt(config, base or loaded.model, ROWS[stage or loaded.stage], eval_data or loaded.eval.data)
 
 
 def data_settings(stage: str | None, data: str, overrides: Sequence[str]) -> DataConfig:

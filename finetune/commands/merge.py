@@ -80,7 +80,7 @@ class Job:
 
 
 def run(
-    adapter: str, output: str, model: str | None = None, dtype: str | None = None, max_shard_size: str = "5GB",
+    adapter: str, output: str, *, model: str | None = None, dtype: str | None = None, max_shard_size: str = "5GB",
     overwrite: bool = False, base: str = "original", layout: str = "hf",
 ) -> None:  # fmt: skip
     target = Path(output).expanduser()

@@ -28,7 +28,7 @@ def refusals() -> list[Refused]:
     return list(dict.fromkeys([*REFUSED.values(), *NAMES.values()]))
 
 
-def show(markdown: bool = False) -> None:
+def show(*, markdown: bool = False) -> None:
     if markdown:
         print(document(), end="")
         return

@@ -91,7 +91,7 @@ def show(name: str) -> None:
     say(find(name).read_text(encoding="utf-8"), end="")
 
 
-def explain(key: str | None, markdown: bool) -> None:
+def explain(key: str | None, *, markdown: bool = False) -> None:
     """A key or a section in words; all of them without a name."""
     if markdown:
         say(reference.document(), end="")
@@ -108,7 +108,7 @@ def quoted(text: str) -> str:
     return yaml.safe_dump([text], default_flow_style=True, allow_unicode=True, width=2**16).strip()[1:-1]
 
 
-def new(path: str, stage: str | None, model: str, data: str) -> None:
+def new(path: str, *, stage: str | None = None, model: str = "tiny-llama", data: str = "data/train.jsonl") -> None:
     """Write a recipe and the schema beside it; an existing file is never replaced. Without a stage the rows tell it."""
     target = Path(path)
     if os.path.lexists(target):

@@ -26,7 +26,7 @@ from finetune.data.samples import Item, held_out_section, read_samples, specs, w
 from finetune.data.types import Conversation, Preference, RowProblem, Sample, Text, Unpaired, attempted
 from finetune.errors import Problem, UserError
 from finetune.recipe.sections import DataConfig
-from finetune.recipe.stages import Recipe
+from finetune.recipe.stages import ROWS, Recipe
 from finetune.terminal.progress import note, warn
 
 KINDS: dict[type[Sample], str] = {
@@ -149,8 +149,7 @@ def split_off(recipe: Recipe, encoder: Encoder | None, limit: int | None) -> Hel
         return replace(found, rows=found.rows[:limit])
     if recipe.stage == "reward":  # as its rows are read to be scored
         data = data.model_copy(update={"train_on": "last"})
-    kind = {"sft": "sft", "dpo": "preference", "reward": "preference", "kto": "unpaired"}[recipe.stage]
-    audit = Audit(data, encoder, kind)
+    audit = Audit(data, encoder, ROWS[recipe.stage])
     kept: list[tuple[int, Item]] = []
     for item, _ in watched(audit.rows(seed), data, "reading"):
         kept.append((item.usable.content_hash, item))

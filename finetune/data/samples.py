@@ -24,11 +24,12 @@ from finetune.data.nulls import filled, without_nulls
 from finetune.data.types import Row, RowProblem, Sample
 from finetune.errors import UserError
 from finetune.recipe.sections import DataConfig, SourceConfig
+from finetune.recipe.stages import ROWS
 from finetune.terminal.progress import shown_name, task
 
 SNIFFED = 100
 R = TypeVar("R")
-STAGES = {"sft": "ft sft", "preference": "ft dpo or ft reward", "unpaired": "ft kto", "text": "ft pretrain"}
+STAGES = {kind: " or ".join(sorted(f"ft {s}" for s, k in ROWS.items() if k == kind)) for kind in ROWS.values()}
 
 
 class Item(NamedTuple):

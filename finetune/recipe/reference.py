@@ -171,7 +171,7 @@ def _first_sentence(text: str) -> str:
 
 HEAD = """# Recipe keys
 
-<!-- Made by `ft recipes explain --markdown > docs/recipe.md` from finetune/recipe.py; do not edit. -->
+<!-- Made by `ft recipes explain --markdown > docs/recipe.md` from finetune/recipe/; do not edit. -->
 
 A recipe is one YAML file: `version: 1`, `stage`, and the sections below. Only what differs from the defaults has to be
 written; `--set section.key=value` overrides a key, `ft recipes explain section.key` shows this text in the terminal.

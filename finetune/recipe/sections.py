@@ -1,7 +1,7 @@
 """The recipe: one strict, frozen pydantic class per stage, and `resolve`, which fills in what depends on the machine.
 
     PretrainRecipe | SftRecipe | RewardRecipe | …           model, data, adapter, train, eval, output, the stage's own
-    RECIPES                     stage name -> class; `recipe_file.load` reads YAML into one of these
+    RECIPES                     stage name -> class; `recipe.file.load` reads YAML into one of these
 
 Field names are those of transformers, peft and trl. The docstring under a field is its only description: the JSON
 schema (`ft recipes schema`) is generated from it. Nothing here imports torch.

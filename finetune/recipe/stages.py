@@ -332,3 +332,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "kto": KtoRecipe,
     "ppo": PpoRecipe,
 }
+ROWS = {
+    "pretrain": "text", "sft": "sft", "reward": "preference", "dpo": "preference", "kto": "unpaired", "ppo": "prompts",
+}  # fmt: skip
+"""stage -> the kind of rows it reads."""

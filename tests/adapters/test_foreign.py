@@ -78,7 +78,7 @@ def ours(base: Path, folder: Path) -> torch.Tensor:
 
 def merged(base: Path, folder: Path, output: Path) -> Any:
     """As plain transformers loads what `ft merge` writes."""
-    merge.run(str(folder), str(output), str(base), "float32")
+    merge.run(str(folder), str(output), model=str(base), dtype="float32")
     return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
 
 
@@ -312,8 +312,8 @@ def test_one_line_before_the_base_is_loaded(
     adapter = str(tmp_path / "a")
     commands: list[Callable[[], Any]] = [
         lambda: train(recipe(model={"adapter": adapter}, adapter={"lora_alpha": 10, "target_modules": ["q_proj"]})),
-        lambda: chat.run(str(base), adapter, None, 0.0, 1),
-        lambda: merge.run(adapter, str(tmp_path / "merged"), str(base)),
+        lambda: chat.run(model=str(base), adapter=adapter, max_new_tokens=1),
+        lambda: merge.run(adapter, str(tmp_path / "merged"), model=str(base)),
         lambda: evaluate.run([], model=str(base), adapter=adapter, data=str(rows), limit=1),
     ]
     for command in commands:

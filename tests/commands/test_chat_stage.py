@@ -86,9 +86,9 @@ def test_a_failing_model_in_both_kinds_of_session(
         monkeypatch.setattr("sys.stdin.isatty", lambda: interactive, raising=False)  # noqa: B023
         if not interactive:
             with pytest.raises(RunError, match="too long"):
-                chat.run(str(base), None, None, 0.0, 4)
+                chat.run(model=str(base), max_new_tokens=4)
             continue
-        chat.run(str(base), None, None, 0.0, 4)
+        chat.run(model=str(base), max_new_tokens=4)
         assert "too long" in " ".join(capsys.readouterr().err.split())
         assert len(seen[2]) < len(seen[1]) + 10, "the failed turn is not in the third prompt"
 
@@ -120,7 +120,7 @@ def test_greedy_is_greedy(
         lines = iter(["hello", "/exit"])
         monkeypatch.setattr("builtins.input", lambda prompt: next(lines))  # noqa: B023
         monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
-        chat.run(str(folder), None, None, 0.0, 12)
+        chat.run(model=str(folder), max_new_tokens=12)
         said.append(capsys.readouterr())
     assert said[0].out == said[1].out
     assert "repetition_penalty 5.0" in said[1].err

@@ -19,7 +19,7 @@ from rl_kit import here
 
 from finetune import child
 from finetune.commands import compare
-from finetune.commands.compare import measure
+from finetune.commands.compare import jobs, measure, plan
 from finetune.errors import Interrupted, RunError, UserError
 from finetune.recipe.file import load, to_yaml
 from finetune.recipe.resolve import Hardware, resolve
@@ -31,9 +31,15 @@ Recipes = Callable[..., Path]
 
 @pytest.fixture
 def checked(recipe: Recipes, rows: Path, monkeypatch: pytest.MonkeyPatch) -> SftRecipe:
-    monkeypatch.setattr(compare, "FACTORS", (1.0,))
+    monkeypatch.setattr(plan, "FACTORS", (1.0,))
     section = {"data": str(rows), "limit": 8, "max_new_tokens": 4}
     return load(str(recipe(eval=section, train={"max_steps": 4, "learning_rate": 1e-2})), SftRecipe)
+
+
+def compared(
+    recipe: SftRecipe, methods: list[str], quantizations: Any = ("none",), fractions: Any = (1.0,), output: str = ""
+) -> None:
+    compare.run(recipe, methods=methods, quantizations=quantizations, fractions=fractions, output=output)
 
 
 def test_a_comparison_from_start_to_end(
@@ -52,15 +58,15 @@ def test_a_comparison_from_start_to_end(
         return 0, ""
 
     monkeypatch.setattr(child, "run", run)
-    lists = compare.parse("lora, prompt_tuning,lora", "none", "1")
-    compare.run(checked, *lists, str(folder))
+    lists = plan.parse("lora, prompt_tuning,lora", "none", "1")
+    compared(checked, *lists, output=str(folder))
     measuring = "finetune.commands.compare.measure"
     assert started == [measuring, *["finetune", "finetune", measuring] * 2], "a short run, the run, its measures"
-    base, *jobs = json.loads((folder / "compare.json").read_text())["jobs"]
-    assert [base["name"], *(job["method"] for job in jobs)] == ["base", "lora", "prompt_tuning"]
+    base, *trained = json.loads((folder / "compare.json").read_text())["jobs"]
+    assert [base["name"], *(job["method"] for job in trained)] == ["base", "lora", "prompt_tuning"]
     low, high = base["metrics"]["loss_ci"]
     assert low < base["metrics"]["loss"] < high
-    for job in jobs:
+    for job in trained:
         assert job["trainable_parameters"] > 0
         assert 0 <= job["metrics"]["exact_match"] <= 1
         assert job["metrics"]["exact_match_ci"][0] <= job["metrics"]["exact_match_ci"][1]
@@ -82,11 +88,11 @@ def test_a_comparison_from_start_to_end(
     assert "| prompt_tuning |" in table
     assert (folder / "compare.png").stat().st_size > 1000
 
-    monkeypatch.setattr(compare, "process", lambda *arguments, **_: pytest.fail(f"done already: {arguments}"))
-    compare.run(checked, *lists, str(folder))
+    monkeypatch.setattr(jobs, "process", lambda *arguments, **_: pytest.fail(f"done already: {arguments}"))
+    compared(checked, *lists, output=str(folder))
     other = checked.model_copy(update={"train": checked.train.model_copy(update={"max_steps": 5})})
     with pytest.raises(UserError, match=r"other values of train\.max_steps"):
-        compare.run(other, *lists, str(folder))
+        compared(other, *lists, output=str(folder))
 
 
 def test_the_search_is_announced_and_the_time_told_after_the_first_job(
@@ -96,20 +102,20 @@ def test_the_search_is_announced_and_the_time_told_after_the_first_job(
     clock = iter(range(0, 1000, 50))  # 50 s from each look at it to the next
     monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     monkeypatch.setattr(compare, "plot", lambda *_: None)
-    monkeypatch.setattr(compare, "measure_base", lambda recipe, kind, folder: {"name": "base", "metrics": {}})
+    monkeypatch.setattr(jobs, "measure_base", lambda recipe, kind, folder: {"name": "base", "metrics": {}})
     folder = tmp_path / "comparison"
 
-    def run_job(job: compare.Job, recipe: SftRecipe, rows: int, folder: Path) -> dict[str, Any]:
+    def run_job(job: plan.Job, recipe: SftRecipe, rows: int, folder: Path) -> dict[str, Any]:
         (folder / job.name).mkdir(parents=True, exist_ok=True)
         (folder / job.name / "measured.json").touch()
         return {"name": job.name, "metrics": {"loss": 1.0}, "learning_rate": 0.01, "method": job.method,
                 "quantization": "none", "rows": 64, "row_losses": []}  # fmt: skip
 
-    monkeypatch.setattr(compare, "run_job", run_job)
+    monkeypatch.setattr(jobs, "run_job", run_job)
     (folder / "lora").mkdir(parents=True)
     (folder / "lora" / "measured.json").touch()
-    (folder / compare.MARK).write_text(to_yaml(checked))
-    compare.run(checked, ["lora", "bitfit", "full", "ia3"], ["none"], [1.0], str(folder))
+    (folder / plan.MARK).write_text(to_yaml(checked))
+    compared(checked, ["lora", "bitfit", "full", "ia3"], output=str(folder))
     said = capsys.readouterr().err.splitlines()
     assert "4 jobs, 20 steps: for each first its learning rate, from 1 short runs" in said[0]
     assert "25% of the steps each, scored on 10% of the training rows" in said[0]
@@ -156,7 +162,7 @@ def test_folders_of_others_are_left_alone(checked: SftRecipe, tmp_path: Path) ->
     (tmp_path / "file").touch()
     for name, what in (("runs", "no comparison"), ("file", "is a file")):
         with pytest.raises(UserError, match=what):
-            compare.run(checked, ["lora"], ["none"], [1.0], str(tmp_path / name))
+            compared(checked, ["lora"], output=str(tmp_path / name))
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["lora"]
 
 
@@ -173,9 +179,9 @@ def test_what_cannot_be_and_what_fails_are_rows_with_reasons(
         else:
             raise RunError("the loss became nan")
 
-    monkeypatch.setattr(compare, "process", process)
+    monkeypatch.setattr(jobs, "process", process)
     with pytest.raises(RunError, match=r"1 of 1 jobs failed \(lora-int4\)"):
-        compare.run(checked, ["full", "lora"], ["int4"], [1.0], str(tmp_path / "comparison"))
+        compared(checked, ["full", "lora"], ["int4"], output=str(tmp_path / "comparison"))
     table = capsys.readouterr().out
     assert "| full-int4 | refused: quantized weights are integers" in table
     assert "| lora-int4 | failed: " in table
@@ -199,22 +205,22 @@ def test_what_is_wrong_is_said_before_anything_runs(
     sections = {key: getattr(checked, key).model_copy(update=values) for key, values in changes.items()}
     method, kind, share = jobs
     with pytest.raises(UserError, match=what):
-        compare.run(checked.model_copy(update=sections), [method], [kind], [share], str(tmp_path / "comparison"))
+        compared(checked.model_copy(update=sections), [method], [kind], [share], str(tmp_path / "comparison"))
     assert not (tmp_path / "comparison").exists()
 
 
 def test_shares_are_drawn_from_every_source(checked: SftRecipe, rows: Path) -> None:
     both = checked.data.model_copy(update={"train": [str(rows), SourceConfig(path=str(rows), max_samples=16)]})
     checked = checked.model_copy(update={"data": both})
-    half = compare.Job("lora", "none", 0.5)
-    counts = compare.count_rows(checked)
-    made = compare.job_recipe(checked, half, counts)
+    half = plan.Job("lora", "none", 0.5)
+    counts = plan.count_rows(checked)
+    made = plan.job_recipe(checked, half, counts)
     whole = len(rows.read_text().splitlines())
     assert counts == [whole, 16]
     assert [spec.max_samples for spec in made.data.train] == [whole // 2, 8]
     assert made.data.shuffle
     with pytest.raises(UserError, match="the same number of rows"):
-        compare.check_jobs(checked, [compare.Job("lora", "none", share) for share in (0.001, 0.002, 1.0)])
+        plan.check_jobs(checked, [plan.Job("lora", "none", share) for share in (0.001, 0.002, 1.0)])
 
 
 def test_a_signal_reaches_the_job_and_ends_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +241,7 @@ def test_a_signal_reaches_the_job_and_ends_the_comparison(tmp_path: Path, monkey
 
     threading.Thread(target=send).start()
     with pytest.raises(Interrupted):
-        compare.process(module="job")
+        jobs.process(module="job")
     assert (tmp_path / "saved").exists()
 
 
@@ -249,7 +255,7 @@ def test_a_signal_reaches_the_job_and_ends_the_comparison(tmp_path: Path, monkey
 )
 def test_bad_lists(lists: tuple[str, str, str], what: str) -> None:
     with pytest.raises(UserError, match=what):
-        compare.parse(*lists)
+        plan.parse(*lists)
 
 
 def test_rows_of_eval_split_are_measured_on_and_never_trained_on(
@@ -262,16 +268,16 @@ def test_rows_of_eval_split_are_measured_on_and_never_trained_on(
     loaded = load(str(recipe(data={"train": str(rows), "eval_split": 9})), SftRecipe)
     seen: list[SftRecipe] = []
 
-    def job(job: compare.Job, built: SftRecipe, *_: Any) -> dict[str, Any]:
+    def job(job: plan.Job, built: SftRecipe, *_: Any) -> dict[str, Any]:
         seen.append(built)
         raise RunError("not run")
 
-    monkeypatch.setattr(compare, "run_job", job)
-    monkeypatch.setattr(compare, "measure_base", lambda *_: {"name": "base", "metrics": {}})
+    monkeypatch.setattr(jobs, "run_job", job)
+    monkeypatch.setattr(jobs, "measure_base", lambda *_: {"name": "base", "metrics": {}})
     with pytest.raises(RunError, match="1 of 1 jobs failed"):
-        compare.run(loaded, ["lora"], ["none"], [1.0], str(tmp_path / "my comparison"))
+        compared(loaded, ["lora"], output=str(tmp_path / "my comparison"))
     (built,) = seen
-    held = compare.split_off(loaded)
+    held = plan.split_off(loaded)
     assert len(held.rows) == 9
     assert load_eval_rows(built.eval.data) == held.samples
     used = load_samples(built.data, "sft")
@@ -289,5 +295,5 @@ def test_rows_apart_are_the_same_conversations(tmp_path: Path) -> None:
         if form.kind != "sft":
             continue
         before = load_eval_rows(f"builtin:{form.sample.partition('.')[0]}")
-        write_lines(tmp_path / f"{name}.jsonl", [compare.as_row(row, row.group) for row in before])
+        write_lines(tmp_path / f"{name}.jsonl", [plan.as_row(row, row.group) for row in before])
         assert load_eval_rows(str(tmp_path / f"{name}.jsonl")) == before, name

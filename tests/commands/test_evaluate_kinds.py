@@ -229,7 +229,7 @@ def test_a_plain_argument_may_be_a_model_or_an_adapter(
 
     run = trained("sft", here, base)
     capsys.readouterr()
-    merge.run(str(run.path), "my merged", None)
+    merge.run(str(run.path), "my merged")
     for number, (_, *arguments) in enumerate(next_commands(capsys.readouterr().err[-1000:])):
         monkeypatch.setattr(sys, "stdin", io.StringIO("say 1\n"))
         assert arguments[0] == ("chat" if number else "eval")

@@ -25,7 +25,7 @@ Recipe = Callable[..., Path]
 
 
 def merged(run: Path, output: Path, dtype: str | None = None, **more: object) -> dict[str, object]:
-    merge.run(str(run), str(output), None, dtype, "5GB", bool(more.get("overwrite")))
+    merge.run(str(run), str(output), dtype=dtype, overwrite=bool(more.get("overwrite")))
     report: dict[str, object] = json.loads((output / "merge.json").read_text())
     return report
 
@@ -212,7 +212,7 @@ def test_every_tensor_is_the_sum_rounded_once(tmp_path: Path, stored: torch.dtyp
     """Over shards, with and without tied embeddings, from a base in the same and in a wider precision."""
     folder = small_llama(tmp_path / "base", stored, tied)
     adapter = peft_adapter(folder, tmp_path / "adapter", ["q_proj", "down_proj", "embed_tokens"])
-    merge.run(str(adapter), str(tmp_path / "merged"), None, "bfloat16", "30KB")
+    merge.run(str(adapter), str(tmp_path / "merged"), dtype="bfloat16", max_shard_size="30KB")
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
     own, found, weights = tensors(folder), tensors(tmp_path / "merged"), tensors(adapter)
     expected = {name: tensor.float() for name, tensor in own.items()}
@@ -261,7 +261,7 @@ def test_the_base_s_generation_config_is_kept(trained: Path, base: Path, tmp_pat
     said = {"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.3, "suppress_tokens": [7], "of_ours": "x"}
     other = Path(shutil.copytree(base, tmp_path / "other"))
     (other / "generation_config.json").write_text(json.dumps({**said, "eos_token_id": [2, 9]}))
-    merge.run(str(trained), str(tmp_path / "merged"), str(other))
+    merge.run(str(trained), str(tmp_path / "merged"), model=str(other))
     written = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
     assert written == {**said, "eos_token_id": [2, 9], "pad_token_id": 0}
 
@@ -354,7 +354,7 @@ def test_other_base_is_refused(recipe: Recipe, base: Path, tmp_path: Path) -> No
     weights["model.norm.weight"] = weights["model.norm.weight"] + 0.1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="was trained on another base"):
-        merge.run(str(run.path), str(tmp_path / "merged"), str(other), None, "5GB", False)
+        merge.run(str(run.path), str(tmp_path / "merged"), model=str(other))
 
 
 def test_changed_template_is_refused(recipe: Recipe, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_an_adapter_of_the_published_code_is_evaluated_and_merged(source: Path, 
 
     recorded = load_file(FOREIGN / "logits_golden.safetensors")["logits"][0]
     for layout in ("hf", "chatglm"):
-        merge.run(str(FOREIGN), str(tmp_path / layout), model, "float32", layout=layout)
+        merge.run(str(FOREIGN), str(tmp_path / layout), model=model, dtype="float32", layout=layout)
         report = json.loads((tmp_path / layout / "merge.json").read_text())
         assert report["format"] == layout
         assert report["max_logit_diff"] < 1e-4 < report["adapter_effect"]

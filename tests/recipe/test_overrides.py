@@ -6,11 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipe_kit import GOOD, complaint
+from recipe_kit import load as of_text
 
 from finetune.errors import UserError
 from finetune.recipe.adapters import ADAPTERS, LoraAdapter
 from finetune.recipe.file import load
 from finetune.recipe.stages import PpoRecipe, RewardRecipe, SftRecipe
+
+
+def test_overrides(tmp_path: Path) -> None:
+    recipe = of_text(
+        tmp_path, GOOD, "train.learning_rate=2e-4", "adapter.r=4", "adapter.target_modules=[q_proj, v_proj]"
+    )
+    assert recipe.train.learning_rate == 2e-4
+    assert recipe.adapter.method == "lora"
+    assert recipe.adapter.r == 4
+    assert recipe.adapter.target_modules == ["q_proj", "v_proj"]
+    assert "--set: train.learning_rat: unknown key" in complaint(tmp_path, GOOD, "train.learning_rat=1")
+    assert "not of the form key=value" in complaint(tmp_path, GOOD, "train.learning_rate")
+    assert "stage is not a section" in complaint(tmp_path, GOOD, "stage.x=1")
 
 
 def said(reference: str, kind: Any, *overrides: str) -> tuple[Any, list[str]]:

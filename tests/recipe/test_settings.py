@@ -14,7 +14,8 @@ import pytest
 import yaml
 from conftest import SHARED, train, write_rows
 
-from finetune import cli
+import finetune
+from finetune.cli import shared
 from finetune.commands import data as data_stage
 from finetune.commands import dpo, kto, ppo, pretrain, recipes, reward, sft
 from finetune.data.rows import eval_mask
@@ -158,13 +159,13 @@ def test_shared_cases(
 # --- devices ---
 
 
-@pytest.mark.parametrize("name", cli.RANKS)
+@pytest.mark.parametrize("name", shared.RANKS)
 def test_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
-    cli.alone()
+    shared.alone()
     monkeypatch.setenv(name, "2")
     with pytest.raises(UserError, match=f"{name}: this is one of 2 processes"):
-        cli.alone()
+        shared.alone()
 
 
 def test_other_gpus_stay_out_of_the_batch(monkeypatch: pytest.MonkeyPatch, recipe: Callable[..., Path]) -> None:
@@ -183,7 +184,7 @@ def test_other_gpus_stay_out_of_the_batch(monkeypatch: pytest.MonkeyPatch, recip
 
 def test_every_trainer_is_on_one_device() -> None:
     """A stage that makes trl's or transformers' arguments says so."""
-    package = Path(cli.__file__).parent
+    package = Path(finetune.__file__).parent
     for path in package.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         made = sum(text.count(f"= {name}(") for name in ("SFTConfig", "DPOConfig", "KTOConfig", "RewardConfig",
@@ -241,7 +242,7 @@ def test_a_new_recipe_runs(
     row = {"pretrain": {"text": "yes " * 400}, "sft": turn}.get(stage, {"prompt": "p", "chosen": "a", "rejected": "b"})
     file = tmp_path / "my data: #1.jsonl"
     write_rows(file, [{**row, "prompt": f"say {i}"} if stage != "pretrain" else row for i in range(40)])
-    recipes.new("mine.yaml", stage, str(base), str(file))
+    recipes.new("mine.yaml", stage=stage, model=str(base), data=str(file))
     STAGES[stage].run(recipe_file.load("mine.yaml", RECIPES[stage]), dry_run=True)
     printed = yaml.safe_load(capsys.readouterr().out.partition("\n")[2])
     assert printed["stage"] == stage

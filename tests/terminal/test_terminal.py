@@ -180,11 +180,11 @@ def test_output_files_are_checked_before_any_work(tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match="is the file of --fix"):
         data.check(data="no-data", fix="a.jsonl", json_file="a.rejects.jsonl")
     with pytest.raises(UserError, match="no such folder"):
-        recipes.new("nowhere/r.yaml", "sft", "tiny-llama", "d")
+        recipes.new("nowhere/r.yaml", stage="sft", data="d")
     (tmp_path / recipes.SCHEMA_FILE).write_text("mine")
     (tmp_path / "lost.yaml").symlink_to(tmp_path / "elsewhere.yaml")
     for name in ("r.yaml", "lost.yaml"):
         with pytest.raises(UserError):
-            recipes.new(name, "sft", "tiny-llama", "d")
+            recipes.new(name, stage="sft", data="d")
     assert mine.read_text() == '{"text": "mine"}\n'
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ft-recipe.schema.json", "lost.yaml", "mine.jsonl"]

@@ -1,4 +1,4 @@
-"""The run directory: nothing is overwritten, nothing half-written looks finished."""
+"""Nothing that no run of ours wrote is overwritten, and nothing that is read."""
 
 from __future__ import annotations
 
@@ -8,24 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_kit import contents, finished, recipe
 
-from finetune.errors import RunError, UserError
+from finetune.errors import UserError
 from finetune.recipe.file import check, to_yaml
-from finetune.recipe.stages import Recipe, SftRecipe
-from finetune.run.directory import ASIDE, CONTENTS, Run
+from finetune.recipe.stages import Recipe
+from finetune.run.directory import ASIDE, CONTENTS
 from finetune.run.guards import check_inputs, check_output
 from finetune.run.opening import open_run
-from finetune.run.resuming import changed_keys, check_resumable
+
+INPUTS = {
+    "model.name": "run/model", "model.adapter": "run", "model.chat_template": "run/adapter/t.jinja",
+    "data.train": "run/adapter/*.jsonl", "eval.data": ".", "reward.model": "run/reward",
+    "reward.functions": "run/start/rule.py:f", "reward.train": "run/samples.jsonl",
+}  # fmt: skip
 
 
-def recipe(folder: Path, **train: object) -> SftRecipe:
-    values = {
-        "version": 1, "stage": "sft", "model": {"name": "m"}, "data": {"train": "d"}, "train": train,
-        "output": {"dir": str(folder)},
+def reading(folder: Path, key: str, value: Any) -> Recipe:
+    stage = "ppo" if key.startswith("reward") else "sft"
+    values: dict[str, Any] = {
+        "version": 1, "stage": stage, "model": {"name": "m"}, "data": {"train": "d"}, "output": {"dir": str(folder)},
+        **({"reward": {}} if stage == "ppo" else {}),
     }  # fmt: skip
-    built = check(values, "sft")
-    assert isinstance(built, SftRecipe)
-    return built
+    section, _, name = key.partition(".")
+    values.setdefault(section, {})[name] = value
+    return check(values, stage)
 
 
 def test_results_are_never_overwritten(tmp_path: Path) -> None:
@@ -49,60 +56,6 @@ def test_foreign_files_block_a_run(tmp_path: Path) -> None:
         check_output(tmp_path, overwrite=False, resume=False)
     with pytest.raises(UserError, match="is a file"):
         check_output(tmp_path / "x", overwrite=False, resume=False)
-
-
-def test_two_processes_cannot_share_a_directory(tmp_path: Path) -> None:
-    folder = recipe(tmp_path / "run")
-    with open_run(folder), pytest.raises(UserError, match="another process"), open_run(folder, overwrite=True):
-        pass
-
-
-def test_resume_names_the_changed_keys(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with open_run(recipe(folder, seed=1)):
-        pass
-    check_resumable(recipe(folder, seed=1))
-    with pytest.raises(UserError) as caught:
-        check_resumable(recipe(folder, seed=2, max_steps=5))
-    assert [problem.key for problem in caught.value.problems] == ["train.max_steps", "train.seed"]
-
-
-def test_incomplete_checkpoints_do_not_count(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    for step in (5, 10, 100):
-        (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
-    assert run.last_checkpoint() is None
-    for step in (5, 10):
-        (run.checkpoints / f"checkpoint-{step}" / "complete").touch()
-    assert run.last_checkpoint() == run.checkpoints / "checkpoint-10"
-    with pytest.raises(UserError, match="no complete checkpoint"):
-        check_output(tmp_path / "other", overwrite=False, resume=True)
-
-
-def test_changed_keys() -> None:
-    assert changed_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 1}) == ["a.c", "d"]
-
-
-def test_metrics_of_repeated_steps_are_dropped(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    for step in (1, 2, 3):
-        run.append_metrics({"step": step})
-    run.forget_after(2)
-    assert [row["step"] for row in run.read_metrics()] == [1, 2]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def finished(folder: Path, **files: str) -> None:
-    """A run of ours, with files `folder__name`."""
-    with open_run(recipe(folder)) as run:
-        for name, text in files.items():
-            path = run.path / name.replace("__", "/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        run.finish({"stage": "sft"})
 
 
 @pytest.mark.parametrize("name", CONTENTS)
@@ -139,73 +92,11 @@ def test_a_moved_run_is_still_a_run(tmp_path: Path) -> None:
     assert set(contents(tmp_path / "moved")) == {"recipe.yaml", "result.json"}
 
 
-def attempt(folder: Path, overwrite: bool) -> None:
-    """A run that fails before its first checkpoint."""
-    with open_run(recipe(folder, seed=7), overwrite=overwrite) as run:
-        assert (folder / ASIDE / "adapter" / "x").exists() == overwrite
-        run.samples.write_text("new")
-        raise RunError("no weights")
-
-
-def test_an_unfinished_run_is_replaced(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with pytest.raises(RunError):
-        attempt(folder, overwrite=False)
-    assert (folder / "samples.jsonl").exists()
-    with open_run(recipe(folder), overwrite=True) as run:
-        run.finish({"stage": "sft"})
-    assert set(contents(folder)) == {"recipe.yaml", "result.json"}
-
-
 def test_a_conversion_beside_the_weights_is_not_taken(tmp_path: Path) -> None:
     finished(tmp_path / "run", model__config="{}", **{"model__x.gguf": "mine"})
     (tmp_path / "run" / "model" / "config").unlink()
     with pytest.raises(UserError, match=r"x\.gguf"), open_run(recipe(tmp_path / "run"), overwrite=True):
         pass
-
-
-def test_the_old_run_goes_when_the_new_one_is_finished(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    finished(folder, adapter__x="old")
-    before = contents(folder)
-    with pytest.raises(RunError):
-        attempt(folder, overwrite=True)
-    assert contents(folder) == {**before, ".lock": b""}  # nothing to go on from: as if it had not been tried
-
-    def with_checkpoint(error: bool, **how: bool) -> None:
-        with open_run(recipe(folder, seed=7), **how) as run:
-            checkpoint = run.checkpoints / "checkpoint-1"
-            checkpoint.mkdir(parents=True, exist_ok=True)
-            (checkpoint / "complete").touch()
-            if error:
-                raise RunError("NaN")
-            run.finish({"stage": "sft"})
-
-    for _ in range(2):  # the second replaces an unfinished one: the finished one is still there
-        with pytest.raises(RunError):
-            with_checkpoint(error=True, overwrite=True)
-        assert (folder / ASIDE / "adapter" / "x").read_text() == "old"
-        assert not (folder / "adapter").exists()
-    with_checkpoint(error=False, resume=True)
-    assert not (folder / ASIDE).exists()
-
-
-INPUTS = {
-    "model.name": "run/model", "model.adapter": "run", "model.chat_template": "run/adapter/t.jinja",
-    "data.train": "run/adapter/*.jsonl", "eval.data": ".", "reward.model": "run/reward",
-    "reward.functions": "run/start/rule.py:f", "reward.train": "run/samples.jsonl",
-}  # fmt: skip
-
-
-def reading(folder: Path, key: str, value: Any) -> Recipe:
-    stage = "ppo" if key.startswith("reward") else "sft"
-    values: dict[str, Any] = {
-        "version": 1, "stage": stage, "model": {"name": "m"}, "data": {"train": "d"}, "output": {"dir": str(folder)},
-        **({"reward": {}} if stage == "ppo" else {}),
-    }  # fmt: skip
-    section, _, name = key.partition(".")
-    values.setdefault(section, {})[name] = value
-    return check(values, stage)
 
 
 @pytest.mark.parametrize("key", INPUTS)
@@ -261,26 +152,6 @@ def test_a_run_holds_no_links(tmp_path: Path, name: str) -> None:
             pass
     assert link.is_symlink()
     assert contents(mine) == {"x": b"mine"}
-
-
-def test_the_directory_is_looked_at_again_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes find it empty; the second gets the lock when the first is finished."""
-    from finetune.run.UNKNOWN import opening as module
-
-    folder, looked = tmp_path / "run", 0
-    original = module.check_output
-
-    def first_is_faster(*arguments: Any) -> None:
-        nonlocal looked
-        original(*arguments)
-        looked += 1
-        if looked == 1:
-            finished(folder, adapter__x="first")
-
-    monkeypatch.setattr(module, "check_output", first_is_faster)
-    with pytest.raises(UserError, match="already holds"), open_run(recipe(folder)):
-        pass
-    assert (folder / "adapter" / "x").read_text() == "first"
 
 
 def test_advice_is_what_works(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The tables of docs/data.md and data_templates/README.md, made from FORMATS, the recipe's fields and the templates.
 
-python -m finetune.data.reference        writes both files again (a test says when they are out of date)
+python tools/data_tables.py        writes both files again (a test says when they are out of date)
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from finetune.data import templates
 from finetune.data.formats import FORMATS
+from finetune.data.samples import STAGES
 from finetune.recipe.sections import DataConfig, SourceConfig
 from finetune.resources import resource_path
 
 BEGIN, END = "<!-- table: {} -->", "<!-- end -->"
-STAGES = {"sft": "ft sft", "preference": "ft dpo, ft reward", "unpaired": "ft kto", "text": "ft pretrain"}
 
 
 def cell(text: str) -> str:
@@ -32,7 +32,7 @@ def formats_table() -> str:
             f"`{name}`",
             f"`{cell(form.columns)}`",
             cell(form.about),
-            STAGES[form.kind],
+            STAGES[form.kind].replace(" or ", ", "),
             f"[{form.sample}]({{}}{form.sample})",
         ]
         for name, form in FORMATS.items()

@@ -1,0 +1,107 @@
+"""`ft`: the command line. `main` runs a command and shows its errors; `commands` and `groups` are what can be typed."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+
+import typer
+
+from finetune import __version__
+from finetune.child import PART
+from finetune.cli import shared
+from finetune.cli.commands import app
+from finetune.errors import FinetuneError, UserError, explained, render, visible
+
+OTHER_COMMANDS = {
+    "train": "ft sft, ft pretrain, ft reward, ft dpo, ft kto or ft ppo",
+    "finetune": "ft sft, ft pretrain, ft reward, ft dpo, ft kto or ft ppo",
+    "rlhf": "ft dpo, ft kto, ft reward or ft ppo",
+    "rm": "ft reward",
+    "export": "ft merge",
+    "evaluate": "ft eval",
+    "infer": "ft chat, or ft eval for a file",
+    "inference": "ft chat, or ft eval for a file",
+    "predict": "ft eval",
+    "preprocess": "ft data check, or ft data preview",
+    "env": "ft doctor",
+    "version": "ft --version",
+}
+"""What other tools call it -> the command here."""
+
+
+def main() -> None:
+    """Entry point: one renderer for errors, the exit codes of the contract."""
+    arguments = [a for a in sys.argv[1:] if a not in ("--debug", "--verbose")]
+    part = arguments[:1] == [PART]
+    arguments = arguments[part:]
+    shared.VERBOSE, debug = "--verbose" in sys.argv, "--debug" in sys.argv
+    if arguments == ["--version"]:
+        print(f"ft {__version__}")
+        return
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    from finetune.terminal import progress
+
+    progress.settle_streams()
+    progress.advising = not part
+    try:
+        if arguments and arguments[0] in OTHER_COMMANDS:
+            raise UserError(f"no command {arguments[0]!r}", fix=OTHER_COMMANDS[arguments[0]])
+        code = app(args=arguments, prog_name="ft", standalone_mode=False) or 0
+        if code == 130:  # typer makes this of Ctrl-C, without a word
+            raise KeyboardInterrupt
+        sys.stdout.flush()  # or a full disk is told too late for a line and an exit code of its own
+        sys.exit(code)
+    except FinetuneError as error:
+        if debug:
+            raise
+        if not (part and error.exit_code == 130):
+            _print_errors(render(error), "yellow" if error.exit_code == 130 else "red")
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        if isinstance(error.__cause__, EOFError):  # typer takes every EOFError for Ctrl-D
+            if debug:
+                raise
+            _print_bug(error.__cause__)
+            sys.exit(1)
+        if not part:
+            _print_errors([f"interrupted; start again with {progress.command(*arguments)}"], "yellow")
+        sys.exit(130)
+    except BrokenPipeError:
+        _close_stdout()
+        sys.exit(0)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong arguments, in typer's own words
+            said = io.StringIO()
+            error.show(file=said)
+            print(visible(said.getvalue()), end="", file=sys.stderr)
+            sys.exit(error.exit_code)
+        if debug:
+            raise
+        if (known := explained(error)) is not None:
+            _print_errors(render(known), "red")
+            _close_stdout()
+            sys.exit(known.exit_code)
+        _print_bug(error)
+        sys.exit(1)
+
+
+def _print_bug(error: BaseException) -> None:
+    _print_errors([f"{type(error).__name__}: {error}", "this is a bug; --debug shows the traceback"], "red")
+
+
+def _print_errors(lines: list[str], style: str) -> None:
+    from finetune.terminal.progress import note
+
+    for line in lines:
+        note(line, style)
+
+
+def _close_stdout() -> None:
+    """What is left to print has nowhere to go: without this Python tries again at its end, and complains."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

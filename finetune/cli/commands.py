@@ -1,0 +1,232 @@
+"""The commands. Each is a few lines; torch and the libraries are imported inside, so that help answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune.cli import groups
+from finetune.cli.shared import (
+    AdapterOption,
+    DryRun,
+    Model,
+    Output,
+    Override,
+    Overwrite,
+    RecipeArgument,
+    RecipeOption,
+    Resume,
+    alone,
+    module,
+    one_of,
+    quiet,
+    warn_if,
+)
+from finetune.errors import Interrupted
+
+if TYPE_CHECKING:
+    from finetune.recipe.stages import Recipe
+
+app = typer.Typer(
+    name="ft",
+    help="Fine-tune open language models from one YAML recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(groups.models_app, name="models")
+app.add_typer(groups.recipes_app, name="recipes")
+app.add_typer(groups.data_app, name="data")
+
+
+@app.callback()
+def options(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what the libraries print.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Read by `main`, which takes them anywhere on the line."""
+
+
+TRAINING = {
+    "pretrain": "Next-token training on raw text, of any model or of a new one.",
+    "sft": "Supervised fine-tuning.",
+    "reward": "Train a reward model on preference pairs.",
+    "dpo": "Learn from preference pairs: DPO and its kin, SimPO, ORPO.",
+    "kto": "Learn from answers labelled good or bad.",
+    "ppo": "Reinforcement learning from a reward model or from rules: PPO on one base in memory.",
+}
+
+
+def training_command(stage: str) -> Callable[..., None]:
+    """`ft STAGE --recipe R`: check everything that needs no torch, then run finetune.commands.STAGE."""
+
+    def command(
+        plain: RecipeArgument = None,
+        recipe: RecipeOption = None,
+        set_: Override = [],  # noqa: B006 (typer copies it)
+        output: Output = None,
+        resume: Resume = False,
+        overwrite: Overwrite = False,
+        dry_run: DryRun = False,
+    ) -> None:
+        reference = one_of(plain, recipe, "--recipe", f"ft {stage} RECIPE")
+        alone()
+        quiet(bars=False)
+        from finetune import early
+
+        checked: Recipe | None = None
+        try:
+            checked = early.recipe(reference, stage, set_, output, resume, overwrite, dry_run)
+            quiet()
+            warn_if(early.gpu_missing(reference, checked))
+            module(stage).run(checked, resume=resume, overwrite=overwrite, dry_run=dry_run)
+        except KeyboardInterrupt:
+            from finetune.run.resuming import to_start_again
+
+            again = to_start_again(stage, reference, set_, output, resume, overwrite, dry_run, checked)
+            raise Interrupted(f"interrupted before there was a checkpoint; start again with {again}") from None
+
+    return command
+
+
+for _stage, _help in TRAINING.items():
+    app.command(_stage, help=_help)(training_command(_stage))
+
+
+@app.command()
+def merge(
+    plain: Annotated[str | None, typer.Argument(metavar="[ADAPTER]", help="The same as --adapter.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Run directory or adapter folder.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the merged model.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base, for adapters that do not name it.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the base's own by default.")] = None,
+    base: Annotated[str, typer.Option(help="For quantized runs: original or dequantized weights.")] = "original",
+    format_: Annotated[
+        str, typer.Option("--format", help="hf, or chatglm: ChatGLM's original layout, for the published code.")
+    ] = "hf",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    overwrite: Overwrite = False,
+) -> None:
+    """Merge an adapter into its base and prove that the result computes the same."""
+    usage = "ft merge ADAPTER --output FOLDER"
+    adapter = one_of(plain, adapter, "--adapter", usage)
+    output = one_of(None, output, "--output", usage)
+    quiet(bars=False)
+    from finetune import early
+
+    early.merged(adapter, Path(output).expanduser(), model, dtype, format_, overwrite)
+    quiet()
+    module("merge").run(
+        adapter, output, model=model, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, base=base,
+        layout=format_,
+    )  # fmt: skip
+
+
+@app.command("eval")
+def evaluate(
+    runs: Annotated[list[str] | None, typer.Argument(help="Runs, adapters or models.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Evaluate this recipe's run.")] = None,
+    model: Model = None,
+    adapter: AdapterOption = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Held-out data; by default the run's eval.data, or what data.eval_split held out."),
+    ] = None,
+    compare_base: Annotated[bool, typer.Option("--compare-base", help="Base and tuned side by side.")] = False,
+    quantization: Annotated[str | None, typer.Option(help="Kinds to compare: none,int8,int4.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
+    temperature: Annotated[float, typer.Option(help="0 answers greedily, above it answers are drawn.", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the drawn answers.")] = 0,
+    reward: Annotated[str | None, typer.Option(help="Run of ft reward that scores the answers.")] = None,
+    json_: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Also as JSON; - is stdout.")] = None,
+    predictions: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Every row with its answer, as JSON lines.")
+    ] = None,
+    show: Annotated[int, typer.Option(metavar="N", help="Print so many wrong answers.", min=0)] = 3,
+) -> None:
+    """Held-out metrics: of answers exact match (also per value of a column `group`), per-field accuracy, loss and
+    perplexity; of preference pairs accuracy and margins; of labelled answers and raw text their loss."""
+    quiet(bars=False)
+    from finetune import early
+
+    early.evaluated(runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions)
+    quiet()
+    module("evaluate").run(
+        runs or [], recipe=recipe, model=model, adapter=adapter, data=data, compare_base=compare_base, limit=limit,
+        json_file=json_, quantization=quantization, temperature=temperature, seed=seed, reward=reward,
+        predictions=predictions, show=show,
+    )  # fmt: skip
+
+
+@app.command()
+def compare(
+    plain: RecipeArgument = None,
+    recipe: RecipeOption = None,
+    methods: Annotated[str, typer.Option(help="Adapter methods, separated by commas.")] = "lora",
+    quantization: Annotated[str, typer.Option(help="none, int8, int4, separated by commas.")] = "none",
+    data_fractions: Annotated[str, typer.Option(help="Shares of the training rows, e.g. 0.125,0.25,0.5,1.")] = "1",
+    set_: Override = [],  # noqa: B006
+    output: Annotated[str, typer.Option(help="Folder of the comparison.")] = "runs/compare",
+) -> None:
+    """Train methods on the same data and budget, and measure what each costs and brings."""
+    from finetune.recipe.file import load
+    from finetune.recipe.stages import SftRecipe
+    from finetune.terminal.progress import command
+
+    reference = one_of(plain, recipe, "--recipe", "ft compare RECIPE --methods lora,bitfit")
+    checked = load(reference, SftRecipe, set_, output)
+    quiet(bars=False)
+    from finetune import early
+    from finetune.commands import compare
+    from finetune.commands.compare import plan
+
+    names, kinds, shares = plan.parse(methods, quantization, data_fractions)
+    try:
+        place, fit = (lambda: plan.check_folder(Path(output), checked)), (lambda: plan.check_recipe(checked))
+        early.together(place, fit, lambda: early.inputs(checked))
+        quiet()
+        warn_if(early.gpu_missing(reference, checked))
+        compare.run(checked, methods=names, quantizations=kinds, fractions=shares, output=output)
+    except (KeyboardInterrupt, Interrupted):
+        settings = {"--methods": methods, "--quantization": quantization, "--data-fractions": data_fractions}
+        options = [part for pair in settings.items() for part in pair]
+        options += [part for item in set_ for part in ("--set", item)]
+        again = command("compare", "--recipe", reference, *options, "--output", output)
+        raise Interrupted(f"stopped; what is done is kept; go on with {again}") from None
+
+
+@app.command()
+def chat(
+    plain: Annotated[
+        str | None, typer.Argument(metavar="[RUN|ADAPTER|MODEL]", help="What to talk to, known by its content.")
+    ] = None,
+    model: Model = None,
+    adapter: AdapterOption = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 answers greedily.", min=0.0)] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
+) -> None:
+    """Talk to a model; /reset forgets the conversation, /exit leaves."""
+    quiet(bars=False)
+    from finetune import early
+
+    model, adapter = early.chat(plain, model, adapter)
+    quiet()
+    module("chat").run(
+        model=model, adapter=adapter, system=system, temperature=temperature, max_new_tokens=max_new_tokens
+    )
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, hardware, precision, and which extras are missing."""
+    quiet()
+    from finetune.commands.doctor import run
+
+    run()

@@ -1,0 +1,73 @@
+"""What the commands of the command line share: their options, and what they do before the libraries are imported."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+from finetune.errors import UserError
+
+RecipeArgument = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="The same as --recipe.")]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe file, or a shipped recipe's name.")]
+Override = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeats.")]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="Run directory (instead of output.dir).")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ft wrote there, once the new is complete.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the complete recipe, write nothing.")]
+Model = Annotated[str | None, typer.Option("--model", help="Built-in base, local folder or hub id.")]
+AdapterOption = Annotated[str | None, typer.Option("--adapter", help="Run directory or adapter folder.")]
+
+VERBOSE = False
+
+
+def quiet(bars: bool = True) -> None:
+    """Before the first import of torch; without `bars` before what needs no transformers."""
+    from finetune.terminal import noise
+
+    if not VERBOSE:
+        noise.silence()
+        if bars:
+            noise.silence_bars()
+
+
+def warn_if(message: str | None) -> None:
+    from finetune.terminal.progress import warn
+
+    if message is not None:
+        warn(message)
+
+
+def module(name: str) -> ModuleType:
+    """finetune.commands.NAME; importing the libraries takes seconds."""
+    from finetune.terminal.progress import task
+
+    with task("importing the libraries", after=1.0):
+        return importlib.import_module(f"finetune.commands.{name}")
+
+
+def one_of(plain: str | None, option: str | None, name: str, usage: str) -> str:
+    """What was given as a plain argument or as the option `name`. UserError for both and for neither."""
+    if plain is not None and option is not None:
+        raise UserError(f"given twice: {plain} and {name} {option}", fix="give one of them")
+    given = option if plain is None else plain
+    if not given:
+        raise UserError(f"{name} is missing", fix=f"write {usage}")
+    return given
+
+
+RANKS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def alone() -> None:
+    """UserError in one of several processes of a launcher: each would write into the same run directory."""
+    for name in RANKS:
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            raise UserError(
+                f"this is one of {count} processes, and ft trains in one, on one device", key=name,
+                fix="start ft by itself, without torchrun, accelerate launch or mpirun",
+            )  # fmt: skip

@@ -1,0 +1,83 @@
+"""One process in a directory; what is replaced is kept until the new run is finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune.run.UNKNOWN import opening
+from run_kit import contents, finished, recipe
+
+from finetune.errors import RunError, UserError
+from finetune.run.directory import ASIDE
+from finetune.run.opening import open_run
+
+
+def attempt(folder: Path, overwrite: bool) -> None:
+    """A run that fails before its first checkpoint."""
+    with open_run(recipe(folder, seed=7), overwrite=overwrite) as run:
+        assert (folder / ASIDE / "adapter" / "x").exists() == overwrite
+        run.samples.write_text("new")
+        raise RunError("no weights")
+
+
+def test_two_processes_cannot_share_a_directory(tmp_path: Path) -> None:
+    folder = recipe(tmp_path / "run")
+    with open_run(folder), pytest.raises(UserError, match="another process"), open_run(folder, overwrite=True):
+        pass
+
+
+def test_an_unfinished_run_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(RunError):
+        attempt(folder, overwrite=False)
+    assert (folder / "samples.jsonl").exists()
+    with open_run(recipe(folder), overwrite=True) as run:
+        run.finish({"stage": "sft"})
+    assert set(contents(folder)) == {"recipe.yaml", "result.json"}
+
+
+def test_the_old_run_goes_when_the_new_one_is_finished(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    finished(folder, adapter__x="old")
+    before = contents(folder)
+    with pytest.raises(RunError):
+        attempt(folder, overwrite=True)
+    assert contents(folder) == {**before, ".lock": b""}  # nothing to go on from: as if it had not been tried
+
+    def with_checkpoint(error: bool, **how: bool) -> None:
+        with open_run(recipe(folder, seed=7), **how) as run:
+            checkpoint = run.checkpoints / "checkpoint-1"
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            (checkpoint / "complete").touch()
+            if error:
+                raise RunError("NaN")
+            run.finish({"stage": "sft"})
+
+    for _ in range(2):  # the second replaces an unfinished one: the finished one is still there
+        with pytest.raises(RunError):
+            with_checkpoint(error=True, overwrite=True)
+        assert (folder / ASIDE / "adapter" / "x").read_text() == "old"
+        assert not (folder / "adapter").exists()
+    with_checkpoint(error=False, resume=True)
+    assert not (folder / ASIDE).exists()
+
+
+def test_the_directory_is_looked_at_again_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes find it empty; the second gets the lock when the first is finished."""
+
+    folder, looked = tmp_path / "run", 0
+    original = opening.check_output
+
+    def first_is_faster(*arguments: Any) -> None:
+        nonlocal looked
+        original(*arguments)
+        looked += 1
+        if looked == 1:
+            finished(folder, adapter__x="first")
+
+    monkeypatch.setattr(opening, "check_output", first_is_faster)
+    with pytest.raises(UserError, match="already holds"), open_run(recipe(folder)):
+        pass
+    assert (folder / "adapter" / "x").read_text() == "first"

@@ -1,0 +1,26 @@
+"""An unfinished run goes on with the same recipe only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from run_kit import recipe
+
+from finetune.errors import UserError
+from finetune.run.opening import open_run
+from finetune.run.resuming import changed_keys, check_resumable
+
+
+def test_resume_names_the_changed_keys(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with open_run(recipe(folder, seed=1)):
+        pass
+    check_resumable(recipe(folder, seed=1))
+    with pytest.raises(UserError) as caught:
+        check_resumable(recipe(folder, seed=2, max_steps=5))
+    assert [problem.key for problem in caught.value.problems] == ["train.max_steps", "train.seed"]
+
+
+def test_changed_keys() -> None:
+    assert changed_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 1}) == ["a.c", "d"]
