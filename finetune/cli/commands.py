@@ -8,23 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune.cli import groups
-from finetune.cli.shared import (
-    AdapterOption,
-    DryRun,
-    Model,
-    Output,
-    Override,
-    Overwrite,
-    RecipeArgument,
-    RecipeOption,
-    Resume,
-    alone,
-    module,
-    one_of,
-    quiet,
-    warn_if,
-)
+from finetune.cli import groups, shared
 from finetune.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -67,25 +51,25 @@ def training_command(stage: str) -> Callable[..., None]:
     """`ft STAGE --recipe R`: check everything that needs no torch, then run finetune.commands.STAGE."""
 
     def command(
-        plain: RecipeArgument = None,
-        recipe: RecipeOption = None,
-        set_: Override = [],  # noqa: B006 (typer copies it)
-        output: Output = None,
-        resume: Resume = False,
-        overwrite: Overwrite = False,
-        dry_run: DryRun = False,
+        plain: shared.RecipeArgument = None,
+        recipe: shared.RecipeOption = None,
+        set_: shared.Override = [],  # noqa: B006 (typer copies it)
+        output: shared.Output = None,
+        resume: shared.Resume = False,
+        overwrite: shared.Overwrite = False,
+        dry_run: shared.DryRun = False,
     ) -> None:
-        reference = one_of(plain, recipe, "--recipe", f"ft {stage} RECIPE")
-        alone()
-        quiet(bars=False)
+        reference = shared.one_of(plain, recipe, "--recipe", f"ft {stage} RECIPE")
+        shared.alone()
+        shared.quiet(bars=False)
         from finetune import early
 
         checked: Recipe | None = None
         try:
             checked = early.recipe(reference, stage, set_, output, resume, overwrite, dry_run)
-            quiet()
-            warn_if(early.gpu_missing(reference, checked))
-            module(stage).run(checked, resume=resume, overwrite=overwrite, dry_run=dry_run)
+            shared.quiet()
+            shared.warn_if(early.gpu_missing(reference, checked))
+            shared.module(stage).run(checked, resume=resume, overwrite=overwrite, dry_run=dry_run)
         except KeyboardInterrupt:
             from finetune.run.resuming import to_start_again
 
@@ -111,18 +95,18 @@ def merge(
         str, typer.Option("--format", help="hf, or chatglm: ChatGLM's original layout, for the published code.")
     ] = "hf",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
-    overwrite: Overwrite = False,
+    overwrite: shared.Overwrite = False,
 ) -> None:
     """Merge an adapter into its base and prove that the result computes the same."""
     usage = "ft merge ADAPTER --output FOLDER"
-    adapter = one_of(plain, adapter, "--adapter", usage)
-    output = one_of(None, output, "--output", usage)
-    quiet(bars=False)
+    adapter = shared.one_of(plain, adapter, "--adapter", usage)
+    output = shared.one_of(None, output, "--output", usage)
+    shared.quiet(bars=False)
     from finetune import early
 
     early.merged(adapter, Path(output).expanduser(), model, dtype, format_, overwrite)
-    quiet()
-    module("merge").run(
+    shared.quiet()
+    shared.module("merge").run(
         adapter, output, model=model, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, base=base,
         layout=format_,
     )  # fmt: skip
@@ -132,8 +116,8 @@ def merge(
 def evaluate(
     runs: Annotated[list[str] | None, typer.Argument(help="Runs, adapters or models.")] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Evaluate this recipe's run.")] = None,
-    model: Model = None,
-    adapter: AdapterOption = None,
+    model: shared.Model = None,
+    adapter: shared.AdapterOption = None,
     data: Annotated[
         str | None,
         typer.Option(help="Held-out data; by default the run's eval.data, or what data.eval_split held out."),
@@ -152,12 +136,12 @@ def evaluate(
 ) -> None:
     """Held-out metrics: of answers exact match (also per value of a column `group`), per-field accuracy, loss and
     perplexity; of preference pairs accuracy and margins; of labelled answers and raw text their loss."""
-    quiet(bars=False)
+    shared.quiet(bars=False)
     from finetune import early
 
     early.evaluated(runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions)
-    quiet()
-    module("evaluate").run(
+    shared.quiet()
+    shared.module("evaluate").run(
         runs or [], recipe=recipe, model=model, adapter=adapter, data=data, compare_base=compare_base, limit=limit,
         json_file=json_, quantization=quantization, temperature=temperature, seed=seed, reward=reward,
         predictions=predictions, show=show,
@@ -166,12 +150,12 @@ def evaluate(
 
 @app.command()
 def compare(
-    plain: RecipeArgument = None,
-    recipe: RecipeOption = None,
+    plain: shared.RecipeArgument = None,
+    recipe: shared.RecipeOption = None,
     methods: Annotated[str, typer.Option(help="Adapter methods, separated by commas.")] = "lora",
     quantization: Annotated[str, typer.Option(help="none, int8, int4, separated by commas.")] = "none",
     data_fractions: Annotated[str, typer.Option(help="Shares of the training rows, e.g. 0.125,0.25,0.5,1.")] = "1",
-    set_: Override = [],  # noqa: B006
+    set_: shared.Override = [],  # noqa: B006
     output: Annotated[str, typer.Option(help="Folder of the comparison.")] = "runs/compare",
 ) -> None:
     """Train methods on the same data and budget, and measure what each costs and brings."""
@@ -179,9 +163,9 @@ def compare(
     from finetune.recipe.stages import SftRecipe
     from finetune.terminal.progress import command
 
-    reference = one_of(plain, recipe, "--recipe", "ft compare RECIPE --methods lora,bitfit")
+    reference = shared.one_of(plain, recipe, "--recipe", "ft compare RECIPE --methods lora,bitfit")
     checked = load(reference, SftRecipe, set_, output)
-    quiet(bars=False)
+    shared.quiet(bars=False)
     from finetune import early
     from finetune.commands import compare
     from finetune.commands.compare import plan
@@ -190,8 +174,8 @@ def compare(
     try:
         place, fit = (lambda: plan.check_folder(Path(output), checked)), (lambda: plan.check_recipe(checked))
         early.together(place, fit, lambda: early.inputs(checked))
-        quiet()
-        warn_if(early.gpu_missing(reference, checked))
+        shared.quiet()
+        shared.warn_if(early.gpu_missing(reference, checked))
         compare.run(checked, methods=names, quantizations=kinds, fractions=shares, output=output)
     except (KeyboardInterrupt, Interrupted):
         settings = {"--methods": methods, "--quantization": quantization, "--data-fractions": data_fractions}
@@ -206,19 +190,19 @@ def chat(
     plain: Annotated[
         str | None, typer.Argument(metavar="[RUN|ADAPTER|MODEL]", help="What to talk to, known by its content.")
     ] = None,
-    model: Model = None,
-    adapter: AdapterOption = None,
+    model: shared.Model = None,
+    adapter: shared.AdapterOption = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     temperature: Annotated[float, typer.Option(help="0 answers greedily.", min=0.0)] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
 ) -> None:
     """Talk to a model; /reset forgets the conversation, /exit leaves."""
-    quiet(bars=False)
+    shared.quiet(bars=False)
     from finetune import early
 
     model, adapter = early.chat(plain, model, adapter)
-    quiet()
-    module("chat").run(
+    shared.quiet()
+    shared.module("chat").run(
         model=model, adapter=adapter, system=system, temperature=temperature, max_new_tokens=max_new_tokens
     )
 
@@ -226,7 +210,7 @@ def chat(
 @app.command()
 def doctor() -> None:
     """Versions, hardware, precision, and which extras are missing."""
-    quiet()
+    shared.quiet()
     from finetune.commands.doctor import run
 
     run()

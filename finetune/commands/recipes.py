@@ -28,40 +28,26 @@ model: {{name: {model}}}
 output: {{dir: {output}}}
 """
 LORA = "adapter: {{method: lora, r: 16, lora_alpha: 32}}"
+HELD_OUT = ("data: {{train: {data}, eval_split: 0.05, max_length: 2048}}", LORA)
+PROMPTS = ("data: {{train: {data}, max_length: 1024}}", LORA)
+TRAIN = "train: {{{{learning_rate: {}, num_train_epochs: {}, effective_batch_size: 16}}}}"
 PPO = (
     "ppo: {{max_new_tokens: 64, kl_coef: 0.05, num_mini_batches: 4, cliprange_value: 1.0}}",
     "train: {{learning_rate: 5.0e-5, max_steps: 100, effective_batch_size: 64}}",
 )
 BODIES = {
-    "pretrain": (
-        "data: {{train: {data}, max_length: 512}}",
-        "train: {{learning_rate: 5.0e-5, num_train_epochs: 1, effective_batch_size: 16}}",
-    ),
-    "sft": (
-        "data: {{train: {data}, eval_split: 0.05, max_length: 2048}}", LORA,
-        "train: {{learning_rate: 2.0e-4, num_train_epochs: 3, effective_batch_size: 16}}",
-    ),
-    "reward": (
-        "data: {{train: {data}, eval_split: 0.05, max_length: 2048}}", LORA,
-        "train: {{learning_rate: 1.0e-4, num_train_epochs: 1, effective_batch_size: 16}}",
-    ),
-    "dpo": (
-        "data: {{train: {data}, eval_split: 0.05, max_length: 2048}}", LORA,
-        "dpo: {{loss_type: sigmoid, beta: 0.1, sft_weight: 0.2}}",
-        "train: {{learning_rate: 5.0e-5, num_train_epochs: 1, effective_batch_size: 16}}",
-    ),
-    "kto": (
-        "data: {{train: {data}, eval_split: 0.05, max_length: 2048}}", LORA,
-        "kto: {{beta: 0.1}}",
-        "train: {{learning_rate: 5.0e-5, num_train_epochs: 1, effective_batch_size: 16}}",
-    ),
+    "pretrain": ("data: {{train: {data}, max_length: 512}}", TRAIN.format("5.0e-5", 1)),
+    "sft": (*HELD_OUT, TRAIN.format("2.0e-4", 3)),
+    "reward": (*HELD_OUT, TRAIN.format("1.0e-4", 1)),
+    "dpo": (*HELD_OUT, "dpo: {{loss_type: sigmoid, beta: 0.1, sft_weight: 0.2}}", TRAIN.format("5.0e-5", 1)),
+    "kto": (*HELD_OUT, "kto: {{beta: 0.1}}", TRAIN.format("5.0e-5", 1)),
     "ppo": (
-        "data: {{train: {data}, max_length: 1024}}", LORA,
+        *PROMPTS,
         "# pairs, of which a reward model is trained first; or model: a run of ft reward, or functions: [file.py:name]",
         "reward: {{train: {data}, learning_rate: 1.0e-4, num_train_epochs: 1}}", *PPO,
     ),
     "ppo by rule": (
-        "data: {{train: {data}, max_length: 1024}}", LORA,
+        *PROMPTS,
         "# a file of yours, as docs/ppo.md shows; or model: a run of ft reward, or train: preference pairs",
         "reward: {{functions: [rules.py:score]}}", *PPO,
     ),
