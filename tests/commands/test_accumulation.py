@@ -53,7 +53,7 @@ def made(recipe: Any, folder: Path, rows: int = 4, passes: int = 1) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "layout", lambda *_: Layout(rows, passes, 1, 1))
         patch.setattr(session.Session, "train", stop)
-        output = recipe.output.model_copy(update={"dir": str(folder / "run")})
+        output = recipe.output.model_copy(update={"dir": str(folder / "made")})
         with pytest.raises(KeyboardInterrupt):
             STAGES[recipe.stage].run(recipe.model_copy(update={"output": output}), overwrite=True)
     return found[0]
