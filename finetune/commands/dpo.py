@@ -8,12 +8,12 @@ from trl import DPOConfig
 
 from finetune.data import pairs
 from finetune.errors import UserError
-from finetune.recipe.stages import DpoRecipe
+from finetune.recipe.stages import REFERENCE_FREE, DpoRecipe
 from finetune.training import reference
 from finetune.training.fit import finish_setup
 from finetune.training.plan import Layout, longest_row, one_device, pad_multiple
 from finetune.training.preference import PairCollator, stuck
-from finetune.training.preference_trainers import REFERENCE_FREE, SORTED, Dpo
+from finetune.training.preference_trainers import SORTED, Dpo
 from finetune.training.session import Session, prepare
 from finetune.training.start import check_start, merged_start, policy
 

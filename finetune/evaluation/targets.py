@@ -20,7 +20,7 @@ from finetune.places import read_json
 from finetune.recipe.file import check, load
 from finetune.recipe.resolve import absolute_data
 from finetune.recipe.sections import DataConfig, EvalConfig, ModelConfig
-from finetune.recipe.stages import Recipe
+from finetune.recipe.stages import REFERENCE_FREE, Recipe
 from finetune.run.directory import read_recipe
 from finetune.run.resuming import changed_keys
 from finetune.terminal.progress import note
@@ -185,9 +185,6 @@ def quantized(target: Target, kind: str) -> Target:
     return replace(target, name=f"{target.name} {kind}", model=model)
 
 
-NO_REFERENCE = ("simpo", "orpo")
-
-
 def reference_of(target: Target) -> Target | None:
     """What a run of dpo or kto was kept near: the base without adapter, or the adapter that it went on from.
 
@@ -197,7 +194,7 @@ def reference_of(target: Target) -> Target | None:
     if recipe is None or recipe.stage not in ("dpo", "kto") or target.base is None:
         return None
     section = getattr(recipe, recipe.stage)
-    if getattr(section, "loss_type", "") in NO_REFERENCE:
+    if getattr(section, "loss_type", "") in REFERENCE_FREE:
         return None
     if recipe.model.adapter is None or section.start == "merge":
         loftq = getattr(recipe.adapter, "init_lora_weights", None) == "loftq"

@@ -113,6 +113,8 @@ DpoLoss = Literal[
 
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
 """The losses that dpo.label_smoothing changes."""
+REFERENCE_FREE = ("simpo", "orpo")
+"""The losses without a reference model."""
 
 
 class DpoConfig(Section):

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 
-from finetune.recipe.stages import DpoConfig
+from finetune.recipe.stages import REFERENCE_FREE, DpoConfig
 from finetune.training.preference import orpo_loss, simpo_loss
 from finetune.training.reference import NoReference, as_measured
 from finetune.training.trainers import Extras, RowMeans
 
-REFERENCE_FREE = ("simpo", "orpo")
 SORTED = ("aot", "aot_unpaired")
 """Losses between the sorted margins of all pairs that are in a pass."""
 
