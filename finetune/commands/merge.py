@@ -50,9 +50,6 @@ SAMPLES = (
     "def add(a, b):\n    return a + b\n\n# 1, 2, 3, 5, 8, 13",
     "Once upon a time there was a small model that wanted to be merged. 从前有一个小模型。",
 )
-Logits = dict[str, Any]
-"""One [length, vocabulary] tensor per sample, by name: of the quantized model as `trained`, of the `base`, of the same
-computed in float32 (`exact`, or None), of base + adapter (`unmerged`), and of what was `merged`, as read back."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +66,10 @@ class Job:
     weights: str
     """original, or dequantized: what the quantized weights stand for."""
     dtype: str
+    kind: torch.dtype
     layout: str
     """Row of FORMATS."""
     samples: list[list[int]]
-
-    @property
-    def kind(self) -> torch.dtype:
-        kind: torch.dtype = getattr(torch, self.dtype)
-        return kind
 
 
 def run(
@@ -124,7 +117,8 @@ def opened(adapter: str, target: Path, model: str | None, dtype: str | None, wei
     if (fitted := attach.check_adapter(folder, config)) is not None:
         check_layers(fitted, folder)
     samples = [base.encoder.prompt_ids([{"role": "user", "content": text}]) for text in SAMPLES]
-    return Job(base, trained, folder, stored["peft_type"], weights, dtype or declared(base), layout, samples)
+    dtype = dtype or declared(base)
+    return Job(base, trained, folder, stored["peft_type"], weights, dtype, getattr(torch, dtype), layout, samples)
 
 
 def declared(base: Base) -> str:
@@ -132,9 +126,11 @@ def declared(base: Base) -> str:
     return str(base.config.get("dtype") or base.config.get("torch_dtype") or "float32")
 
 
-def summed(job: Job) -> tuple[Any, Sums, Logits]:
-    """The merged model, what each of its tensors must be on disk, and the logits that it is compared with."""
-    logits: Logits = {}
+def summed(job: Job) -> tuple[Any, Sums, dict[str, Any]]:
+    """The merged model, what each of its tensors must be on disk, and logits of the samples to compare it with: of the
+    quantized model as `trained`, of the `base` and of the same in float32 (`exact`, or None), of base + adapter
+    (`unmerged`)."""
+    logits: dict[str, Any] = {}
     if job.trained.quantization is not None:
         quantized = loading.load_model(job.trained, job.kind, hardware.detect())
         logits["trained"] = logits_of(with_adapter(quantized, job), job.samples)
@@ -193,7 +189,7 @@ def write(job: Job, merged: Any, out: Path, max_shard_size: str) -> None:
     write_json(out / "generation_config.json", {**said, **ends})
 
 
-def measured(logits: Logits) -> dict[str, float]:
+def measured(logits: dict[str, Any]) -> dict[str, float]:
     """Largest differences of logits over all samples."""
     unmerged, merged, base, exact = (logits[name] for name in ("unmerged", "merged", "base", "exact"))
     largest, relative = largest_difference(unmerged, merged)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from finetune import register
 from finetune.errors import UserError
-from finetune.models.weight_files import AGAIN, check_file, read_json, read_pickle
+from finetune.models import weight_files
+from finetune.models.weight_files import AGAIN, check_file, read_json
 
 PREFIX = "base_model.model."
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "embed_out", "output_layer")
@@ -58,11 +58,7 @@ def weights(folder: Path) -> Path:
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    path = weights(folder)
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return {name: tuple(value.shape) for name, value in read_pickle(path, "meta").items()}
+    return weight_files.shapes(weights(folder))
 
 
 def save_adapter(config: Any, weights: dict[str, torch.Tensor], out: Path) -> None:

@@ -6,10 +6,8 @@ embedding_rows(config)      how many ids the model knows
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError
 from finetune.models import sources
 from finetune.models.layouts import layout_of
 from finetune.models.weight_files import read_json
@@ -18,10 +16,7 @@ from finetune.recipe.sections import ModelConfig
 
 def read_config(model: ModelConfig) -> dict[str, Any]:
     """config.json. UserError, before anything else is fetched, when no native network exists for it."""
-    path = sources.file(model, "config.json")
-    if path is None:
-        raise UserError("has no config.json", path=model.name, key="model.name", fix=sources.HUB_HELP)
-    config = read_json(Path(path))
+    config = read_json(sources.config_file(model))
     sources.check_family(config, model.name)
     layout = layout_of(config)
     (layout.check or layout.network)(model, config)

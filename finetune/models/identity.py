@@ -18,7 +18,7 @@ import xxhash
 
 from finetune.errors import UserError
 from finetune.models.quantization import HEADS
-from finetune.models.sources import base_of, commit
+from finetune.models.sources import base_config, commit
 from finetune.models.weight_files import DERIVED, read_json, tensors, weight_files
 from finetune.recipe.sections import ModelConfig
 
@@ -154,9 +154,8 @@ def locked_template(adapter: Path) -> str | None:
 def configs_of(adapter: Path, model: str | None = None) -> tuple[ModelConfig, ModelConfig]:
     """(the base of an adapter in its original precision, the same quantized as it was while training)."""
     identity = read_identity(adapter) or {}
-    kept = ("revision", "source") if model is None else ()  # those of the name that the adapter gives
-    loaded_as = {key: identity[key] for key in (*kept, "rope_scaling", "sanity_check") if key in identity}
-    original = ModelConfig.model_validate({"name": model or base_of(adapter), **loaded_as})
+    loaded_as = {key: identity[key] for key in ("rope_scaling", "sanity_check") if key in identity}
+    original = ModelConfig.model_validate(base_config(adapter, model).model_dump(exclude_unset=True) | loaded_as)
     kind = identity.get("quantization_type") or "nf4"
     quantized = {"quantization": identity.get("quantization"), "quantization_type": kind}
     return original, original.model_copy(update=quantized)

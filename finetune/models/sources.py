@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 from finetune import hub
 from finetune.errors import UserError
-from finetune.families import refused, refused_name
+from finetune.families import Refused, refused, refused_name
 from finetune.places import read_json
 from finetune.recipe.sections import ModelConfig
 from finetune.resources import BUILTIN_MODELS
@@ -154,15 +154,11 @@ def check_there(model: ModelConfig) -> None:
     if model.source == "modelscope":
         _refuse_by_name(model.name)
         return
-    path = file(model, "config.json")
-    if path is None:
-        raise UserError("has no config.json", path=model.name, key="model.name", fix=HUB_HELP)
-    check_family(read_json(Path(path)), model.name)
+    check_family(read_json(config_file(model)), model.name)
 
 
 def check_family(config: dict[str, Any], name: str) -> None:
-    if (row := refused(config)) is not None:
-        raise UserError(f"{row.name} {row.why}", path=name, key="model.name", fix=row.instead)
+    _refuse(refused(config), name)
 
 
 def announce(model: ModelConfig) -> None:
@@ -201,9 +197,12 @@ def _local(path: Path, name: str) -> Path:
 
 def _refuse_by_name(name: str) -> None:
     """Before anything is downloaded."""
-    refused = refused_name(name)
-    if refused is not None:
-        raise UserError(f"{refused.name} {refused.why}", path=name, key="model.name", fix=refused.instead)
+    _refuse(refused_name(name), name)
+
+
+def _refuse(row: Refused | None, name: str) -> None:
+    if row is not None:
+        raise UserError(f"{row.name} {row.why}", path=name, key="model.name", fix=row.instead)
 
 
 def file(model: ModelConfig, filename: str) -> str | None:
@@ -214,11 +213,16 @@ def file(model: ModelConfig, filename: str) -> str | None:
     return hub.file(where, filename, hub_revision(model))
 
 
-def folder(model: ModelConfig) -> Path:
+def config_file(model: ModelConfig) -> Path:
+    """UserError where there is none."""
     path = file(model, "config.json")
     if path is None:
         raise UserError("has no config.json", path=model.name, key="model.name", fix=HUB_HELP)
-    return Path(path).parent
+    return Path(path)
+
+
+def folder(model: ModelConfig) -> Path:
+    return config_file(model).parent
 
 
 def stored_dtype(model: ModelConfig) -> str | None:

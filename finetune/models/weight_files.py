@@ -2,6 +2,7 @@
 
 weight_files(folder)    those of a model
 check_file(path)        UserError for one that is empty, cut off or something else; reads no weights
+shapes(path)            name -> shape of its tensors
 tensors(path)           (name, tensor) one by one, mapped where possible
 read_pickle(path)       a .bin file, read with weights_only
 check_loading(info)     UserError for weights that did not arrive in the network
@@ -91,6 +92,14 @@ def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
     else:
         yield from ((n, t) for n, t in read_pickle(path).items() if isinstance(t, torch.Tensor))
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a file, from its header."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return {name: tuple(tensor.shape) for name, tensor in read_pickle(path, "meta").items()}
 
 
 def read_pickle(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:

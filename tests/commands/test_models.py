@@ -30,8 +30,8 @@ def test_what_is_called_tested_is_in_the_tests() -> None:
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     models.show()
     shown = capsys.readouterr().out
-    for kind in families.FAMILIES:
-        assert kind in shown
+    for kind, row in families.FAMILIES.items():
+        assert kind in shown or not row.tested
     for words in ("What never ran", "GLM-130B", "BERT", "T5", "BlueLM", "Baichuan-13B"):
         assert words in shown
 

@@ -221,7 +221,6 @@ REFUSED = {
     "quantization_config": ({"quant_method": "gptq"}, r"quantized weights.*model\.quantization: int4"),
     "tie_word_embeddings": (True, "embeddings tied"),
     "vision_config": ({"hidden_size": 8}, r"vision tower.*glm-4-9b-chat"),
-    "position_encoding_2d": (True, r"ChatGLM-6B \(the first one\).*chatglm3-6b"),
     "multi_query_group_num": (None, "needed with multi_query_attention"),
     "num_layers": (None, "not in config.json"),
 }  # fmt: skip

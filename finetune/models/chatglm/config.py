@@ -78,13 +78,6 @@ def glm_config(
 
     Raises UserError, all reasons at once, for what GlmForCausalLM cannot express.
     """
-    if "position_encoding_2d" in config or "inner_hidden_size" in config:
-        raise UserError(
-            "ChatGLM-6B (the first one) is another network with two-dimensional positions and no native counterpart",
-            path=name_or_path,
-            key="position_encoding_2d",
-            fix="use THUDM/chatglm3-6b",
-        )
     problems = [
         Problem(f"not in config.json, which says model_type {config.get('model_type')!r}", name_or_path, key=key,
                 fix="take config.json from the published checkpoint")

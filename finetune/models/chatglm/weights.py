@@ -21,7 +21,6 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from safetensors import safe_open
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
@@ -31,7 +30,7 @@ from finetune import hub
 from finetune.errors import Problem, UserError
 from finetune.models import sources
 from finetune.models.chatglm.config import EXPRESSIBLE, glm_config, read_config
-from finetune.models.weight_files import check_file, read_pickle, weight_files
+from finetune.models.weight_files import check_file, shapes, weight_files
 from finetune.recipe.sections import ModelConfig
 
 # Original name -> native name. The first four are beginnings of a weight's name, the others lie inside a layer.
@@ -225,12 +224,8 @@ def check_weights(folder: str | Path, config: GlmConfig, fused: Fused) -> None:
 
 def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every stored weight, from headers only; pickles are read with weights_only."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    found: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
         check_file(file)
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        else:
-            shapes |= {name: tuple(tensor.shape) for name, tensor in read_pickle(file, "meta").items()}
-    return shapes
+        found |= shapes(file)
+    return found
