@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import yaml
 from conftest import ft, write_rows
@@ -17,7 +16,6 @@ from finetune.commands import ppo, reward
 from finetune.recipe.file import load
 from finetune.recipe.stages import PpoRecipe, RewardRecipe
 from finetune.run.directory import Run
-from finetune.terminal import progress
 
 # A random byte model meets the property now and then, and can learn it.
 LETTERS = """
@@ -109,9 +107,7 @@ def run_ppo(path: Path, *overrides: str, resume: bool = False, overwrite: bool =
 
 def here(*arguments: str, shown: bool = False) -> tuple[int, str]:
     """In the place of `child.run`: a part of a command in this process, without its nine seconds of imports."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(progress, "advising", progress.advising)  # a part changes it for its process
-        done = ft(PART, *arguments)
+    done = ft(PART, *arguments)
     if shown:
         print(done.stderr, end="", file=sys.stderr)
     return done.returncode, done.stderr.strip()

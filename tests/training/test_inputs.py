@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import write_rows
 
+from finetune.recipe.stages import PpoRecipe
 from finetune.training.inputs import digest, known_inputs
 
 
@@ -20,17 +21,24 @@ def test_a_digest_knows_where_parts_end() -> None:
 
 @pytest.fixture
 def known(tmp_path: Path) -> Any:
-    """The digests of a recipe whose files lie in tmp_path, and a way to change them."""
-    for name in ("train", "eval"):
+    """The digests of a recipe of PPO that names everything a recipe can name; all of it lies in tmp_path."""
+    for name in ("train", "eval", "pairs"):
         write_rows(tmp_path / f"{name}.jsonl", [{"prompt": name}])
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
-    recipe: Any = SimpleNamespace(
-        model=SimpleNamespace(adapter=str(tmp_path / "adapter")),
-        data=SimpleNamespace(train=str(tmp_path / "train.jsonl")),
-        eval=SimpleNamespace(data=str(tmp_path / "eval.jsonl")),
-    )
+    for name in ("policy", "reward"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(b"weights")
+    (tmp_path / "rule.py").write_text("")
+    recipe = PpoRecipe.model_validate(
+        {
+            "version": 1, "stage": "ppo", "model": {"name": "base", "adapter": str(tmp_path / "policy")},
+            "data": {"train": str(tmp_path / "train.jsonl")}, "eval": {"data": str(tmp_path / "eval.jsonl")},
+            "output": {"dir": "out"},
+            "reward": {"model": str(tmp_path / "reward"), "functions": [f"{tmp_path / 'rule.py'}:f"]},
+        }
+    )  # fmt: skip
+    both = recipe.reward.model_copy(update={"train": str(tmp_path / "pairs.jsonl")})  # which no recipe file may say
+    recipe = recipe.model_copy(update={"reward": both})
     tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 0})
     base: Any = SimpleNamespace(tokenizer=tokenizer, fingerprint="f", model=SimpleNamespace(is_new=False))
     return lambda template="t": known_inputs(recipe, base, template, resume=False)
@@ -39,13 +47,15 @@ def known(tmp_path: Path) -> Any:
 @pytest.mark.parametrize(
     ("file", "key"),
     [
-        ("train.jsonl", "data.train"), ("eval.jsonl", "eval.data"), ("adapter/adapter_config.json", "model.adapter"),
-        ("adapter/adapter_model.safetensors", "model.adapter"),
+        ("train.jsonl", "data.train"), ("eval.jsonl", "eval.data"), ("policy/adapter_config.json", "model.adapter"),
+        ("policy/adapter_model.safetensors", "model.adapter"), ("pairs.jsonl", "reward.train"),
+        ("reward/adapter_model.safetensors", "reward.model"), ("rule.py", "reward.functions"),
     ],
 )  # fmt: skip
 def test_one_file_is_one_key(known: Any, tmp_path: Path, file: str, key: str) -> None:
     before = known()
-    assert before.keys() == {"model.name", "model.chat_template", "data.train", "eval.data", "model.adapter"}
+    data = {"data.train", "eval.data", "reward.train", "reward.model", "reward.functions"}
+    assert before.keys() == {"model.name", "model.chat_template", "model.adapter"} | data
     assert known() == before
     with (tmp_path / file).open("a") as stream:
         stream.write(" ")
