@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from finetune.adapters.methods import METHODS
 from finetune.errors import UserError
 from finetune.recipe.resolve import Hardware, batch_layout
 from finetune.recipe.stages import Recipe
@@ -42,6 +43,9 @@ def layout(recipe: Recipe, samples: int, rows: int, hardware: Hardware) -> Layou
     per_epoch = max(1, math.ceil(math.ceil(rows / (micro * hardware.processes)) / accumulation))
     total = train.max_steps or math.ceil(per_epoch * train.num_train_epochs)
     check_schedule(train, total)
+    if METHODS[recipe.adapter.method].cuts_ranks and total < 2:
+        what = "ranks are shared out between the first step and the last, and the run has one"
+        raise UserError(what, key="train.max_steps", fix="take 2 steps or more")
     every = train.eval_steps
     if recipe.data.eval_split is not None and every is not None and every > total:
         raise UserError(

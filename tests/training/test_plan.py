@@ -76,3 +76,13 @@ def test_what_is_few() -> None:
     assert few_updates(FEW_UPDATES - 1) == "only 49 updates; 50 or more want more data or epochs, or a smaller batch"
     assert few_rows(recipe(), 8) is None
     assert few_rows(recipe(), 7) == "7 training rows are fewer than train.effective_batch_size 8: a step holds 7"
+
+
+def test_adalora_needs_a_step_to_share_out_ranks() -> None:
+    values = {
+        "version": 1, "stage": "sft", "model": {"name": "m"}, "output": {"dir": "r"},
+        "data": {"train": "d"}, "adapter": {"method": "adalora"},
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"train.max_steps.*2 steps or more"):
+        layout(check({**values, "train": {"max_steps": 1, "warmup_steps": 0}}, "sft"), 4, 4, Hardware())
+    layout(check({**values, "train": {"max_steps": 2, "warmup_steps": 0}}, "sft"), 4, 4, Hardware())
