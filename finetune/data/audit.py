@@ -91,16 +91,27 @@ class Audit:
         """The rows without structural errors."""
         usable: list[Item] = []
         texts: list[str] = []
+        self.counts["rows"] += len(batch)
         for item in batch:
-            if item.problem is not None and item.problem.kind == "empty_file":
-                self.notes.warn(item, "empty_file", item.problem.message)
-                continue
-            self.counts["rows"] += 1
             if item.problem is not None:
-                self.notes.add("error", item, item.problem)
+                if item.problem.kind == "empty_file":
+                    self.counts["rows"] -= 1
+                    self.notes.warn(item, "empty_file", item.problem.message)
+                else:
+                    self.notes.add("error", item, item.problem)
                 continue
-            text = item.usable.whole_text
-            if self._is_sound(item, text):
+            sample, sound = item.usable, True
+            text = sample.whole_text
+            for finding in itertools.chain(checks.check(sample, text), checks.unread(item.data, text)):
+                if finding.kind == "no_answer":
+                    if self.kind == "prompts":
+                        continue
+                    if not any(name in item.data for name in ("messages", "conversations")):
+                        what = f"no answer (columns: {', '.join(item.data)})"
+                        finding = finding._replace(message=what, fix="add its column, or map it with data.columns")
+                self.notes.add(finding.level, item, finding)
+                sound &= finding.level != "error"
+            if sound:
                 usable.append(item)
                 texts.append(text)
                 if "<" in text or "[" in text:  # every control token holds one of the two
@@ -113,19 +124,6 @@ class Audit:
                 self.counts["leaked"] += finding.kind == "leakage"
                 self.notes.add("warning", usable[row], finding)
         return usable
-
-    def _is_sound(self, item: Item, text: str) -> bool:
-        sound = True
-        for finding in itertools.chain(checks.check(item.usable, text), checks.unread(item.data, text)):
-            if finding.kind == "no_answer":
-                if self.kind == "prompts":
-                    continue
-                if not any(name in item.data for name in ("messages", "conversations")):
-                    what = f"no answer (columns: {', '.join(item.data)})"
-                    finding = finding._replace(message=what, fix="add its column, or map it with data.columns")
-            self.notes.add(finding.level, item, finding)
-            sound &= finding.level != "error"
-        return sound
 
     def _look_for_control(self, item: Item, text: str) -> None:
         found = self._control.search(text)
@@ -195,7 +193,8 @@ class Audit:
         """Apply max_length; None when the row is out."""
         kept: dict[str, Encoded] = {}
         for name, row in encoded.items():
-            if not row.trained:
+            trained = row.trained
+            if not trained:
                 what = "no token would be trained: every label is masked"
                 self.notes.add("error", item, RowProblem("no_trained_token", what, "train a turn, or remove the row"))
                 return None
@@ -205,10 +204,10 @@ class Audit:
                 shorter = self._overlong(item, row)
                 if shorter is None:
                     return None
-                row = shorter
+                row, trained = shorter, shorter.trained
             kept[name] = row
             self.counts["tokens"] += len(row.input_ids)
-            self.counts["trained_tokens"] += row.trained
+            self.counts["trained_tokens"] += trained
         if "chosen" in kept and kept["chosen"].input_ids == kept["rejected"].input_ids:
             what = f"chosen and rejected are the same within {self.config.max_length} tokens"
             self.notes.add("error", item, RowProblem("same_answers", what, "raise data.max_length, or remove the row"))

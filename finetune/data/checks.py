@@ -27,12 +27,15 @@ error, warning = partial(Finding, "error"), partial(Finding, "warning")
 
 def check(sample: Sample, text: str) -> list[Finding]:
     """All findings of one sample; `text` is its `whole_text`."""
-    found = list(STRUCTURE[type(sample)](sample))
-    if isinstance(sample, Conversation) and (sample.tools or not is_plain(sample.messages)):
-        half = HALF.search(all_strings([sample.messages, sample.tools or []]))
-        if half is not None and half[0] not in text:
-            what = f"half a surrogate pair (\\u{ord(half[0]):04x}) in a tool call or description"
-            found.append(error("broken_encoding", what, "mend the \\u escapes"))
+    if isinstance(sample, Conversation):
+        found = turn_order(sample.messages)
+        if sample.tools or not is_plain(sample.messages):
+            half = HALF.search(all_strings([sample.messages, sample.tools or []]))
+            if half is not None and half[0] not in text:
+                what = f"half a surrogate pair (\\u{ord(half[0]):04x}) in a tool call or description"
+                found.append(error("broken_encoding", what, "mend the \\u escapes"))
+    else:
+        found = list(STRUCTURE[type(sample)](sample))
     if (not text.isascii() and SUSPECT.search(text)) or "\x00" in text:
         found += [f for number, m in enumerate(sample.turns, 1) for f in encoding(m["content"], f"turn {number}")]
     return found
@@ -57,8 +60,10 @@ def raw(sample: Text) -> Iterator[Finding]:
 
 
 STRUCTURE: dict[type[Sample], Callable[[Any], Iterable[Finding]]] = {
-    Conversation: lambda sample: turn_order(sample.messages), Preference: preference, Unpaired: unpaired, Text: raw,
-}  # fmt: skip
+    Preference: preference,
+    Unpaired: unpaired,
+    Text: raw,
+}
 
 
 def prompt(messages: list[Message]) -> list[Finding]:
