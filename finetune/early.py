@@ -28,7 +28,7 @@ from finetune.recipe.reading import find, recipe_text
 from finetune.recipe.resolve import Hardware, absolute_data, resolve
 from finetune.recipe.sections import ModelConfig
 from finetune.recipe.stages import RECIPES, ROWS, Recipe
-from finetune.run.directory import read_recipe
+from finetune.run.directory import Run, read_recipe
 from finetune.run.guards import check_inputs, check_output
 from finetune.run.resuming import check_resumable
 from finetune.terminal.progress import note, warn
@@ -64,7 +64,7 @@ def recipe(
     found: Recipe = load(reference, RECIPES[stage], overrides, output, note)
 
     def place() -> None:
-        if resume and not Path(found.output.dir).expanduser().exists():
+        if resume and not Run.of(found).path.exists():
             fix = sources.did_you_mean(found.output.dir, "leave --resume out to start it")
             raise UserError("no such run to resume", path=found.output.dir, key="output.dir", fix=fix)
         check_output(found.output.dir, overwrite, resume, warn if dry_run else None)
@@ -140,18 +140,15 @@ def endless(data: Any) -> bool:
 
 def rows(data: Any, key: str, held_out: bool = False) -> None:
     """UserError for data that is not there; of hubs only the client can tell."""
-    listed = data if isinstance(data, list) else [] if data is None else [data]
     problems: list[Problem] = []
-    for source in listed:
-        spec = data_sources.as_dict(source)
+    for spec in [] if data is None else data_sources.as_dicts(data):
         try:
             if str(spec["path"]) == ENDLESS or spec.get("source") == "modelscope":
                 continue
             data_sources.check_keys(spec)
-            if data_sources.is_hub(spec):
-                continue
-            spec = data_sources.held_out(spec) if held_out else spec
-            data_sources.files_of(spec["path"], spec.get("split"))
+            if not data_sources.is_hub(spec):
+                spec = data_sources.held_out(spec) if held_out else spec
+                data_sources.files_of(spec["path"], spec.get("split"))
         except UserError as error:
             problems += [Problem(**{**vars(p), "key": p.key or key}) for p in error.problems]
     if problems:
@@ -171,13 +168,12 @@ def adapter_and_base(reference: str, model: str | None) -> Path:
     if model is None and Path(config.name).is_absolute() and not Path(config.name).exists():
         what = f"was trained on {config.name}, which is no longer there"
         raise UserError(what, path=reference, key="--model", fix="give the base's place now")
-    sources.check_there(config)
-    sources.announce(config)
+    there(config)
     return folder
 
 
-def a_model(name: str) -> None:
-    config = ModelConfig(name=name)
+def there(config: ModelConfig) -> None:
+    """UserError for a model that is not; what will be downloaded is said."""
     sources.check_there(config)
     sources.announce(config)
 
@@ -193,7 +189,7 @@ def chat(plain: str | None, model: str | None, adapter: str | None) -> tuple[str
     if model is None and adapter is None:
         raise UserError("no model to talk to", fix="write ft chat RUN, or give --model or --adapter")
     if adapter is None:
-        a_model(str(model))
+        there(ModelConfig(name=str(model)))
     else:
         folder = adapter_and_base(adapter, model)
         if places.read_json(folder / "adapter_config.json").get("task_type") == "SEQ_CLS":
@@ -220,7 +216,7 @@ def evaluated(
     for name in (*runs, *([adapter] if adapter is not None else ())):
         checks.append(lambda name=name: evaluated_one(name, model, name == adapter, data))  # type: ignore[misc]
     if model is not None and not runs and adapter is None:
-        checks.append(lambda: a_model(model))
+        checks.append(lambda: there(ModelConfig(name=model)))
     if data is not None:
         checks.append(lambda: rows(absolute_data(data), "--data", held_out=True))
     if reward is not None:
@@ -240,7 +236,7 @@ def evaluated_one(name: str, model: str | None, is_adapter: bool, data: str | No
     if is_adapter or sources.what_is(name) == "adapter":
         adapter_and_base(name, model)
     elif not (Path(name).expanduser() / "model").is_dir():
-        a_model(name)
+        there(ModelConfig(name=name))
 
 
 def merged(

@@ -6,7 +6,6 @@ check recipe, output, prompts and rules -> train the reward model first where pa
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from finetune import child
@@ -45,7 +44,7 @@ def run(raw: PpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
     if recipe.eval.data is not None:
         section = held_out_section(recipe.eval.data, recipe.data)
         held_out = prompts.load_prompts(section, encoder).train[: recipe.eval.limit]
-    folder = Run(Path(recipe.output.dir))
+    folder = Run.of(recipe)
     first = reward_recipe(recipe, folder) if recipe.reward.train is not None else None
     if first is not None and (overwrite or not trained(folder)):
         pairs.load_pairs(first.data, encoder, to_score=True)  # what is wrong with them is said now

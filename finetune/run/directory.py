@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from finetune.errors import Problem, UserError
+from finetune.recipe.stages import Recipe
 from finetune.run.checkpoints import CHECKPOINT_COMPLETE, checkpoints_of, damage
 from finetune.run.writing import append_lines, as_line, read_lines, write_atomically, write_json
 from finetune.terminal.progress import warn
@@ -33,6 +34,10 @@ ASIDE = ".replaced"  # what --overwrite replaces, until the new run is finished
 @dataclass(frozen=True)
 class Run:
     path: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Run:
+        return cls(Path(recipe.output.dir).expanduser())
 
     @property
     def adapter(self) -> Path:

@@ -110,8 +110,8 @@ def check_inputs(recipe: Recipe, reference: Path | None = None) -> None:
     Args:
         reference: the recipe's file. The run's own recipe.yaml may be run again.
     """
-    places.check_folder(Path(recipe.output.dir).expanduser(), "output.dir")
-    directory = Path(recipe.output.dir).expanduser().resolve()
+    places.check_folder(Run.of(recipe).path, "output.dir")
+    directory = Run.of(recipe).path.resolve()
     going = [directory / name for name in (*CONTENTS, ASIDE)]
     given = [(key, [path, path / "adapter", path / "model"]) for key, path in model_inputs(recipe)]
     given += [(key, paths_of(pattern)) for key, pattern in data_inputs(recipe)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from filelock import FileLock, Timeout
 
@@ -30,7 +29,7 @@ def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> I
     What is replaced waits in .replaced/: it goes when the new run is finished, and is put back when that fails before
     it has anything to go on from.
     """
-    run = Run(Path(recipe.output.dir).expanduser())
+    run = Run.of(recipe)
     if overwrite:
         check_inputs(recipe)
     check_output(run.path, overwrite, resume)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -25,8 +24,7 @@ PLACES = (
 
 def to_go_on(recipe: Recipe) -> str:
     """The command that goes on with a run."""
-    file = shown_path(Path(recipe.output.dir).expanduser() / "recipe.yaml")
-    return command(recipe.stage, "--recipe", file, "--resume")
+    return command(recipe.stage, "--recipe", shown_path(Run.of(recipe).path / "recipe.yaml"), "--resume")
 
 
 def to_start_again(
@@ -34,7 +32,7 @@ def to_start_again(
     dry_run: bool, recipe: Recipe | None,
 ) -> str:  # fmt: skip
     """The command of a run that was interrupted before it had a checkpoint, as it can be given now."""
-    begun = recipe is not None and not (resume or dry_run) and taken(Run(Path(recipe.output.dir).expanduser()))
+    begun = recipe is not None and not (resume or dry_run) and taken(Run.of(recipe))
     flags = {"--resume": resume, "--overwrite": overwrite or bool(begun), "--dry-run": dry_run}
     given = [part for item in overrides for part in ("--set", item)] + (["--output", output] if output else [])
     return command(stage, "--recipe", reference, *given, *(name for name, wanted in flags.items() if wanted))
@@ -47,7 +45,8 @@ def check_resumable(recipe: Recipe, unknown: Collection[str] = ()) -> None:
 
     Where the checkpoint knows the content of what is read, a path may be another: see `check_unchanged`.
     """
-    path = Path(recipe.output.dir).expanduser() / "recipe.yaml"
+    run = Run.of(recipe)
+    path = run.path / "recipe.yaml"
     try:
         old = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -55,16 +54,12 @@ def check_resumable(recipe: Recipe, unknown: Collection[str] = ()) -> None:
     if not isinstance(old, dict):
         raise UserError("cannot be read", path=path, fix="start again with --overwrite") from None
     new = yaml.safe_load(to_yaml(recipe))
-    if inputs_of(Run(path.parent)):
+    if inputs_of(run):
         old, new = without_places(old), without_places(new)
     keys = [key for key in changed_keys(old, new) if key not in unknown and key.split(".")[0] not in unknown]
     if keys:
-        raise UserError(
-            [
-                Problem("differs from the run to resume", path, key=key, fix="undo the change or use --output DIR")
-                for key in keys
-            ]
-        )
+        what, fix = "differs from the run to resume", "undo the change or use --output DIR"
+        raise UserError([Problem(what, path, key=key, fix=fix) for key in keys])
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -103,7 +98,7 @@ def inputs_of(run: Run) -> dict[str, str]:
 
 def check_unchanged(recipe: Recipe, inputs: dict[str, str]) -> None:
     """UserError naming what has another content now than when the unfinished run was started."""
-    before = inputs_of(Run(Path(recipe.output.dir).expanduser()))
+    before = inputs_of(Run.of(recipe))
     values = dict(strings(recipe.model_dump()))
     what, fix = "has another content than when the run to resume was started", "restore it, or use --output DIR"
     problems = [
