@@ -1,14 +1,15 @@
-"""How people write tickets: phrasings.yaml, by language."""
+"""How people write tickets: data_templates/world_phrasings.yaml, by language."""
 
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from finetune.resources import resource_path
+
 FIELDS = ("name", "order", "product", "city", "date", "amount")
 
 # The loader in C: a few milliseconds instead of a hundred.
-_TEXT = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+_TEXT = resource_path("data_templates", "world_phrasings.yaml").read_text(encoding="utf-8")
 _READ: dict[str, dict[str, Any]] = yaml.load(_TEXT, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 CLAUSES: dict[str, dict[str, list[str]]] = _READ["clauses"]
