@@ -1,8 +1,4 @@
-"""The tokenizers of the built-in tiny bases, trained on the world of `finetune.builtin.world`.
-
-build_tokenizer        byte-level BPE with a ChatML template: tiny-llama and tiny-qwen
-build_sentencepiece    the bytes of a tokenizer.model: tiny-chatglm3, stored in ChatGLM3's original layout
-"""
+"""The tokenizers of the built-in tiny bases, trained on the world of `finetune.builtin.world`."""
 
 import struct
 from collections.abc import Iterable
@@ -36,10 +32,8 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(texts: Iterable[str], characters: Iterable[str] = (), vocabulary: int = VOCABULARY) -> Any:
-    """A byte-level BPE tokenizer trained on `texts`, with a token for (nearly) each of `characters`.
-
-    Returns a PreTrainedTokenizerFast with ChatML template. `<|endoftext|>` separates documents, `<|im_end|>` ends a
-    turn, `<|pad|>` pads.
+    """A byte-level BPE tokenizer trained on `texts`, with a token for (nearly) each of `characters`: for tiny-llama and
+    tiny-qwen. Returns a PreTrainedTokenizerFast with ChatML template.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -72,7 +66,8 @@ def build_tokenizer(texts: Iterable[str], characters: Iterable[str] = (), vocabu
 
 
 def build_sentencepiece(texts: Iterable[str], characters: Iterable[str] = (), vocabulary: int = VOCABULARY) -> bytes:
-    """The bytes of a `tokenizer.model`: sentencepiece BPE with byte fallback and ChatGLM's normalizer, same borders.
+    """The bytes of a `tokenizer.model`: sentencepiece BPE with byte fallback and ChatGLM's normalizer, same borders:
+    for tiny-chatglm3, stored in ChatGLM3's original layout.
 
     Written by hand because sentencepiece's own trainer merges spaces with words: a name would then be other tokens
     after a space than after a quote. The merges are learned by `tokenizers`; no piece crosses a border of PIECES.

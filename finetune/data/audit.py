@@ -5,7 +5,7 @@
     audit.settle()                                UserError for what must stop a run
     audit.report() -> Report                      what `ft data check --json` prints
 
-check(config, encoder, …) does it all. Without an encoder only the structure is looked at. Kinds are those of formats.py
+Without an encoder only the structure is looked at. Kinds are those of formats.py
 and `prompts` (conversations that need no answer, for PPO); None takes anything.
 """
 

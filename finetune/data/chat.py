@@ -1,10 +1,5 @@
 """Conversations become ids and labels.
 
-    encoder = make_encoder(tokenizer, family)
-    encoder.encode(conversation, train_on) -> Encoded(input_ids, labels, weights)
-    encoder.prompt_ids(messages, tools) -> ids that end with the header of the assistant's turn
-    encoder.stop_ids
-
 The tokenizer's own template is the reference: the ids are those of tokenizer.apply_chat_template. What is trained is
 what the model has to write: everything after the header of an assistant turn, the token that ends it included; see
 spans.py for where that is.

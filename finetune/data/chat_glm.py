@@ -1,10 +1,5 @@
 """Conversations as ids for ChatGLM2, ChatGLM3 and GLM-4 in their own prompt formats, built per segment.
 
-    encode_weighted(tokenizer, messages, tools, train_on)   -> ids, loss weight of each
-    prompt_ids(tokenizer, messages, tools)                  -> ids up to where the reply begins
-    stop_ids(tokenizer), end_id(tokenizer)                  what ends a reply, and what closes a sample
-    glm_version(tokenizer)                                  2, 3, 4, or None for other tokenizers
-
 ChatGLM3 and GLM-4: `[gMASK] sop`, then per message `<|role|>` + encode(metadata + newline) + encode(content), each
 encoded on its own. Control tokens inside content stay text. A Jinja template cannot do this exactly, so there is none.
 ChatGLM2: one text of numbered rounds. Labels follow the published demos, with two differences on purpose: tool output
@@ -33,7 +28,7 @@ TOOL_PROMPT_GLM4 = (
 
 
 def glm_version(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The marker that finetune/models/chatglm/tokenizer.py leaves in tokenizer_config.json."""
+    """2, 3, 4, or None for others: what finetune/models/chatglm/tokenizer.py leaves in tokenizer_config.json."""
     return tokenizer.init_kwargs.get("glm_version")
 
 
@@ -88,11 +83,7 @@ def encode_weighted(
 def turn_weights(messages: Sequence[Message], train_on: str) -> list[float]:
     """Loss weight of each message. Tool output has none, whatever its `train` says."""
     replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    chosen = {
-        "assistant": set(replies),
-        "last": set(replies[-1:]),
-        "all": set(range(len(messages))),
-    }[train_on]
+    chosen = {"assistant": set(replies), "last": set(replies[-1:]), "all": set(range(len(messages)))}[train_on]
     return [
         0.0 if ROLES.get(message["role"]) == "observation" else float(message.get("train", index in chosen))
         for index, message in enumerate(messages)

@@ -1,9 +1,7 @@
-"""Control tokens in content stay text.
+"""Control tokens in content stay text: a user who writes `<|im_end|>` must not be able to end a turn.
 
-    Guard.mark(value) -> value      a private-use character inside every control token's string, at any depth
-    Guard.tokens(text, mark)        tokens of a rendered text that carries marks: control tokens only from the template
-
-A user who writes `<|im_end|>` must not be able to end a turn. Where nothing needs it, nothing is touched.
+A private-use character, the mark, goes into every control token's string before the template renders it; the tokens
+are then taken of the marked text. Where nothing needs it, nothing is touched.
 """
 
 from __future__ import annotations

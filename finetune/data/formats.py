@@ -1,7 +1,5 @@
 """Row formats: one line of FORMATS each. `detect` looks at the rows' fields, never at file names.
 
-    detect(rows) -> name             FORMATS[name].convert(shaped(row)) -> samples
-
 To add a format: a converter (row -> samples) in converters.py and a line in FORMATS, whose order is
 the order of recognition: the more specific stands first.
 """

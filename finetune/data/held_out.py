@@ -1,10 +1,4 @@
-"""What `ft eval` and `ft compare` measure on, and how much of it a run was trained on.
-
-rows_of(path, config)    a file's rows, of whatever kind they are
-split_off(recipe, …)     the rows that data.eval_split held out of a run, found by the code that held them out
-load_eval_rows(…)        conversations for generation; the last assistant turn is the reference
-trained_on(config, …)    how many rows stand in the training rows of a run
-"""
+"""What `ft eval` and `ft compare` measure on, and how much of it a run was trained on."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """Preference pairs and labelled answers as token ids.
 
-    load_pairs(config, encoder)      rows: chosen_ids, chosen_mask, rejected_ids, rejected_mask
-    load_unpaired(config, encoder)   rows: prompt_ids, completion_ids, label
-
 Masks are 1 on the tokens of the answer that a model writes, its end of turn included, 0 on the prompt, headers and
 tool output. The pass over the data is the audit's: identical answers, also after truncation, are its business.
 """

@@ -1,9 +1,4 @@
-"""Samples as the model sees them.
-
-samples(config, encoder, limit) -> [{file, row, input_ids, labels, tokens, text, roles}, …] in file order
-packs(samples, max_length) -> which samples share a row when data.packing is on
-as_text(…), as_html(…)       trained tokens marked, packing boundaries shown; on the page also who speaks
-"""
+"""Samples as the model sees them: trained tokens marked, packing boundaries shown; on the page also who speaks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Prompts for reinforcement learning: rows of any chat format, answered or not.
-
-load_prompts(config, encoder)       what the policy is asked, encoded, with the row's columns for rules
-"""
+"""Prompts for reinforcement learning: rows of any chat format, answered or not."""
 
 from __future__ import annotations
 

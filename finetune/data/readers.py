@@ -1,7 +1,5 @@
 """One file becomes rows, recognised by its first bytes; its name only tells csv, tsv and plain text apart.
 
-    read_file(path) -> Iterator[Row]        json list, json lines, csv, tsv, parquet, arrow, text; gzip and zstd
-
 Everything is read as a stream: a million rows need no more memory than a few, and one row no more than LIMIT. What
 cannot be read comes as a Row with its `problem`, so that all problems of a file are reported at once.
 """

@@ -1,9 +1,4 @@
-"""What every loader returns, and which rows are held out or repeated.
-
-gathered(audit, seed, convert) -> Gathered      what `convert` makes of every usable row
-divided(pick, hashes, weights, audit) -> Rows   rows held out by content, the others as often as their source weighs
-eval_mask(hashes, share), times_used(hashes, weights)
-"""
+"""What every loader returns, and which rows are held out or repeated."""
 
 from __future__ import annotations
 

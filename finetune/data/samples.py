@@ -1,10 +1,5 @@
 """One source of the recipe -> its samples, each with its place; nothing is lost silently.
 
-    read_samples(spec, config, kind) -> Iterator[Item]       in file order, problems included
-    specs(config) -> the sources of data.train, as dicts
-    held_out_section(spec, config) -> a data section for rows that are measured on
-    watched(rows, config) -> the same rows, counted on the screen
-
 Formats are recognised per source from its first rows. Training data, audit, preview and evaluation all read through
 here.
 """

@@ -1,8 +1,5 @@
 """What of a conversation never reaches the ids.
 
-    Losses(show, tags).of(messages, tools) -> [(turn from 0, field)]
-    show(messages, tools) -> text, None where refused
-
 Asked by experiment, because templates are programs: a word of its own is written into every field, and those that the
 text does not hold are lost. The answer depends on the shape of a conversation only, and is kept by it.
 """
@@ -34,11 +31,12 @@ KEPT = 10_000  # shapes whose answer is remembered
 
 class Losses:
     def __init__(self, show: Callable[[list[Message], Any], str | None], tags: re.Pattern[str] | None = None) -> None:
+        """show: (messages, tools) -> text, None where refused."""
         self.show, self.tags = show, tags
         self.known: dict[Any, list[tuple[int, str]]] = {}
 
     def of(self, messages: list[Message], tools: Any) -> list[tuple[int, str]]:
-        """The fields that `show` leaves out, in order, each once."""
+        """(turn from 0, field) of what `show` leaves out, in order, each once."""
         key = shape(messages, tools, self.tags)
         if key not in self.known:
             if len(self.known) >= KEPT:

@@ -1,10 +1,5 @@
 """Rows from wherever they are: files, folders, globs, shipped samples, hub datasets.
 
-    read_rows(spec) -> Iterator[Row]        what cannot be read comes as a Row with `problem`, so that all are reported
-    files_of(path, split) -> list[Path]     the local files a spec names
-    held_out(spec) -> spec                  of a folder with splits, the one that is not trained
-    left_out(specs) -> list[str]            what of the folders is not trained, in words
-
 A folder (or pattern) whose files have names of splits is a dataset: its train split is what is trained.
 
 A spec is a string, or a dict: path and, where they apply, name, split, revision, source (hub or modelscope), weight,

@@ -1,9 +1,5 @@
 """Where the trained turns stand in a rendered conversation.
 
-    spans = Spans(template, annotated, variables, end_tokens, eos)
-    spans.of(messages, tools, content, weights) -> text, {message: its characters}
-    spans.tool_output(text, messages, tools, content) -> characters of what tools returned
-
 From {% generation %} marks (of the template itself, or of a shipped copy that renders the same), otherwise from the
 difference between the conversation with and without the turn.
 """

@@ -1,10 +1,4 @@
-"""Chat templates: which one a tokenizer gets, how it is rendered, and what it can express.
-
-choose(tokenizer, family) -> (template, where it came from)
-render(template, messages, …) -> text             the stock rendering, as tokenizer.apply_chat_template does it
-render_spans(template, messages, …) -> (text, spans of the {% generation %} blocks)
-annotated(template, variables) -> the copy in data_templates/chat_templates with {% generation %} marks, or None
-"""
+"""Chat templates: which one a tokenizer gets, how it is rendered, and what it can express."""
 
 from __future__ import annotations
 
@@ -76,7 +70,7 @@ def prepare(messages: list[Message]) -> list[Message]:
 
 
 def render(template: str, messages: list[Message], tools: Any, variables: Variables, prompt: bool = False) -> str:
-    """The text of a conversation, with `prompt` followed by the header of the assistant's turn."""
+    """The text as tokenizer.apply_chat_template gives it, with `prompt` the header of the assistant's turn behind it."""
     return rendered(compiled(template), messages, tools, variables, prompt)
 
 
@@ -199,7 +193,8 @@ def attempt(
 
 
 def annotated(template: str, variables: Variables) -> str | None:
-    """The shipped template that renders every probe exactly as `template` does; `template` itself when it has marks."""
+    """The template with {% generation %} marks that renders every probe exactly as `template` does: itself, a shipped
+    one, or None."""
     if GENERATION.search(template):
         return template
     wanted = [attempt(template, m, t, variables, p) for m, t in PROBES for p in (False, True)]

@@ -1,9 +1,5 @@
 """Raw text for pre-training: documents from any source, packed into blocks of equal length.
 
-load_blocks(config, tokenizer, …) -> Rows of Blocks
-documents(config, seed, total)    -> the texts of `data.train`; `builtin:world` is endless
-pack(documents, …)                -> blocks of exactly max_length tokens
-
 The text is a stream: with max_steps no more is read than is trained on. Its order is kept (a curriculum stays one).
 """
 

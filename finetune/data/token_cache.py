@@ -1,9 +1,4 @@
-"""Tokenised rows in a columnar table: in memory while small, in a cached file when large.
-
-Writer(path or None): add(encoded, hash, weight), finish(noted) -> datasets.Dataset, noted
-read(path) -> the same of an earlier run, None where there is none
-cache_key(…) -> str         changes with content, template, tokenizer, settings and this package's code
-"""
+"""Tokenised rows in a columnar table: in memory while small, in a cached file when large."""
 
 from __future__ import annotations
 
@@ -46,6 +41,7 @@ def cache_folder() -> Path:
 
 
 def cache_key(files: Iterable[Path], *parts: Any) -> str:
+    """Changes with the files' content, the parts and this package's code."""
     digest = xxhash.xxh3_128()
     for file in files:
         with file.open("rb") as stream:
@@ -60,7 +56,7 @@ def cache_key(files: Iterable[Path], *parts: Any) -> str:
 
 
 def read(path: Path) -> tuple[Any, dict[str, Any]] | None:
-    """What `Writer.finish` wrote."""
+    """What `Writer.finish` wrote, None where it has not."""
     import datasets
 
     noted = path.with_suffix(".json")

@@ -1,13 +1,4 @@
-"""What flows through data/.
-
-    Row               one record as read: its fields, and where it stands
-    RowProblem        why one row cannot be used (an exception that converters raise; the reader adds file and row)
-    Sample            what a row becomes, one of
-        Conversation      messages, and the tools the model may call
-        Preference        one prompt, a chosen and a rejected answer
-        Unpaired          one prompt, one answer, and whether it is wanted
-        Text              raw text
-    Encoded           ids, labels and weights of one conversation
+"""What flows through data/: a Row as read becomes one or more Samples, and their conversations become Encoded.
 
 A message is a dict: role (system|user|assistant|tool), content (str), and where they apply tool_calls (the OpenAI
 form, arguments as an object), tool_call_id, name, metadata (ChatGLM3), reasoning_content, and train (False, True or

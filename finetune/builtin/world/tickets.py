@@ -1,9 +1,4 @@
-"""Tickets: a record of values, the text a customer writes, and the rows of the extraction task.
-
-record(r, lang)                -> {"name", "order", "product", "city", "category", "date", "amount", "issue"}
-write(r, record, fields)       -> ticket text that tells exactly these fields (all of them or a part)
-tickets(seed, n)               -> rows {"messages": [user, assistant]}
-"""
+"""Tickets: a record of values, the text a customer writes, and the rows of the extraction task."""
 
 import json
 import random
