@@ -70,7 +70,7 @@ def prepare(messages: list[Message]) -> list[Message]:
 
 
 def render(template: str, messages: list[Message], tools: Any, variables: Variables, prompt: bool = False) -> str:
-    """The text as tokenizer.apply_chat_template gives it, with `prompt` the header of the assistant's turn behind it."""
+    """The text as apply_chat_template gives it, with `prompt` followed by the header of the assistant's turn."""
     return rendered(compiled(template), messages, tools, variables, prompt)
 
 
