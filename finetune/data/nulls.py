@@ -19,8 +19,8 @@ def without_nulls(value: Any) -> Any:
 
 
 def filled(rows: Iterable[dict[str, Any]]) -> bool:
-    """Whether these rows were exported from such a table (datasets.to_json), nulls and all: the objects of one place all
-    have the same keys though they stand for different things, some null.
+    """Whether these rows were exported from such a table (datasets.to_json): the objects of one place all have the same
+    keys though they stand for different things, some null.
 
     Turns: a key that only some roles use (tool_calls: null on the user's turn). Calls: two tools with the same
     arguments, null where they are the other's. Tools: a parameter described by null.

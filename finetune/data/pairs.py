@@ -58,8 +58,6 @@ def load_unpaired(config: DataConfig, encoder: Encoder, *, seed: int = 42, eval_
 def _load(audit: Audit, seed: int, row: Any) -> Rows:
     import datasets
 
-    found = gathered(audit, seed, row)
-    return divided(
-        lambda numbers: datasets.Dataset.from_list([found.rows[i] for i in numbers]),
-        found.hashes, found.weights, audit.config.eval_split, dict(audit.counts), audit.warnings(),
-    )  # fmt: skip
+    rows, hashes, weights = gathered(audit, seed, row)
+    pick = lambda numbers: datasets.Dataset.from_list([rows[i] for i in numbers])  # noqa: E731
+    return divided(pick, hashes, weights, audit.config.eval_split, dict(audit.counts), audit.warnings())
