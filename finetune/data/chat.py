@@ -138,9 +138,7 @@ class TemplateEncoder:
     def plan(self, conversation: Conversation, train_on: str = "assistant") -> Plan:
         """The text and what is trained in it."""
         lost = self.losses.of(conversation.messages, conversation.tools)
-        trained = (
-            {i for i, weight in turn_weights(conversation.messages, train_on).items() if weight} if lost else set()
-        )
+        trained = {i for i, w in turn_weights(conversation.messages, train_on).items() if w} if lost else set()
         messages, tools = self._expressible(conversation.messages, conversation.tools)
         weights = turn_weights(messages, train_on)
         messages, tools, content, mark = self._guarded(messages, tools)
@@ -150,9 +148,8 @@ class TemplateEncoder:
         ranges = [(*spans[i], weights[i]) for i in sorted(spans)]
         if train_on == "all" and any(from_tool(m) for m in messages):
             ranges += [(start, end, 0.0) for start, end in self.spans.tool_output(text, messages, tools, content)]
-        return Plan(
-            text, ranges, mark, train_on == "all", unfinished, weights.get(last, 1.0), shown.told(lost, trained)
-        )
+        told = shown.told(lost, trained)
+        return Plan(text, ranges, mark, train_on == "all", unfinished, weights.get(last, 1.0), told)
 
     # --- steps ---
 
@@ -167,10 +164,10 @@ class TemplateEncoder:
 
     def _guarded(self, messages: list[Message], tools: Any) -> tuple[list[Message], Any, str, str | None]:
         """(messages and tools with written-out control tokens marked, all their text, the mark or None)."""
-        plain = not tools and is_plain(messages)
-        content = (
-            "\n".join([m["content"] for m in messages]) if plain else control_tokens.all_strings([messages, tools])
-        )
+        if not tools and is_plain(messages):
+            content = "\n".join([m["content"] for m in messages])
+        else:
+            content = control_tokens.all_strings([messages, tools])
         if not self.guard.suspicious(content):
             return messages, tools, content, None
         found = self.guard.found
@@ -189,19 +186,14 @@ class TemplateEncoder:
             return []
         if not self._fast:
             return [ByLength(self.tokenizer, text) for text in texts]
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_padding()
-        backend.no_truncation()
-        backend.encode_special_tokens = False
+        backend = control_tokens.backend_of(self.tokenizer)
         return backend.encode_batch(texts, add_special_tokens=False)
 
     def _label(self, plan: Plan, tokens: Tokens) -> Encoded:
         """Labels from character ranges: a token belongs to the turn in which it begins."""
         ids = tokens.ids
         labels = list(ids) if plan.everything else [IGNORED] * len(ids)
-        weighted = False
-        for *_, weight in plan.spans:
-            weighted |= weight not in (0.0, 1.0)
+        weighted = any(weight not in (0.0, 1.0) for *_, weight in plan.spans)
         weights = [1.0 if plan.everything else 0.0] * len(ids) if weighted else None
         turns = []
         for start, end, weight in plan.spans:
@@ -231,15 +223,8 @@ class TemplateEncoder:
     def _ends(self) -> tuple[tuple[str, ...], list[int]]:
         """(the strings that end an assistant turn, the ids that stop generation)."""
         tokenizer = self.tokenizer
-        text = (
-            templates.attempt(
-                self.template,
-                [templates.turn("user", "u"), templates.turn("assistant", "probe-reply")],
-                None,
-                self.variables,
-            )
-            or ""
-        )
+        probe = [templates.turn("user", "u"), templates.turn("assistant", "probe-reply")]
+        text = templates.attempt(self.template, probe, None, self.variables) or ""
         tail = text.partition("probe-reply")[2]
         hit = self.guard.control.search(tail)
         ends = [hit[0]] if hit else []

@@ -69,10 +69,8 @@ def read_rows(spec: Spec, *, streaming: bool = False, unit: str = "line") -> Ite
 
 def has_plain_text(spec: dict[str, Any]) -> bool:
     """Whether a local source holds files that are neither json nor tables; of a hub's nothing is known before."""
-    if is_hub(spec):
-        return False
-    if spec.get("source") == "modelscope":
-        return True
+    if is_remote(spec):
+        return not is_hub(spec)
     return any(map(is_plain_text, files_of(spec["path"], spec.get("split"))))
 
 
@@ -132,17 +130,12 @@ def is_hub(spec: dict[str, Any]) -> bool:
     if spec.get("source") is not None:
         return bool(spec["source"] == "hub")
     place = Path(path).expanduser()
-    if any(spec.get(key) for key in ("name", "revision")):
+    if spec.get("name") or spec.get("revision"):
         return True
     if spec.get("split"):
         return not (place.exists() or glob.has_magic(path) or path.startswith("builtin:"))
     exists = place.exists() or (place.parent.is_dir() and place.parent != Path())
-    return (
-        bool(HUB_ID.fullmatch(path))
-        and not exists
-        and place.suffix.lower() not in SUFFIXES
-        and not glob.has_magic(path)
-    )
+    return HUB_ID.fullmatch(path) is not None and not exists and place.suffix.lower() not in SUFFIXES
 
 
 def files_of(path: str | Path, split: str | None = None) -> list[Path]:
@@ -254,9 +247,7 @@ def left_out(listed: list[dict[str, Any]], offer: bool) -> list[str]:
     lines = []
     for spec in listed:
         path = str(spec["path"])
-        if path == "builtin:world" or spec.get("split") or is_remote(spec):
-            continue
-        groups = splits_in(path)
+        groups = None if spec.get("split") or is_remote(spec) else splits_in(path)
         if groups is None:
             continue
         used = chosen(groups, None, path)
@@ -265,9 +256,8 @@ def left_out(listed: list[dict[str, Any]], offer: bool) -> list[str]:
             continue
         names = [f"{name or 'other files'} ({', '.join(f.name for f in files[:3])}{', …' * (len(files) > 3)})"
                  for name, files in sorted(rest.items(), reverse=True)]  # fmt: skip
-        held = rest.get("validation") or rest.get("test")
         fix = ""
-        if offer and held:
+        if offer and (held := rest.get("validation") or rest.get("test")):
             where = shlex.quote(str(held[0]) if len(held) == 1 else path)
             fix = f"; for figures on held-out rows: --set eval.data={where}"
         lines.append(f"{path}: trained without its {', '.join(names)}{fix}")
@@ -296,9 +286,8 @@ def read_hub(spec: dict[str, Any], streaming: bool) -> Iterator[Row]:
     label = f"{path}[{split}]"
     hub.unreachable()  # once, and then the cache: datasets would try for half a minute
     try:
-        rows = datasets.load_dataset(
-            path, spec.get("name"), split=split, revision=spec.get("revision"), streaming=streaming
-        )
+        revision = spec.get("revision")
+        rows = datasets.load_dataset(path, spec.get("name"), split=split, revision=revision, streaming=streaming)
     except Exception as error:  # datasets, the hub's client and the network each raise their own
         if hub.failed(error) or isinstance(error, ConnectionError):
             what, fix = hub.why(error)
@@ -323,8 +312,4 @@ def modelscope_files(spec: dict[str, Any]) -> list[Path]:
     except Exception as error:  # the client raises many kinds
         what, fix = hub.why(error, "ModelScope")
         raise UserError(what, path=path, fix=fix) from None
-    files = files_of(folder, spec.get("split"))
-    if not files:
-        names = ", ".join(f.name for f in files_of(folder)[:10])
-        raise UserError(f"no file of a split {spec.get('split')!r}", path=path, key="split", fix=f"there are {names}")
-    return files
+    return files_of(folder, spec.get("split"))

@@ -130,10 +130,10 @@ def check(template: str, tokenizer: Any, origin: str) -> None:
 
 def template_file(tokenizer: Any) -> str:
     """Where the tokenizer's template stands, as far as it is known."""
-    folder = Path(str(tokenizer.name_or_path))
     given = getattr(tokenizer, "template_file", None)
     if given is not None:
         return str(given)
+    folder = Path(str(tokenizer.name_or_path))
     known = (folder / "chat_template.jinja", folder / "tokenizer_config.json")
     return str(next((file for file in known if file.is_file()), folder))
 
@@ -157,14 +157,8 @@ def turn(role: str, content: str, **more: Any) -> Message:
 
 
 CALL = {"type": "function", "function": {"name": "probe_call", "arguments": {"probe_key": "v"}}}
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probe_tool",
-        "description": "d",
-        "parameters": {"type": "object", "properties": {"probe_key": {"type": "string"}}},
-    },
-}
+PARAMETERS = {"type": "object", "properties": {"probe_key": {"type": "string"}}}
+TOOL = {"type": "function", "function": {"name": "probe_tool", "description": "d", "parameters": PARAMETERS}}
 U, A = turn("user", "u1"), turn("assistant", "a1")
 U2, A2 = turn("user", "u2"), turn("assistant", "a2")
 PROBES: list[tuple[list[Message], Any]] = [
@@ -197,10 +191,10 @@ def annotated(template: str, variables: Variables) -> str | None:
     one, or None."""
     if GENERATION.search(template):
         return template
-    wanted = [attempt(template, m, t, variables, p) for m, t in PROBES for p in (False, True)]
+    cases = [(m, t, variables, prompt) for m, t in PROBES for prompt in (False, True)]
+    wanted = [attempt(template, *case) for case in cases]
     for candidate in shipped().values():
-        cases = ((m, t, p) for m, t in PROBES for p in (False, True))
-        if all(attempt(candidate, m, t, variables, p) == text for (m, t, p), text in zip(cases, wanted, strict=True)):
+        if all(attempt(candidate, *case) == text for case, text in zip(cases, wanted, strict=True)):
             return candidate
     return None
 
@@ -210,13 +204,9 @@ def expresses(template: str, variables: tuple[tuple[str, str], ...]) -> tuple[bo
     """Whether the template shows (tool descriptions, tool calls, tool results)."""
     known = dict(variables)
     tools = attempt(template, [turn("user", "u")], [TOOL], known) or ""
-    calls = attempt(
-        template,
-        [turn("user", "u"), turn("assistant", "", tool_calls=[CALL]), turn("tool", "probe_result")],
-        None,
-        known,
-    )
-    return "probe_tool" in tools, "probe_call" in (calls or ""), "probe_result" in (calls or "")
+    called = [turn("user", "u"), turn("assistant", "", tool_calls=[CALL]), turn("tool", "probe_result")]
+    calls = attempt(template, called, None, known) or ""
+    return "probe_tool" in tools, "probe_call" in calls, "probe_result" in calls
 
 
 TOLD_BY = {
@@ -259,10 +249,8 @@ def tools_as_text(
     out: list[Message] = []
     for message in messages:
         if not shows_calls and "tool_calls" in message:
-            calls = "\n".join(
-                f"<tool_call>\n{json.dumps(c['function'], ensure_ascii=False)}\n</tool_call>"
-                for c in message["tool_calls"]
-            )
+            texts = (json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"])
+            calls = "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
             message = {k: v for k, v in message.items() if k != "tool_calls"}
             message["content"] = f"{message['content']}\n{calls}" if message["content"] else calls
         if not shows_results and message["role"] == "tool":
