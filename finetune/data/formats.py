@@ -118,8 +118,7 @@ def rename(row: Fields, columns: Mapping[str, str] | None) -> Fields:
         return row
     taken = set(columns.values())
     out = {name: value for name, value in row.items() if name not in taken}
-    out.update({name: row[theirs] for name, theirs in columns.items() if theirs in row})
-    return out
+    return out | {name: row[theirs] for name, theirs in columns.items() if theirs in row}
 
 
 LISTED = {*TURNS, "history", "instances", *RANKED, "scores", "ratings", "ranks", "ranking"} - {"output"}
@@ -146,10 +145,8 @@ def detect(rows: Iterable[Fields], columns: Mapping[str, str] | None = None) -> 
     best = max(counts, key=lambda name: counts[name])
     if not counts[best]:
         have = sorted({str(key) for row in renamed for key in row})
-        raise UserError(
-            f"no known format has the columns {', '.join(have) or '(none)'}",
-            fix=f"set data.columns, or data.format to one of {', '.join(FORMATS)}",
-        )
+        what = f"no known format has the columns {', '.join(have) or '(none)'}"
+        raise UserError(what, fix=f"set data.columns, or data.format to one of {', '.join(FORMATS)}")
     # Not simply the best: every preference row also looks like a bare prompt, and one broken row must not decide.
     often = (name for name in FORMATS if 2 * counts[name] >= len(renamed))
     return next(often, best)

@@ -96,10 +96,8 @@ def load_held_out(spec: Any, config: DataConfig | None = None, kind: str | None 
         raise UserError("no rows", path=str(spec), fix="name a file with rows")
     other = next((row for row in rows if type(row.sample) is not type(rows[0].sample)), None)
     if other is not None:
-        raise UserError(
-            f"row {other.row} is of another kind than {rows[0].file}, row {rows[0].row}", path=other.file,
-            fix="evaluate them one after the other",
-        )  # fmt: skip
+        what = f"row {other.row} is of another kind than {rows[0].file}, row {rows[0].row}"
+        raise UserError(what, path=other.file, fix="evaluate them one after the other")
     return rows
 
 

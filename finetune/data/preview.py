@@ -26,15 +26,11 @@ def samples(config: DataConfig, encoder: Encoder, limit: int = 10, kind: str | N
                 continue
             decoded = tokens(encoder.tokenizer, row.input_ids)
             sample = {
-                "file": item.file,
-                "row": item.row,
-                "input_ids": row.input_ids,
-                "labels": row.labels,
-                "tokens": decoded,
-                "text": encoder.tokenizer.decode(row.input_ids),
+                "file": item.file, "row": item.row, "input_ids": row.input_ids, "labels": row.labels,
+                "tokens": decoded, "text": encoder.tokenizer.decode(row.input_ids),
                 "roles": roles("".join(decoded), item.usable.conversations()[name].messages),
-            }
-            out.append(sample if not name else {"answer": name, **sample})
+            }  # fmt: skip
+            out.append({"answer": name, **sample} if name else sample)
     if not out:
         audit.settle()
     return out
@@ -46,8 +42,7 @@ def roles(text: str, messages: list[Message]) -> list[tuple[str, int, int]]:
     found, at = [], 0
     for message in messages:
         content = message["content"].strip()
-        start = text.find(content, at) if content else -1
-        if start >= 0:
+        if content and (start := text.find(content, at)) >= 0:
             at = start + len(content)
             found.append((message["role"], start, at))
     return found

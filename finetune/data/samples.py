@@ -61,7 +61,7 @@ def watched(rows: Iterator[R], config: DataConfig, what: str = "tokenising") -> 
 def named(config: DataConfig) -> str:
     """The sources in few words."""
     names = [shown_name(str(spec["path"])) for spec in specs(config)]
-    return ", ".join([*names[:2], *(["…"] if len(names) > 2 else [])])
+    return ", ".join([*names[:2], *("…" for _ in names[2:3])])
 
 
 COUNTED = {".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".text"}
@@ -166,10 +166,8 @@ def checked_format(name: str | None, head: list[Row], columns: Any, kind: str | 
         raise UserError(f"unknown format {name!r}", key="data.format", fix=f"use one of {', '.join(formats.FORMATS)}")
     found = formats.FORMATS[name].kind
     if kind is not None and found != kind and (kind, found) != ("unpaired", "preference"):
-        raise UserError(
-            f"the rows are {found} data ({name}), but this stage needs {kind} data",
-            path=path, fix=f"use {STAGES[found]}, or set data.format",
-        )  # fmt: skip
+        what = f"the rows are {found} data ({name}), but this stage needs {kind} data"
+        raise UserError(what, path=path, fix=f"use {STAGES[found]}, or set data.format")
     return name
 
 

@@ -89,12 +89,10 @@ def experiment(
         for part in tags.split(text):
             if tags.fullmatch(part):
                 thinking = part.lower().startswith("<think")
-                parts.append(part)
             elif part.strip():
                 new = word(turn, "thinking" if thinking and role == "assistant" else "content")
-                parts.append(part.replace(part.strip(), new, 1))
-            else:
-                parts.append(part)
+                part = part.replace(part.strip(), new, 1)
+            parts.append(part)
         return "".join(parts)
 
     written = []
@@ -125,9 +123,8 @@ def described(tool: dict[str, Any], word: Callable[[int, str], str]) -> dict[str
     parameters = function.get("parameters")
     if isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict):
         names = {key: word(ALL_TOOLS, "a parameter of a tool") for key in parameters["properties"]}
-        function["parameters"] = {
-            **parameters, "properties": {names[key]: value for key, value in parameters["properties"].items()}
-        }  # fmt: skip
+        properties = {names[key]: value for key, value in parameters["properties"].items()}
+        function["parameters"] = {**parameters, "properties": properties}
         if isinstance(parameters.get("required"), list):
             function["parameters"]["required"] = [names.get(str(key), key) for key in parameters["required"]]
     return {**tool, "function": function}

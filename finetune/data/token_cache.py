@@ -72,19 +72,14 @@ class Writer:
     def __init__(self, path: Path | None) -> None:
         import pyarrow as pa
 
-        self.path, self.batches = path, []  # type: ignore[var-annotated]
+        self.path = path
+        self.batches: list[Any] = []
         self.hashes: list[int] = []
         self.repeats: list[float] = []
         self.rows: list[Encoded] = []
-        self.schema = pa.schema(
-            {
-                "input_ids": pa.list_(pa.int32()),
-                "labels": pa.list_(pa.int32()),
-                "weights": pa.list_(pa.float32()),
-                "content_hash": pa.uint64(),
-                "repeat": pa.float32(),
-            }
-        )
+        ids, weights = pa.list_(pa.int32()), pa.list_(pa.float32())
+        columns = {"input_ids": ids, "labels": ids, "weights": weights}
+        self.schema = pa.schema({**columns, "content_hash": pa.uint64(), "repeat": pa.float32()})
         self.weighted = False
         self.part = path.with_name(f"{path.name}.{os.getpid()}.part") if path else None
         self.sink: Any = None

@@ -187,11 +187,9 @@ class Preference(Sample):
         prompt, answers = untrained(self.prompt), {"chosen": self.chosen, "rejected": self.rejected}
         return {name: Conversation(prompt + answer, self.tools) for name, answer in answers.items()}
 
-    def apart(self) -> tuple[Unpaired, Unpaired]:
-        return (
-            Unpaired(self.prompt, self.chosen, True, self.tools),
-            Unpaired(self.prompt, self.rejected, False, self.tools),
-        )
+    def apart(self) -> list[Unpaired]:
+        labelled = ((self.chosen, True), (self.rejected, False))
+        return [Unpaired(self.prompt, answer, label, self.tools) for answer, label in labelled]
 
     def fingerprint(self) -> int:
         return hash(repr((self.prompt, self.chosen, self.rejected)))
