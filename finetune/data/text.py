@@ -75,10 +75,8 @@ def load_blocks(
         audit.settle()
         counts, warnings = dict(audit.counts), audit.warnings()
     if not blocks:
-        what, fix = (
-            f"the text does not fill one block of {length} tokens",
-            "give more text or a smaller data.max_length",
-        )
+        what = f"the text does not fill one block of {length} tokens"
+        fix = "give more text or a smaller data.max_length"
         raise UserError(what, path=str(config.train), key="data.max_length", fix=fix)
     if config.eval_split is not None and not held:
         what = f"the texts held out do not fill one block of {length} tokens"
