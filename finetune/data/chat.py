@@ -32,11 +32,9 @@ class Plan:
     mark: str | None
     """The character that marks written-out control tokens in text."""
     everything: bool
-    unfinished: bool
-    """The template writes no end of turn after the last reply."""
-    last_weight: float = 1.0
-    """Weight of the last reply."""
-    lost: tuple[tuple[str, bool], ...] = ()
+    closing: float | None
+    """Weight of the last reply, where the template writes no end of turn after it."""
+    lost: tuple[tuple[str, bool], ...]
 
 
 def make_encoder(tokenizer: Any, family: Any = None) -> Encoder:
@@ -145,11 +143,11 @@ class TemplateEncoder:
         text, spans = self.spans.of(messages, tools, content, weights)
         last = len(messages) - 1
         unfinished = last in spans and not text[: spans[last][1]].endswith(self.end_tokens)
+        closing = weights[last] if unfinished else None
         ranges = [(*spans[i], weights[i]) for i in sorted(spans)]
         if train_on == "all" and any(from_tool(m) for m in messages):
             ranges += [(start, end, 0.0) for start, end in self.spans.tool_output(text, messages, tools, content)]
-        told = shown.told(lost, trained)
-        return Plan(text, ranges, mark, train_on == "all", unfinished, weights.get(last, 1.0), told)
+        return Plan(text, ranges, mark, train_on == "all", closing, shown.told(lost, trained))
 
     # --- steps ---
 
@@ -195,24 +193,19 @@ class TemplateEncoder:
         labels = list(ids) if plan.everything else [IGNORED] * len(ids)
         weighted = any(weight not in (0.0, 1.0) for *_, weight in plan.spans)
         weights = [1.0 if plan.everything else 0.0] * len(ids) if weighted else None
-        turns = []
         for start, end, weight in plan.spans:
             a, b = first_from(tokens, start), first_from(tokens, end)
             labels[a:b] = ids[a:b] if weight else [IGNORED] * (b - a)
             if weights is not None:
                 weights[a:b] = [weight] * (b - a)
-            if weight:
-                turns.append((a, b))
-        if plan.unfinished and self.tokenizer.eos_token_id is not None:
+        if plan.closing is not None and self.tokenizer.eos_token_id is not None:
             # Without an end the model would never learn to stop.
-            end, weight = self.tokenizer.eos_token_id, plan.last_weight
-            ids, labels = [*ids, end], [*labels, end if weight else IGNORED]
+            end = self.tokenizer.eos_token_id
+            ids, labels = [*ids, end], [*labels, end if plan.closing else IGNORED]
             if weights is not None:
-                weights.append(weight)
-            if weight:
-                turns[-1] = (turns[-1][0], len(ids))
+                weights.append(plan.closing)
         check_embedded(self.tokenizer, ids)
-        return Encoded(ids, labels, weights, turns, plan.lost)
+        return Encoded(ids, labels, weights, plan.lost)
 
     def _markers(self) -> re.Pattern[str] | None:
         """The turn markers that the template writes as plain text."""

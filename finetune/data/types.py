@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import xxhash
@@ -248,8 +248,6 @@ class Encoded:
     """The id itself where the token is trained, -100 elsewhere; as long as input_ids."""
     weights: list[float] | None = None
     """Loss weight per token, only when a turn asked for one other than 0 and 1."""
-    turns: list[tuple[int, int]] = field(default_factory=list)
-    """Token ranges of the trained turns."""
     lost: tuple[tuple[str, bool], ...] = ()
     """(what of the conversation the ids do not hold, whether it would have been trained)."""
 
