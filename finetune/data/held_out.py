@@ -34,10 +34,8 @@ class HeldRow(NamedTuple):
 
     file: str
     row: int
-    sample: Any
-    """A Sample."""
-    group: str | None = None
-    """What its column `group` says. Metrics are given per group, too."""
+    sample: Any  # a Sample
+    group: str | None = None  # what its column `group` says
 
 
 @dataclass(frozen=True)

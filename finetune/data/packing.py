@@ -72,7 +72,6 @@ def pack(dataset: Any, max_length: int) -> Any:
 
 
 def packed(dataset: Any, max_length: int) -> Iterator[Any]:
-    """Tables of packed rows."""
     import pyarrow as pa
     import pyarrow.compute
 

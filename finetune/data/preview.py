@@ -71,7 +71,6 @@ def packs(shown: list[dict[str, Any]], max_length: int) -> list[list[int]]:
 
 
 def runs(sample: dict[str, Any]) -> Iterator[tuple[bool, str]]:
-    """(trained, text) stretches."""
     marked = zip((label != IGNORED for label in sample["labels"]), sample["tokens"], strict=True)
     for trained, group in itertools.groupby(marked, key=lambda pair: pair[0]):
         yield trained, "".join(text for _, text in group)

@@ -45,7 +45,6 @@ class Item(NamedTuple):
 
 
 def specs(config: DataConfig) -> list[dict[str, Any]]:
-    """The sources of a data section."""
     return sources.as_dicts(config.train)
 
 
@@ -59,7 +58,6 @@ def watched(rows: Iterator[R], config: DataConfig, what: str = "tokenising") -> 
 
 
 def named(config: DataConfig) -> str:
-    """The sources in few words."""
     names = [shown_name(str(spec["path"])) for spec in specs(config)]
     return ", ".join([*names[:2], *("…" for _ in names[2:3])])
 

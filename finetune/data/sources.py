@@ -97,7 +97,6 @@ def as_dict(spec: Spec) -> dict[str, Any]:
 
 
 def as_dicts(specs: Spec | list[Any] | tuple[Any, ...]) -> list[dict[str, Any]]:
-    """One source or several."""
     return [as_dict(spec) for spec in (specs if isinstance(specs, list | tuple) else [specs])]
 
 
@@ -106,7 +105,7 @@ def is_remote(spec: dict[str, Any]) -> bool:
 
 
 def local_files(specs: list[dict[str, Any]]) -> list[Path] | None:
-    """The files of all sources; None where one of them is remote."""
+    """None where one of the sources is remote."""
     if any(map(is_remote, specs)):
         return None
     return [file for spec in specs for file in files_of(spec["path"], spec.get("split"))]
