@@ -5,8 +5,8 @@
     audit.settle()                                UserError for what must stop a run
     audit.report() -> Report                      what `ft data check --json` prints
 
-Without an encoder only the structure is looked at. Kinds are those of formats.py
-and `prompts` (conversations that need no answer, for PPO); None takes anything.
+Without an encoder only the structure is looked at. Kinds are those of formats.py and `prompts` (conversations that need
+no answer, for PPO); None takes anything.
 """
 
 from __future__ import annotations
