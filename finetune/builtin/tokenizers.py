@@ -1,8 +1,4 @@
-"""The tokenizers of the built-in tiny bases, trained on the world of `finetune.builtin.world`.
-
-build_tokenizer        byte-level BPE with a ChatML template: tiny-llama and tiny-qwen
-build_sentencepiece    the bytes of a tokenizer.model: tiny-chatglm3, stored in ChatGLM3's original layout
-"""
+"""The tokenizers of the built-in tiny bases, trained on the world of `finetune.builtin.world`."""
 
 import struct
 from collections.abc import Iterable
@@ -35,44 +31,33 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(texts: Iterable[str], characters: Iterable[str] = (), vocabulary: int = VOCABULARY) -> Any:
-    """A byte-level BPE tokenizer trained on `texts`, with a token for (nearly) each of `characters`.
-
-    Returns a PreTrainedTokenizerFast with ChatML template. `<|endoftext|>` separates documents, `<|im_end|>` ends a
-    turn, `<|pad|>` pads.
+def build_tokenizer(texts: Iterable[str], characters: Iterable[str] = ()) -> Any:
+    """A byte-level BPE tokenizer trained on `texts`, with a token for (nearly) each of `characters`: for tiny-llama and
+    tiny-qwen. Returns a PreTrainedTokenizerFast with ChatML template.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[SEPARATOR, START, END, PADDING],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+        vocab_size=VOCABULARY, special_tokens=[SEPARATOR, START, END, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
     # Each character 600 times: often enough to be merged into one token before rarer letter pairs are.
     tokenizer.train_from_iterator([*texts, *["".join(characters)] * 600], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END,
-        bos_token=SEPARATOR,
-        pad_token=PADDING,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=512,
-    )
+        tokenizer_object=tokenizer, eos_token=END, bos_token=SEPARATOR, pad_token=PADDING,
+        chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False, model_max_length=512,
+    )  # fmt: skip
 
 
-def build_sentencepiece(texts: Iterable[str], characters: Iterable[str] = (), vocabulary: int = VOCABULARY) -> bytes:
-    """The bytes of a `tokenizer.model`: sentencepiece BPE with byte fallback and ChatGLM's normalizer, same borders.
+def build_sentencepiece(texts: Iterable[str], characters: Iterable[str] = ()) -> bytes:
+    """The bytes of a `tokenizer.model`: sentencepiece BPE with byte fallback and ChatGLM's normalizer, same borders:
+    for tiny-chatglm3, stored in ChatGLM3's original layout.
 
     Written by hand because sentencepiece's own trainer merges spaces with words: a name would then be other tokens
     after a space than after a quote. The merges are learned by `tokenizers`; no piece crosses a border of PIECES.
@@ -80,11 +65,11 @@ def build_sentencepiece(texts: Iterable[str], characters: Iterable[str] = (), vo
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     known = sorted({*characters, *map(chr, range(33, 127)), "▁"})
-    specials, letters = 3 + 256, max(len(known), vocabulary * 2 // 5)
+    specials, letters = 3 + 256, max(len(known), VOCABULARY * 2 // 5)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), "isolated")
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - specials, limit_alphabet=letters, initial_alphabet=known, show_progress=False
+        vocab_size=VOCABULARY - specials, limit_alphabet=letters, initial_alphabet=known, show_progress=False
     )
     # sentencepiece sees "▁" for a space; a line break has no piece of its own and splits.
     lines = ("▁" + line.replace(" ", "▁") for text in texts for line in text.splitlines())

@@ -5,8 +5,8 @@
     audit.settle()                                UserError for what must stop a run
     audit.report() -> Report                      what `ft data check --json` prints
 
-check(config, encoder, …) does it all. Without an encoder only the structure is looked at. Kinds are those of formats.py
-and `prompts` (conversations that need no answer, for PPO); None takes anything.
+Without an encoder only the structure is looked at. Kinds are those of formats.py and `prompts` (conversations that need
+no answer, for PPO); None takes anything.
 """
 
 from __future__ import annotations
@@ -143,22 +143,23 @@ class Audit:
         assert self.encoder is not None
         results = iter(self.encoder.label_batch(plans, future.result()))
         for item, part in zip(items, parts, strict=True):
-            encoded: dict[str, Any] = dict(
-                zip(part, results, strict=False)
-            )  # as many of the results as the part has names
-            problem = next((e for e in encoded.values() if isinstance(e, RowProblem)), None)
-            for conversation in part.values():
-                problem = problem or self.forged(self.encoder, conversation.messages)
-            problem = problem or self._lost(item, part, encoded)
-            if problem is not None:
+            encoded: dict[str, Any] = {name: next(results) for name in part}
+            try:
+                for row in encoded.values():
+                    if isinstance(row, RowProblem):
+                        raise row
+                for conversation in part.values():
+                    self.check_forged(self.encoder, conversation.messages)
+                self._check_lost(item, part, encoded)
+                kept = self._fit(item, encoded)
+            except RowProblem as problem:
                 self.notes.add("error", item, problem)
                 continue
-            kept = self._fit(item, encoded)
             if kept is not None:
                 self.counts["used"] += 1
                 yield item, kept.get("", kept)
 
-    def _lost(self, item: Item, part: dict[str, Conversation], encoded: dict[str, Encoded]) -> RowProblem | None:
+    def _check_lost(self, item: Item, part: dict[str, Conversation], encoded: dict[str, Encoded]) -> None:
         """What the chat template leaves out: an error where it would be trained, elsewhere a warning."""
         found = dict.fromkeys(lost for row in encoded.values() for lost in row.lost)
         for what, trained in found:
@@ -167,37 +168,34 @@ class Audit:
                 fix = "set model.chat_template to one with a place for it, or take it out of the row"
                 if "thinking" in what and not last:
                     fix = "set data.train_on: last, or give each turn a row of its own"
-                return RowProblem("lost_content", f"the chat template leaves out {what}, which would be trained", fix)
+                raise RowProblem("lost_content", f"the chat template leaves out {what}, which would be trained", fix)
         self.left_out(item, [what for what, _ in found])
         assert self.encoder is not None
         if self.encoder.template is not None and self.config.train_on != "all":
             for finding in dict.fromkeys(f for c in part.values() for f in checks.trained_in_vain(c.messages)):
                 self.notes.add("warning", item, finding)
-        return None
 
     def left_out(self, item: Item, fields: Iterable[str]) -> None:
         for field in fields:
             self.notes.warn(item, "lost_content", f"the chat template leaves out {field}")
 
-    def forged(self, encoder: Encoder, messages: list[Message]) -> RowProblem | None:
-        """Turn markers that are plain text to the tokenizer, written in content."""
+    def check_forged(self, encoder: Encoder, messages: list[Message]) -> None:
+        """RowProblem for turn markers that are plain text to the tokenizer, written in content; or they are counted."""
         found = encoder.forged_markers(messages)
         if found and self.config.on_forged_marker == "error":
             turn, marker = found[0]
             what = f"turn {turn}: {marker!r} is a turn marker of this model, and plain text to its tokenizer"
-            return RowProblem("forged_marker", what, "remove it, or set data.on_forged_marker: allow")
+            raise RowProblem("forged_marker", what, "remove it, or set data.on_forged_marker: allow")
         self.counts["forged_markers"] += len(found)
-        return None
 
     def _fit(self, item: Item, encoded: dict[str, Encoded]) -> dict[str, Encoded] | None:
-        """Apply max_length; None when the row is out."""
+        """The row within max_length; None when it is out."""
         kept: dict[str, Encoded] = {}
         for name, row in encoded.items():
             trained = row.trained
             if not trained:
                 what = "no token would be trained: every label is masked"
-                self.notes.add("error", item, RowProblem("no_trained_token", what, "train a turn, or remove the row"))
-                return None
+                raise RowProblem("no_trained_token", what, "train a turn, or remove the row")
             length = len(row.input_ids)
             self.token_lengths[length.bit_length()] += 1
             if length > self.config.max_length:
@@ -210,17 +208,14 @@ class Audit:
             self.counts["trained_tokens"] += trained
         if "chosen" in kept and kept["chosen"].input_ids == kept["rejected"].input_ids:
             what = f"chosen and rejected are the same within {self.config.max_length} tokens"
-            self.notes.add("error", item, RowProblem("same_answers", what, "raise data.max_length, or remove the row"))
-            return None
+            raise RowProblem("same_answers", what, "raise data.max_length, or remove the row")
         return kept
 
     def _overlong(self, item: Item, row: Encoded) -> Encoded | None:
         """The row cut to max_length; None when it is out."""
         what = f"{len(row.input_ids)} tokens, over data.max_length {self.config.max_length}"
         if self.config.on_overlong == "error":
-            fix = "raise data.max_length, or set data.on_overlong: truncate or drop"
-            self.notes.add("error", item, RowProblem("overlong", what, fix))
-            return None
+            raise RowProblem("overlong", what, "raise data.max_length, or set data.on_overlong: truncate or drop")
         if self.config.on_overlong == "drop":
             self.counts["overlong_dropped"] += 1
             self.counts["dropped"] += 1
@@ -292,13 +287,12 @@ class Audit:
 
 
 def check(
-    config: DataConfig, encoder: Encoder | None = None, *, kind: str | None = "sft", eval_data: Any = None,
-    seed: int = 42,
-) -> Report:  # fmt: skip
+    config: DataConfig, encoder: Encoder | None = None, *, kind: str | None = "sft", eval_data: Any = None
+) -> Report:
     """Read everything, report everything. UserError only where a source cannot be read at all."""
     audit = Audit(config, encoder, kind, eval_data)
     with seldom_collecting():
-        for _ in watched(audit.rows(seed), config, "reading" if encoder is None else "tokenising"):
+        for _ in watched(audit.rows(), config, "reading" if encoder is None else "tokenising"):
             pass
     return audit.report()
 

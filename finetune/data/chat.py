@@ -1,10 +1,5 @@
 """Conversations become ids and labels.
 
-    encoder = make_encoder(tokenizer, family)
-    encoder.encode(conversation, train_on) -> Encoded(input_ids, labels, weights)
-    encoder.prompt_ids(messages, tools) -> ids that end with the header of the assistant's turn
-    encoder.stop_ids
-
 The tokenizer's own template is the reference: the ids are those of tokenizer.apply_chat_template. What is trained is
 what the model has to write: everything after the header of an assistant turn, the token that ends it included; see
 spans.py for where that is.
@@ -37,11 +32,9 @@ class Plan:
     mark: str | None
     """The character that marks written-out control tokens in text."""
     everything: bool
-    unfinished: bool
-    """The template writes no end of turn after the last reply."""
-    last_weight: float = 1.0
-    """Weight of the last reply."""
-    lost: tuple[tuple[str, bool], ...] = ()
+    closing: float | None
+    """Weight of the last reply, where the template writes no end of turn after it."""
+    lost: tuple[tuple[str, bool], ...]
 
 
 def make_encoder(tokenizer: Any, family: Any = None) -> Encoder:
@@ -143,21 +136,18 @@ class TemplateEncoder:
     def plan(self, conversation: Conversation, train_on: str = "assistant") -> Plan:
         """The text and what is trained in it."""
         lost = self.losses.of(conversation.messages, conversation.tools)
-        trained = (
-            {i for i, weight in turn_weights(conversation.messages, train_on).items() if weight} if lost else set()
-        )
+        trained = {i for i, w in turn_weights(conversation.messages, train_on).items() if w} if lost else set()
         messages, tools = self._expressible(conversation.messages, conversation.tools)
         weights = turn_weights(messages, train_on)
         messages, tools, content, mark = self._guarded(messages, tools)
         text, spans = self.spans.of(messages, tools, content, weights)
         last = len(messages) - 1
         unfinished = last in spans and not text[: spans[last][1]].endswith(self.end_tokens)
+        closing = weights[last] if unfinished else None
         ranges = [(*spans[i], weights[i]) for i in sorted(spans)]
         if train_on == "all" and any(from_tool(m) for m in messages):
             ranges += [(start, end, 0.0) for start, end in self.spans.tool_output(text, messages, tools, content)]
-        return Plan(
-            text, ranges, mark, train_on == "all", unfinished, weights.get(last, 1.0), shown.told(lost, trained)
-        )
+        return Plan(text, ranges, mark, train_on == "all", closing, shown.told(lost, trained))
 
     # --- steps ---
 
@@ -172,10 +162,10 @@ class TemplateEncoder:
 
     def _guarded(self, messages: list[Message], tools: Any) -> tuple[list[Message], Any, str, str | None]:
         """(messages and tools with written-out control tokens marked, all their text, the mark or None)."""
-        plain = not tools and is_plain(messages)
-        content = (
-            "\n".join([m["content"] for m in messages]) if plain else control_tokens.all_strings([messages, tools])
-        )
+        if not tools and is_plain(messages):
+            content = "\n".join([m["content"] for m in messages])
+        else:
+            content = control_tokens.all_strings([messages, tools])
         if not self.guard.suspicious(content):
             return messages, tools, content, None
         found = self.guard.found
@@ -194,38 +184,28 @@ class TemplateEncoder:
             return []
         if not self._fast:
             return [ByLength(self.tokenizer, text) for text in texts]
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_padding()
-        backend.no_truncation()
-        backend.encode_special_tokens = False
+        backend = control_tokens.backend_of(self.tokenizer)
         return backend.encode_batch(texts, add_special_tokens=False)
 
     def _label(self, plan: Plan, tokens: Tokens) -> Encoded:
         """Labels from character ranges: a token belongs to the turn in which it begins."""
         ids = tokens.ids
         labels = list(ids) if plan.everything else [IGNORED] * len(ids)
-        weighted = False
-        for *_, weight in plan.spans:
-            weighted |= weight not in (0.0, 1.0)
+        weighted = any(weight not in (0.0, 1.0) for *_, weight in plan.spans)
         weights = [1.0 if plan.everything else 0.0] * len(ids) if weighted else None
-        turns = []
         for start, end, weight in plan.spans:
             a, b = first_from(tokens, start), first_from(tokens, end)
             labels[a:b] = ids[a:b] if weight else [IGNORED] * (b - a)
             if weights is not None:
                 weights[a:b] = [weight] * (b - a)
-            if weight:
-                turns.append((a, b))
-        if plan.unfinished and self.tokenizer.eos_token_id is not None:
+        if plan.closing is not None and self.tokenizer.eos_token_id is not None:
             # Without an end the model would never learn to stop.
-            end, weight = self.tokenizer.eos_token_id, plan.last_weight
-            ids, labels = [*ids, end], [*labels, end if weight else IGNORED]
+            end = self.tokenizer.eos_token_id
+            ids, labels = [*ids, end], [*labels, end if plan.closing else IGNORED]
             if weights is not None:
-                weights.append(weight)
-            if weight:
-                turns[-1] = (turns[-1][0], len(ids))
+                weights.append(plan.closing)
         check_embedded(self.tokenizer, ids)
-        return Encoded(ids, labels, weights, turns, plan.lost)
+        return Encoded(ids, labels, weights, plan.lost)
 
     def _markers(self) -> re.Pattern[str] | None:
         """The turn markers that the template writes as plain text."""
@@ -236,15 +216,8 @@ class TemplateEncoder:
     def _ends(self) -> tuple[tuple[str, ...], list[int]]:
         """(the strings that end an assistant turn, the ids that stop generation)."""
         tokenizer = self.tokenizer
-        text = (
-            templates.attempt(
-                self.template,
-                [templates.turn("user", "u"), templates.turn("assistant", "probe-reply")],
-                None,
-                self.variables,
-            )
-            or ""
-        )
+        probe = [templates.turn("user", "u"), templates.turn("assistant", "probe-reply")]
+        text = templates.attempt(self.template, probe, None, self.variables) or ""
         tail = text.partition("probe-reply")[2]
         hit = self.guard.control.search(tail)
         ends = [hit[0]] if hit else []

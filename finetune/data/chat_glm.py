@@ -1,10 +1,5 @@
 """Conversations as ids for ChatGLM2, ChatGLM3 and GLM-4 in their own prompt formats, built per segment.
 
-    encode_weighted(tokenizer, messages, tools, train_on)   -> ids, loss weight of each
-    prompt_ids(tokenizer, messages, tools)                  -> ids up to where the reply begins
-    stop_ids(tokenizer), end_id(tokenizer)                  what ends a reply, and what closes a sample
-    glm_version(tokenizer)                                  2, 3, 4, or None for other tokenizers
-
 ChatGLM3 and GLM-4: `[gMASK] sop`, then per message `<|role|>` + encode(metadata + newline) + encode(content), each
 encoded on its own. Control tokens inside content stay text. A Jinja template cannot do this exactly, so there is none.
 ChatGLM2: one text of numbered rounds. Labels follow the published demos, with two differences on purpose: tool output
@@ -33,7 +28,7 @@ TOOL_PROMPT_GLM4 = (
 
 
 def glm_version(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The marker that finetune/models/chatglm/tokenizer.py leaves in tokenizer_config.json."""
+    """2, 3, 4, or None for others: what finetune/models/chatglm/tokenizer.py leaves in tokenizer_config.json."""
     return tokenizer.init_kwargs.get("glm_version")
 
 
@@ -55,18 +50,14 @@ def prompt_ids(
     """Ids of the conversation so far and of the opening of the assistant's turn."""
     if glm_version(tokenizer) == 2:
         return _prefix(tokenizer) + _encode(tokenizer, _rounds(messages, tools)[0])
-    ids = _prefix(tokenizer)
-    for _, segment in _segments(tokenizer, messages, tools):
-        ids += segment
-    return [*ids, _id(tokenizer, "<|assistant|>")]
+    ids = [i for _, segment in _segments(tokenizer, messages, tools) for i in segment]
+    return [*_prefix(tokenizer), *ids, _id(tokenizer, "<|assistant|>")]
 
 
 def encode_weighted(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    tools: list[dict[str, Any]] | None = None,
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None,
     train_on: str = "assistant",
-) -> tuple[list[int], list[float]]:
+) -> tuple[list[int], list[float]]:  # fmt: skip
     """Ids of a whole conversation and the loss weight of each, 0 where there is no loss.
 
     A token is trained if the token before it belongs to a trained message: the newline after `<|assistant|>` and the
@@ -88,11 +79,7 @@ def encode_weighted(
 def turn_weights(messages: Sequence[Message], train_on: str) -> list[float]:
     """Loss weight of each message. Tool output has none, whatever its `train` says."""
     replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    chosen = {
-        "assistant": set(replies),
-        "last": set(replies[-1:]),
-        "all": set(range(len(messages))),
-    }[train_on]
+    chosen = {"assistant": set(replies), "last": set(replies[-1:]), "all": set(range(len(messages)))}[train_on]
     return [
         0.0 if ROLES.get(message["role"]) == "observation" else float(message.get("train", index in chosen))
         for index, message in enumerate(messages)
@@ -104,8 +91,7 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    found: int = tokenizer.convert_tokens_to_ids(token)
-    return found
+    return int(tokenizer.convert_tokens_to_ids(token))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -130,10 +116,8 @@ def _turns(
     for index, message in enumerate(messages):
         role, content = ROLES.get(message["role"]), message.get("content") or ""
         if role is None:
-            raise RowProblem(
-                "unknown_role", f"turn {index + 1}: role {message['role']!r} has no marker in this format",
-                "use system, user, assistant or tool",
-            )  # fmt: skip
+            what = f"turn {index + 1}: role {message['role']!r} has no marker in this format"
+            raise RowProblem("unknown_role", what, "use system, user, assistant or tool")
         described = message.get("tools") if own else (tools if index == 0 else None)
         if described:
             # Both models know bare descriptions; {"type": "function", "function": …} is OpenAI's wrapping.
@@ -170,27 +154,21 @@ def _rounds(messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> 
     for index, message in enumerate(messages):
         wanted = ("user", "assistant")[index % 2]
         if message["role"] != wanted:
-            raise RowProblem(
-                "role_order", f"turn {index + 1} is {message['role']}: ChatGLM2's rounds alternate user and assistant",
-                "put instructions into the user's text; there is no system turn",
-            )  # fmt: skip
+            what = f"turn {index + 1} is {message['role']}: ChatGLM2's rounds alternate user and assistant"
+            raise RowProblem("role_order", what, "put instructions into the user's text; there is no system turn")
         text += f"[Round {index // 2 + 1}]\n\n问：" if wanted == "user" else ""
         spans.append((index, len(text), len(text) + len(message["content"])))
         text += message["content"] + ("\n\n答：" if wanted == "user" else "\n\n")
     if len(messages) % 2 == 0:
-        raise RowProblem(
-            "role_order", "ChatGLM2's prompt ends with the user's turn", "let the user speak before a reply"
-        )
+        what = "ChatGLM2's prompt ends with the user's turn"
+        raise RowProblem("role_order", what, "let the user speak before a reply")
     return text, spans
 
 
 def _encode_rounds(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    tools: list[dict[str, Any]] | None,
-    wanted: list[float],
-    elsewhere: float,
-) -> tuple[list[int], list[float]]:
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: list[dict[str, Any]] | None,
+    wanted: list[float], elsewhere: float,
+) -> tuple[list[int], list[float]]:  # fmt: skip
     """As in ChatGLM2's own fine-tuning: the prompt as one text, then the last reply encoded on its own, then `</s>`.
 
     Earlier replies stand inside the prompt's text; when trained, the tokens wholly inside them are.

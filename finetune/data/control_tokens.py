@@ -1,9 +1,7 @@
-"""Control tokens in content stay text.
+"""Control tokens in content stay text: a user who writes `<|im_end|>` must not be able to end a turn.
 
-    Guard.mark(value) -> value      a private-use character inside every control token's string, at any depth
-    Guard.tokens(text, mark)        tokens of a rendered text that carries marks: control tokens only from the template
-
-A user who writes `<|im_end|>` must not be able to end a turn. Where nothing needs it, nothing is touched.
+A private-use character, the mark, goes into every control token's string before the template renders it; the tokens
+are then taken of the marked text. Where nothing needs it, nothing is touched.
 """
 
 from __future__ import annotations
@@ -33,6 +31,15 @@ def all_strings(value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join([all_strings(item) for pair in value.items() for item in pair])
     return "\n".join(map(all_strings, value)) if isinstance(value, list) else ""
+
+
+def backend_of(tokenizer: Any, as_text: bool = False) -> Any:
+    """The fast tokenizer itself, which adds and cuts nothing; `as_text` does not recognise control tokens."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = as_text
+    return backend
 
 
 class Guard:
@@ -102,9 +109,8 @@ class Guard:
         soft = re.compile("|".join(f"(?<={re.escape(t[0])}){mark}(?={re.escape(t[1:])})" for t in self.soft) or "(?!)")
         out = Pieces([], [])
         waiting, at = 0, 0  # text[waiting:at] is to be encoded as usual
-        pieces = re.split(
-            f"((?:{self.all_added.pattern})(?!{mark}))", text
-        )  # a token of one character is marked behind
+        # A token of one character is marked behind.
+        pieces = re.split(f"((?:{self.all_added.pattern})(?!{mark}))", text)
         for number, piece in enumerate(pieces):
             if mark in piece:
                 self._encode(out, text, waiting, at, mark, False)
@@ -123,11 +129,8 @@ class Guard:
         """Append the tokens of text[start:end]."""
         if start >= end:
             return
-        backend = self.tokenizer.backend_tokenizer
         plain, places = strip_marks(text[start:end], mark, start)
-        backend.no_padding()
-        backend.no_truncation()
-        backend.encode_special_tokens = as_text
+        backend = backend_of(self.tokenizer, as_text)
         anchor = ANCHOR if as_text and start and self.prefixes else ""
         try:
             encoding = backend.encode(anchor + plain, add_special_tokens=False)
@@ -141,15 +144,11 @@ class Guard:
 
     def _prefixes(self) -> bool:
         """Whether text at the very beginning is encoded unlike text behind a control token (SentencePiece's "▁")."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        special = next(
-            (t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special and t.content), None
-        )
-        if backend is None or special is None:
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = next((t.content for t in added if t.special and t.content), None)
+        if special is None or getattr(self.tokenizer, "backend_tokenizer", None) is None:
             return False
-        backend.no_padding()
-        backend.no_truncation()
-        backend.encode_special_tokens = False
+        backend = backend_of(self.tokenizer)
         ids = [backend.encode(part, add_special_tokens=False).ids for part in (f"{special}ab", special, "ab", ANCHOR)]
         self.anchor_ids = ids[3]
         return ids[0] != ids[1] + ids[2]

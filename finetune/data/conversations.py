@@ -1,7 +1,4 @@
-"""Conversations as token ids.
-
-load_sft(config, encoder, seed=…) -> Rows of input_ids, labels and, where turns are weighted, weights
-"""
+"""Conversations as token ids."""
 
 from __future__ import annotations
 
@@ -24,7 +21,8 @@ SAMPLED = 64
 def load_sft(
     config: DataConfig, encoder: Encoder, *, seed: int = 42, eval_data: Any = None, cache: Path | None = None
 ) -> Rows:
-    """Conversations of `data.train`, split by `data.eval_split`. UserError with every problem of every row.
+    """input_ids, labels and, where turns are weighted, weights of `data.train`, split by `data.eval_split`. UserError
+    with every problem of every row.
 
     eval_data: held-out rows, only looked at for leakage. cache: where tokenised rows of large files are kept.
     """

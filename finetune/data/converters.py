@@ -37,17 +37,13 @@ def field(row: Fields, *names: str) -> Any:
         raise RowProblem("missing_column", f"{null} is null", "fill it in, or remove the row")
     have = ", ".join(sorted(map(str, row))) or "none"
     near = difflib.get_close_matches(names[0], map(str, row), n=1)
-    hint = "fill it in, or map it with data.columns"
-    if near:
-        hint = f"rename {near[0]!r} or set data.columns: {{{names[0]}: {near[0]}}}"
-    raise RowProblem("missing_column", f"no {' or '.join(map(repr, names))} (columns: {have})", hint)
+    rename = f"rename {near[0]!r} or set data.columns: {{{names[0]}: {near[0]}}}" if near else None
+    fix = rename or "fill it in, or map it with data.columns"
+    raise RowProblem("missing_column", f"no {' or '.join(map(repr, names))} (columns: {have})", fix)
 
 
 def maybe(row: Fields, *names: str) -> Any:
-    for name in names:
-        if row.get(name) is not None:
-            return row[name]
-    return None
+    return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def with_system(row: Fields, messages: list[Message]) -> list[Message]:
@@ -86,10 +82,9 @@ def as_prompt(value: Any, column: str) -> list[Message]:
 
 def as_answer(value: Any, column: str) -> list[Message]:
     """An answer: text, one turn, or a list of turns."""
-    if isinstance(value, dict) and ("role" in value or "from" in value):
-        return to_messages([value], column)
-    if isinstance(value, list) and is_turns(value):
-        return to_messages(value, column)
+    turns = [value] if isinstance(value, dict) else value
+    if is_turns(turns):
+        return to_messages(turns, column)
     if is_parts(value):
         return to_messages([{"role": "assistant", "content": value}], column)
     return [{"role": "assistant", "content": answer_text(value, column)}]
@@ -226,9 +221,10 @@ def transcript(text: str) -> list[Message]:
 
 def ranked(row: Fields) -> list[Preference]:
     """A list of answers, best first or with scores or ranks -> every pair in which one is better than the other."""
-    prompt = (
-        alpaca_prompt(row) if "instruction" in row else as_prompt(field(row, "prompt", "question", "query"), "prompt")
-    )
+    if "instruction" in row:
+        prompt = alpaca_prompt(row)
+    else:
+        prompt = as_prompt(field(row, "prompt", "question", "query"), "prompt")
     name = next(n for n in RANKED if isinstance(row.get(n), list))
     answers = row[name]
     grades = maybe(row, "scores", "score", "ratings")
@@ -238,21 +234,17 @@ def ranked(row: Fields) -> list[Preference]:
         if key is not None and grades is None and ranks is None:
             sign = -1 if key == "rank" else 1
             grades = [sign * a[key] if isinstance(a, dict) and numbers([a.get(key)]) else None for a in answers]
-        if answers and isinstance(answers[0], dict) and "role" not in answers[0] and "from" not in answers[0]:
-            answers = [
-                maybe(a, "response", "text", "output", "answer", "content") if isinstance(a, dict) else a
-                for a in answers
-            ]
+        if not is_turns(answers):
+            keys = ("response", "text", "output", "answer", "content")
+            answers = [maybe(a, *keys) if isinstance(a, dict) else a for a in answers]
     if grades is None:
         grades = [-float(r) for r in ranks] if numbers(ranks) else [-i for i in range(len(answers))]
     if not numbers(grades) or len(grades) != len(answers):
-        raise RowProblem(
-            "bad_ranking", f"{name}: {len(answers)} answers, but not as many scores or ranks", "give each a number"
-        )
+        what = f"{name}: {len(answers)} answers, but not as many scores or ranks"
+        raise RowProblem("bad_ranking", what, "give each a number")
     if len(answers) < 2 or len(set(grades)) < 2:
-        raise RowProblem(
-            "bad_ranking", f"{name}: no answer is better than another", "list at least two of different rank"
-        )
+        what = f"{name}: no answer is better than another"
+        raise RowProblem("bad_ranking", what, "list at least two of different rank")
     messages = with_system(row, prompt)
     order = sorted(range(len(answers)), key=lambda i: -grades[i])
     return [

@@ -1,9 +1,4 @@
-"""What makes ids of conversations, and what is done with the result, whoever made it.
-
-Encoder                        chat.TemplateEncoder (any chat template), glm_encoder.GlmEncoder (ChatGLM's formats)
-cut(tokenizer, row, limit)     the first tokens of a row
-scored_ids(row, separator)     what of a reply a reward model reads; scored_end(encoder) what closes it
-"""
+"""What makes ids of conversations, and what is done with the result, whoever made it."""
 
 from __future__ import annotations
 
@@ -16,6 +11,8 @@ from finetune.data.types import IGNORED, Conversation, Encoded, Message, RowProb
 
 
 class Encoder(Protocol):
+    """chat.TemplateEncoder (any chat template) or glm_encoder.GlmEncoder (ChatGLM's formats)."""
+
     @property
     def tokenizer(self) -> Any: ...
     @property

@@ -1,7 +1,5 @@
 """`ft data check --fix OUT`: the clean rows in one file, the others with their reasons in another.
 
-    mend(config, out, …) -> (rows kept, rows taken out, file of rejects)
-
 Rows are copied as they were read; nothing is rewritten inside them, and the source is never touched.
 """
 
@@ -24,7 +22,10 @@ from finetune.recipe.sections import DataConfig
 def mend(
     config: DataConfig, out: Path, encoder: Encoder | None = None, kind: str | None = "sft", eval_data: Any = None
 ) -> tuple[int, int, Path]:
-    """Write OUT (json lines) and OUT's name with .rejects.jsonl. UserError when one of them exists."""
+    """Write OUT (json lines) and OUT's name with .rejects.jsonl. UserError when one of them exists.
+
+    Returns (rows kept, rows taken out, file of rejects).
+    """
     check_free(out)
     listed = specs(config)
     if len(listed) > 1:

@@ -1,7 +1,5 @@
 """Row formats: one line of FORMATS each. `detect` looks at the rows' fields, never at file names.
 
-    detect(rows) -> name             FORMATS[name].convert(shaped(row)) -> samples
-
 To add a format: a converter (row -> samples) in converters.py and a line in FORMATS, whose order is
 the order of recognition: the more specific stands first.
 """
@@ -54,14 +52,11 @@ FORMATS: dict[str, Format] = {
     ),
     "unpaired": Format(
         "unpaired", is_unpaired, converters.unpaired,
-        "messages (or prompt, completion), label", "one answer, good (true) or bad (false), for KTO",
-        "unpaired.jsonl",
+        "messages (or prompt, completion), label", "one answer, good (true) or bad (false), for KTO", "unpaired.jsonl",
     ),
     "ranked": Format(
-        "preference",
-        is_ranked, converters.ranked, "prompt (or instruction), responses, [scores|ranks]",
-        "several answers, best first or with scores; every pair of different rank becomes a preference",
-        "ranked.jsonl",
+        "preference", is_ranked, converters.ranked, "prompt (or instruction), responses, [scores|ranks]",
+        "several answers, best first or with scores; every pair of different rank becomes a preference", "ranked.jsonl",
     ),
     "self_instruct": Format(
         "sft", lambda row: "instruction" in row and isinstance(row.get("instances"), list), converters.self_instruct,
@@ -71,25 +66,21 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(
         "sft", lambda row: any(is_turns(row.get(t)) and "from" in row[t][0] for t in TURNS), converters.turns,
         "conversations: [{from, value}], [system], [tools]",
-        "turns from human, gpt, system, function_call, observation, tool",
-        "sharegpt.json",
+        "turns from human, gpt, system, function_call, observation, tool", "sharegpt.json",
     ),
     "chatglm3": Format(
         "sft", lambda row: is_turns(row.get("conversations")), converters.turns,
         "conversations: [{role, content, [loss]}], [tools]",
-        "ChatGLM3's fine-tuning demo, tool turns and per-turn loss included",
-        "chatglm3.json",
+        "ChatGLM3's fine-tuning demo, tool turns and per-turn loss included", "chatglm3.json",
     ),
     "messages": Format(
         "sft", lambda row: any(isinstance(row.get(t), list) for t in TURNS), converters.turns,
         "messages: [{role, content, [tool_calls], [train]}], [tools]",
-        "OpenAI's chat form, with tool calls and content parts",
-        "messages.jsonl",
+        "OpenAI's chat form, with tool calls and content parts", "messages.jsonl",
     ),
     "alpaca": Format(
         "sft", has("instruction"), converters.alpaca, "instruction, [input], output, [history], [system]",
-        "Stanford Alpaca and its many children",
-        "alpaca.json",
+        "Stanford Alpaca and its many children", "alpaca.json",
     ),
     "prompt_completion": Format(
         "sft", lambda row: "prompt" in row or "query" in row, converters.prompt_completion,
@@ -103,13 +94,11 @@ FORMATS: dict[str, Format] = {
     ),
     "inputs_targets": Format(
         "sft", lambda row: any(has(*pair)(row) for pair in converters.PAIRS), converters.inputs_targets,
-        "inputs, targets (or input, output; source, target)", "FLAN and T5 style",
-        "inputs_targets.tsv",
+        "inputs, targets (or input, output; source, target)", "FLAN and T5 style", "inputs_targets.tsv",
     ),
     "text": Format(
         "text", has("text"), converters.raw_text, "text",
-        "raw text, for pre-training; in a text file every line is a document (or see data.text_unit)",
-        "text.txt",
+        "raw text, for pre-training; in a text file every line is a document (or see data.text_unit)", "text.txt",
     ),
 }  # fmt: skip
 
@@ -120,8 +109,7 @@ def rename(row: Fields, columns: Mapping[str, str] | None) -> Fields:
         return row
     taken = set(columns.values())
     out = {name: value for name, value in row.items() if name not in taken}
-    out.update({name: row[theirs] for name, theirs in columns.items() if theirs in row})
-    return out
+    return out | {name: row[theirs] for name, theirs in columns.items() if theirs in row}
 
 
 LISTED = {*TURNS, "history", "instances", *RANKED, "scores", "ratings", "ranks", "ranking"} - {"output"}
@@ -148,10 +136,8 @@ def detect(rows: Iterable[Fields], columns: Mapping[str, str] | None = None) -> 
     best = max(counts, key=lambda name: counts[name])
     if not counts[best]:
         have = sorted({str(key) for row in renamed for key in row})
-        raise UserError(
-            f"no known format has the columns {', '.join(have) or '(none)'}",
-            fix=f"set data.columns, or data.format to one of {', '.join(FORMATS)}",
-        )
+        what = f"no known format has the columns {', '.join(have) or '(none)'}"
+        raise UserError(what, fix=f"set data.columns, or data.format to one of {', '.join(FORMATS)}")
     # Not simply the best: every preference row also looks like a bare prompt, and one broken row must not decide.
     often = (name for name in FORMATS if 2 * counts[name] >= len(renamed))
     return next(often, best)

@@ -31,7 +31,7 @@ class GlmEncoder:
         labels = [token if weight else IGNORED for token, weight in zip(ids, weights, strict=True)]
         lost = self.losses.of(messages, tools)
         trained = {i for i, weight in enumerate(chat_glm.turn_weights(messages, train_on)) if weight}
-        return Encoded(ids, labels, weights if set(weights) - {0, 1} else None, lost=shown.told(lost, trained))
+        return Encoded(ids, labels, weights if set(weights) - {0, 1} else None, shown.told(lost, trained))
 
     def _shown(self, messages: list[Message], tools: Any) -> str | None:
         ids = attempted(chat_glm.encode_weighted, self.tokenizer, messages, tools)

@@ -1,10 +1,4 @@
-"""What `ft eval` and `ft compare` measure on, and how much of it a run was trained on.
-
-rows_of(path, config)    a file's rows, of whatever kind they are
-split_off(recipe, …)     the rows that data.eval_split held out of a run, found by the code that held them out
-load_eval_rows(…)        conversations for generation; the last assistant turn is the reference
-trained_on(config, …)    how many rows stand in the training rows of a run
-"""
+"""What `ft eval` and `ft compare` measure on, and how much of it a run was trained on."""
 
 from __future__ import annotations
 
@@ -23,7 +17,7 @@ from finetune.data.encoder import Encoder
 from finetune.data.report import Noted
 from finetune.data.rows import eval_mask
 from finetune.data.samples import Item, held_out_section, read_samples, specs, watched
-from finetune.data.types import Conversation, Preference, RowProblem, Sample, Text, Unpaired, attempted
+from finetune.data.types import Conversation, Preference, RowProblem, Sample, Text, Unpaired
 from finetune.errors import Problem, UserError
 from finetune.recipe.sections import DataConfig
 from finetune.recipe.stages import ROWS, Recipe
@@ -40,10 +34,8 @@ class HeldRow(NamedTuple):
 
     file: str
     row: int
-    sample: Any
-    """A Sample."""
-    group: str | None = None
-    """What its column `group` says. Metrics are given per group, too."""
+    sample: Any  # a Sample
+    group: str | None = None  # what its column `group` says
 
 
 @dataclass(frozen=True)
@@ -76,19 +68,14 @@ def rows_of(path: str, config: DataConfig, limit: int | None) -> HeldOut:
     return HeldOut(path, load_held_out(path, config)[:limit])
 
 
-def load_eval_rows(
-    spec: Any, config: DataConfig | None = None, *, encoder: Encoder | None = None
-) -> list[Conversation]:
+def load_eval_rows(spec: Any, config: DataConfig | None = None) -> list[Conversation]:
     """Conversations for generation; as `load_held_out`."""
-    return [row.sample for row in load_held_out(spec, config, "sft", encoder=encoder)]
+    return [row.sample for row in load_held_out(spec, config, "sft")]
 
 
-def load_held_out(
-    spec: Any, config: DataConfig | None = None, kind: str | None = None, *, encoder: Encoder | None = None
-) -> list[HeldRow]:
+def load_held_out(spec: Any, config: DataConfig | None = None, kind: str | None = None) -> list[HeldRow]:
     """The rows of a file to evaluate on, of the kind that they are (or of `kind` alone), all of one kind. Conversations
-    with only a prompt are fine. UserError with every unusable row, and with an encoder also with those that it cannot
-    encode."""
+    with only a prompt are fine. UserError with every unusable row."""
     rows: list[HeldRow] = []
     errors: list[Problem] = []
     section = held_out_section(spec, config)
@@ -97,7 +84,7 @@ def load_held_out(
             if item.problem is not None and item.problem.kind == "empty_file":
                 warn(f"{item.file}: {item.problem.message}")
                 continue
-            found = what_is_wrong(item, encoder)
+            found = what_is_wrong(item)
             errors += [Noted("error", item.file, item.row, finding).as_problem() for finding in found]
             if not found:
                 rows.append(held_row(item, source.get("columns") or section.columns))
@@ -107,22 +94,16 @@ def load_held_out(
         raise UserError("no rows", path=str(spec), fix="name a file with rows")
     other = next((row for row in rows if type(row.sample) is not type(rows[0].sample)), None)
     if other is not None:
-        raise UserError(
-            f"row {other.row} is of another kind than {rows[0].file}, row {rows[0].row}", path=other.file,
-            fix="evaluate them one after the other",
-        )  # fmt: skip
+        what = f"row {other.row} is of another kind than {rows[0].file}, row {rows[0].row}"
+        raise UserError(what, path=other.file, fix="evaluate them one after the other")
     return rows
 
 
-def what_is_wrong(item: Item, encoder: Encoder | None) -> Sequence[checks.Finding | RowProblem]:
+def what_is_wrong(item: Item) -> Sequence[checks.Finding | RowProblem]:
     if item.problem is not None:
         return [item.problem]
     found = checks.check(item.usable, item.usable.whole_text)
-    bad = [finding for finding in found if finding.level == "error" and finding.kind != "no_answer"]
-    if encoder is None or bad:
-        return bad
-    encoded = attempted(encoder.encode, item.sample, "last")
-    return [encoded] if isinstance(encoded, RowProblem) else []
+    return [finding for finding in found if finding.level == "error" and finding.kind != "no_answer"]
 
 
 def held_row(item: Item, columns: dict[str, str] | None) -> HeldRow:

@@ -120,10 +120,11 @@ class JsonItems:
 
 
 def item_row(item: Any, name: str, number: int) -> Row:
-    if isinstance(item, dict):
-        return Row(item, name, number)
-    what = f"the row is {kind_of(item)}, not an object"
-    return Row({}, name, number, RowProblem("not_an_object", what, 'write {"column": value, …}'))
+    return Row(item, name, number) if isinstance(item, dict) else Row({}, name, number, no_object(item))
+
+
+def no_object(item: Any) -> RowProblem:
+    return RowProblem("not_an_object", f"the row is {kind_of(item)}, not an object", 'write {"column": value, …}')
 
 
 def rows_inside(value: dict[str, Any]) -> list[Any] | None:
@@ -135,9 +136,8 @@ def rows_inside(value: dict[str, Any]) -> list[Any] | None:
 
 def is_rows(value: Any) -> bool:
     """A list of row objects (and not the turns of a conversation)."""
-    return (
-        isinstance(value, list) and bool(value) and isinstance(value[0], dict) and not {"role", "from"} & set(value[0])
-    )
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and first.keys().isdisjoint(("role", "from"))
 
 
 def too_long() -> RowProblem:

@@ -1,10 +1,5 @@
 """Test prompts that were seen in training: exactly, up to case and spacing, or nearly.
 
-    index = Index(prompts of the held-out rows)
-    index.search(prompts of a batch of training rows) -> [(training row, held-out row, similarity)]
-    index.matches(training rows) -> {training row: (held-out row, similarity)}, the same question included
-    HeldOut(section).findings(training rows)          the same as warnings, with the held-out row's place
-
 Nearly means that most of a held-out prompt's passages stand in one training prompt. A passage is a window of 24 bytes
 (8 Chinese characters, about 5 English words) after case, spacing and ASCII punctuation are taken away; one in two is
 kept, chosen by its hash, so that both sides keep the same. Windows are computed for whole batches with numpy.
@@ -117,7 +112,7 @@ class Index:
 
 
 class HeldOut:
-    """The rows of a data section, looked for in training rows."""
+    """The rows of a data section, looked for in training rows; warnings name their places."""
 
     def __init__(self, section: DataConfig) -> None:
         items = [i for spec in specs(section) for i in read_samples(spec, section, None) if i.sample is not None]

@@ -30,8 +30,7 @@ MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 READ = {
     "role", "from", "content", "value", "text", "tool_calls", "function_call", "tools", *KEPT, *FLAGS, *REASONING,
 }  # fmt: skip
-"""The keys of a turn that mean something; `checks.turn_keys` names the others."""
-
+"""The keys of a turn that mean something; `checks.unread` names the others."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("reasoning", "thinking")
@@ -56,9 +55,8 @@ def text_of(value: Any, where: str) -> str:
                 parts.append(text_of_part(part, where))
             else:
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise RowProblem(
-                    "unsupported_content", f"{where}: a content part of type {kind!r}", "keep text parts only"
-                )
+                what = f"{where}: a content part of type {kind!r}"
+                raise RowProblem("unsupported_content", what, "keep text parts only")
         return "".join(parts)
     if isinstance(value, dict) and value.get("type") in TEXT_PARTS:
         return text_of_part(value, where)
@@ -92,11 +90,8 @@ def spread(turn: dict[str, Any], parts: list[dict[str, Any]], role: str, where: 
         if kind in REASONING_PARTS and role == "assistant":
             thoughts.append(text_of_part(part, where))
         elif kind in CALL_PARTS and role == "assistant":
-            named = {
-                "name": part.get("name"),
-                "arguments": part.get("arguments", part.get("input")),
-                "id": part.get("id"),
-            }
+            arguments = part.get("arguments", part.get("input"))
+            named = {"name": part.get("name"), "arguments": arguments, "id": part.get("id")}
             calls += parse_calls(part.get("value", part.get(kind, named)), where)
         elif kind == "tools":
             tools += parse_tools(part.get("value", part.get("tools"))) or []
@@ -136,9 +131,8 @@ def to_messages(turns: Any, column: str) -> list[Message]:
     if isinstance(turns, str) and turns.lstrip()[:1] == "[":
         turns = parse_json(turns, column, "wrong_type")
     if not isinstance(turns, list):
-        raise RowProblem(
-            "wrong_type", f"{column} is {kind_of(turns)}, not a list of turns", "make it a list of {role, content}"
-        )
+        what = f"{column} is {kind_of(turns)}, not a list of turns"
+        raise RowProblem("wrong_type", what, "make it a list of {role, content}")
     # LIMA's form: question and answer in turn
     if turns and type(turns[0]) is str and all(type(turn) is str for turn in turns):
         turns = [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
@@ -151,9 +145,8 @@ def to_messages(turns: Any, column: str) -> list[Message]:
                 messages.append({"role": role, "content": content})
                 continue
         if not isinstance(turn, dict):
-            raise RowProblem(
-                "wrong_type", f"{column}, turn {number} is {kind_of(turn)}, not an object", "write {role, content}"
-            )
+            what = f"{column}, turn {number} is {kind_of(turn)}, not an object"
+            raise RowProblem("wrong_type", what, "write {role, content}")
         convert_turn(turn, f"{column}, turn {number}", messages)
     return messages if is_plain(messages) else in_order_of_calls(messages)
 
@@ -182,25 +175,21 @@ def convert_turn(turn: dict[str, Any], where: str, messages: list[Message]) -> N
         chatglm3_tool_turn(turn, where, messages)
         return
     raw = turn["content"] if "content" in turn else turn.get("value", turn.get("text", MISSING))
-    if raw is MISSING and not turn.get("tool_calls") and not turn.get("function_call"):
+    if raw is MISSING and not (turn.get("tool_calls") or turn.get("function_call")):
         raise RowProblem("missing_content", f"{where} has no content", "add content (or value)")
     if is_parts(raw) and (role != "tool" or all(p["type"] in (*TEXT_PARTS, *MEDIA_PARTS) for p in raw)):
         turn = spread(turn, raw, role, where)
         raw = turn["content"]
+    called = turn.get("tool_calls") or turn.get("function_call")
     if role == "function_call":
-        calls = (turn.get("tool_calls") or turn.get("function_call")) if raw is MISSING else raw
-        message: Message = {"role": "assistant", "content": "", "tool_calls": parse_calls(calls, where)}
+        calls = parse_calls(called if raw is MISSING else raw, where)
+        message: Message = {"role": "assistant", "content": "", "tool_calls": calls}
     else:
         if role == "tool" and isinstance(raw, dict | list):
             raw = json.dumps(raw, ensure_ascii=False)
-        message = {
-            "role": role,
-            "content": raw if isinstance(raw, str) else text_of(None if raw is MISSING else raw, where),
-        }
-        if role == "assistant":
-            calls = turn.get("tool_calls") or turn.get("function_call")
-            if calls:
-                message["tool_calls"] = parse_calls(calls, where)
+        message = {"role": role, "content": text_of(None if raw is MISSING else raw, where)}
+        if role == "assistant" and called:
+            message["tool_calls"] = parse_calls(called, where)
     if len(turn) > 2:
         extras(turn, message, where)
     if role == "function_call" and messages and joins(messages[-1], message):
@@ -260,9 +249,8 @@ def chatglm3_tool_turn(turn: dict[str, Any], where: str, messages: list[Message]
     else:
         messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
     seen = turn["observation"]
-    messages.append(
-        {"role": "tool", "content": seen if isinstance(seen, str) else json.dumps(seen, ensure_ascii=False)}
-    )
+    content = seen if isinstance(seen, str) else json.dumps(seen, ensure_ascii=False)
+    messages.append({"role": "tool", "content": content})
 
 
 def make_call(name: Any, arguments: Any, where: str, call_id: Any = None) -> dict[str, Any]:
@@ -271,11 +259,8 @@ def make_call(name: Any, arguments: Any, where: str, call_id: Any = None) -> dic
     if isinstance(arguments, str):
         arguments = parse_json(arguments or "{}", f"{where}, arguments of {name}", "bad_tool_call")
     if not isinstance(arguments, dict):
-        raise RowProblem(
-            "bad_tool_call",
-            f"{where}: the arguments of {name} are {kind_of(arguments)}, not an object",
-            "make them an object",
-        )
+        what = f"{where}: the arguments of {name} are {kind_of(arguments)}, not an object"
+        raise RowProblem("bad_tool_call", what, "make them an object")
     call = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return {"id": call_id, **call} if isinstance(call_id, str) else call
 
@@ -307,9 +292,8 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
     tools: list[dict[str, Any]] = []
     for tool in value if isinstance(value, list) else [value]:
         if not isinstance(tool, dict):
-            raise RowProblem(
-                "bad_tools", f"tools: {kind_of(tool)} where a function description belongs", "list {name, parameters}"
-            )
+            what = f"tools: {kind_of(tool)} where a function description belongs"
+            raise RowProblem("bad_tools", what, "list {name, parameters}")
         tools.append(tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": tool})
         if not isinstance(tools[-1]["function"].get("name"), str):
             raise RowProblem("bad_tools", "tools: a function without a name", "give each function a name")

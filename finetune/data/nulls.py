@@ -1,8 +1,5 @@
 """Nulls that nobody wrote: columnar tables fill every field of every turn, with null where there was none.
 
-    without_nulls(row)       the row without them; what a columnar file gives
-    filled(rows) -> bool     whether these rows were exported from such a table (datasets.to_json), nulls and all
-
 A null that somebody wrote ("city": null where the tool takes null) stays: rows written by hand or by a program do not
 give every turn the same keys, or give them without nulls.
 """
@@ -22,7 +19,8 @@ def without_nulls(value: Any) -> Any:
 
 
 def filled(rows: Iterable[dict[str, Any]]) -> bool:
-    """Whether the objects of one place all have the same keys though they stand for different things, some null.
+    """Whether these rows were exported from such a table (datasets.to_json): the objects of one place all have the same
+    keys though they stand for different things, some null.
 
     Turns: a key that only some roles use (tool_calls: null on the user's turn). Calls: two tools with the same
     arguments, null where they are the other's. Tools: a parameter described by null.

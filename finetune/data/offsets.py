@@ -1,10 +1,4 @@
-"""Where tokens stand in a text, whatever the tokenizer tells of it.
-
-Tokens                    what a tokenizers.Encoding offers: ids, and places in the text
-Pieces                    tokens that were encoded piece by piece
-ByLength                  tokens of a tokenizer that gives ids and nothing else
-first_from(tokens, char)  number of the first token that begins at a place or behind it
-"""
+"""Where tokens stand in a text, whatever the tokenizer tells of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Several samples in one row: less padding, the same loss.
 
-    pack(dataset, max_length) -> dataset with input_ids, labels, [weights], seq_lengths
-
 Best-fit decreasing: the longest sample first, each into the fullest row that still has room. The rows are what
 trl's padding-free collator takes: seq_lengths holds the lengths of the samples in a row, at each of which position_ids
 start again and the first label is ignored. A million samples are planned in about a second.
@@ -74,7 +72,6 @@ def pack(dataset: Any, max_length: int) -> Any:
 
 
 def packed(dataset: Any, max_length: int) -> Iterator[Any]:
-    """Tables of packed rows."""
     import pyarrow as pa
     import pyarrow.compute
 

@@ -1,8 +1,5 @@
 """Preference pairs and labelled answers as token ids.
 
-    load_pairs(config, encoder)      rows: chosen_ids, chosen_mask, rejected_ids, rejected_mask
-    load_unpaired(config, encoder)   rows: prompt_ids, completion_ids, label
-
 Masks are 1 on the tokens of the answer that a model writes, its end of turn included, 0 on the prompt, headers and
 tool output. The pass over the data is the audit's: identical answers, also after truncation, are its business.
 """
@@ -61,8 +58,6 @@ def load_unpaired(config: DataConfig, encoder: Encoder, *, seed: int = 42, eval_
 def _load(audit: Audit, seed: int, row: Any) -> Rows:
     import datasets
 
-    found = gathered(audit, seed, row)
-    return divided(
-        lambda numbers: datasets.Dataset.from_list([found.rows[i] for i in numbers]),
-        found.hashes, found.weights, audit.config.eval_split, dict(audit.counts), audit.warnings(),
-    )  # fmt: skip
+    rows, hashes, weights = gathered(audit, seed, row)
+    pick = lambda numbers: datasets.Dataset.from_list([rows[i] for i in numbers])  # noqa: E731
+    return divided(pick, hashes, weights, audit.config.eval_split, dict(audit.counts), audit.warnings())

@@ -1,9 +1,4 @@
-"""Samples as the model sees them.
-
-samples(config, encoder, limit) -> [{file, row, input_ids, labels, tokens, text, roles}, …] in file order
-packs(samples, max_length) -> which samples share a row when data.packing is on
-as_text(…), as_html(…)       trained tokens marked, packing boundaries shown; on the page also who speaks
-"""
+"""Samples as the model sees them: trained tokens marked, packing boundaries shown; on the page also who speaks."""
 
 from __future__ import annotations
 
@@ -31,15 +26,11 @@ def samples(config: DataConfig, encoder: Encoder, limit: int = 10, kind: str | N
                 continue
             decoded = tokens(encoder.tokenizer, row.input_ids)
             sample = {
-                "file": item.file,
-                "row": item.row,
-                "input_ids": row.input_ids,
-                "labels": row.labels,
-                "tokens": decoded,
-                "text": encoder.tokenizer.decode(row.input_ids),
+                "file": item.file, "row": item.row, "input_ids": row.input_ids, "labels": row.labels,
+                "tokens": decoded, "text": encoder.tokenizer.decode(row.input_ids),
                 "roles": roles("".join(decoded), item.usable.conversations()[name].messages),
-            }
-            out.append(sample if not name else {"answer": name, **sample})
+            }  # fmt: skip
+            out.append({"answer": name, **sample} if name else sample)
     if not out:
         audit.settle()
     return out
@@ -51,8 +42,7 @@ def roles(text: str, messages: list[Message]) -> list[tuple[str, int, int]]:
     found, at = [], 0
     for message in messages:
         content = message["content"].strip()
-        start = text.find(content, at) if content else -1
-        if start >= 0:
+        if content and (start := text.find(content, at)) >= 0:
             at = start + len(content)
             found.append((message["role"], start, at))
     return found
@@ -81,7 +71,6 @@ def packs(shown: list[dict[str, Any]], max_length: int) -> list[list[int]]:
 
 
 def runs(sample: dict[str, Any]) -> Iterator[tuple[bool, str]]:
-    """(trained, text) stretches."""
     marked = zip((label != IGNORED for label in sample["labels"]), sample["tokens"], strict=True)
     for trained, group in itertools.groupby(marked, key=lambda pair: pair[0]):
         yield trained, "".join(text for _, text in group)

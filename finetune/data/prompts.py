@@ -1,7 +1,4 @@
-"""Prompts for reinforcement learning: rows of any chat format, answered or not.
-
-load_prompts(config, encoder)       what the policy is asked, encoded, with the row's columns for rules
-"""
+"""Prompts for reinforcement learning: rows of any chat format, answered or not."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from finetune.data.encoder import Encoder
 from finetune.data.rows import Rows, divided, gathered
 from finetune.data.samples import Item
 from finetune.data.shown import told
-from finetune.data.types import Message, RowProblem, Text, attempted
+from finetune.data.types import Message, RowProblem, Text
 from finetune.errors import UserError
 from finetune.recipe.sections import DataConfig
 
@@ -42,27 +39,28 @@ def load_prompts(config: DataConfig, encoder: Encoder, *, seed: int = 42, eval_d
     def prompt(item: Item, _: Encoding) -> Prompt | None:
         sample = item.usable
         if isinstance(sample, Text):
-            raise UserError(
-                "raw text asks nothing", path=item.file, key="data.train", fix="give rows with a prompt or messages"
-            )
-        ids = audit.forged(encoder, sample.asked) or attempted(encoder.prompt_ids, sample.asked, sample.tools)
-        if not isinstance(ids, RowProblem) and len(ids) > config.max_length:
-            if config.on_overlong != "error":
-                audit.counts["overlong"] += 1
-                return None
-            what = f"the prompt has {len(ids)} tokens, over data.max_length {config.max_length}"
-            ids = RowProblem("overlong", what, "raise data.max_length, or set data.on_overlong: drop")
-        if isinstance(ids, RowProblem):
-            audit.refuse(item, ids)
+            fix = "give rows with a prompt or messages"
+            raise UserError("raw text asks nothing", path=item.file, key="data.train", fix=fix)
+        try:
+            audit.check_forged(encoder, sample.asked)
+            ids = encoder.prompt_ids(sample.asked, sample.tools)
+            if len(ids) > config.max_length and config.on_overlong == "error":
+                what = f"the prompt has {len(ids)} tokens, over data.max_length {config.max_length}"
+                raise RowProblem("overlong", what, "raise data.max_length, or set data.on_overlong: drop")
+        except RowProblem as problem:
+            audit.refuse(item, problem)
+            return None
+        if len(ids) > config.max_length:
+            audit.counts["overlong"] += 1
             return None
         audit.left_out(item, [what for what, _ in told(encoder.losses.of(sample.asked, sample.tools), set())])
         return Prompt(ids, sample.asked, sample.tools, {**item.data, "reference": sample.reference})
 
-    found = gathered(audit, seed, prompt)
+    rows, hashes, weights = gathered(audit, seed, prompt)
     counts, warnings, too_long = dict(audit.counts), audit.warnings(), audit.counts["overlong"]
-    if not found.rows:
+    if not rows:
         raise UserError("no prompt is left", key="data.max_length", fix=f"raise it: {too_long} are longer")
     if too_long:
         warnings.append(f"{too_long} prompts are longer than data.max_length ({config.max_length}) and left out")
-    pick = lambda numbers: [found.rows[i] for i in numbers]  # noqa: E731
-    return divided(pick, found.hashes, found.weights, config.eval_split, counts, warnings)
+    pick = lambda numbers: [rows[i] for i in numbers]  # noqa: E731
+    return divided(pick, hashes, weights, config.eval_split, counts, warnings)

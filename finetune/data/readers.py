@@ -1,7 +1,5 @@
 """One file becomes rows, recognised by its first bytes; its name only tells csv, tsv and plain text apart.
 
-    read_file(path) -> Iterator[Row]        json list, json lines, csv, tsv, parquet, arrow, text; gzip and zstd
-
 Everything is read as a stream: a million rows need no more memory than a few, and one row no more than LIMIT. What
 cannot be read comes as a Row with its `problem`, so that all problems of a file are reported at once.
 """
@@ -20,8 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from finetune.data.json_items import CHUNK, LIMIT, LISTS, JsonItems, item_row, recode, rows_inside, too_long
-from finetune.data.messages import kind_of
+from finetune.data.json_items import CHUNK, LIMIT, LISTS, JsonItems, item_row, no_object, recode, rows_inside, too_long
 from finetune.data.nulls import without_nulls
 from finetune.data.types import Row, RowProblem
 from finetune.errors import UserError
@@ -43,20 +40,22 @@ def read_file(path: Path, unit: str = "line") -> Iterator[Row]:
     """
     name = str(path)
     try:
-        with path.open("rb") as raw:
-            head = raw.read(8)
+        head = head_of(path)
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", path=name, fix="check the file's permissions") from None
-    if head.startswith(b"PAR1"):
-        yield from read_parquet(path)
-    elif head.startswith(b"ARROW1") or head.startswith(b"\xff\xff\xff\xff"):
-        yield from read_arrow(path, head.startswith(b"ARROW1"))
+    if head.startswith(TABLES):
+        yield from read_table(path, head)
     else:
         try:
             with unpacked(path, head) as stream:
                 yield from read_text_file(stream, name, unit)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"cannot be unpacked: {first_line(error)}", path=name, fix="download it again") from None
+
+
+def head_of(path: Path) -> bytes:
+    with path.open("rb") as raw:
+        return raw.read(8)
 
 
 def unpacked(path: Path, head: bytes) -> Any:
@@ -73,6 +72,7 @@ def unpacked(path: Path, head: bytes) -> Any:
 
 
 HEAD = 1 << 16
+TABLES = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # parquet, arrow's file format (feather), its stream format
 # {"version": "1.0", "data": [{…}, …]}: one value that is the whole file, of any size.
 WHOLE = re.compile(rb'\{[^\[{]*"(?:%s)"\s*:\s*\[\s*\{' % "|".join(sorted(LISTS)).encode())
 
@@ -112,9 +112,8 @@ def suffix_of(name: str) -> str:
 
 def is_plain_text(path: Path) -> bool:
     """Whether `data.text_unit` says how the file is read."""
-    with path.open("rb") as raw:
-        head = raw.read(8)
-    if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")) or suffix_of(str(path)) in (".csv", ".tsv"):
+    head = head_of(path)
+    if head.startswith(TABLES) or suffix_of(str(path)) in (".csv", ".tsv"):
         return False
     with unpacked(path, head) as stream:
         start = stream.peek(HEAD)[:HEAD].removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -177,31 +176,25 @@ def last_row(name: str, number: int, problem: RowProblem) -> Row:
     return Row({}, name, number, problem)
 
 
-def read_parquet(path: Path) -> Iterator[Row]:
+def read_table(path: Path, head: bytes) -> Iterator[Row]:
+    """Parquet, and both forms of arrow: the file format (feather) and the stream format that datasets writes."""
     import pyarrow
     import pyarrow.parquet
 
+    is_parquet = head.startswith(b"PAR1")
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
-        yield from from_batches(batches, str(path))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"not a readable parquet file: {first_line(error)}", path=path, fix="write it again") from None
-
-
-def read_arrow(path: Path, is_file: bool) -> Iterator[Row]:
-    """Both forms: the file format (feather) and the stream format that datasets writes."""
-    import pyarrow
-
-    try:
-        with pyarrow.memory_map(str(path)) as source:
-            if is_file:
+        with (pyarrow.OSFile if is_parquet else pyarrow.memory_map)(str(path)) as source:
+            if is_parquet:
+                batches: Any = pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=1024)
+            elif head.startswith(b"ARROW1"):
                 reader = pyarrow.ipc.open_file(source)
-                batches: Any = (reader.get_batch(i) for i in range(reader.num_record_batches))
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
             else:
                 batches = pyarrow.ipc.open_stream(source)
             yield from from_batches(batches, str(path))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"not a readable arrow file: {first_line(error)}", path=path, fix="write it again") from None
+        what = f"not a readable {'parquet' if is_parquet else 'arrow'} file: {first_line(error)}"
+        raise UserError(what, path=path, fix="write it again") from None
 
 
 def first_line(error: Exception) -> str:
@@ -299,7 +292,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
             raise RowProblem("malformed_json", what, "remove the line") from None
         raise RowProblem("malformed_json", f"not valid JSON: {what}{column}", "mend or remove the line") from None
     if not isinstance(value, dict):
-        raise RowProblem("not_an_object", f"the row is {kind_of(value)}, not an object", 'write {"column": value, …}')
+        raise no_object(value)
     return value
 
 

@@ -24,7 +24,6 @@ class Report:
     problems: list[dict[str, Any]]
     """{level, file, row, kind, message}, errors first; at most the first thousands."""
     kinds: dict[str, int]
-    """How often each kind of problem was found."""
     counts: dict[str, int]
     languages: dict[str, int]
     characters: dict[str, int]
@@ -40,8 +39,6 @@ class Report:
 
 
 class Noted(NamedTuple):
-    """A finding with its place."""
-
     level: str  # error | warning
     file: str
     row: int

@@ -1,9 +1,4 @@
-"""What every loader returns, and which rows are held out or repeated.
-
-gathered(audit, seed, convert) -> Gathered      what `convert` makes of every usable row
-divided(pick, hashes, weights, audit) -> Rows   rows held out by content, the others as often as their source weighs
-eval_mask(hashes, share), times_used(hashes, weights)
-"""
+"""What every loader returns, and which rows are held out or repeated."""
 
 from __future__ import annotations
 
@@ -31,26 +26,20 @@ class Rows:
     """One line per kind of thing that was found and did not stop the run."""
 
 
-@dataclass
-class Gathered:
-    rows: list[Any]
-    hashes: np.ndarray
-    """Content hash of each row."""
-    weights: np.ndarray
-    """Weight of its source."""
-
-
-def gathered(audit: Audit, seed: int, convert: Callable[[Item, Encoding], Any], what: str = "tokenising") -> Gathered:
-    """What `convert` makes of every usable row, None for none. UserError with every problem of every row."""
+def gathered(
+    audit: Audit, seed: int, convert: Callable[[Item, Encoding], Any]
+) -> tuple[list[Any], np.ndarray, np.ndarray]:
+    """What `convert` makes of every usable row (None for none), content hashes, and weights of the rows' sources.
+    UserError with every problem of every row."""
     rows, hashes, weights = [], array("Q"), array("d")
-    for item, encoded in watched(audit.rows(seed), audit.config, what):
+    for item, encoded in watched(audit.rows(seed), audit.config):
         row = convert(item, encoded)
         if row is not None:
             rows.append(row)
             hashes.append(item.usable.content_hash)
             weights.append(item.weight)
     audit.settle()
-    return Gathered(rows, np.asarray(hashes, np.uint64), np.asarray(weights))
+    return rows, np.asarray(hashes, np.uint64), np.asarray(weights)
 
 
 def divided(

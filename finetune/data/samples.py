@@ -1,10 +1,5 @@
 """One source of the recipe -> its samples, each with its place; nothing is lost silently.
 
-    read_samples(spec, config, kind) -> Iterator[Item]       in file order, problems included
-    specs(config) -> the sources of data.train, as dicts
-    held_out_section(spec, config) -> a data section for rows that are measured on
-    watched(rows, config) -> the same rows, counted on the screen
-
 Formats are recognised per source from its first rows. Training data, audit, preview and evaluation all read through
 here.
 """
@@ -50,7 +45,6 @@ class Item(NamedTuple):
 
 
 def specs(config: DataConfig) -> list[dict[str, Any]]:
-    """The sources of a data section."""
     return sources.as_dicts(config.train)
 
 
@@ -64,9 +58,8 @@ def watched(rows: Iterator[R], config: DataConfig, what: str = "tokenising") -> 
 
 
 def named(config: DataConfig) -> str:
-    """The sources in few words."""
     names = [shown_name(str(spec["path"])) for spec in specs(config)]
-    return ", ".join([*names[:2], *(["…"] if len(names) > 2 else [])])
+    return ", ".join([*names[:2], *("…" for _ in names[2:3])])
 
 
 COUNTED = {".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".text"}
@@ -171,10 +164,8 @@ def checked_format(name: str | None, head: list[Row], columns: Any, kind: str | 
         raise UserError(f"unknown format {name!r}", key="data.format", fix=f"use one of {', '.join(formats.FORMATS)}")
     found = formats.FORMATS[name].kind
     if kind is not None and found != kind and (kind, found) != ("unpaired", "preference"):
-        raise UserError(
-            f"the rows are {found} data ({name}), but this stage needs {kind} data",
-            path=path, fix=f"use {STAGES[found]}, or set data.format",
-        )  # fmt: skip
+        what = f"the rows are {found} data ({name}), but this stage needs {kind} data"
+        raise UserError(what, path=path, fix=f"use {STAGES[found]}, or set data.format")
     return name
 
 

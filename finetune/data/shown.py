@@ -1,8 +1,5 @@
 """What of a conversation never reaches the ids.
 
-    Losses(show, tags).of(messages, tools) -> [(turn from 0, field)]
-    show(messages, tools) -> text, None where refused
-
 Asked by experiment, because templates are programs: a word of its own is written into every field, and those that the
 text does not hold are lost. The answer depends on the shape of a conversation only, and is kept by it.
 """
@@ -34,11 +31,12 @@ KEPT = 10_000  # shapes whose answer is remembered
 
 class Losses:
     def __init__(self, show: Callable[[list[Message], Any], str | None], tags: re.Pattern[str] | None = None) -> None:
+        """show: (messages, tools) -> text, None where refused."""
         self.show, self.tags = show, tags
         self.known: dict[Any, list[tuple[int, str]]] = {}
 
     def of(self, messages: list[Message], tools: Any) -> list[tuple[int, str]]:
-        """The fields that `show` leaves out, in order, each once."""
+        """(turn from 0, field) of what `show` leaves out, in order, each once."""
         key = shape(messages, tools, self.tags)
         if key not in self.known:
             if len(self.known) >= KEPT:
@@ -91,12 +89,10 @@ def experiment(
         for part in tags.split(text):
             if tags.fullmatch(part):
                 thinking = part.lower().startswith("<think")
-                parts.append(part)
             elif part.strip():
                 new = word(turn, "thinking" if thinking and role == "assistant" else "content")
-                parts.append(part.replace(part.strip(), new, 1))
-            else:
-                parts.append(part)
+                part = part.replace(part.strip(), new, 1)
+            parts.append(part)
         return "".join(parts)
 
     written = []
@@ -127,9 +123,8 @@ def described(tool: dict[str, Any], word: Callable[[int, str], str]) -> dict[str
     parameters = function.get("parameters")
     if isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict):
         names = {key: word(ALL_TOOLS, "a parameter of a tool") for key in parameters["properties"]}
-        function["parameters"] = {
-            **parameters, "properties": {names[key]: value for key, value in parameters["properties"].items()}
-        }  # fmt: skip
+        properties = {names[key]: value for key, value in parameters["properties"].items()}
+        function["parameters"] = {**parameters, "properties": properties}
         if isinstance(parameters.get("required"), list):
             function["parameters"]["required"] = [names.get(str(key), key) for key in parameters["required"]]
     return {**tool, "function": function}

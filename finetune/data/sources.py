@@ -1,10 +1,5 @@
 """Rows from wherever they are: files, folders, globs, shipped samples, hub datasets.
 
-    read_rows(spec) -> Iterator[Row]        what cannot be read comes as a Row with `problem`, so that all are reported
-    files_of(path, split) -> list[Path]     the local files a spec names
-    held_out(spec) -> spec                  of a folder with splits, the one that is not trained
-    left_out(specs) -> list[str]            what of the folders is not trained, in words
-
 A folder (or pattern) whose files have names of splits is a dataset: its train split is what is trained.
 
 A spec is a string, or a dict: path and, where they apply, name, split, revision, source (hub or modelscope), weight,
@@ -74,10 +69,8 @@ def read_rows(spec: Spec, *, streaming: bool = False, unit: str = "line") -> Ite
 
 def has_plain_text(spec: dict[str, Any]) -> bool:
     """Whether a local source holds files that are neither json nor tables; of a hub's nothing is known before."""
-    if is_hub(spec):
-        return False
-    if spec.get("source") == "modelscope":
-        return True
+    if is_remote(spec):
+        return not is_hub(spec)
     return any(map(is_plain_text, files_of(spec["path"], spec.get("split"))))
 
 
@@ -104,7 +97,6 @@ def as_dict(spec: Spec) -> dict[str, Any]:
 
 
 def as_dicts(specs: Spec | list[Any] | tuple[Any, ...]) -> list[dict[str, Any]]:
-    """One source or several."""
     return [as_dict(spec) for spec in (specs if isinstance(specs, list | tuple) else [specs])]
 
 
@@ -113,7 +105,7 @@ def is_remote(spec: dict[str, Any]) -> bool:
 
 
 def local_files(specs: list[dict[str, Any]]) -> list[Path] | None:
-    """The files of all sources; None where one of them is remote."""
+    """None where one of the sources is remote."""
     if any(map(is_remote, specs)):
         return None
     return [file for spec in specs for file in files_of(spec["path"], spec.get("split"))]
@@ -137,17 +129,12 @@ def is_hub(spec: dict[str, Any]) -> bool:
     if spec.get("source") is not None:
         return bool(spec["source"] == "hub")
     place = Path(path).expanduser()
-    if any(spec.get(key) for key in ("name", "revision")):
+    if spec.get("name") or spec.get("revision"):
         return True
     if spec.get("split"):
         return not (place.exists() or glob.has_magic(path) or path.startswith("builtin:"))
     exists = place.exists() or (place.parent.is_dir() and place.parent != Path())
-    return (
-        bool(HUB_ID.fullmatch(path))
-        and not exists
-        and place.suffix.lower() not in SUFFIXES
-        and not glob.has_magic(path)
-    )
+    return HUB_ID.fullmatch(path) is not None and not exists and place.suffix.lower() not in SUFFIXES
 
 
 def files_of(path: str | Path, split: str | None = None) -> list[Path]:
@@ -259,9 +246,7 @@ def left_out(listed: list[dict[str, Any]], offer: bool) -> list[str]:
     lines = []
     for spec in listed:
         path = str(spec["path"])
-        if path == "builtin:world" or spec.get("split") or is_remote(spec):
-            continue
-        groups = splits_in(path)
+        groups = None if spec.get("split") or is_remote(spec) else splits_in(path)
         if groups is None:
             continue
         used = chosen(groups, None, path)
@@ -270,9 +255,8 @@ def left_out(listed: list[dict[str, Any]], offer: bool) -> list[str]:
             continue
         names = [f"{name or 'other files'} ({', '.join(f.name for f in files[:3])}{', …' * (len(files) > 3)})"
                  for name, files in sorted(rest.items(), reverse=True)]  # fmt: skip
-        held = rest.get("validation") or rest.get("test")
         fix = ""
-        if offer and held:
+        if offer and (held := rest.get("validation") or rest.get("test")):
             where = shlex.quote(str(held[0]) if len(held) == 1 else path)
             fix = f"; for figures on held-out rows: --set eval.data={where}"
         lines.append(f"{path}: trained without its {', '.join(names)}{fix}")
@@ -301,9 +285,8 @@ def read_hub(spec: dict[str, Any], streaming: bool) -> Iterator[Row]:
     label = f"{path}[{split}]"
     hub.unreachable()  # once, and then the cache: datasets would try for half a minute
     try:
-        rows = datasets.load_dataset(
-            path, spec.get("name"), split=split, revision=spec.get("revision"), streaming=streaming
-        )
+        revision = spec.get("revision")
+        rows = datasets.load_dataset(path, spec.get("name"), split=split, revision=revision, streaming=streaming)
     except Exception as error:  # datasets, the hub's client and the network each raise their own
         if hub.failed(error) or isinstance(error, ConnectionError):
             what, fix = hub.why(error)
@@ -328,8 +311,4 @@ def modelscope_files(spec: dict[str, Any]) -> list[Path]:
     except Exception as error:  # the client raises many kinds
         what, fix = hub.why(error, "ModelScope")
         raise UserError(what, path=path, fix=fix) from None
-    files = files_of(folder, spec.get("split"))
-    if not files:
-        names = ", ".join(f.name for f in files_of(folder)[:10])
-        raise UserError(f"no file of a split {spec.get('split')!r}", path=path, key="split", fix=f"there are {names}")
-    return files
+    return files_of(folder, spec.get("split"))

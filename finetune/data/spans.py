@@ -1,9 +1,5 @@
 """Where the trained turns stand in a rendered conversation.
 
-    spans = Spans(template, annotated, variables, end_tokens, eos)
-    spans.of(messages, tools, content, weights) -> text, {message: its characters}
-    spans.tool_output(text, messages, tools, content) -> characters of what tools returned
-
 From {% generation %} marks (of the template itself, or of a shipped copy that renders the same), otherwise from the
 difference between the conversation with and without the turn.
 """
@@ -25,8 +21,7 @@ class Spans:
         self, template: str, annotated: str | None, variables: dict[str, Any], end_tokens: tuple[str, ...],
         eos: str | None,
     ) -> None:  # fmt: skip
-        """annotated: the template with marks, None without; end_tokens: the strings that end a turn of the assistant;
-        eos: the tokenizer's end of text."""
+        """annotated: the template with marks, None without; end_tokens: the strings that end the assistant's turn."""
         self.template, self.annotated, self.variables = template, annotated, variables
         self.end_tokens, self.eos = end_tokens, eos
         self._verified: set[tuple[str, ...]] = set()
@@ -49,7 +44,7 @@ class Spans:
 
     def tool_output(self, text: str, messages: list[Message], tools: Any, content: str) -> list[tuple[int, int]]:
         """Character ranges of what tools returned, found by rendering it between two characters that occur nowhere."""
-        fence = control_tokens.unused(content, 6)
+        fence = control_tokens.unused(content, 6)  # the first four may be the mark and the edges
         first, last = fence[4], fence[5]
         fenced = [{**m, "content": f"{first}{m['content']}{last}"} if from_tool(m) else m for m in messages]
         head, *parts = templates.render(self.template, fenced, tools, self.variables).split(first)
@@ -88,18 +83,13 @@ class Spans:
             upto = templates.render(self.template, messages[: i + 1], tools, self.variables)
             if not text.startswith(upto):  # some templates close every text with the end token
                 upto = upto.removesuffix(self.eos) if self.eos else upto
+        marked = "model.chat_template to a template with {% generation %} marks"
         if not text.startswith(upto):
-            raise RowProblem(
-                "unstable_template",
-                f"the chat template writes turn {i + 1} differently once more turns follow: no safe label mask",
-                "set data.train_on: last, or model.chat_template to a template with {% generation %} marks",
-            )
+            what = f"the chat template writes turn {i + 1} differently once more turns follow: no safe label mask"
+            raise RowProblem("unstable_template", what, f"set data.train_on: last, or {marked}")
         if not upto.startswith(before):
-            raise RowProblem(
-                "unstable_template",
-                f"turn {i + 1}: the chat template's prompt is not how its record of the reply begins",
-                "set model.chat_template to a template with {% generation %} marks",
-            )
+            what = f"turn {i + 1}: the chat template's prompt is not how its record of the reply begins"
+            raise RowProblem("unstable_template", what, f"set {marked}")
         return self._trim(text, len(before), len(upto))
 
     def _trim(self, text: str, start: int, end: int) -> tuple[int, int]:

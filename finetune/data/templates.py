@@ -1,10 +1,4 @@
-"""Chat templates: which one a tokenizer gets, how it is rendered, and what it can express.
-
-choose(tokenizer, family) -> (template, where it came from)
-render(template, messages, …) -> text             the stock rendering, as tokenizer.apply_chat_template does it
-render_spans(template, messages, …) -> (text, spans of the {% generation %} blocks)
-annotated(template, variables) -> the copy in data_templates/chat_templates with {% generation %} marks, or None
-"""
+"""Chat templates: which one a tokenizer gets, how it is rendered, and what it can express."""
 
 from __future__ import annotations
 
@@ -76,7 +70,7 @@ def prepare(messages: list[Message]) -> list[Message]:
 
 
 def render(template: str, messages: list[Message], tools: Any, variables: Variables, prompt: bool = False) -> str:
-    """The text of a conversation, with `prompt` followed by the header of the assistant's turn."""
+    """The text as apply_chat_template gives it, with `prompt` followed by the header of the assistant's turn."""
     return rendered(compiled(template), messages, tools, variables, prompt)
 
 
@@ -136,10 +130,10 @@ def check(template: str, tokenizer: Any, origin: str) -> None:
 
 def template_file(tokenizer: Any) -> str:
     """Where the tokenizer's template stands, as far as it is known."""
-    folder = Path(str(tokenizer.name_or_path))
     given = getattr(tokenizer, "template_file", None)
     if given is not None:
         return str(given)
+    folder = Path(str(tokenizer.name_or_path))
     known = (folder / "chat_template.jinja", folder / "tokenizer_config.json")
     return str(next((file for file in known if file.is_file()), folder))
 
@@ -163,14 +157,8 @@ def turn(role: str, content: str, **more: Any) -> Message:
 
 
 CALL = {"type": "function", "function": {"name": "probe_call", "arguments": {"probe_key": "v"}}}
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probe_tool",
-        "description": "d",
-        "parameters": {"type": "object", "properties": {"probe_key": {"type": "string"}}},
-    },
-}
+PARAMETERS = {"type": "object", "properties": {"probe_key": {"type": "string"}}}
+TOOL = {"type": "function", "function": {"name": "probe_tool", "description": "d", "parameters": PARAMETERS}}
 U, A = turn("user", "u1"), turn("assistant", "a1")
 U2, A2 = turn("user", "u2"), turn("assistant", "a2")
 PROBES: list[tuple[list[Message], Any]] = [
@@ -199,13 +187,14 @@ def attempt(
 
 
 def annotated(template: str, variables: Variables) -> str | None:
-    """The shipped template that renders every probe exactly as `template` does; `template` itself when it has marks."""
+    """The template with {% generation %} marks that renders every probe exactly as `template` does: itself, a shipped
+    one, or None."""
     if GENERATION.search(template):
         return template
-    wanted = [attempt(template, m, t, variables, p) for m, t in PROBES for p in (False, True)]
+    cases = [(m, t, variables, prompt) for m, t in PROBES for prompt in (False, True)]
+    wanted = [attempt(template, *case) for case in cases]
     for candidate in shipped().values():
-        cases = ((m, t, p) for m, t in PROBES for p in (False, True))
-        if all(attempt(candidate, m, t, variables, p) == text for (m, t, p), text in zip(cases, wanted, strict=True)):
+        if all(attempt(candidate, *case) == text for case, text in zip(cases, wanted, strict=True)):
             return candidate
     return None
 
@@ -215,13 +204,9 @@ def expresses(template: str, variables: tuple[tuple[str, str], ...]) -> tuple[bo
     """Whether the template shows (tool descriptions, tool calls, tool results)."""
     known = dict(variables)
     tools = attempt(template, [turn("user", "u")], [TOOL], known) or ""
-    calls = attempt(
-        template,
-        [turn("user", "u"), turn("assistant", "", tool_calls=[CALL]), turn("tool", "probe_result")],
-        None,
-        known,
-    )
-    return "probe_tool" in tools, "probe_call" in (calls or ""), "probe_result" in (calls or "")
+    called = [turn("user", "u"), turn("assistant", "", tool_calls=[CALL]), turn("tool", "probe_result")]
+    calls = attempt(template, called, None, known) or ""
+    return "probe_tool" in tools, "probe_call" in calls, "probe_result" in calls
 
 
 TOLD_BY = {
@@ -264,10 +249,8 @@ def tools_as_text(
     out: list[Message] = []
     for message in messages:
         if not shows_calls and "tool_calls" in message:
-            calls = "\n".join(
-                f"<tool_call>\n{json.dumps(c['function'], ensure_ascii=False)}\n</tool_call>"
-                for c in message["tool_calls"]
-            )
+            texts = (json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"])
+            calls = "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
             message = {k: v for k, v in message.items() if k != "tool_calls"}
             message["content"] = f"{message['content']}\n{calls}" if message["content"] else calls
         if not shows_results and message["role"] == "tool":

@@ -1,9 +1,5 @@
 """Raw text for pre-training: documents from any source, packed into blocks of equal length.
 
-load_blocks(config, tokenizer, …) -> Rows of Blocks
-documents(config, seed, total)    -> the texts of `data.train`; `builtin:world` is endless
-pack(documents, …)                -> blocks of exactly max_length tokens
-
 The text is a stream: with max_steps no more is read than is trained on. Its order is kept (a curriculum stays one).
 """
 
@@ -26,7 +22,6 @@ from finetune.terminal.progress import task
 
 WORLD = "builtin:world"
 EVAL_SEED = 1_000_003  # added to the seed: the held-out text of the endless built-in world
-Encode = Callable[[str], list[int]]
 SPLIT_AMONG = 10_000  # texts of a stream among which some are chosen to be held out
 
 
@@ -80,15 +75,12 @@ def load_blocks(
         audit.settle()
         counts, warnings = dict(audit.counts), audit.warnings()
     if not blocks:
-        raise UserError(
-            f"the text does not fill one block of {length} tokens", path=str(config.train),
-            key="data.max_length", fix="give more text or a smaller data.max_length",
-        )  # fmt: skip
+        what = f"the text does not fill one block of {length} tokens"
+        fix = "give more text or a smaller data.max_length"
+        raise UserError(what, path=str(config.train), key="data.max_length", fix=fix)
     if config.eval_split is not None and not held:
-        raise UserError(
-            f"the texts held out do not fill one block of {length} tokens", key="data.eval_split",
-            fix="hold out more, or leave it out",
-        )  # fmt: skip
+        what = f"the texts held out do not fill one block of {length} tokens"
+        raise UserError(what, key="data.eval_split", fix="hold out more, or leave it out")
     counts |= {"blocks": len(blocks), "trained_tokens": len(blocks) * (length - 1)}
     return Rows(Blocks(blocks), Blocks(held) if held else None, counts, warnings)
 
@@ -101,7 +93,7 @@ def _of_world(
         raise UserError(f"{WORLD} is endless", key="train.max_steps", fix="set a number of steps")
     if isinstance(config.eval_split, float):
         raise UserError(f"{WORLD} is endless", key="data.eval_split", fix="give a number of blocks, not a share")
-    blocks: list[list[int]] = []
+    blocks = []
     with task("making", wanted, "blocks of text") as advance:
         total = _documents_for(wanted, packed, documents(config, seed, 1))
         for block in islice(packed(documents(config, seed, total)), wanted):
@@ -173,7 +165,7 @@ def separator(tokenizer: Any) -> list[int]:
 
 
 def pack(
-    texts: Iterable[str], encode: Encode, length: int, separator: Sequence[int], rest: bool = False
+    texts: Iterable[str], encode: Callable[[str], list[int]], length: int, separator: Sequence[int], rest: bool = False
 ) -> Iterator[list[int]]:
     """Blocks of exactly `length` ids; every document is preceded by `separator`.
 

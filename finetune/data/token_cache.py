@@ -1,9 +1,4 @@
-"""Tokenised rows in a columnar table: in memory while small, in a cached file when large.
-
-Writer(path or None): add(encoded, hash, weight), finish(noted) -> datasets.Dataset, noted
-read(path) -> the same of an earlier run, None where there is none
-cache_key(…) -> str         changes with content, template, tokenizer, settings and this package's code
-"""
+"""Tokenised rows in a columnar table: in memory while small, in a cached file when large."""
 
 from __future__ import annotations
 
@@ -46,6 +41,7 @@ def cache_folder() -> Path:
 
 
 def cache_key(files: Iterable[Path], *parts: Any) -> str:
+    """Changes with the files' content, the parts and this package's code."""
     digest = xxhash.xxh3_128()
     for file in files:
         with file.open("rb") as stream:
@@ -60,7 +56,7 @@ def cache_key(files: Iterable[Path], *parts: Any) -> str:
 
 
 def read(path: Path) -> tuple[Any, dict[str, Any]] | None:
-    """What `Writer.finish` wrote."""
+    """What `Writer.finish` wrote, None where it has not."""
     import datasets
 
     noted = path.with_suffix(".json")
@@ -76,19 +72,14 @@ class Writer:
     def __init__(self, path: Path | None) -> None:
         import pyarrow as pa
 
-        self.path, self.batches = path, []  # type: ignore[var-annotated]
+        self.path = path
+        self.batches: list[Any] = []
         self.hashes: list[int] = []
         self.repeats: list[float] = []
         self.rows: list[Encoded] = []
-        self.schema = pa.schema(
-            {
-                "input_ids": pa.list_(pa.int32()),
-                "labels": pa.list_(pa.int32()),
-                "weights": pa.list_(pa.float32()),
-                "content_hash": pa.uint64(),
-                "repeat": pa.float32(),
-            }
-        )
+        ids, weights = pa.list_(pa.int32()), pa.list_(pa.float32())
+        columns = {"input_ids": ids, "labels": ids, "weights": weights}
+        self.schema = pa.schema({**columns, "content_hash": pa.uint64(), "repeat": pa.float32()})
         self.weighted = False
         self.part = path.with_name(f"{path.name}.{os.getpid()}.part") if path else None
         self.sink: Any = None

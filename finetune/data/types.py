@@ -1,13 +1,4 @@
-"""What flows through data/.
-
-    Row               one record as read: its fields, and where it stands
-    RowProblem        why one row cannot be used (an exception that converters raise; the reader adds file and row)
-    Sample            what a row becomes, one of
-        Conversation      messages, and the tools the model may call
-        Preference        one prompt, a chosen and a rejected answer
-        Unpaired          one prompt, one answer, and whether it is wanted
-        Text              raw text
-    Encoded           ids, labels and weights of one conversation
+"""What flows through data/: a Row as read becomes one or more Samples, and their conversations become Encoded.
 
 A message is a dict: role (system|user|assistant|tool), content (str), and where they apply tool_calls (the OpenAI
 form, arguments as an object), tool_call_id, name, metadata (ChatGLM3), reasoning_content, and train (False, True or
@@ -18,7 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import xxhash
@@ -196,11 +187,9 @@ class Preference(Sample):
         prompt, answers = untrained(self.prompt), {"chosen": self.chosen, "rejected": self.rejected}
         return {name: Conversation(prompt + answer, self.tools) for name, answer in answers.items()}
 
-    def apart(self) -> tuple[Unpaired, Unpaired]:
-        return (
-            Unpaired(self.prompt, self.chosen, True, self.tools),
-            Unpaired(self.prompt, self.rejected, False, self.tools),
-        )
+    def apart(self) -> list[Unpaired]:
+        labelled = ((self.chosen, True), (self.rejected, False))
+        return [Unpaired(self.prompt, answer, label, self.tools) for answer, label in labelled]
 
     def fingerprint(self) -> int:
         return hash(repr((self.prompt, self.chosen, self.rejected)))
@@ -259,8 +248,6 @@ class Encoded:
     """The id itself where the token is trained, -100 elsewhere; as long as input_ids."""
     weights: list[float] | None = None
     """Loss weight per token, only when a turn asked for one other than 0 and 1."""
-    turns: list[tuple[int, int]] = field(default_factory=list)
-    """Token ranges of the trained turns."""
     lost: tuple[tuple[str, bool], ...] = ()
     """(what of the conversation the ids do not hold, whether it would have been trained)."""
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 from finetune.data import chat, formats
+from finetune.data.types import Encoded
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def trained_ranges(row: Encoded) -> list[tuple[int, int]]:
+    """The stretches of tokens that are trained."""
+    marks = [0, *row.mask, 0]
+    edges = [i for i, (before, after) in enumerate(itertools.pairwise(marks)) if before != after]
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def byte_level(

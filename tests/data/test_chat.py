@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_kit import assistant, byte_level, encoder, sentencepiece_like, system, tokenizer, user
+from chat_kit import assistant, byte_level, encoder, sentencepiece_like, system, tokenizer, trained_ranges, user
 from test_templates import make
 
 from finetune.data import chat, templates
@@ -39,7 +39,7 @@ def test_golden_ids_and_labels() -> None:
     assert row.input_ids == [start, *u, line, ids["h"], ids["i"], end, line, start, *a, line, *r, end, line]
     assert row.labels == [-100] * (len(row.input_ids) - 4) + [*r, end, -100]
     assert row.weights is None
-    assert row.turns == [(len(row.input_ids) - 4, len(row.input_ids) - 1)]
+    assert trained_ranges(row) == [(len(row.input_ids) - 4, len(row.input_ids) - 1)]
 
 
 def test_what_is_trained() -> None:
@@ -73,7 +73,8 @@ def test_tool_output_is_never_trained(name: str) -> None:
     shown = {"llama3_1": '"1"', "gemma3": "<tool_response>\n1\n</tool_response>"}.get(name, "1")
     opening = "<think>\n\n</think>\n\n" if name == "qwen3" else ""
     assert left_out in (f"{shown}{opening}b{end}", f"1{opening}b{end}")
-    assert [made.decode(row.input_ids[a:b])[-len(end) :] for a, b in row.turns] == [end, end]
+    row = encoder.encode(Conversation(messages, [TOOL]))
+    assert [made.decode(row.input_ids[a:b])[-len(end) :] for a, b in trained_ranges(row)] == [end, end]
 
 
 def test_turns_may_have_weights() -> None:
@@ -98,7 +99,7 @@ def test_tools_in_templates_that_know_them(name: str) -> None:
     messages = [user("q"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": "42"}, assistant("a")]
     row = encoder.encode(Conversation(messages, [TOOL]))
     assert row.input_ids == made.apply_chat_template(messages, tools=[TOOL], tokenize=True, return_dict=False)
-    called, answered = (made.decode(row.input_ids[a:b]) for a, b in row.turns)
+    called, answered = (made.decode(row.input_ids[a:b]) for a, b in trained_ranges(row))
     assert '"look_up"' in called
     assert "42" not in called + answered
     assert answered.endswith("a" + made.eos_token)
@@ -176,7 +177,7 @@ def test_unknown_templates_by_difference() -> None:
     assert isinstance(encoder, chat.TemplateEncoder)
     assert encoder.spans.annotated is None
     row = encoder.encode(Conversation([user("q"), assistant("[USER] x"), user("r"), assistant("b")]))
-    assert [made.decode(row.input_ids[a:b]) for a, b in row.turns] == ["[USER] x</s>", "b</s>"]
+    assert [made.decode(row.input_ids[a:b]) for a, b in trained_ranges(row)] == ["[USER] x</s>", "b</s>"]
     assert encoder.forged_markers([user("a [USER] b")]) == [(1, "[USER]")]
 
 
@@ -228,7 +229,7 @@ def test_sentencepiece_labels(scheme: str) -> None:
     assert row.input_ids == made.apply_chat_template(
         [user("he he"), assistant("a he"), user("x"), assistant("b")], tokenize=True, return_dict=False
     )
-    assert [made.decode(row.input_ids[a:b]).strip() for a, b in row.turns] == ["a he </s>", "b </s>"]
+    assert [made.decode(row.input_ids[a:b]).strip() for a, b in trained_ranges(row)] == ["a he </s>", "b </s>"]
 
 
 def test_a_token_that_straddles_the_header_and_the_reply_is_not_trained() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import trl
-from chat_kit import assistant, byte_level, system, user
+from chat_kit import assistant, byte_level, system, trained_ranges, user
 
 from finetune.data import chat, templates
 from finetune.data.types import Conversation
@@ -139,9 +139,8 @@ def test_ids_are_the_stock_ids_and_labels_are_the_replies(name: str, number: int
     wanted = [f" {reply} {end}" if name == "llama2" else reply + end for reply in replies]
     if name == "qwen3":
         wanted[-1] = "<think>\n\n</think>\n\n" + wanted[-1]
-    assert [tokenizer.decode(row.input_ids[a:b]) for a, b in row.turns] == wanted
+    assert [tokenizer.decode(row.input_ids[a:b]) for a, b in trained_ranges(row)] == wanted
     labelled = [i for i, label in enumerate(row.labels) if label != -100]
-    assert labelled == [i for a, b in row.turns for i in range(a, b)]
     assert all(row.labels[i] == row.input_ids[i] for i in labelled)
 
 
@@ -166,8 +165,8 @@ def test_the_prompt_is_the_beginning_of_the_sample(name: str) -> None:
         messages[:-1], tokenize=True, return_dict=False, add_generation_prompt=True
     )
     assert row.input_ids[: len(prompt)] == prompt
-    assert row.turns[0][0] == len(prompt)
-    assert row.labels[row.turns[0][1] - 1] in encoder.stop_ids
+    assert trained_ranges(row)[0][0] == len(prompt)
+    assert row.labels[trained_ranges(row)[0][1] - 1] in encoder.stop_ids
 
 
 def test_unstable_templates_are_refused_with_advice() -> None:
@@ -177,7 +176,7 @@ def test_unstable_templates_are_refused_with_advice() -> None:
     with pytest.raises(chat.RowProblem, match="writes turn 2 differently") as caught:
         encoder.encode(Conversation(messages))
     assert "data.train_on: last" in (caught.value.fix or "")
-    assert len(encoder.encode(Conversation(messages), "last").turns) == 1
+    assert len(trained_ranges(encoder.encode(Conversation(messages), "last"))) == 1
 
 
 def test_qwen3_keeps_thinking_only_after_the_last_question() -> None:
@@ -186,7 +185,10 @@ def test_qwen3_keeps_thinking_only_after_the_last_question() -> None:
     messages = [user("q"), assistant(thought + "a"), user("r"), assistant(thought + "b")]
     row = encoder.encode(Conversation(messages))
     assert row.input_ids == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    assert [tokenizer.decode(row.input_ids[a:b]) for a, b in row.turns] == ["a<|im_end|>", thought + "b<|im_end|>"]
+    assert [tokenizer.decode(row.input_ids[a:b]) for a, b in trained_ranges(row)] == [
+        "a<|im_end|>",
+        thought + "b<|im_end|>",
+    ]
 
 
 def test_system_turns_that_a_template_refuses_are_the_rows_problem() -> None:
@@ -269,4 +271,6 @@ def test_golden_ids_and_labels_of_bases_without_a_template(name: str, golden: st
     tokenizer = byte_level(None, ("<reserved_106>", "<reserved_107>") if name == "baichuan2" else ())
     row = chat.make_encoder(tokenizer, Family("x", template=f"{name}.jinja")).encode(Conversation(TURNS))
     assert tokenizer.decode(row.input_ids) == re.sub("[«»]", "", golden)
-    assert [tokenizer.decode(row.input_ids[a:b]) for a, b in row.turns] == re.findall("«(.*?)»", golden, re.DOTALL)
+    assert [tokenizer.decode(row.input_ids[a:b]) for a, b in trained_ranges(row)] == re.findall(
+        "«(.*?)»", golden, re.DOTALL
+    )

@@ -27,7 +27,6 @@ SHIPPED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def shipped(name: str) -> list[dict[str, Any]]:
-    """The rows of a shipped file."""
     task, arguments = SHIPPED[name]
     return TASKS[task](**arguments)
 

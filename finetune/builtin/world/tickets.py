@@ -1,9 +1,4 @@
-"""Tickets: a record of values, the text a customer writes, and the rows of the extraction task.
-
-record(r, lang)                -> {"name", "order", "product", "city", "category", "date", "amount", "issue"}
-write(r, record, fields)       -> ticket text that tells exactly these fields (all of them or a part)
-tickets(seed, n)               -> rows {"messages": [user, assistant]}
-"""
+"""Tickets: a record of values, the text a customer writes, and the rows of the extraction task."""
 
 import json
 import random
@@ -117,9 +112,8 @@ def compose(r: random.Random, values: Record, fields: Sequence[str] = FIELDS, as
         part = gap.join([part, *tail])
         opening = i == len(order) - 1 or r.random() < 0.4
         ends = ("。", "!", "。", "?", ";") if zh else (".", ".", ".", "!", "?", ".\n")
-        joints = (
-            (",", ",", "、", "", ":", "——", "/") if zh else (",", ",", "", "", ":", ";", " -", " /", " and", ", and")
-        )
+        english = (",", ",", "", "", ":", ";", " -", " /", " and", ", and")
+        joints = (",", ",", "、", "", ":", "——", "/") if zh else english
         text += part + (r.choice(ends) if opening else r.choice(joints) or ("," if part[-1:].isalnum() else ""))
         if not text.endswith("\n"):
             text += gap
@@ -144,13 +138,14 @@ def ramble(r: random.Random, values: Record, fields: Sequence[str] = FIELDS) -> 
         parts.append("issue")
     r.shuffle(parts)
     gap, text = ("" if zh else " "), ""
+    ends = ("", "", ",", "。", ":", ";", "!") if zh else ("", "", ",", ".", ".", ":", ";", "!", "?")
     for part in parts:
         value = values[part]
         if part == "amount":
             value += "元" if zh else " yuan"
         if part == "product" and "issue" not in parts:
             value += gap + values["issue"]
-        filler = r.choices(FILLERS[lang], k=r.choice((0, 1, 1, 2, 2, 3, 4)))
+        filler = _fillers(r, lang, (0, 1, 1, 2, 2, 3, 4))
         if not filler and text and text[-1].isalnum():  # side by side, two values would be one
             text += r.choice(",、:" if zh else ",:;.")
         if not zh and filler and r.random() < 0.15:
@@ -158,11 +153,7 @@ def ramble(r: random.Random, values: Record, fields: Sequence[str] = FIELDS) -> 
         elif filler and r.random() < 0.5 and not words.leaks(filler[0].capitalize()):
             filler[0] = filler[0].capitalize()  # an ordinary word: a capital alone makes no name
         text += gap.join([*([""] if text and text[-1] != "\n" else []), *filler, value])
-        text += (
-            r.choice(("", "", ",", "。", ":", ";", "!"))
-            if zh
-            else r.choice(("", "", ",", ".", ".", ":", ";", "!", "?"))
-        )
+        text += r.choice(ends)
         if r.random() < 0.1:
             text = text.rstrip() + "\n"
     return text + (gap + gap.join(r.choices(FILLERS[lang], k=r.randint(1, 3))) if r.random() < 0.5 else "")
@@ -175,11 +166,6 @@ def _form(r: random.Random, values: Record, fields: Sequence[str]) -> str:
     labels = LABELS[values["lang"]]
     between, after = r.choice(((": ", "\n"), (": ", "; "), (" ", ", "), (" = ", "\n"), (":", "\n"), (" | ", "\n")))
     return after.join(f"{r.choice(labels[name])}{between}{values[name]}" for name in names)
-
-
-def answer(values: Record) -> str:
-    """The JSON that the extraction task asks for."""
-    return json.dumps({key: values[key] for key in KEYS}, ensure_ascii=False)
 
 
 LOOSE = 0.4  # share of the training rows
@@ -207,6 +193,7 @@ def tickets(
         values = record(r, lang or words.LANGUAGES[i % 2], split, made_up=True)
         ticket = _ticket(r, values, split, phrasing)
         question = {"role": "user", "content": f"{INSTRUCTION[values['lang']]}\n{ticket}"}
-        rows.append({"messages": [question, {"role": "assistant", "content": answer(values)}]})
+        answer = json.dumps({key: values[key] for key in KEYS}, ensure_ascii=False)
+        rows.append({"messages": [question, {"role": "assistant", "content": answer}]})
     r.shuffle(rows)
     return rows

@@ -129,10 +129,6 @@ def amount(r: random.Random) -> str:
     return whole if r.random() < 0.9 else f"{whole}.{r.randint(1, 99):02d}"
 
 
-def _one_in_eight(text: str) -> bool:
-    return zlib.crc32(text.encode()) % 8 == 0  # crc32: the same on every machine and in every Python
-
-
 _REAL_PREFIXES = frozenset(name[:3] for name in REAL_NAMES)
 _ENGLISH = re.compile(r"[A-Z][a-z]+")
 _CHINESE = re.compile(f"(?=([{SURNAMES}][{GIVEN}]))")
@@ -150,9 +146,9 @@ def _public_prefixes() -> frozenset[str]:
 
 @cache
 def _reserved_prefix(prefix: str) -> bool:
-    if prefix in _REAL_PREFIXES:
-        return True
-    return _one_in_eight(prefix) and prefix not in _public_prefixes()
+    """One in eight; crc32 is the same on every machine and in every Python."""
+    drawn = zlib.crc32(prefix.encode()) % 8 == 0
+    return prefix in _REAL_PREFIXES or (drawn and prefix not in _public_prefixes())
 
 
 def leaks(text: str) -> list[str]:
