@@ -1,4 +1,4 @@
-"""How people write tickets: data_templates/world_phrasings.yaml, by language."""
+"""How people write tickets: data_templates/world/phrasings.yaml, by language."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from finetune.resources import resource_path
 FIELDS = ("name", "order", "product", "city", "date", "amount")
 
 # The loader in C: a few milliseconds instead of a hundred.
-_TEXT = resource_path("data_templates", "world_phrasings.yaml").read_text(encoding="utf-8")
+_TEXT = resource_path("data_templates", "world", "phrasings.yaml").read_text(encoding="utf-8")
 _READ: dict[str, dict[str, Any]] = yaml.load(_TEXT, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 CLAUSES: dict[str, dict[str, list[str]]] = _READ["clauses"]
