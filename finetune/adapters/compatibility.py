@@ -1,11 +1,4 @@
-"""What cannot be, with reasons: known from recipe and config.json, refused before anything is loaded. No torch.
-
-LIMITS                keys that exclude each other, each with its reason and what to do instead
-check_base(…)         what a kind of base adds to them
-check(recipe, …)      UserError with every row of it that the recipe meets
-continued(recipe, …)  model.adapter: what it is, and whether the recipe says the same
-check_merge(…)        UserError for an adapter that cannot be merged
-"""
+"""What cannot be, with reasons: known from recipe and config.json, refused before anything is loaded. No torch."""
 
 from __future__ import annotations
 

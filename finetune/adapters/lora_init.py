@@ -3,10 +3,6 @@
 pissa, olora    W = W_rest + s B0 A0: the base is rewritten to W_rest, so it is another model with the adapter off.
                 Saved is plain LoRA for W itself: W_rest + s B A = W + s (B A - B0 A0), of twice the rank
 loftq           B0 A0 = the best low-rank fit of W - int4(W); the quantized base stays as it is
-
-start(model, section, …)    A and B of these starts, and what `plain_lora` needs
-rewrites_base(section)      whether "adapter off" is not the base; DPO and PPO then need a reference of their own
-plain_lora(model, folder)   the saved adapter made plain
 """
 
 from __future__ import annotations

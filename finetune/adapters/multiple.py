@@ -1,11 +1,4 @@
-"""Several adapters of one type on one base: policy, reference, reward and value of PPO.
-
-ActiveAdapter(model, adapter)   who computes: an adapter, or the base with all adapters off
-activated(active)               a context in which that one is active; requires_grad stays as it was
-copy_adapter(…)                 another adapter with the same weights
-add_adapter(…)                  one from a folder, with the score head that a reward model brings
-train_only(…)                   which adapters learn
-"""
+"""Several adapters of one type on one base: policy, reference, reward and value of PPO."""
 
 from __future__ import annotations
 

@@ -1,11 +1,4 @@
-"""Which layers a method works on, found in the model itself, so that every family has sensible defaults. No torch.
-
-blocks(model)           the decoder blocks, in order
-linear_names(model)     short names of the linear layers, for messages
-norms(model)            full names of all norms
-sublayers(model)        per block, the output projection of attention, and the MLP
-find(model, wanted)     full names matching a recipe's target_modules; UserError when one of them matches nothing
-"""
+"""Which layers a method works on, found in the model itself, so that every family has sensible defaults. No torch."""
 
 from __future__ import annotations
 

@@ -1,11 +1,4 @@
-"""One function per kind of held-out rows; each returns an Evaluation.
-
-answers(…)    conversations: what the model answers, beside the references
-pairs(…)      preference pairs: which answer the model finds more probable
-unpaired(…)   answers labelled desirable or not: how probable the model finds them
-text(…)       raw text: loss and perplexity per token
-scores(…)     preference pairs, scored by a reward model
-"""
+"""One function per kind of held-out rows; each returns an Evaluation."""
 
 from __future__ import annotations
 

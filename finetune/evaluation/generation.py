@@ -1,12 +1,4 @@
-"""Generation and scoring, shared by `ft eval`, `ft merge`, `ft chat` and mid-training evaluation.
-
-generate(...)                   answers for encoded prompts, greedy or sampled, batched by length (soft prompts: by
-                                equal length)
-answer(...)                     one call of the model's own generate, as it is told here and in no other way
-not_followed()                  what the base's generation_config.json asks for beside that
-negative_log_likelihoods(...)   of the labels of each row
-evaluate(...)                   both, and the metrics
-"""
+"""Generation and scoring, shared by `ft eval`, `ft merge`, `ft chat` and mid-training evaluation."""
 
 from __future__ import annotations
 

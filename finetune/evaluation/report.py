@@ -1,9 +1,4 @@
-"""What `ft eval` says: the table, the comparisons, some wrong answers, and the files for scripts.
-
-compare(a, b, metric)    two models on the rows that both have measured
-report(…)                as a table on stdout, as JSON there, or both
-write_predictions(…)     a line for each row and model
-"""
+"""What `ft eval` says: the table, the comparisons, some wrong answers, and the files for scripts."""
 
 from __future__ import annotations
 

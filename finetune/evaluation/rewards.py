@@ -1,14 +1,4 @@
-"""What scores replies: reward models and Python rules. Shared by `ft ppo` and `ft eval --reward`.
-
-Scorer                      (prompts, replies) -> one number per reply
-load_rule(spec)             file.py:function as a scorer
-RewardModel.load(path)      a run of `ft reward`, or any sequence-classification model with one output
-check_model(path)           what cannot be one, before anything is loaded
-answered(prompts, replies)  prompts and replies as conversations
-scored_reply(encoder, …)    what is read of a conversation to score its reply, wherever it is scored
-score_rows(model, rows, …)  scores of encoded texts
-is_reward_run(path)
-"""
+"""What scores replies: reward models and Python rules. Shared by `ft ppo` and `ft eval --reward`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""What `ft eval` is given: runs, adapters and models, with the settings that their runs would use.
-
-find_targets(…)          what the arguments name
-bases_of(targets)        the bases they started from
-reference_of(target)     what the answers of a dpo or kto run are measured against
-"""
+"""What `ft eval` is given: runs, adapters and models, with the settings that their runs would use."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""An adapter on its base.
-
-check_adapter(folder, model)    does it fit the base? Before that is loaded
-attach_adapter(base, folder)    base identity checked, embeddings as many as it was trained on
-resize_for(base, folder)        only the latter
-"""
+"""An adapter on its base."""
 
 from __future__ import annotations
 

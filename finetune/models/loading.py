@@ -1,10 +1,5 @@
 """Load models: built-in bases, local folders, hub and ModelScope ids through one door.
 
-    load_model(model, dtype)        strict: missing or unexpected weights are an error, and so is a loss like guessing
-    refuse_training(model)          for weights that lie on disk or beside the GPU
-    skeleton(model)                 the network without weights
-    new_model(config, dtype)        the network with random ones
-
 Remote code is never run, pickles are read with weights_only. Where files lie: sources.py.
 """
 

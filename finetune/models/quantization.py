@@ -1,10 +1,5 @@
 """INT8 and INT4 bases with bitsandbytes, on GPUs and CPUs.
 
-    config_for(model, dtype)     what from_pretrained needs, or None
-    after_loading(model, name)   the fix for 4-bit gradients on CPUs; checks of shapes, and that it really was quantized
-    parameter_counts(model)      real numbers: a 4-bit weight's numel() is half of what it holds
-    weight_bytes(model)          bytes of the weights as they lie in memory
-
 INT8 is LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339), INT4 is NF4 or FP4 with double quantization (Dettmers et al.
 2023, arXiv:2305.14314). Embeddings, norms, the LM head and score heads keep their precision.
 """
@@ -154,7 +149,7 @@ def measure(model: Any) -> Size:
 
 
 def real_numel(parameter: torch.nn.Parameter) -> int:
-    """Number of weights that a parameter stands for."""
+    """Number of weights that a parameter stands for: twice the numel() of a 4-bit one."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state is not None else parameter.numel()
 

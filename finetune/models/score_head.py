@@ -1,8 +1,5 @@
 """A score head on a causal model: what reward models are.
 
-    with_score_head(model)      transformers' own ...ForSequenceClassification over the loaded network, one output
-    last_real(mask)             where each row ends
-
 The network comes through the one door of `loading`, quantized or from ChatGLM's layout; only the head is new. Saved
 with an adapter, any tool loads it: AutoModelForSequenceClassification(num_labels=1) and peft.
 """

@@ -1,12 +1,5 @@
 """Where models and adapters lie: built-in bases, runs, local folders, the Hugging Face hub or ModelScope. No torch.
 
-    what_is(reference)     whether a name or path is an adapter or a model, found by content
-    adapter_folder(ref)    of a run directory, or the folder itself
-    locate(model)          folder or hub id, checked for existence before anything heavy happens
-    file(model, filename)  local path of one small file, or None
-    folder(model)          local folder of the files that are there (for a hub id the snapshot in the cache)
-    commit(model)          the commit of a hub snapshot
-
 Hub settings are the hub client's own: HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 uses only what is in the cache.
 """
 

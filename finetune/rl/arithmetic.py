@@ -3,15 +3,6 @@
 Shapes: B rows (one reply each), T positions (the longest reply). `mask` is 1 on the tokens of a reply, its end token
 included, and 0 on padding; sums and means run over real tokens only. Log-probabilities are those of the sampled
 tokens, in nats, at the temperature of the sampling.
-
-    per_token_kl          log pi - log ref, the penalty in the reward (k1)
-    kl_estimate           its non-negative estimator, for logging (k3)
-    token_rewards         score at the last token, minus beta times KL
-    advantages            generalised advantage estimation
-    whiten                mean 0, variance 1 over all real tokens
-    policy_loss           clipped importance ratio
-    value_loss            clipped squared error
-    masked_mean, entropy, explained_variance, adapted_beta
 """
 
 from __future__ import annotations

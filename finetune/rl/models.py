@@ -1,8 +1,5 @@
 """The models of PPO: policy, reference, reward and value, on one base in memory or each on its own.
 
-    check(recipe)                   what cannot share a base, before anything is loaded
-    build(recipe, …) -> PpoModels   shared: adapters of one type on one base; separate: a model for each
-
 The reward model is a run of `ft reward` on the same base; the value model starts as a copy of it, or without one as a
 copy of the policy.
 """

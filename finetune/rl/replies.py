@@ -1,10 +1,5 @@
 """Replies sampled from a policy, and what is read off them: log-probabilities, values and scores per token.
 
-    sample(…) -> Replies            left-padded batched generation with a KV cache
-    response_logits(…)              logits of the reply's tokens, from one forward pass over prompt and reply
-    log_probs(…), support(…)        at the temperature, top-k and top-p of the sampling
-    token_values(…), end_scores(…)  heads on the last hidden states
-
 Everything that enters a ratio comes from the same kind of pass: prompt and reply side by side, padded right, positions
 from 0. That holds for soft prompts, too, whose virtual tokens come first; the reply's positions are gathered by index.
 """

@@ -1,12 +1,4 @@
-"""A rollout: what a batch of prompts gives to learn from.
-
-Collector                   what its forward passes share
-    .answer(prompts)        replies of the policy, and their texts
-    .score(prompts, texts)  what the reward model and the rules give for them
-    .log_probs(replies)     of the policy and of the reference
-    .values(replies)        of the value model
-    .collect(prompts)       all of it, as PPO learns from it: Rollout
-"""
+"""A rollout: what a batch of prompts gives to learn from."""
 
 from __future__ import annotations
 

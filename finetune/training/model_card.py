@@ -1,9 +1,4 @@
-"""README.md beside weights: a model card in the hub's format, with nothing left to fill in.
-
-card(…)            the text for a run's weights
-merged_card(…)     the text for a merged model
-licence_of(base)   what the base's own card says
-"""
+"""README.md beside weights: a model card in the hub's format, with nothing left to fill in."""
 
 from __future__ import annotations
 

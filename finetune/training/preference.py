@@ -1,10 +1,5 @@
 """Learning from preferences: what DPO, KTO and reward models share, and the two losses without a reference.
 
-    simpo_loss, orpo_loss       pure functions of log-probabilities, tested against float64 values
-    PairCollator                pairs of token ids -> one batch, chosen rows first; ScoreCollator for reward models
-    with_other_answers(rows)    each row with the answer to another prompt, for KTO's KL term
-    stuck(rows)                 a loss that stands where it began, with the likely cause
-
 Everything else is trl's: DPOTrainer, KTOTrainer and RewardTrainer underneath.
 """
 

@@ -1,9 +1,4 @@
-"""What the project's own tuners share: how peft learns of them, and how it wraps a layer with them.
-
-add_type(name)                  a new member of peft's enum of methods
-register(name, config, tuner)   from then on PeftModel.from_pretrained and all the rest work on it
-WrappedLayer, Tuner             base classes, as peft asks for them
-"""
+"""What the project's own tuners share: how peft learns of them, and how it wraps a layer with them."""
 
 from __future__ import annotations
 

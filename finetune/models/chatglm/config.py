@@ -1,10 +1,4 @@
-"""What an original config.json of ChatGLM2, ChatGLM3 or GLM-4-9B means, as a GlmConfig; everything else is refused.
-
-glm_network(model, config)     config.json -> GlmConfig, with model.rope_scaling
-glm_config(config, name)       the same without, or a UserError with every reason against it
-rope_parameters(config, name)  the two readings of `rope_ratio`
-EXPRESSIBLE                    what may stand in config.json, and why nothing else may
-"""
+"""What an original config.json of ChatGLM2, ChatGLM3 or GLM-4-9B means, as a GlmConfig; everything else is refused."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """From GlmForCausalLM back to ChatGLM's original layout.
 
-    export_original(model, source_config, out)   original names, config.json, inv_freq and tokenizer files
-    original_config(config)                      an original config.json for a model that never had one
-
 The stock checkpoint is what save_pretrained writes. LoRA adapters from one layout to the other: adapter.py.
 """
 

@@ -1,9 +1,5 @@
 """Fast tokenizers for ChatGLM2, ChatGLM3 and GLM-4-9B from their `tokenizer.model`, without the checkpoint's code.
 
-    load_original_tokenizer(model)  the tokenizer of a base, from wherever it lies
-    build_tokenizer(folder)     -> PreTrainedTokenizerFast; saved and loaded again by AutoTokenizer it is the same
-    glm_version(folder, …)      2, 3 or 4: the same tokenizer.model serves ChatGLM2 and ChatGLM3, their markers differ
-
 ChatGLM2/3: a sentencepiece BPE model with byte fallback. GLM-4: a tiktoken file (base64 token, rank per line).
 Text never becomes a control token (`split_special_tokens`): "philosophy" contains ChatGLM3's `sop`. Chat ids are built
 per segment in finetune/data/chat_glm.py; there is no Jinja template, which could not be exact.

@@ -1,15 +1,8 @@
 """ChatGLM2, ChatGLM3 and GLM-4-9B checkpoints in their original layout, loaded into transformers' own GlmForCausalLM.
 
-    load_original_weights(model, network)  weights renamed and split while they are read; nothing is converted on disk
-    load(folder, config, dtype=…)  the same from a folder
-    fetch(name, revision)          local folder of a hub id
-    Fused                          how q, k and v lie in the fused `query_key_value`
-    check_weights(folder, …)       names and shapes of all weights, from headers only
-
-The published checkpoints bring Python code that current transformers cannot run; it is never run here. The network is
-the one transformers ships for GLM-4: same blocks, same interleaved RoPE over half of each head, other names.
-config.json: config.py. Writing the original layout back: export.py, adapters made for it: adapter.py. The tokenizer:
-tokenizer.py.
+Weights are renamed and split while they are read; nothing is converted on disk. The published checkpoints bring Python
+code that current transformers cannot run; it is never run here. The network is the one transformers ships for GLM-4:
+same blocks, same interleaved RoPE over half of each head, other names.
 """
 
 from __future__ import annotations
