@@ -6,11 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    TrainerCallback,
-)
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 from finetune.adapters.methods import METHODS
 from finetune.errors import Interrupted, RunError

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from finetune.adapters.methods import METHODS, active
 from finetune.recipe.stages import Recipe

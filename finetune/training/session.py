@@ -160,9 +160,7 @@ class Session(Generic[AnyRecipe]):
         summary(self.recipe, self.folder, weights, result, words)
 
 
-def prepare(
-    raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Base.open
-) -> Session[AnyRecipe]:  # fmt: skip
+def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Base.open) -> Session[AnyRecipe]:
     """UserError for what recipe, config.json and adapter can be wrong in, before rows are read.
 
     open_base: opens the recipe's model, for models that are new.
