@@ -59,7 +59,7 @@ def pairs(
     margins = _margins(chosen, rejected)
     found = [
         {
-            **_row(rows, i), "chosen": _sample(rows[i]).chosen, "rejected": _sample(rows[i]).rejected,
+            **_row(rows, i), "chosen": rows[i].sample.chosen, "rejected": rows[i].sample.rejected,
             "correct": float(margin > 0), "margin": margin, **per_token(scored), "group": rows[i].group,
         }
         for i, margin, scored in zip(kept, margins, chosen, strict=True)
@@ -94,7 +94,7 @@ def unpaired(
     scored = _score(f"{name}: log-probabilities", model, sides, pad, batch_size)
     found: list[dict[str, Any]] = [
         {
-            **_row(rows, i), "completion": _sample(rows[i]).completion, "label": _sample(rows[i]).label,
+            **_row(rows, i), "completion": rows[i].sample.completion, "label": rows[i].sample.label,
             "correct": None, **per_token(loss), "answer_reward": None, "group": rows[i].group,
         }
         for i, loss in zip(kept, scored, strict=True)
@@ -159,7 +159,7 @@ def scores(name: str, model: RewardModel, rows: Sequence[HeldRow], max_length: i
         found = score_rows(model.model, sides, model.tokenizer.pad_token_id, on_batch=advance)
     result = [
         {
-            **_row(rows, i), "chosen": _sample(rows[i]).chosen, "rejected": _sample(rows[i]).rejected,
+            **_row(rows, i), "chosen": rows[i].sample.chosen, "rejected": rows[i].sample.rejected,
             "correct": float(chosen > rejected), "loss": None, "margin": chosen - rejected, "chosen_score": chosen,
             "rejected_score": rejected, "group": rows[i].group,
         }
@@ -169,13 +169,9 @@ def scores(name: str, model: RewardModel, rows: Sequence[HeldRow], max_length: i
     return Evaluation(name, len(kept), measure("pairs", result), result, "pairs", notes=notes)
 
 
-def _sample(row: HeldRow) -> Any:
-    return row.sample
-
-
 def _row(rows: Sequence[HeldRow], i: int) -> dict[str, Any]:
     """Which row it is, and what was asked in it."""
-    return {"place": i, "file": rows[i].file, "row": rows[i].row, "messages": _sample(rows[i]).prompt}
+    return {"place": i, "file": rows[i].file, "row": rows[i].row, "messages": rows[i].sample.prompt}
 
 
 def _encoded(

@@ -24,7 +24,7 @@ LOADED = (
 
 
 def last_real(mask: torch.Tensor) -> torch.Tensor:
-    """Position of each row's last 1. [rows, length] -> [rows]."""
+    """Position of each row's last 1, of which there must be one. [rows, length] -> [rows]."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     return (mask * (positions + 1)).argmax(dim=1)
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from finetune.models.score_head import last_real
+
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over the positions where mask is 1. [B, T], [B, T] -> scalar."""
@@ -28,12 +30,6 @@ def kl_estimate(logp: torch.Tensor, ref_logp: torch.Tensor, mask: torch.Tensor) 
     return torch.exp(-d) - 1 + d
 
 
-def last_token(mask: torch.Tensor) -> torch.Tensor:
-    """Position of each row's last real token. [B, T] -> [B]. Rows must have at least one."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    return (mask * (positions + 1)).argmax(dim=1)
-
-
 def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, beta: float) -> torch.Tensor:
     """-beta KL_t, plus the reply's score at its last token (Ziegler et al. 2019, arXiv:1909.08593, eq. 2).
 
@@ -42,8 +38,7 @@ def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, be
     """
     rewards = -beta * kl * mask
     rows = torch.arange(len(scores), device=scores.device)
-    rewards = rewards.clone()
-    rewards[rows, last_token(mask)] += scores.to(rewards.dtype)
+    rewards[rows, last_real(mask)] += scores.to(rewards.dtype)
     return rewards
 
 

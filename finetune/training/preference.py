@@ -36,8 +36,7 @@ def orpo_loss(
 
     Hong et al. 2024 (arXiv:2403.07691), eq. 6 and 7: odds(y) = p / (1 - p) of the length-normalised likelihood p.
 
-    Args:
-        as simpo_loss.
+    Args: as simpo_loss.
     """
     a, b = chosen / chosen_length, rejected / rejected_length
     log_odds = _log_odds(a) - _log_odds(b)

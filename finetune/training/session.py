@@ -122,9 +122,8 @@ class Session(Generic[AnyRecipe]):
         text = to_yaml(self.recipe)
         say(text if encodable(text) else yaml.safe_dump(yaml.safe_load(text), sort_keys=False), end="")
         counts, cut = self.rows.counts, self.layout
-        trained = (
-            f", {counts['trained_tokens']:,} trained tokens" if counts["trained_tokens"] else ""
-        )  # none in prompts
+        tokens = counts["trained_tokens"]  # none in prompts
+        trained = f", {tokens:,} trained tokens" if tokens else ""
         note(f"{counts['rows']:,} rows{trained}, {counts['dropped']} dropped")
         note(f"{cut.total_steps} {steps} of {cut.rows_per_pass} rows x {cut.accumulation} passes; nothing was written")
 

@@ -31,12 +31,9 @@ NETWORK = (
 
 
 def export_original(
-    model: PreTrainedModel,
-    source_config: Mapping[str, Any],
-    out: str | Path,
-    max_shard_size: int | str = "5GB",
+    model: PreTrainedModel, source_config: Mapping[str, Any], out: str | Path, max_shard_size: int | str = "5GB",
     source: str | Path | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write `model` (a plain GlmForCausalLM) in the original layout described by `source_config`.
 
     `source` is the folder of the original checkpoint: inv_freq, tokenizer.model and the published code are taken from
