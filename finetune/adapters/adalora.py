@@ -41,8 +41,7 @@ def penalty(model: Any) -> torch.Tensor | float:
 
 
 def allocate(model: Any, step: int) -> None:
-    found = tuner(model)
-    if found is not None:
+    if (found := tuner(model)) is not None:
         found.update_and_allocate(step)
 
 

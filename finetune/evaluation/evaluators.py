@@ -49,10 +49,7 @@ def pairs(
     """
     encoded, notes = _encoded(encoder, rows, train_on, max_length)
     kept = [i for i, pair in enumerate(encoded) if all(map(_trained, pair.values())) and _differ(pair)]
-    if not kept:
-        raise UserError(
-            f"no pair differs within data.max_length {max_length}", path=rows[0].file, fix="raise it, or give others"
-        )
+    notes += _left_out(rows, kept, max_length, NO_PAIR)
     sides = [encoded[i][side] for side in ("chosen", "rejected") for i in kept]
     pad = encoder.tokenizer.pad_token_id
     chosen, rejected = _halves(_score(f"{name}: log-probabilities", model, sides, pad, batch_size))
@@ -70,10 +67,7 @@ def pairs(
             before = _halves(_score(f"{name}: the reference's log-probabilities", other, sides, pad, batch_size))
         for row, now, then in zip(found, margins, _margins(*before), strict=True):
             row["reward_margin"] = beta * (now - then)
-    return Evaluation(
-        name, len(kept), measure("pairs", found), found, "pairs",
-        notes=[*notes, *_left_out(len(rows) - len(kept), max_length)],
-    )  # fmt: skip
+    return Evaluation(name, len(kept), measure("pairs", found), found, "pairs", notes=notes)
 
 
 def unpaired(
@@ -88,8 +82,7 @@ def unpaired(
     """
     encoded, notes = _encoded(encoder, rows, "assistant", max_length)
     kept = [i for i, parts in enumerate(encoded) if all(map(_trained, parts.values()))]
-    if not kept:
-        raise UserError(f"no answer begins within data.max_length {max_length}", path=rows[0].file, fix="raise it")
+    notes += _left_out(rows, kept, max_length, ("no answer begins", "raise it"))
     sides, pad = [encoded[i][""] for i in kept], encoder.tokenizer.pad_token_id
     scored = _score(f"{name}: log-probabilities", model, sides, pad, batch_size)
     found: list[dict[str, Any]] = [
@@ -107,10 +100,7 @@ def unpaired(
             row["answer_reward"] = reward = beta * (then - now)
             row["correct"] = float(reward > 0 if row["label"] else reward < 0)
     counts = {name: sum(row["label"] is label for row in found) for name, label in (("good", True), ("bad", False))}
-    return Evaluation(
-        name, len(kept), counts | measure("unpaired", found), found, "unpaired",
-        notes=[*notes, *_left_out(len(rows) - len(kept), max_length)],
-    )  # fmt: skip
+    return Evaluation(name, len(kept), counts | measure("unpaired", found), found, "unpaired", notes=notes)
 
 
 def text(
@@ -150,10 +140,7 @@ def scores(name: str, model: RewardModel, rows: Sequence[HeldRow], max_length: i
 
     read = [ids(row) for row in rows]
     kept = [i for i, (chosen, rejected) in enumerate(read) if chosen != rejected]
-    if not kept:
-        raise UserError(
-            f"no pair differs within data.max_length {max_length}", path=rows[0].file, fix="raise it, or give others"
-        )
+    notes = _left_out(rows, kept, max_length, NO_PAIR)
     sides = [read[i][side] for side in (0, 1) for i in kept]
     with task(f"{name}: scoring", len(sides), "answers") as advance:
         found = score_rows(model.model, sides, model.tokenizer.pad_token_id, on_batch=advance)
@@ -165,7 +152,6 @@ def scores(name: str, model: RewardModel, rows: Sequence[HeldRow], max_length: i
         }
         for i, chosen, rejected in zip(kept, *_halves(found), strict=True)
     ]  # fmt: skip
-    notes = _left_out(len(rows) - len(kept), max_length)
     return Evaluation(name, len(kept), measure("pairs", result), result, "pairs", notes=notes)
 
 
@@ -209,6 +195,12 @@ def _margins(chosen: Scored, rejected: Scored) -> list[float]:
     return [b - a for (a, _), (b, _) in zip(chosen, rejected, strict=True)]
 
 
-def _left_out(count: int, limit: int | None) -> list[str]:
-    what = f"{count} rows are left out: nothing to compare within data.max_length {limit}"
-    return [what] if count else []
+NO_PAIR = ("no pair differs", "raise it, or give others")
+
+
+def _left_out(rows: Sequence[HeldRow], kept: list[int], limit: int | None, none: tuple[str, str]) -> list[str]:
+    """What is to be said of the rows that are not kept. UserError, of the message and the fix `none`, if none is."""
+    if not kept:
+        raise UserError(f"{none[0]} within data.max_length {limit}", path=rows[0].file, fix=none[1])
+    count = len(rows) - len(kept)
+    return [f"{count} rows are left out: nothing to compare within data.max_length {limit}"] if count else []

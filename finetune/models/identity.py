@@ -143,11 +143,8 @@ def locked_template(adapter: Path) -> str | None:
     template = path.read_text(encoding="utf-8")
     locked = (read_identity(adapter) or {}).get("chat_template_sha256")
     if locked is not None and hashlib.sha256(template.encode()).hexdigest() != locked:
-        raise UserError(
-            "is not the chat template this adapter was trained with",
-            path=path,
-            fix="restore the file; answers depend on it",
-        )
+        what = "is not the chat template this adapter was trained with"
+        raise UserError(what, path=path, fix="restore the file; answers depend on it")
     return template
 
 

@@ -65,7 +65,7 @@ class Collector:
         self.minibatch, self.rows = minibatch, rows
         self.pad, self.stops = encoder.tokenizer.pad_token_id, stop_ids(models.policy.model, encoder)
         c = recipe.ppo
-        self.sampling = Sampling(c.max_new_tokens, c.temperature, c.top_k, c.top_p)
+        self.sampling = Sampling(c.temperature, c.top_k, c.top_p, max_new_tokens=c.max_new_tokens)
         self.scorers = dict(rules)
         if models.reward_model is not None:
             self.scorers = {"model": models.reward_model.score, **rules}
