@@ -27,10 +27,6 @@ class Limit:
     fix: str
 
 
-def method(*names: str) -> Callable[[Any, Any, Any], bool]:
-    return lambda adapter, model, train: adapter.method in names
-
-
 def quantized(*kinds: str) -> Callable[[Any, Any, Any], bool]:
     return lambda adapter, model, train: model.quantization in (kinds or ("int8", "int4"))
 
@@ -75,20 +71,16 @@ LIMITS: tuple[Limit, ...] = (
     Limit(
         lambda adapter, model, train: init(*FROM_WEIGHTS)(adapter, model, train) and bool(model.adapter),
         "adapter.init_lora_weights",
-        "an adapter that is continued has its weights already",
-        "leave init_lora_weights out",
+        "an adapter that is continued has its weights already", "leave init_lora_weights out",
     ),
     Limit(
         lambda adapter, model, train: getattr(adapter, "loraplus_lr_ratio", None) is not None and train.optim == "muon",
         "adapter.loraplus_lr_ratio",
-        "muon scales every update to the same size, so B would not learn faster",
-        "use train.optim: adamw",
+        "muon scales every update to the same size, so B would not learn faster", "use train.optim: adamw",
     ),
     Limit(
         lambda adapter, model, train: adapter.trains == "vectors" and train.optim == "muon",
-        "train.optim",
-        "muon is for matrices, and this method trains vectors",
-        "use train.optim: adamw",
+        "train.optim", "muon is for matrices, and this method trains vectors", "use train.optim: adamw",
     ),
     Limit(
         lambda adapter, model, train: init(*FROM_WEIGHTS)(adapter, model, train) and adapter.use_dora,
@@ -99,8 +91,7 @@ LIMITS: tuple[Limit, ...] = (
     Limit(
         lambda adapter, model, train: init("orthogonal")(adapter, model, train) and adapter.r % 2 == 1,
         "adapter.r",
-        "an orthogonal start shares its vectors out between A and B, so the rank must be even",
-        "use an even r",
+        "an orthogonal start shares its vectors out between A and B, so the rank must be even", "use an even r",
     ),
     Limit(
         lambda adapter, model, train: adapter.method == "adalora" and adapter.target_r >= adapter.init_r,
@@ -112,15 +103,12 @@ LIMITS: tuple[Limit, ...] = (
         lambda adapter, model, train: adapter.method == "prompt_tuning"
         and (adapter.prompt_tuning_init == "text") != bool(adapter.prompt_tuning_init_text),
         "adapter.prompt_tuning_init_text",
-        "prompt_tuning_init: text and prompt_tuning_init_text go together",
-        "give both or none",
+        "prompt_tuning_init: text and prompt_tuning_init_text go together", "give both or none",
     ),
     Limit(
         lambda adapter, model, train: adapter.method == "prefix_tuning"
         and (adapter.prefix_init == "text") != bool(adapter.prefix_init_text),
-        "adapter.prefix_init_text",
-        "prefix_init: text and prefix_init_text go together",
-        "give both or none",
+        "adapter.prefix_init_text", "prefix_init: text and prefix_init_text go together", "give both or none",
     ),
     Limit(
         lambda adapter, model, train: adapter.method == "prefix_tuning"

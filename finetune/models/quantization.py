@@ -124,7 +124,6 @@ class Size:
     """Matrices outside of embeddings and output head."""
     quantized_bytes: int
     """With their scales."""
-    total_bytes: int
 
     @property
     def unquantized_share(self) -> float:
@@ -145,7 +144,7 @@ def measure(model: Any) -> Size:
     block = quantized + sum(
         p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in outside and id(p) not in inside
     )
-    return Size(quantized, block, quantized_bytes, weight_bytes(model))
+    return Size(quantized, block, quantized_bytes)
 
 
 def real_numel(parameter: torch.nn.Parameter) -> int:

@@ -66,7 +66,7 @@ def with_score_head(model: PreTrainedModel, name: str) -> Any:
     """
     config = copy.deepcopy(model.config)
     config.num_labels = 1
-    stock: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config))
+    stock: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if stock is None:
         raise UserError(
             f"{config.model_type} has no network with a score head in transformers", path=name, key="model.name",

@@ -37,7 +37,7 @@ def documents_isolated(model: PreTrainedModel, ids: list[int]) -> bool:
 SHARED_TOKENS = "packing is off: documents in one row would share the virtual tokens and see each other"
 
 
-def pack_if_isolated(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, rows: Any) -> tuple[Any, str | None]:
+def pack_if_isolated(recipe: Recipe, model: PreTrainedModel, rows: Any) -> tuple[Any, str | None]:
     """(rows, packed if asked for and safe; one line saying why not)."""
     if not recipe.data.packing:
         return rows, None

@@ -131,10 +131,9 @@ def _rope_kind(config: Mapping[str, Any], name_or_path: str | Path) -> str:
     raise UserError(
         f"{config['rope_ratio']} is a larger RoPE base in ChatGLM3 and GLM-4 but interpolates positions in ChatGLM2, "
         "and neither `_name_or_path` nor the folder's name says which one this is",
-        path=name_or_path,
-        key="rope_ratio",
+        path=name_or_path, key="rope_ratio",
         fix="set model.rope_scaling to {rope_type: default} (ChatGLM3, GLM-4) or {rope_type: linear} (ChatGLM2)",
-    )
+    )  # fmt: skip
 
 
 WORDS = {2: ("chatglm2", "codegeex2"), 3: ("chatglm3",), 4: ("glm4", "codegeex4")}

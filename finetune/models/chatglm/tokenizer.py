@@ -76,11 +76,9 @@ def glm_version(folder: str | Path) -> int:
     if code.is_file():
         return 3 if "<|user|>" in code.read_text(encoding="utf-8") else 2
     raise UserError(
-        "nothing says whether this is ChatGLM2 or ChatGLM3, whose prompts differ",
-        path=folder,
-        key="_name_or_path",
+        "nothing says whether this is ChatGLM2 or ChatGLM3, whose prompts differ", path=folder, key="_name_or_path",
         fix='write "_name_or_path": "THUDM/chatglm3-6b" (or chatglm2-6b) into its config.json',
-    )
+    )  # fmt: skip
 
 
 def build_tokenizer(folder: str | Path, version: int | None = None) -> PreTrainedTokenizerFast:
