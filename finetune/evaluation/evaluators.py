@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ def answers(
     temperature: float = 0.0, seed: int = 0,
 ) -> Evaluation:  # fmt: skip
     """Exact match, fields of JSON answers, loss and perplexity of the references: see `evaluation.evaluate`."""
-    samples: Any = [row.sample for row in rows]
+    samples = [row.sample for row in rows]
     with task(f"{name}: answering", len(rows)) as advance:
         found = evaluate(name, model, encoder, samples, max_new_tokens, batch_size, advance, temperature, seed)
     for place, (values, row) in enumerate(zip(found.rows, rows, strict=True)):
@@ -112,11 +113,7 @@ def text(
     Args:
         blocks: only so many; whole: what does not fill the last block is left out, as in training.
     """
-
-    def encode(document: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(document, add_special_tokens=False)
-        return ids
-
+    encode = partial(tokenizer.encode, add_special_tokens=False)
     packed = raw.pack(texts, encode, length, raw.separator(tokenizer), rest=not whole)
     found = [Encoded(ids, list(ids)) for ids in islice(packed, blocks)]
     if not found:

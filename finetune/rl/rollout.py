@@ -56,11 +56,8 @@ class Collector:
     def __init__(
         self, recipe: PpoRecipe, models: PpoModels, encoder: Any, rules: Mapping[str, Scorer], minibatch: int, rows: int
     ) -> None:
-        """
-        Args:
-            rules: by name, beside the reward model of `models`.
-            minibatch: replies of an optimizer step; rows: of a forward pass.
-        """
+        """rules: by name, beside the reward model of `models`. minibatch: replies of an optimizer step; rows: of a
+        forward pass."""
         self.recipe, self.models, self.encoder = recipe, models, encoder
         self.minibatch, self.rows = minibatch, rows
         self.pad, self.stops = encoder.tokenizer.pad_token_id, stop_ids(models.policy.model, encoder)

@@ -71,7 +71,7 @@ class Recorder(TrainerCallback):
 
 
 class Proven(TrainerCallback):
-    """Follows what is trained (see `adapters.proof`). Sharded gradients (FSDP, DeepSpeed) are not looked at."""
+    """Follows what is trained (see `weight_check`). Sharded gradients (FSDP, DeepSpeed) are not looked at."""
 
     def __init__(self) -> None:
         self.proof: Proof | None = None

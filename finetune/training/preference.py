@@ -78,15 +78,13 @@ class PairCollator:
 
 
 @dataclass
-class ScoreCollator:
+class ScoreCollator(PairCollator):
     """Rows of `data.pairs.load_pairs` -> input_ids, attention_mask of [2 x pairs, longest] and the margin wanted."""
 
-    pad_token_id: int
     margin: float = 0.0
-    pad_to_multiple_of: int = 1
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = PairCollator(self.pad_token_id, self.pad_to_multiple_of)(rows)
+        batch = super().__call__(rows)
         del batch["completion_mask"]
         return {**batch, "margin": torch.full((len(rows),), self.margin)}
 
