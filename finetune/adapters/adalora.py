@@ -1,9 +1,5 @@
 """AdaLoRA while training: the plan of ranks, the penalty, a step of the allocator.
 
-    plan(model, section, steps)   when ranks are cut, once the number of steps is known
-    penalty(model)                R(P, Q) = |P^T P - I| + |Q Q^T - I|    (Zhang et al. 2023, equation 4)
-    allocate(model, step)         after the optimizer's step, while the gradients are still there
-
 peft adds the penalty only to a loss that the model itself computes, and trainers compute their own.
 """
 
@@ -31,7 +27,7 @@ def plan(model: Any, section: AdaLoraAdapter, total_steps: int) -> None:
 
 
 def penalty(model: Any) -> torch.Tensor | float:
-    """The weighted penalty, 0.0 for other methods."""
+    """R(P, Q) = |P^T P - I| + |Q Q^T - I| (Zhang et al. 2023, equation 4), weighted; 0.0 for other methods."""
     found = tuner(model)
     if found is None:
         return 0.0
@@ -45,8 +41,7 @@ def penalty(model: Any) -> torch.Tensor | float:
 
 
 def allocate(model: Any, step: int) -> None:
-    found = tuner(model)
-    if found is not None:
+    if (found := tuner(model)) is not None:
         found.update_and_allocate(step)
 
 

@@ -1,11 +1,4 @@
-"""What cannot be, with reasons: known from recipe and config.json, refused before anything is loaded. No torch.
-
-LIMITS                keys that exclude each other, each with its reason and what to do instead
-check_base(…)         what a kind of base adds to them
-check(recipe, …)      UserError with every row of it that the recipe meets
-continued(recipe, …)  model.adapter: what it is, and whether the recipe says the same
-check_merge(…)        UserError for an adapter that cannot be merged
-"""
+"""What cannot be, with reasons: known from recipe and config.json, refused before anything is loaded. No torch."""
 
 from __future__ import annotations
 
@@ -32,10 +25,6 @@ class Limit:
     key: str
     why: str
     fix: str
-
-
-def method(*names: str) -> Callable[[Any, Any, Any], bool]:
-    return lambda adapter, model, train: adapter.method in names
 
 
 def quantized(*kinds: str) -> Callable[[Any, Any, Any], bool]:
@@ -82,20 +71,16 @@ LIMITS: tuple[Limit, ...] = (
     Limit(
         lambda adapter, model, train: init(*FROM_WEIGHTS)(adapter, model, train) and bool(model.adapter),
         "adapter.init_lora_weights",
-        "an adapter that is continued has its weights already",
-        "leave init_lora_weights out",
+        "an adapter that is continued has its weights already", "leave init_lora_weights out",
     ),
     Limit(
         lambda adapter, model, train: getattr(adapter, "loraplus_lr_ratio", None) is not None and train.optim == "muon",
         "adapter.loraplus_lr_ratio",
-        "muon scales every update to the same size, so B would not learn faster",
-        "use train.optim: adamw",
+        "muon scales every update to the same size, so B would not learn faster", "use train.optim: adamw",
     ),
     Limit(
         lambda adapter, model, train: adapter.trains == "vectors" and train.optim == "muon",
-        "train.optim",
-        "muon is for matrices, and this method trains vectors",
-        "use train.optim: adamw",
+        "train.optim", "muon is for matrices, and this method trains vectors", "use train.optim: adamw",
     ),
     Limit(
         lambda adapter, model, train: init(*FROM_WEIGHTS)(adapter, model, train) and adapter.use_dora,
@@ -106,8 +91,7 @@ LIMITS: tuple[Limit, ...] = (
     Limit(
         lambda adapter, model, train: init("orthogonal")(adapter, model, train) and adapter.r % 2 == 1,
         "adapter.r",
-        "an orthogonal start shares its vectors out between A and B, so the rank must be even",
-        "use an even r",
+        "an orthogonal start shares its vectors out between A and B, so the rank must be even", "use an even r",
     ),
     Limit(
         lambda adapter, model, train: adapter.method == "adalora" and adapter.target_r >= adapter.init_r,
@@ -119,15 +103,12 @@ LIMITS: tuple[Limit, ...] = (
         lambda adapter, model, train: adapter.method == "prompt_tuning"
         and (adapter.prompt_tuning_init == "text") != bool(adapter.prompt_tuning_init_text),
         "adapter.prompt_tuning_init_text",
-        "prompt_tuning_init: text and prompt_tuning_init_text go together",
-        "give both or none",
+        "prompt_tuning_init: text and prompt_tuning_init_text go together", "give both or none",
     ),
     Limit(
         lambda adapter, model, train: adapter.method == "prefix_tuning"
         and (adapter.prefix_init == "text") != bool(adapter.prefix_init_text),
-        "adapter.prefix_init_text",
-        "prefix_init: text and prefix_init_text go together",
-        "give both or none",
+        "adapter.prefix_init_text", "prefix_init: text and prefix_init_text go together", "give both or none",
     ),
     Limit(
         lambda adapter, model, train: adapter.method == "prefix_tuning"

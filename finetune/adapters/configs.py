@@ -10,17 +10,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from finetune.adapters.targets import (
-    MLP_OUT,
-    find,
-    head_name,
-    is_adaptable,
-    is_linear,
-    is_norm,
-    keys_values_and_mlp,
-    norms,
-    sublayers,
-)
+from finetune.adapters import targets
+from finetune.adapters.targets import find, head_name, is_adaptable, is_linear
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +30,7 @@ def lora(model: Any, section: Any) -> PeftConfig:
     if rewrites_base(section):
         check_rank(model, section)
     return LoraConfig(
-        task_type=CAUSAL, bias="none", init_lora_weights=PEFT_NAMES.get(init, init), **targets(model, values)
+        task_type=CAUSAL, bias="none", init_lora_weights=PEFT_NAMES.get(init, init), **with_targets(model, values)
     )
 
 
@@ -51,14 +42,14 @@ def plain(name: str, *left_out: str, **more: Any) -> Callable[[Any, Any], PeftCo
 
         values = section.model_dump(exclude={"method", *left_out})
         if "target_modules" in values:
-            targets(model, values)
+            with_targets(model, values)
         config: PeftConfig = getattr(peft, name)(task_type=CAUSAL, **more, **values)
         return config
 
     return make
 
 
-def targets(model: Any, values: dict[str, Any]) -> dict[str, Any]:
+def with_targets(model: Any, values: dict[str, Any]) -> dict[str, Any]:
     """The same values; UserError for names that match nothing. peft knows what all-linear is, on every family."""
     names = find(model, values["target_modules"], accept=is_adaptable)
     head = model.get_output_embeddings()
@@ -94,7 +85,7 @@ def oft(model: Any, section: Any) -> PeftConfig:
 def bottleneck(model: Any, section: Any) -> PeftConfig:
     from finetune.adapters.tuners.bottleneck import BottleneckConfig
 
-    sublayers(model)
+    targets.sublayers(model)
     return BottleneckConfig(task_type=CAUSAL, **section.model_dump(exclude={"method"}))
 
 
@@ -105,11 +96,11 @@ def ia3(model: Any, section: Any) -> PeftConfig:
         if section.feedforward_modules is not None:
             what = "are those of target_modules whose input is rescaled"
             raise UserError(what, key="adapter.feedforward_modules", fix="give target_modules, too")
-        attention, mlp = keys_values_and_mlp(model)
+        attention, mlp = targets.keys_values_and_mlp(model)
     else:
         mlp = section.feedforward_modules
         if mlp is None:
-            mlp = [name for name in section.target_modules if name.rpartition(".")[2] in MLP_OUT]
+            mlp = [name for name in section.target_modules if name.rpartition(".")[2] in targets.MLP_OUT]
         find(model, section.target_modules, accept=is_linear)
         if mlp:
             find(model, mlp, "adapter.feedforward_modules", accept=is_linear)
@@ -138,5 +129,6 @@ def last_layers(model: Any, section: Any) -> PeftConfig:
 def ln_tuning(model: Any, section: Any) -> PeftConfig:
     from peft import LNTuningConfig
 
-    names = norms(model) if section.target_modules is None else find(model, section.target_modules, accept=is_norm)
+    given = section.target_modules
+    names = targets.norms(model) if given is None else find(model, given, accept=targets.is_norm)
     return LNTuningConfig(task_type=CAUSAL, target_modules=names)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from finetune.adapters import lora_init, soft_prompts
 from finetune.adapters.methods import METHODS, of
 from finetune.adapters.targets import linear_names
 from finetune.errors import UserError
+from finetune.models.weight_files import read_json
 from finetune.recipe.adapters import Adapter
 
 
@@ -53,8 +53,7 @@ def apply(
 
 def adapter_config(folder: Path) -> dict[str, Any]:
     """peft's own description of a saved adapter."""
-    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return found
+    return read_json(folder / "adapter_config.json")
 
 
 def loads_trainable(folder: Path) -> bool:

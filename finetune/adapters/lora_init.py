@@ -3,10 +3,6 @@
 pissa, olora    W = W_rest + s B0 A0: the base is rewritten to W_rest, so it is another model with the adapter off.
                 Saved is plain LoRA for W itself: W_rest + s B A = W + s (B A - B0 A0), of twice the rank
 loftq           B0 A0 = the best low-rank fit of W - int4(W); the quantized base stays as it is
-
-start(model, section, …)    A and B of these starts, and what `plain_lora` needs
-rewrites_base(section)      whether "adapter off" is not the base; DPO and PPO then need a reference of their own
-plain_lora(model, folder)   the saved adapter made plain
 """
 
 from __future__ import annotations
@@ -23,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import UserError
+from finetune.models import weight_files
 
 REWRITING = ("pissa", "olora")
 PEFT_NAMES: dict[str, Any] = {"default": True, "loftq": True}  # the others have peft's own names
@@ -85,7 +82,7 @@ def loftq(model: Any, folder: Path) -> None:
     Args:
         folder: the base's own unquantized weights, read one matrix at a time.
     """
-    files = {key: path for path in sorted(folder.glob("*.safetensors")) for key in _keys(path)}
+    files = {key: path for path in sorted(folder.glob("*.safetensors")) for key in weight_files.shapes(path)}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             key = name.removeprefix("base_model.model.") + ".weight"
@@ -104,8 +101,3 @@ def loftq(model: Any, folder: Path) -> None:
             root = s[: a.shape[0]].sqrt()
             a.copy_(root[:, None] * v[: a.shape[0]])
             b.copy_(u[:, : a.shape[0]] * root / scale)
-
-
-def _keys(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())

@@ -1,11 +1,6 @@
 """Merging an adapter into its base's weights, and what proves that the result is base + adapter.
 
-    inputs_of(model, ids)       what goes into each adapted layer
-    prove_sums(model, …)        layer by layer: the sum in float32 computes what base and adapter compute apart
-    merge_in_float32(model)     the base with the adapter added into it
-    check_written(…)            a model as it was read back is that sum, rounded once, bit for bit
-
-Beside the model itself none of these holds more than one layer, in float64 at most.
+Beside the model itself nothing here holds more than one layer, in float64 at most.
 """
 
 from __future__ import annotations

@@ -1,11 +1,4 @@
-"""The PEFT methods, a row each: how peft's config is made, and what training, loading and merging must know. No torch.
-
-METHODS                     adapter.method -> its row; a new method is a section in `recipe.adapters` and a row here
-of(peft_type)               the row of a stored adapter
-active(model)               the row of the adapter that computes
-check(model, section)       everything the targets can be wrong in, on a model without weights
-check_targets(…)            the targets of a recipe that trains on an adapter
-"""
+"""The PEFT methods, a row each: how peft's config is made, what training, loading and merging must know. No torch."""
 
 from __future__ import annotations
 

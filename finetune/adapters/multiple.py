@@ -1,11 +1,4 @@
-"""Several adapters of one type on one base: policy, reference, reward and value of PPO.
-
-ActiveAdapter(model, adapter)   who computes: an adapter, or the base with all adapters off
-activated(active)               a context in which that one is active; requires_grad stays as it was
-copy_adapter(…)                 another adapter with the same weights
-add_adapter(…)                  one from a folder, with the score head that a reward model brings
-train_only(…)                   which adapters learn
-"""
+"""Several adapters of one type on one base: policy, reference, reward and value of PPO."""
 
 from __future__ import annotations
 
@@ -72,11 +65,8 @@ def _restore(flags: list[tuple[torch.nn.Parameter, bool]]) -> None:
 def named(model: Any, adapter: str) -> dict[str, torch.Tensor]:
     """Parameters and buffers of one adapter, by name with `*` for the adapter's."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {_starred(n, adapter): t for n, t in tensors if adapter in n.split(".")}
-
-
-def _starred(name: str, adapter: str) -> str:
-    return ".".join("*" if part == adapter else part for part in name.split("."))
+    parts = ((name.split("."), tensor) for name, tensor in tensors)
+    return {".".join("*" if p == adapter else p for p in name): tensor for name, tensor in parts if adapter in name}
 
 
 @torch.no_grad()
@@ -109,9 +99,8 @@ def add_adapter(model: Any, folder: Path, name: str) -> torch.Tensor | None:
     result = set_peft_model_state_dict(model, weights, adapter_name=name)
     lost = [key for key in getattr(result, "unexpected_keys", None) or [] if key != "prompt_embeddings"]
     if lost:
-        raise UserError(
-            f"{len(lost)} weights of the adapter fit nothing ({lost[0]})", path=folder, fix="train it again"
-        )
+        what = f"{len(lost)} weights of the adapter fit nothing ({lost[0]})"
+        raise UserError(what, path=folder, fix="train it again")
     return head
 
 

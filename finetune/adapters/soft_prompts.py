@@ -1,9 +1,5 @@
 """Soft prompts: learned embeddings (prompt tuning, P-tuning) or keys and values (prefix tuning) before the text.
 
-initialise(model, section, …)  start values, in the base's own scale
-prepare(model)                 loaded prompts train on; prefix tuning under gradient checkpointing
-is_before_text(model)          left padding would come between the virtual tokens and the text
-
 A saved soft prompt is what the network made: peft loads it without any network, in every tool.
 """
 

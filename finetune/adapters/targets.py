@@ -1,11 +1,4 @@
-"""Which layers a method works on, found in the model itself, so that every family has sensible defaults. No torch.
-
-blocks(model)           the decoder blocks, in order
-linear_names(model)     short names of the linear layers, for messages
-norms(model)            full names of all norms
-sublayers(model)        per block, the output projection of attention, and the MLP
-find(model, wanted)     full names matching a recipe's target_modules; UserError when one of them matches nothing
-"""
+"""Which layers a method works on, found in the model itself, so that every family has sensible defaults. No torch."""
 
 from __future__ import annotations
 
@@ -52,7 +45,7 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Norm") and any(True for _ in module.parameters(recurse=False))
+    return type(module).__name__.endswith("Norm") and bool([*module.parameters(recurse=False)])
 
 
 def linear_names(model: nn.Module) -> str:
@@ -98,19 +91,16 @@ def keys_values_and_mlp(model: nn.Module) -> tuple[list[str], list[str]]:
     mlp = next((name for name in MLP_OUT if name in names), None)
     if attention is None or mlp is None:
         raise UserError(
-            "no keys, values and MLP with known names",
-            key="adapter.target_modules",
+            "no keys, values and MLP with known names", key="adapter.target_modules",
             fix=f"name them, of {linear_names(model)}",
-        )
+        )  # fmt: skip
     return attention, [mlp]
 
 
 def find(
-    model: nn.Module,
-    wanted: str | list[str],
-    key: str = "adapter.target_modules",
+    model: nn.Module, wanted: str | list[str], key: str = "adapter.target_modules",
     accept: Callable[[nn.Module], bool] = lambda module: True,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Full names of the modules that `wanted` (names, or one regular expression) means.
 
     UserError for a name that matches no module (peft is content if any one of a list matches), and for a module that
@@ -152,8 +142,4 @@ def head_name(model: nn.Module) -> str:
 
 def leaves_with_weights(module: nn.Module, name: str) -> list[str]:
     """Full names of the modules below (or at) `name` that hold parameters themselves."""
-    return [
-        f"{name}.{n}" if n else name
-        for n, m in module.named_modules()
-        if any(True for _ in m.parameters(recurse=False))
-    ]
+    return [f"{name}.{n}" if n else name for n, m in module.named_modules() if [*m.parameters(recurse=False)]]

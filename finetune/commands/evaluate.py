@@ -20,7 +20,7 @@ from finetune.data.held_out import SPLIT, HeldOut, rows_of, split_off, trained_o
 from finetune.data.types import Conversation
 from finetune.errors import UserError
 from finetune.evaluation import evaluators, options
-from finetune.evaluation.generation import Evaluation, split_reference
+from finetune.evaluation.generation import Evaluation
 from finetune.evaluation.options import quantizations, refuse
 from finetune.evaluation.report import compare, report, write_predictions
 from finetune.evaluation.rewards import RewardModel
@@ -180,10 +180,9 @@ def tell(results: Sequence[Evaluation]) -> None:
 def add_rewards(path: str, results: Sequence[Evaluation], rows: Sequence[Any]) -> None:
     """Add the mean reward of each model's answers, with a 95% interval."""
     model = reward_model(path)
-    asked = [split_reference(row)[0] for row in rows]
     for result in results:
         replies = [{"role": "assistant", "content": text or " "} for text in result.predictions]
-        found = model.scores([Conversation([*c.messages, r], c.tools) for c, r in zip(asked, replies, strict=True)])
+        found = model.scores([Conversation([*c.asked, r], c.tools) for c, r in zip(rows, replies, strict=True)])
         for row, value in zip(result.rows, found, strict=True):
             row["reward"] = value
         result.metrics |= metrics.measure(result.kind, result.rows)

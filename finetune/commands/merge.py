@@ -17,19 +17,9 @@ from typing import Any
 import torch
 
 from finetune import places
+from finetune.adapters import merge
 from finetune.adapters.compatibility import check_merge
-from finetune.adapters.merge import (
-    Sums,
-    adapted_layers,
-    check_layers,
-    check_written,
-    in_float32,
-    inputs_of,
-    largest_difference,
-    logits_of,
-    merge_in_float32,
-    prove_sums,
-)
+from finetune.adapters.merge import Sums, largest_difference, logits_of
 from finetune.base import Base
 from finetune.early import REPORT, check_apart, check_options, check_target, written_names
 from finetune.errors import UserError
@@ -89,7 +79,7 @@ def run(
         gc.collect()
         with task("reading it back and comparing"):
             written = FORMATS[layout].load_for_proof(part, job.kind, job.base.model)
-            check_written(sums, written)
+            merge.check_written(sums, written)
             logits["merged"] = logits_of(written.to(device), job.samples)
         figures = measured(logits)
         write_report(job, sums, figures, part, target.name)
@@ -115,7 +105,7 @@ def opened(adapter: str, target: Path, model: str | None, dtype: str | None, wei
     stored = described(folder)
     check_merge(stored, base.config["model_type"], folder)
     if (fitted := attach.check_adapter(folder, config)) is not None:
-        check_layers(fitted, folder)
+        merge.check_layers(fitted, folder)
     samples = [base.encoder.prompt_ids([{"role": "user", "content": text}]) for text in SAMPLES]
     dtype = dtype or declared(base)
     return Job(base, trained, folder, stored["peft_type"], weights, dtype, getattr(torch, dtype), layout, samples)
@@ -147,10 +137,10 @@ def summed(job: Job) -> tuple[Any, Sums, dict[str, Any]]:
         network = start(job, torch.float32)
         logits["exact"] = logits_of(network, job.samples)
         adapted = with_adapter(network, job)
-    calls = inputs_of(adapted, job.samples[0])
-    with task("summing and proving", len(adapted_layers(adapted)), "layers") as advance:
-        sums = prove_sums(adapted, calls, job.kind, advance)
-        return merge_in_float32(adapted).to(job.kind), sums, logits
+    calls = merge.inputs_of(adapted, job.samples[0])
+    with task("summing and proving", len(merge.adapted_layers(adapted)), "layers") as advance:
+        sums = merge.prove_sums(adapted, calls, job.kind, advance)
+        return merge.merge_in_float32(adapted).to(job.kind), sums, logits
 
 
 def start(job: Job, dtype: torch.dtype) -> Any:
@@ -171,7 +161,7 @@ def with_adapter(network: Any, job: Job) -> Any:
 def widened_logits(network: Any, samples: list[list[int]]) -> list[torch.Tensor] | None:
     """Its logits computed in float32; None for a network that mixes precisions when its layers do not."""
     try:
-        with in_float32(network):
+        with merge.in_float32(network):
             return logits_of(network, samples)
     except RuntimeError:
         return None

@@ -59,7 +59,7 @@ def make_trainer(session: Session[RewardRecipe], model: Any) -> Reward:
         train_dataset=session.rows.train,
         eval_dataset=session.rows.eval,
         processing_class=tokenizer,
-        data_collator=ScoreCollator(tokenizer.pad_token_id, reward.margin, pad_multiple(session.machine)),
+        data_collator=ScoreCollator(tokenizer.pad_token_id, pad_multiple(session.machine), reward.margin),
         callbacks=session.callbacks(),
     )
     return finish_setup(trainer, session.recipe)

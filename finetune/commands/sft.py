@@ -26,7 +26,7 @@ def run(raw: SftRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         return
     with session.run(overwrite):
         model = policy(recipe, base, session.machine)
-        train, reason = pack_if_isolated(recipe, model, base.tokenizer, rows.train)
+        train, reason = pack_if_isolated(recipe, model, rows.train)
         session.note(reason)
         session.train(make_trainer(session, model, train))
 

@@ -1,16 +1,10 @@
-"""One function per kind of held-out rows; each returns an Evaluation.
-
-answers(…)    conversations: what the model answers, beside the references
-pairs(…)      preference pairs: which answer the model finds more probable
-unpaired(…)   answers labelled desirable or not: how probable the model finds them
-text(…)       raw text: loss and perplexity per token
-scores(…)     preference pairs, scored by a reward model
-"""
+"""One function per kind of held-out rows; each returns an Evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -36,7 +30,7 @@ def answers(
     temperature: float = 0.0, seed: int = 0,
 ) -> Evaluation:  # fmt: skip
     """Exact match, fields of JSON answers, loss and perplexity of the references: see `evaluation.evaluate`."""
-    samples: Any = [row.sample for row in rows]
+    samples = [row.sample for row in rows]
     with task(f"{name}: answering", len(rows)) as advance:
         found = evaluate(name, model, encoder, samples, max_new_tokens, batch_size, advance, temperature, seed)
     for place, (values, row) in enumerate(zip(found.rows, rows, strict=True)):
@@ -56,17 +50,14 @@ def pairs(
     """
     encoded, notes = _encoded(encoder, rows, train_on, max_length)
     kept = [i for i, pair in enumerate(encoded) if all(map(_trained, pair.values())) and _differ(pair)]
-    if not kept:
-        raise UserError(
-            f"no pair differs within data.max_length {max_length}", path=rows[0].file, fix="raise it, or give others"
-        )
+    notes += _left_out(rows, kept, max_length, NO_PAIR)
     sides = [encoded[i][side] for side in ("chosen", "rejected") for i in kept]
     pad = encoder.tokenizer.pad_token_id
     chosen, rejected = _halves(_score(f"{name}: log-probabilities", model, sides, pad, batch_size))
     margins = _margins(chosen, rejected)
     found = [
         {
-            **_row(rows, i), "chosen": _sample(rows[i]).chosen, "rejected": _sample(rows[i]).rejected,
+            **_row(rows, i), "chosen": rows[i].sample.chosen, "rejected": rows[i].sample.rejected,
             "correct": float(margin > 0), "margin": margin, **per_token(scored), "group": rows[i].group,
         }
         for i, margin, scored in zip(kept, margins, chosen, strict=True)
@@ -77,10 +68,7 @@ def pairs(
             before = _halves(_score(f"{name}: the reference's log-probabilities", other, sides, pad, batch_size))
         for row, now, then in zip(found, margins, _margins(*before), strict=True):
             row["reward_margin"] = beta * (now - then)
-    return Evaluation(
-        name, len(kept), measure("pairs", found), found, "pairs",
-        notes=[*notes, *_left_out(len(rows) - len(kept), max_length)],
-    )  # fmt: skip
+    return Evaluation(name, len(kept), measure("pairs", found), found, "pairs", notes=notes)
 
 
 def unpaired(
@@ -95,13 +83,12 @@ def unpaired(
     """
     encoded, notes = _encoded(encoder, rows, "assistant", max_length)
     kept = [i for i, parts in enumerate(encoded) if all(map(_trained, parts.values()))]
-    if not kept:
-        raise UserError(f"no answer begins within data.max_length {max_length}", path=rows[0].file, fix="raise it")
+    notes += _left_out(rows, kept, max_length, ("no answer begins", "raise it"))
     sides, pad = [encoded[i][""] for i in kept], encoder.tokenizer.pad_token_id
     scored = _score(f"{name}: log-probabilities", model, sides, pad, batch_size)
     found: list[dict[str, Any]] = [
         {
-            **_row(rows, i), "completion": _sample(rows[i]).completion, "label": _sample(rows[i]).label,
+            **_row(rows, i), "completion": rows[i].sample.completion, "label": rows[i].sample.label,
             "correct": None, **per_token(loss), "answer_reward": None, "group": rows[i].group,
         }
         for i, loss in zip(kept, scored, strict=True)
@@ -114,10 +101,7 @@ def unpaired(
             row["answer_reward"] = reward = beta * (then - now)
             row["correct"] = float(reward > 0 if row["label"] else reward < 0)
     counts = {name: sum(row["label"] is label for row in found) for name, label in (("good", True), ("bad", False))}
-    return Evaluation(
-        name, len(kept), counts | measure("unpaired", found), found, "unpaired",
-        notes=[*notes, *_left_out(len(rows) - len(kept), max_length)],
-    )  # fmt: skip
+    return Evaluation(name, len(kept), counts | measure("unpaired", found), found, "unpaired", notes=notes)
 
 
 def text(
@@ -129,11 +113,7 @@ def text(
     Args:
         blocks: only so many; whole: what does not fill the last block is left out, as in training.
     """
-
-    def encode(document: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(document, add_special_tokens=False)
-        return ids
-
+    encode = partial(tokenizer.encode, add_special_tokens=False)
     packed = raw.pack(texts, encode, length, raw.separator(tokenizer), rest=not whole)
     found = [Encoded(ids, list(ids)) for ids in islice(packed, blocks)]
     if not found:
@@ -157,32 +137,24 @@ def scores(name: str, model: RewardModel, rows: Sequence[HeldRow], max_length: i
 
     read = [ids(row) for row in rows]
     kept = [i for i, (chosen, rejected) in enumerate(read) if chosen != rejected]
-    if not kept:
-        raise UserError(
-            f"no pair differs within data.max_length {max_length}", path=rows[0].file, fix="raise it, or give others"
-        )
+    notes = _left_out(rows, kept, max_length, NO_PAIR)
     sides = [read[i][side] for side in (0, 1) for i in kept]
     with task(f"{name}: scoring", len(sides), "answers") as advance:
         found = score_rows(model.model, sides, model.tokenizer.pad_token_id, on_batch=advance)
     result = [
         {
-            **_row(rows, i), "chosen": _sample(rows[i]).chosen, "rejected": _sample(rows[i]).rejected,
+            **_row(rows, i), "chosen": rows[i].sample.chosen, "rejected": rows[i].sample.rejected,
             "correct": float(chosen > rejected), "loss": None, "margin": chosen - rejected, "chosen_score": chosen,
             "rejected_score": rejected, "group": rows[i].group,
         }
         for i, chosen, rejected in zip(kept, *_halves(found), strict=True)
     ]  # fmt: skip
-    notes = _left_out(len(rows) - len(kept), max_length)
     return Evaluation(name, len(kept), measure("pairs", result), result, "pairs", notes=notes)
-
-
-def _sample(row: HeldRow) -> Any:
-    return row.sample
 
 
 def _row(rows: Sequence[HeldRow], i: int) -> dict[str, Any]:
     """Which row it is, and what was asked in it."""
-    return {"place": i, "file": rows[i].file, "row": rows[i].row, "messages": _sample(rows[i]).prompt}
+    return {"place": i, "file": rows[i].file, "row": rows[i].row, "messages": rows[i].sample.prompt}
 
 
 def _encoded(
@@ -220,6 +192,12 @@ def _margins(chosen: Scored, rejected: Scored) -> list[float]:
     return [b - a for (a, _), (b, _) in zip(chosen, rejected, strict=True)]
 
 
-def _left_out(count: int, limit: int | None) -> list[str]:
-    what = f"{count} rows are left out: nothing to compare within data.max_length {limit}"
-    return [what] if count else []
+NO_PAIR = ("no pair differs", "raise it, or give others")
+
+
+def _left_out(rows: Sequence[HeldRow], kept: list[int], limit: int | None, none: tuple[str, str]) -> list[str]:
+    """What is to be said of the rows that are not kept. UserError, of the message and the fix `none`, if none is."""
+    if not kept:
+        raise UserError(f"{none[0]} within data.max_length {limit}", path=rows[0].file, fix=none[1])
+    count = len(rows) - len(kept)
+    return [f"{count} rows are left out: nothing to compare within data.max_length {limit}"] if count else []

@@ -1,12 +1,4 @@
-"""Generation and scoring, shared by `ft eval`, `ft merge`, `ft chat` and mid-training evaluation.
-
-generate(...)                   answers for encoded prompts, greedy or sampled, batched by length (soft prompts: by
-                                equal length)
-answer(...)                     one call of the model's own generate, as it is told here and in no other way
-not_followed()                  what the base's generation_config.json asks for beside that
-negative_log_likelihoods(...)   of the labels of each row
-evaluate(...)                   both, and the metrics
-"""
+"""Generation and scoring, shared by `ft eval`, `ft merge`, `ft chat` and mid-training evaluation."""
 
 from __future__ import annotations
 
@@ -60,6 +52,14 @@ def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> t
     return ids, mask
 
 
+def right_pad(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both [rows, longest], real tokens at the left end."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+    return ids, mask
+
+
 def batches(prompts: Sequence[Sequence[int]], batch_size: int, equal_length: bool) -> Iterator[list[int]]:
     """Numbers of the prompts that are answered together, short ones first.
 
@@ -74,15 +74,9 @@ def batches(prompts: Sequence[Sequence[int]], batch_size: int, equal_length: boo
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel,
-    encoder: Encoder,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    batch_size: int,
-    on_batch: Callable[[int], None] = lambda n: None,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> list[str]:
+    model: PreTrainedModel, encoder: Encoder, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int,
+    on_batch: Callable[[int], None] = lambda n: None, temperature: float = 0.0, seed: int = 0,
+) -> list[str]:  # fmt: skip
     """Answers in the order of `prompts` (token ids that end where the answer begins).
 
     temperature: 0 is greedy; above it answers are drawn from the whole distribution, without top-k or top-p. The same
@@ -200,23 +194,18 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 @torch.inference_mode()
 def negative_log_likelihoods(
-    model: PreTrainedModel,
-    rows: Sequence[tuple[list[int], list[int]]],
-    pad: int,
-    batch_size: int,
+    model: PreTrainedModel, rows: Sequence[tuple[list[int], list[int]]], pad: int, batch_size: int,
     on_batch: Callable[[int], None] = lambda n: None,
-) -> list[tuple[float, int]]:
+) -> list[tuple[float, int]]:  # fmt: skip
     """(summed negative log-likelihood in nats, number of tokens) over the labels of each row (ids, labels)."""
     model.eval()
     device = input_device(model)
     result: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
     for batch in by_length([len(ids) for ids, _ in rows], batch_size):
-        longest = max(len(rows[i][0]) for i in batch)
         # Padded right: causal attention never looks there, and positions start at 0 as in training.
-        ids = torch.tensor([rows[i][0] + [pad] * (longest - len(rows[i][0])) for i in batch], device=device)
-        labels = torch.tensor([rows[i][1] + [-100] * (longest - len(rows[i][1])) for i in batch], device=device)
-        mask = torch.tensor([[1] * len(rows[i][0]) + [0] * (longest - len(rows[i][0])) for i in batch], device=device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -longest:]
+        ids, mask = right_pad([rows[i][0] for i in batch], pad, device)
+        labels, _ = right_pad([rows[i][1] for i in batch], -100, device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -ids.shape[1] :]
         losses = torch.nn.functional.cross_entropy(
             logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
         )
@@ -227,38 +216,25 @@ def negative_log_likelihoods(
     return result
 
 
-def split_reference(conversation: Conversation) -> tuple[Conversation, str | None]:
-    """(what the model is asked, the reference answer): the last assistant turn, if it comes last."""
-    return Conversation(conversation.asked, conversation.tools), conversation.reference
-
-
 def evaluate(
-    name: str,
-    model: PreTrainedModel,
-    encoder: Encoder,
-    conversations: Sequence[Conversation],
-    max_new_tokens: int,
-    batch_size: int,
-    on_batch: Callable[[int], None] = lambda n: None,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Evaluation:
+    name: str, model: PreTrainedModel, encoder: Encoder, conversations: Sequence[Conversation], max_new_tokens: int,
+    batch_size: int, on_batch: Callable[[int], None] = lambda n: None, temperature: float = 0.0, seed: int = 0,
+) -> Evaluation:  # fmt: skip
     """Exact match with a 95% interval, per-field accuracy of JSON answers, loss and perplexity of the references.
 
     Where rows have groups, exact match also of each: `exact_match/GROUP`, `exact_match/GROUP_ci`, and `groups`, the
     number of rows. Rows whose last turn is not trained have no loss: `rows_without_loss` counts them.
     """
-    asked = [split_reference(c) for c in conversations]
-    prompts = [encoder.prompt_ids(c.messages, c.tools) for c, _ in asked]
+    prompts = [encoder.prompt_ids(c.asked, c.tools) for c in conversations]
     begun = time.perf_counter()
     predictions = generate(model, encoder, prompts, max_new_tokens, batch_size, on_batch, temperature, seed)
     seconds = time.perf_counter() - begun
     rows: list[dict[str, Any]] = [
         {
-            "messages": question.messages, "reference": reference, "prediction": prediction, "correct": None,
-            "loss": None, "group": conversation.group,
+            "messages": c.asked, "reference": c.reference, "prediction": prediction, "correct": None, "loss": None,
+            "group": c.group,
         }
-        for (question, reference), prediction, conversation in zip(asked, predictions, conversations, strict=True)
+        for c, prediction in zip(conversations, predictions, strict=True)
     ]  # fmt: skip
     known = [i for i, row in enumerate(rows) if row["reference"] is not None]
     encoded = [encoder.encode(conversations[i], "last") for i in known]

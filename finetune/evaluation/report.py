@@ -1,9 +1,4 @@
-"""What `ft eval` says: the table, the comparisons, some wrong answers, and the files for scripts.
-
-compare(a, b, metric)    two models on the rows that both have measured
-report(…)                as a table on stdout, as JSON there, or both
-write_predictions(…)     a line for each row and model
-"""
+"""What `ft eval` says: the table, the comparisons, some wrong answers, and the files for scripts."""
 
 from __future__ import annotations
 
@@ -85,14 +80,13 @@ def show(
     seen = {r.name: r.metrics["trained_on"] for r in results if r.metrics.get("trained_on")}
     number = f"n={results[0].n}{UNITS[results[0].kind]}{title}"
     table = Table(title=visible(number if seen else f"held-out{by_split}, {number}"), title_justify="left")
-    if len(results) > WIDE:
-        for heading in ("", *(n.replace("_", " ") for n in names)):
-            table.add_column(visible(heading), justify="right" if heading else "left")
+    wide = len(results) > WIDE
+    for heading in ("", *([n.replace("_", " ") for n in names] if wide else [r.name for r in results])):
+        table.add_column(visible(heading), justify="right" if heading else "left")
+    if wide:
         for result in results:
             row(table, result.name, *(cell(result, name) for name in names))
     else:
-        for heading in ("", *(r.name for r in results)):
-            table.add_column(visible(heading), justify="right" if heading else "left")
         for name in names:
             row(table, name.replace("_", " "), *(cell(r, name) for r in results))
         for field in fields:

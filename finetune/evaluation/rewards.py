@@ -1,14 +1,4 @@
-"""What scores replies: reward models and Python rules. Shared by `ft ppo` and `ft eval --reward`.
-
-Scorer                      (prompts, replies) -> one number per reply
-load_rule(spec)             file.py:function as a scorer
-RewardModel.load(path)      a run of `ft reward`, or any sequence-classification model with one output
-check_model(path)           what cannot be one, before anything is loaded
-answered(prompts, replies)  prompts and replies as conversations
-scored_reply(encoder, …)    what is read of a conversation to score its reply, wherever it is scored
-score_rows(model, rows, …)  scores of encoded texts
-is_reward_run(path)
-"""
+"""What scores replies: reward models and Python rules. Shared by `ft ppo` and `ft eval --reward`."""
 
 from __future__ import annotations
 
@@ -31,7 +21,7 @@ from finetune.data.encoder import Encoder, cut, scored_end, scored_ids
 from finetune.data.prompts import Prompt
 from finetune.data.types import Conversation, RowProblem, attempted
 from finetune.errors import RunError, UserError
-from finetune.evaluation.generation import by_length
+from finetune.evaluation.generation import by_length, right_pad
 from finetune.families import ENCODER, refused
 from finetune.models import adapter_files, attach, loading, sources
 from finetune.models.config import read_config
@@ -170,9 +160,7 @@ def score_rows(
     device = input_device(model)
     scores = [0.0] * len(rows)
     for batch in by_length([len(row) for row in rows], batch_size):
-        longest = max(len(rows[i]) for i in batch)
-        ids = torch.tensor([rows[i] + [pad] * (longest - len(rows[i])) for i in batch], device=device)
-        mask = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch], device=device)
+        ids, mask = right_pad([rows[i] for i in batch], pad, device)
         for row, value in zip(batch, model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist(), strict=True):
             scores[row] = value
         on_batch(len(batch))
@@ -207,10 +195,6 @@ class RewardModel:
         model.config.pad_token_id = base.tokenizer.pad_token_id  # how transformers finds where a row ends
         return cls(path, model, base.tokenizer, base.encoder)
 
-    def ids(self, conversation: Conversation) -> list[int]:
-        """A conversation that ends with a reply, up to where it is scored."""
-        return scored_reply(self.encoder, conversation)
-
     def score(self, prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float]:
         return self.scores(answered(prompts, replies))
 
@@ -218,7 +202,8 @@ class RewardModel:
         if self.encoder is None:
             found = score_pairs(self.model, self.tokenizer, conversations)
         else:
-            found = score_rows(self.model, [self.ids(c) for c in conversations], self.tokenizer.pad_token_id)
+            rows = [scored_reply(self.encoder, c) for c in conversations]
+            found = score_rows(self.model, rows, self.tokenizer.pad_token_id)
         return checked(found, len(conversations), self.name)
 
 

@@ -1,9 +1,4 @@
-"""What `ft eval` is given: runs, adapters and models, with the settings that their runs would use.
-
-find_targets(…)          what the arguments name
-bases_of(targets)        the bases they started from
-reference_of(target)     what the answers of a dpo or kto run are measured against
-"""
+"""What `ft eval` is given: runs, adapters and models, with the settings that their runs would use."""
 
 from __future__ import annotations
 
@@ -139,8 +134,7 @@ def run_target(reference: str, model: str | None = None, compare_base: bool = Fa
     recipe: Any = check(values, None, path / "recipe.yaml")
     base = base_model(recipe, path, model)
     if recipe.stage == "reward":
-        scored = {"recipe": recipe, "scores": str(path)}
-        return Target(name, base, None, recipe.data, recipe.eval, **scored)
+        return Target(name, base, None, recipe.data, recipe.eval, recipe=recipe, scores=str(path))
     if recipe.adapter.method == "full":
         if model is not None and not compare_base:
             what = "is a full fine-tuning, for which the base is only needed to compare with"
@@ -148,8 +142,7 @@ def run_target(reference: str, model: str | None = None, compare_base: bool = Fa
         # What the saved config.json holds already, and what was locked when it was saved.
         own = {**elsewhere(str(path / "model")), "rope_scaling": None, "chat_template": None, "quantization": None}
         tuned = base.model_copy(update=own)
-        from_nothing = recipe.model.is_new  # random weights, which no folder holds
-        start = None if from_nothing else base
+        start = None if recipe.model.is_new else base  # random weights, which no folder holds
         return Target(name, tuned, None, recipe.data, recipe.eval, start, path / "model", recipe)
     folder = sources.adapter_folder(reference)
     check_there(base, path)
@@ -196,12 +189,11 @@ def reference_of(target: Target) -> Target | None:
     section = getattr(recipe, recipe.stage)
     if getattr(section, "loss_type", "") in REFERENCE_FREE:
         return None
+    model = target.base if target.adapter is None else target.model
     if recipe.model.adapter is None or section.start == "merge":
         loftq = getattr(recipe.adapter, "init_lora_weights", None) == "loftq"
-        model = target.base if target.adapter is None else target.model
         return None if loftq else replace(target, model=model, adapter=None)
     if not Path(recipe.model.adapter).exists():
         note(f"{target.name}: {recipe.model.adapter}, from which it started, is gone: no reward to measure")
         return None
-    model = target.base if target.adapter is None else target.model
     return replace(target, model=model, adapter=sources.adapter_folder(recipe.model.adapter))

@@ -1,11 +1,4 @@
-"""An adapter's folder, made by any PEFT tool: what it says of itself, and whether it fits a base.
-
-described(folder)       adapter_config.json. UserError unless peft knows such adapters and their weights are whole
-shapes(folder)          name -> shape of its weights
-save_adapter(…)         a folder that peft loads
-resize(model, folder)   the base with as many embeddings as the adapter was trained on
-check_fit(model, …)     UserError unless its weights have a place on the network; `model` is without weights
-"""
+"""An adapter's folder, made by any PEFT tool: what it says of itself, and whether it fits a base."""
 
 from __future__ import annotations
 
@@ -27,6 +20,7 @@ EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "
 
 
 def described(folder: Path) -> dict[str, Any]:
+    """adapter_config.json. UserError unless peft knows such adapters and their weights are whole."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
     register()

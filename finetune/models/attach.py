@@ -1,9 +1,4 @@
-"""An adapter on its base.
-
-check_adapter(folder, model)    does it fit the base? Before that is loaded
-attach_adapter(base, folder)    base identity checked, embeddings as many as it was trained on
-resize_for(base, folder)        only the latter
-"""
+"""An adapter on its base."""
 
 from __future__ import annotations
 
@@ -93,9 +88,8 @@ def check_adapter(adapter: Path, model: ModelConfig, trainable: bool = False) ->
         trainable: refuse what can be used but not trained on.
     """
     stored, config = described(adapter), read_config(model)
-    if layout_of(config).adapter(adapter, config) is not None:
-        return None
-    if stored.get("task_type") == "SEQ_CLS":  # its score head is no part of this network
+    # A score head is no part of this network.
+    if layout_of(config).adapter(adapter, config) is not None or stored.get("task_type") == "SEQ_CLS":
         return None
     network = skeleton(model)
     with as_user_error(model):

@@ -7,7 +7,6 @@ The 13B models have ALiBi instead of rotary positions: refused in families.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,22 +29,17 @@ SECOND = 125696
 
 def network(model: ModelConfig, config: dict[str, Any]) -> LlamaConfig:
     """LlamaConfig for Baichuan's config.json, with `model.rope_scaling`."""
-    found = llama_config(config, model.name)
-    rope.apply(found, model.rope_scaling, model.name)
-    return found
-
-
-def llama_config(config: Mapping[str, Any], name: str) -> LlamaConfig:
-    """LlamaConfig for Baichuan's config.json."""
     missing = [key for key in KEPT[:5] if config.get(key) is None]
     if missing:
-        raise UserError("missing in config.json", path=name, key=missing[0], fix="copy it from the published one")
+        raise UserError("missing in config.json", path=model.name, key=missing[0], fix="copy it from the published one")
     values = {key: config[key] for key in KEPT if key in config}
-    return LlamaConfig(
+    found = LlamaConfig(
         **{"rms_norm_eps": 1e-6, **values},
         rope_parameters={"rope_type": "default", "rope_theta": float(config.get("rope_theta") or 10000.0)},
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
     )
+    rope.apply(found, model.rope_scaling, model.name)
+    return found
 
 
 class _Normalize(ConversionOps):

@@ -1,8 +1,4 @@
-"""config.json of a base, and whether it can be loaded here.
-
-read_config(model)          config.json as a dict; what cannot be loaded is refused here, with the reason
-embedding_rows(config)      how many ids the model knows
-"""
+"""config.json of a base, and whether it can be loaded here."""
 
 from __future__ import annotations
 

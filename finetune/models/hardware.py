@@ -9,28 +9,24 @@ from finetune.recipe.resolve import Hardware
 GB = 1e9
 
 
-def detect(processes: int = 1) -> Hardware:
+def detect() -> Hardware:
     """The accelerator in use, whether it multiplies bfloat16 natively, and its memory."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         # is_bf16_supported() also says yes where it is emulated (T4, V100), which is slower than fp32.
         native = torch.version.hip is not None or properties.major >= 8
-        return Hardware("cuda", native, properties.total_memory / GB, processes)
+        return Hardware("cuda", native, properties.total_memory / GB)
     if torch.backends.mps.is_available():
-        return Hardware("mps", False, torch.mps.recommended_max_memory() / GB, processes)
-    return Hardware("cpu", cpu_has_bf16(), _host_memory_gb(), processes)
+        return Hardware("mps", False, torch.mps.recommended_max_memory() / GB)
+    import psutil
+
+    return Hardware("cpu", cpu_has_bf16(), psutil.virtual_memory().total / GB)
 
 
 def cpu_has_bf16() -> bool:
     """AVX512-BF16 or AMX on x86, BF16 on Arm; elsewhere bfloat16 is emulated and slow."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def _host_memory_gb() -> float:
-    import psutil
-
-    return psutil.virtual_memory().total / GB
 
 
 def peak_memory_gb() -> float:

@@ -119,16 +119,17 @@ def write_identity(adapter: Path, model: ModelConfig, weights: str, template: st
     (adapter / IDENTITY_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
 
 
-def read_identity(adapter: Path) -> dict[str, Any] | None:
+def read_identity(adapter: Path) -> dict[str, Any]:
+    """Empty for adapters of other tools."""
     path = adapter / IDENTITY_FILE
-    return read_json(path) if path.is_file() else None
+    return read_json(path) if path.is_file() else {}
 
 
 def check_identity(adapter: Path, folder: Path, base: str) -> None:
     """UserError if the adapter says that it was trained on other weights; adapters of other tools say nothing."""
-    stored = (read_identity(adapter) or {}).get("fingerprint")
+    identity = read_identity(adapter)
+    stored, trained = identity.get("fingerprint"), identity.get("base")
     if stored is not None and not is_fingerprint_of(str(stored), folder):
-        trained = (read_identity(adapter) or {}).get("base")
         raise UserError(
             f"was trained on another base ({trained}) than {base}", path=adapter, key="model.name",
             fix=f"use the weights it was trained on: {trained}",
@@ -141,19 +142,16 @@ def locked_template(adapter: Path) -> str | None:
     if not path.is_file():
         return None
     template = path.read_text(encoding="utf-8")
-    locked = (read_identity(adapter) or {}).get("chat_template_sha256")
+    locked = read_identity(adapter).get("chat_template_sha256")
     if locked is not None and hashlib.sha256(template.encode()).hexdigest() != locked:
-        raise UserError(
-            "is not the chat template this adapter was trained with",
-            path=path,
-            fix="restore the file; answers depend on it",
-        )
+        what = "is not the chat template this adapter was trained with"
+        raise UserError(what, path=path, fix="restore the file; answers depend on it")
     return template
 
 
 def configs_of(adapter: Path, model: str | None = None) -> tuple[ModelConfig, ModelConfig]:
     """(the base of an adapter in its original precision, the same quantized as it was while training)."""
-    identity = read_identity(adapter) or {}
+    identity = read_identity(adapter)
     loaded_as = {key: identity[key] for key in ("rope_scaling", "sanity_check") if key in identity}
     original = ModelConfig.model_validate(base_config(adapter, model).model_dump(exclude_unset=True) | loaded_as)
     kind = identity.get("quantization_type") or "nf4"

@@ -1,10 +1,5 @@
 """Load models: built-in bases, local folders, hub and ModelScope ids through one door.
 
-    load_model(model, dtype)        strict: missing or unexpected weights are an error, and so is a loss like guessing
-    refuse_training(model)          for weights that lie on disk or beside the GPU
-    skeleton(model)                 the network without weights
-    new_model(config, dtype)        the network with random ones
-
 Remote code is never run, pickles are read with weights_only. Where files lie: sources.py.
 """
 
@@ -86,10 +81,9 @@ def skeleton(model: ModelConfig) -> PreTrainedModel:
 
 def _spread(model: ModelConfig, scratch: str) -> dict[str, Any]:
     """What accelerate needs to spread a model over devices, main memory and disk."""
-    options: dict[str, Any] = {"device_map": model.device_map}
+    options: dict[str, Any] = {"device_map": model.device_map, "offload_folder": model.offload_folder or scratch}
     if model.max_memory:
         options["max_memory"] = {int(k) if str(k).isdigit() else k: v for k, v in model.max_memory.items()}
-    options["offload_folder"] = model.offload_folder or scratch
     return options
 
 
@@ -106,10 +100,8 @@ def refuse_training(model: PreTrainedModel, name: str) -> None:
 
 def new_model(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     """A model with random weights from a transformers config; the caller has set the seed."""
-    values = dict(config)
-    model_type = values.pop("model_type", None)
     try:
-        built = AutoConfig.for_model(model_type, **values)
+        built = AutoConfig.for_model(**{"model_type": None, **config})
         return AutoModelForCausalLM.from_config(built, dtype=dtype)
     except (ValueError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0]

@@ -1,10 +1,5 @@
 """INT8 and INT4 bases with bitsandbytes, on GPUs and CPUs.
 
-    config_for(model, dtype)     what from_pretrained needs, or None
-    after_loading(model, name)   the fix for 4-bit gradients on CPUs; checks of shapes, and that it really was quantized
-    parameter_counts(model)      real numbers: a 4-bit weight's numel() is half of what it holds
-    weight_bytes(model)          bytes of the weights as they lie in memory
-
 INT8 is LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339), INT4 is NF4 or FP4 with double quantization (Dettmers et al.
 2023, arXiv:2305.14314). Embeddings, norms, the LM head and score heads keep their precision.
 """
@@ -129,7 +124,6 @@ class Size:
     """Matrices outside of embeddings and output head."""
     quantized_bytes: int
     """With their scales."""
-    total_bytes: int
 
     @property
     def unquantized_share(self) -> float:
@@ -150,11 +144,11 @@ def measure(model: Any) -> Size:
     block = quantized + sum(
         p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in outside and id(p) not in inside
     )
-    return Size(quantized, block, quantized_bytes, weight_bytes(model))
+    return Size(quantized, block, quantized_bytes)
 
 
 def real_numel(parameter: torch.nn.Parameter) -> int:
-    """Number of weights that a parameter stands for."""
+    """Number of weights that a parameter stands for: twice the numel() of a 4-bit one."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state is not None else parameter.numel()
 

@@ -1,8 +1,4 @@
-"""`model.rope_scaling`: contexts longer than those the base was trained on.
-
-apply(config, scaling, name)   write the scaling into a transformers config, or say why it cannot be
-check_length(config, model, n) a warning or an error for samples longer than the base was made for
-"""
+"""`model.rope_scaling`: contexts longer than those the base was trained on."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """A score head on a causal model: what reward models are.
 
-    with_score_head(model)      transformers' own ...ForSequenceClassification over the loaded network, one output
-    last_real(mask)             where each row ends
-
 The network comes through the one door of `loading`, quantized or from ChatGLM's layout; only the head is new. Saved
 with an adapter, any tool loads it: AutoModelForSequenceClassification(num_labels=1) and peft.
 """
@@ -27,7 +24,7 @@ LOADED = (
 
 
 def last_real(mask: torch.Tensor) -> torch.Tensor:
-    """Position of each row's last 1. [rows, length] -> [rows]."""
+    """Position of each row's last 1, of which there must be one. [rows, length] -> [rows]."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     return (mask * (positions + 1)).argmax(dim=1)
 
@@ -69,10 +66,7 @@ def with_score_head(model: PreTrainedModel, name: str) -> Any:
     """
     config = copy.deepcopy(model.config)
     config.num_labels = 1
-    try:
-        stock: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-    except KeyError:
-        stock = None
+    stock: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if stock is None:
         raise UserError(
             f"{config.model_type} has no network with a score head in transformers", path=name, key="model.name",

@@ -1,12 +1,5 @@
 """Where models and adapters lie: built-in bases, runs, local folders, the Hugging Face hub or ModelScope. No torch.
 
-    what_is(reference)     whether a name or path is an adapter or a model, found by content
-    adapter_folder(ref)    of a run directory, or the folder itself
-    locate(model)          folder or hub id, checked for existence before anything heavy happens
-    file(model, filename)  local path of one small file, or None
-    folder(model)          local folder of the files that are there (for a hub id the snapshot in the cache)
-    commit(model)          the commit of a hub snapshot
-
 Hub settings are the hub client's own: HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 uses only what is in the cache.
 """
 
@@ -53,10 +46,8 @@ def locate(model: ModelConfig) -> str:
     looks_local |= name.count("/") != 1 or path.parent.is_dir()
     if source == "local" or (source is None and looks_local):
         _refuse_by_name(name)
-        fix = did_you_mean(
-            name, f"give a folder, a hub id (owner/name) or a built-in base ({', '.join(builtin_names())})"
-        )
-        raise UserError("no such model", path=name, key="model.name", fix=fix)
+        fix = f"give a folder, a hub id (owner/name) or a built-in base ({', '.join(builtin_names())})"
+        raise UserError("no such model", path=name, key="model.name", fix=did_you_mean(name, fix))
     _refuse_by_name(name)
     return name
 
@@ -163,11 +154,10 @@ def check_family(config: dict[str, Any], name: str) -> None:
 
 def announce(model: ModelConfig) -> None:
     """Say what will be downloaded, before it is."""
-    where = locate(model) if model.source != "modelscope" else model.name
     if model.source == "modelscope":
         if not _modelscope_has(model.name, model.revision):
             note(f"downloads {model.name} from ModelScope (once)")
-    elif not Path(where).is_dir() and hub.fetches(where, model.revision):
+    elif not Path(where := locate(model)).is_dir() and hub.fetches(where, model.revision):
         note(f"downloads {where} from {hub.endpoint()} (once)")
 
 

@@ -1,8 +1,4 @@
-"""A base's tokenizer: with its control tokens, a pad token of its own, and what an adapter adds to it.
-
-load_tokenizer(model, adapter)      padded left, with pad and end tokens that differ
-added_tokens(model, adapter)        how many ids the tokenizer beside an adapter knows, where it has more
-"""
+"""A base's tokenizer: with its control tokens, a pad token of its own, and what an adapter adds to it."""
 
 from __future__ import annotations
 

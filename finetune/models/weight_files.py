@@ -1,12 +1,4 @@
-"""The weight files of a folder: which of them transformers loads, and whether they are whole.
-
-weight_files(folder)    those of a model
-check_file(path)        UserError for one that is empty, cut off or something else; reads no weights
-shapes(path)            name -> shape of its tensors
-tensors(path)           (name, tensor) one by one, mapped where possible
-read_pickle(path)       a .bin file, read with weights_only
-check_loading(info)     UserError for weights that did not arrive in the network
-"""
+"""The weight files of a folder: which of them transformers loads, and whether they are whole."""
 
 from __future__ import annotations
 

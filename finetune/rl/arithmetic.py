@@ -3,15 +3,6 @@
 Shapes: B rows (one reply each), T positions (the longest reply). `mask` is 1 on the tokens of a reply, its end token
 included, and 0 on padding; sums and means run over real tokens only. Log-probabilities are those of the sampled
 tokens, in nats, at the temperature of the sampling.
-
-    per_token_kl          log pi - log ref, the penalty in the reward (k1)
-    kl_estimate           its non-negative estimator, for logging (k3)
-    token_rewards         score at the last token, minus beta times KL
-    advantages            generalised advantage estimation
-    whiten                mean 0, variance 1 over all real tokens
-    policy_loss           clipped importance ratio
-    value_loss            clipped squared error
-    masked_mean, entropy, explained_variance, adapted_beta
 """
 
 from __future__ import annotations
@@ -19,6 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+
+from finetune.models.score_head import last_real
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -37,12 +30,6 @@ def kl_estimate(logp: torch.Tensor, ref_logp: torch.Tensor, mask: torch.Tensor) 
     return torch.exp(-d) - 1 + d
 
 
-def last_token(mask: torch.Tensor) -> torch.Tensor:
-    """Position of each row's last real token. [B, T] -> [B]. Rows must have at least one."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    return (mask * (positions + 1)).argmax(dim=1)
-
-
 def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, beta: float) -> torch.Tensor:
     """-beta KL_t, plus the reply's score at its last token (Ziegler et al. 2019, arXiv:1909.08593, eq. 2).
 
@@ -51,8 +38,7 @@ def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, be
     """
     rewards = -beta * kl * mask
     rows = torch.arange(len(scores), device=scores.device)
-    rewards = rewards.clone()
-    rewards[rows, last_token(mask)] += scores.to(rewards.dtype)
+    rewards[rows, last_real(mask)] += scores.to(rewards.dtype)
     return rewards
 
 

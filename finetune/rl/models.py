@@ -1,8 +1,5 @@
 """The models of PPO: policy, reference, reward and value, on one base in memory or each on its own.
 
-    check(recipe)                   what cannot share a base, before anything is loaded
-    build(recipe, …) -> PpoModels   shared: adapters of one type on one base; separate: a model for each
-
 The reward model is a run of `ft reward` on the same base; the value model starts as a copy of it, or without one as a
 copy of the policy.
 """
@@ -19,21 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.adapters import multiple
 from finetune.adapters.load import loads_trainable, prepare
 from finetune.adapters.lora_init import rewrites_base
 from finetune.adapters.methods import METHODS
-from finetune.adapters.multiple import (
-    POLICY,
-    REFERENCE,
-    REWARD,
-    VALUE,
-    ActiveAdapter,
-    activated,
-    add_adapter,
-    as_causal,
-    copy_adapter,
-    train_only,
-)
+from finetune.adapters.multiple import POLICY, REFERENCE, REWARD, VALUE, ActiveAdapter
 from finetune.base import Base
 from finetune.errors import UserError
 from finetune.evaluation.rewards import RewardModel, check_model, checkpoint_of, is_reward_run
@@ -66,7 +53,7 @@ class PpoModels:
     def active(self, which: ActiveAdapter) -> Iterator[Any]:
         """One of the models, in training mode and in the precision of the computation."""
         enabled = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=enabled), activated(which) as model:
+        with torch.autocast(self.device.type, self.dtype, enabled=enabled), multiple.activated(which) as model:
             model.train()
             yield model
 
@@ -139,20 +126,18 @@ def build(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None) 
 
 def _shared(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None) -> PpoModels:
     model = start.policy(recipe, base, machine)
-    starts_elsewhere = recipe.model.adapter is not None or not METHODS[recipe.adapter.method].starts_as_base(
-        recipe.adapter
-    )
-    ref = REFERENCE if starts_elsewhere else None
+    starts_as_base = METHODS[recipe.adapter.method].starts_as_base(recipe.adapter)
+    ref = None if starts_as_base and recipe.model.adapter is None else REFERENCE
     if ref is not None:
-        copy_adapter(model, POLICY, ref)
+        multiple.copy_adapter(model, POLICY, ref)
     scored = None
     if reward is not None:
         folder = sources.adapter_folder(reward)
         check_shared(recipe, folder)
-        weight = add_adapter(model, folder, REWARD)
+        weight = multiple.add_adapter(model, folder, REWARD)
         scored = ActiveAdapter(model, REWARD), frozen_head(model, weight, folder)
-    copy_adapter(model, REWARD if reward is not None else POLICY, VALUE)
-    train_only(model, [POLICY, VALUE])
+    multiple.copy_adapter(model, REWARD if reward is not None else POLICY, VALUE)
+    multiple.train_only(model, [POLICY, VALUE])
     return PpoModels(
         ActiveAdapter(model, POLICY), ActiveAdapter(model, ref), ActiveAdapter(model, VALUE), new_head(model), scored
     )
@@ -175,7 +160,7 @@ def _separate(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | No
         folder = Path(reward) / "adapter"
         if folder.is_dir() and same_base(recipe, folder):
             network = loading.load_model(recipe.model, dtype, machine)
-            value = attach.attach_adapter(network, folder, recipe.model, loads_trainable(folder), as_causal)
+            value = attach.attach_adapter(network, folder, recipe.model, loads_trainable(folder), multiple.as_causal)
             prepare(value)
     value = policy() if value is None else value
     ref.requires_grad_(False)

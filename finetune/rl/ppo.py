@@ -32,10 +32,7 @@ from finetune.rl import arithmetic
 from finetune.rl.checkpoint import State, load_checkpoint, save_checkpoint
 from finetune.rl.models import PpoModels
 from finetune.rl.monitor import Degenerate, watch
-from finetune.rl.rollout import (
-    Collector,
-    Rollout,
-)
+from finetune.rl.rollout import Collector, Rollout
 from finetune.rl.update import Learner
 from finetune.run.directory import Run
 from finetune.run.resuming import to_go_on
@@ -171,9 +168,7 @@ class Ppo:
         if len(rollout.parts) > 1:
             row |= {f"rewards/{name}": mean(values) for name, values in rollout.parts.items()}
         if c.kl_target is not None:
-            state.kl_coef = arithmetic.adapted_beta(
-                state.kl_coef, rollout.kl, c.kl_target, len(prompts), c.kl_horizon
-            )  # fmt: skip
+            state.kl_coef = arithmetic.adapted_beta(state.kl_coef, rollout.kl, c.kl_target, len(prompts), c.kl_horizon)
         if state.step % c.log_samples_steps == 0 or state.step in (1, self.total):
             self.show(prompts, rollout)
         return row

@@ -1,10 +1,5 @@
 """Replies sampled from a policy, and what is read off them: log-probabilities, values and scores per token.
 
-    sample(…) -> Replies            left-padded batched generation with a KV cache
-    response_logits(…)              logits of the reply's tokens, from one forward pass over prompt and reply
-    log_probs(…), support(…)        at the temperature, top-k and top-p of the sampling
-    token_values(…), end_scores(…)  heads on the last hidden states
-
 Everything that enters a ratio comes from the same kind of pass: prompt and reply side by side, padded right, positions
 from 0. That holds for soft prompts, too, whose virtual tokens come first; the reply's positions are gathered by index.
 """
@@ -13,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,12 +20,8 @@ from finetune.models.hardware import input_device
 
 
 @dataclass(frozen=True)
-class Sampling:
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    """0: all tokens."""
-    top_p: float = 1.0
+class Sampling(Sampled):
+    max_new_tokens: int = field(kw_only=True)
 
 
 @dataclass
@@ -82,8 +73,7 @@ def sample(
     replies: list[list[int]] = [[] for _ in prompts]
     for rows in batches(prompts, batch_size, equal_length=is_before_text(model)):
         ids, mask = left_pad([prompts[i] for i in rows], pad, input_device(model))
-        drawn = Sampled(sampling.temperature, sampling.top_k, sampling.top_p)
-        output = answer(model, ids, mask, sampling.max_new_tokens, stops, pad, drawn)
+        output = answer(model, ids, mask, sampling.max_new_tokens, stops, pad, sampling)
         for row, sequence in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
             end = next((i for i, token in enumerate(sequence) if token in stops), None)
             replies[row] = sequence if end is None else sequence[: end + 1]

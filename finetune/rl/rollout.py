@@ -1,12 +1,4 @@
-"""A rollout: what a batch of prompts gives to learn from.
-
-Collector                   what its forward passes share
-    .answer(prompts)        replies of the policy, and their texts
-    .score(prompts, texts)  what the reward model and the rules give for them
-    .log_probs(replies)     of the policy and of the reference
-    .values(replies)        of the value model
-    .collect(prompts)       all of it, as PPO learns from it: Rollout
-"""
+"""A rollout: what a batch of prompts gives to learn from."""
 
 from __future__ import annotations
 
@@ -64,16 +56,13 @@ class Collector:
     def __init__(
         self, recipe: PpoRecipe, models: PpoModels, encoder: Any, rules: Mapping[str, Scorer], minibatch: int, rows: int
     ) -> None:
-        """
-        Args:
-            rules: by name, beside the reward model of `models`.
-            minibatch: replies of an optimizer step; rows: of a forward pass.
-        """
+        """rules: by name, beside the reward model of `models`. minibatch: replies of an optimizer step; rows: of a
+        forward pass."""
         self.recipe, self.models, self.encoder = recipe, models, encoder
         self.minibatch, self.rows = minibatch, rows
         self.pad, self.stops = encoder.tokenizer.pad_token_id, stop_ids(models.policy.model, encoder)
         c = recipe.ppo
-        self.sampling = Sampling(c.max_new_tokens, c.temperature, c.top_k, c.top_p)
+        self.sampling = Sampling(c.temperature, c.top_k, c.top_p, max_new_tokens=c.max_new_tokens)
         self.scorers = dict(rules)
         if models.reward_model is not None:
             self.scorers = {"model": models.reward_model.score, **rules}

@@ -28,10 +28,7 @@ class Learner:
     def __init__(
         self, recipe: PpoRecipe, models: PpoModels, sampling: Sampling, rows: int, total: int, arguments: dict[str, Any]
     ) -> None:
-        """
-        Args:
-            rows: of a forward pass; total: rollouts of the run; arguments: transformers' TrainingArguments.
-        """
+        """rows: of a forward pass; total: rollouts of the run; arguments: transformers' TrainingArguments."""
         self.recipe, self.models, self.sampling, self.rows = recipe, models, sampling, rows
         self.steps = self.left_out = 0  # steps of the optimizer, and those that loss scaling has left out
         self.module = nn.ModuleList([*models.trained(), models.value_head])

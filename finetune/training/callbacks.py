@@ -21,12 +21,8 @@ class Recorder(TrainerCallback):
     """Writes metrics.jsonl and feeds the progress display."""
 
     def __init__(self, run: Run, progress: Progress, may_stop: bool = False) -> None:
-        """
-        Args:
-            may_stop: whether an evaluation can end the run.
-        """
-        self.run, self.progress, self.tokens, self.may_stop = run, progress, 0.0, may_stop
-        self.scored = 0
+        """may_stop: whether an evaluation can end the run."""
+        self.run, self.progress, self.may_stop, self.tokens, self.scored = run, progress, may_stop, 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.start(state.max_steps, state.global_step)
@@ -59,11 +55,8 @@ class Recorder(TrainerCallback):
             self.tokens = tokens
             row["num_tokens"] = tokens
         row["peak_memory_gb"] = round(peak_memory_gb(), 3)
-        row = {
-            key: value
-            for key, value in row.items()
-            if not key.endswith(("_runtime", "_per_second")) or key == "tokens_per_second"
-        }
+        timed = ("_runtime", "_per_second")
+        row = {key: value for key, value in row.items() if key == "tokens_per_second" or not key.endswith(timed)}
         if skipped(kwargs.get("optimizer")):
             row.pop("grad_norm", None)  # loss scaling has left the step out, by design
         self.run.append_metrics(row)
@@ -78,7 +71,7 @@ class Recorder(TrainerCallback):
 
 
 class Proven(TrainerCallback):
-    """Follows what is trained (see `adapters.proof`). Sharded gradients (FSDP, DeepSpeed) are not looked at."""
+    """Follows what is trained (see `weight_check`). Sharded gradients (FSDP, DeepSpeed) are not looked at."""
 
     def __init__(self) -> None:
         self.proof: Proof | None = None
@@ -95,7 +88,7 @@ class Proven(TrainerCallback):
             check_scale(optimizer.scaler, state.global_step + 1)
             return
         self.steps += 1
-        if self.proof is not None and self.proof.watching:
+        if self.proof is not None:
             self.proof.look()
             self.proof.count(max(group["lr"] for group in optimizer.param_groups))
 

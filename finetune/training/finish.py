@@ -58,18 +58,11 @@ def finish(
     """
     trainable, total = parameter_counts(model)
     result = {
-        "stage": recipe.stage,
-        "status": "done",
-        "eval": {},
-        **outcome,
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-        "trained_tokens": counts["trained_tokens"],
-        "dropped_rows": counts["dropped"],
-        "data": counts,
-        "peak_memory_gb": round(peak_memory_gb(), 3),
-        "decisions": notes,
-    }
+        "stage": recipe.stage, "status": "done", "eval": {}, **outcome,
+        "trainable_parameters": trainable, "total_parameters": total,
+        "trained_tokens": counts["trained_tokens"], "dropped_rows": counts["dropped"], "data": counts,
+        "peak_memory_gb": round(peak_memory_gb(), 3), "decisions": notes,
+    }  # fmt: skip
     write_card(recipe, run, result, base)
     report.write(run, result)
     run.finish(result)

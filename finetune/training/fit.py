@@ -6,11 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    TrainerCallback,
-)
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 from finetune.adapters.methods import METHODS
 from finetune.errors import Interrupted, RunError
@@ -74,14 +70,11 @@ def fit(trainer: Any, run: Run, checkpoint: Path | None, inputs: dict[str, str])
         guard.restore()  # a trainer that raises calls no on_train_end
     return {
         "trained": proven.proof.finish() if proven.proof is not None and proven.proof.seen else None,
-        "train_loss": output.training_loss,
-        "steps": trainer.state.global_step,
-        "epochs": round(trainer.state.epoch or 0.0, 4),
+        "train_loss": output.training_loss, "steps": step, "epochs": round(trainer.state.epoch or 0.0, 4),
         "seconds": round(time.perf_counter() - trainer.begun, 2),
         "seen_tokens": int(trainer.state.num_input_tokens_seen or trainer._total_train_tokens),
-        "best_checkpoint": trainer.state.best_model_checkpoint,
-        "eval": held_out,
-    }
+        "best_checkpoint": trainer.state.best_model_checkpoint, "eval": held_out,
+    }  # fmt: skip
 
 
 def of_the_saved_weights(trainer: Any, run: Run) -> dict[str, float]:

@@ -1,9 +1,4 @@
-"""README.md beside weights: a model card in the hub's format, with nothing left to fill in.
-
-card(…)            the text for a run's weights
-merged_card(…)     the text for a merged model
-licence_of(base)   what the base's own card says
-"""
+"""README.md beside weights: a model card in the hub's format, with nothing left to fill in."""
 
 from __future__ import annotations
 
@@ -57,7 +52,7 @@ def card(
     head = {
         **({"base_model": name} if name else {}),
         **({"license": licence} if licence else {}),
-        **({"library_name": "peft"} if method != "full" else {"library_name": "transformers"}),
+        "library_name": "transformers" if method == "full" else "peft",
         "pipeline_tag": "text-classification" if stage == "reward" else "text-generation",
         "tags": ["ft", stage, method],
     }
@@ -170,13 +165,9 @@ def place_of(base: str, folder: Path) -> str:
 
 def _split(recipe: dict[str, Any]) -> str | None:
     split = recipe["data"].get("eval_split")
-    if not split:
-        return None
-    return (
-        f"{split:g} of the training data, by content"
-        if isinstance(split, float)
-        else f"{split:,} rows of the training data"
-    )
+    if isinstance(split, float):
+        return f"{split:g} of the training data, by content"
+    return f"{split:,} rows of the training data" if split else None
 
 
 def usage(

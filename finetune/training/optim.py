@@ -1,4 +1,4 @@
-"""The order of samples, the optimizers and the learning-rate schedules."""
+"""The optimizers and the learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -49,11 +49,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         adamw_lr = train.muon_adamw_learning_rate or train.learning_rate
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
-            self.parts.append(
-                torch.optim.Muon(
-                    matrices, lr=train.learning_rate, momentum=train.muon_momentum, weight_decay=train.weight_decay
-                )
-            )
+            rate, momentum, decay = train.learning_rate, train.muon_momentum, train.weight_decay
+            self.parts.append(torch.optim.Muon(matrices, lr=rate, momentum=momentum, weight_decay=decay))
         if others:
             betas = (train.adam_beta1, train.adam_beta2)
             self.parts.append(torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=0.0))

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from finetune.adapters.methods import METHODS, active
 from finetune.recipe.stages import Recipe
@@ -39,7 +37,7 @@ def documents_isolated(model: PreTrainedModel, ids: list[int]) -> bool:
 SHARED_TOKENS = "packing is off: documents in one row would share the virtual tokens and see each other"
 
 
-def pack_if_isolated(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, rows: Any) -> tuple[Any, str | None]:
+def pack_if_isolated(recipe: Recipe, model: PreTrainedModel, rows: Any) -> tuple[Any, str | None]:
     """(rows, packed if asked for and safe; one line saying why not)."""
     if not recipe.data.packing:
         return rows, None

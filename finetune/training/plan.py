@@ -89,6 +89,7 @@ def arguments(recipe: Recipe, run: Run, plan: Layout, hardware: Hardware, has_ev
     """transformers' TrainingArguments of a resolved recipe."""
     train = recipe.train
     steps = "steps" if train.eval_steps else "epoch"
+    keep_best, fused = train.load_best_model_at_end and has_eval, train.optim == "adamw" and hardware.device == "cuda"
     return {
         "output_dir": str(run.checkpoints),
         "per_device_train_batch_size": plan.rows_per_pass,
@@ -102,9 +103,7 @@ def arguments(recipe: Recipe, run: Run, plan: Layout, hardware: Hardware, has_ev
         "warmup_steps": warmup_steps(train, plan.total_steps),
         "max_grad_norm": train.max_grad_norm,
         "weight_decay": train.weight_decay,
-        "optim": "adamw_torch_fused"
-        if train.optim == "adamw" and hardware.device == "cuda"
-        else OPTIMIZERS[train.optim],
+        "optim": "adamw_torch_fused" if fused else OPTIMIZERS[train.optim],
         "adam_beta1": train.adam_beta1,
         "adam_beta2": train.adam_beta2,
         "neftune_noise_alpha": train.neftune_noise_alpha,
@@ -125,9 +124,9 @@ def arguments(recipe: Recipe, run: Run, plan: Layout, hardware: Hardware, has_ev
         "save_strategy": "steps" if train.save_steps else "epoch",
         "save_steps": train.save_steps or 500,
         "save_total_limit": None,  # `trainers.Extras` takes old ones away, once the new one is complete
-        "load_best_model_at_end": train.load_best_model_at_end and has_eval,
-        "metric_for_best_model": "eval_loss" if train.load_best_model_at_end and has_eval else None,
-        "greater_is_better": False if train.load_best_model_at_end and has_eval else None,
+        "load_best_model_at_end": keep_best,
+        "metric_for_best_model": "eval_loss" if keep_best else None,
+        "greater_is_better": False if keep_best else None,
         "remove_unused_columns": False,
         "disable_tqdm": True,
         "report_to": "none",

@@ -1,10 +1,5 @@
 """Learning from preferences: what DPO, KTO and reward models share, and the two losses without a reference.
 
-    simpo_loss, orpo_loss       pure functions of log-probabilities, tested against float64 values
-    PairCollator                pairs of token ids -> one batch, chosen rows first; ScoreCollator for reward models
-    with_other_answers(rows)    each row with the answer to another prompt, for KTO's KL term
-    stuck(rows)                 a loss that stands where it began, with the likely cause
-
 Everything else is trl's: DPOTrainer, KTOTrainer and RewardTrainer underneath.
 """
 
@@ -41,8 +36,7 @@ def orpo_loss(
 
     Hong et al. 2024 (arXiv:2403.07691), eq. 6 and 7: odds(y) = p / (1 - p) of the length-normalised likelihood p.
 
-    Args:
-        as simpo_loss.
+    Args: as simpo_loss.
     """
     a, b = chosen / chosen_length, rejected / rejected_length
     log_odds = _log_odds(a) - _log_odds(b)
@@ -84,15 +78,13 @@ class PairCollator:
 
 
 @dataclass
-class ScoreCollator:
+class ScoreCollator(PairCollator):
     """Rows of `data.pairs.load_pairs` -> input_ids, attention_mask of [2 x pairs, longest] and the margin wanted."""
 
-    pad_token_id: int
     margin: float = 0.0
-    pad_to_multiple_of: int = 1
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = PairCollator(self.pad_token_id, self.pad_to_multiple_of)(rows)
+        batch = super().__call__(rows)
         del batch["completion_mask"]
         return {**batch, "margin": torch.full((len(rows),), self.margin)}
 

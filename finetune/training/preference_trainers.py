@@ -1,9 +1,5 @@
 """trl's trainers for preferences, on rows of token ids; a step has one gradient however it is cut into passes.
 
-    Dpo      trl's objectives, an SFT term per answer, and two losses without a reference
-    Kto      a KL term that is measured on all rows of a step
-    Reward   scores of pairs
-
 The reference's log-probabilities are columns of the rows (`reference.add`); no model stands for it.
 """
 

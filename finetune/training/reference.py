@@ -1,8 +1,5 @@
 """Log-probabilities of the reference: of the policy as it stands before its first step.
 
-    add(trainer, recipe, base)    beside the rows of a new DPO or KTO trainer, as the columns that trl reads
-    as_measured(model, training)  for a pass without a gradient: nothing is dropped at random
-
 They are computed before a checkpoint is loaded, so a run that goes on has those that it began with. The one start that
 is no reference is a fresh soft prompt, which changes every answer: there it is the base without it.
 """
@@ -61,7 +58,7 @@ def key_of(recipe: DpoRecipe | KtoRecipe, base: Base) -> str:
 
 
 def add(trainer: Any, recipe: DpoRecipe | KtoRecipe, base: Base) -> None:
-    """Computed once per content and kept on disk. base: what the adapter sits on."""
+    """The columns that trl reads, computed once per content and kept on disk. base: what the adapter sits on."""
     key, folder, args = key_of(recipe, base), cache_folder() / "reference", trainer.args
     bare = base.model.adapter is None and active(trainer.model).virtual_tokens is not None
     with trainer.model.disable_adapter() if bare else nullcontext():

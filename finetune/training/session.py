@@ -122,9 +122,8 @@ class Session(Generic[AnyRecipe]):
         text = to_yaml(self.recipe)
         say(text if encodable(text) else yaml.safe_dump(yaml.safe_load(text), sort_keys=False), end="")
         counts, cut = self.rows.counts, self.layout
-        trained = (
-            f", {counts['trained_tokens']:,} trained tokens" if counts["trained_tokens"] else ""
-        )  # none in prompts
+        tokens = counts["trained_tokens"]  # none in prompts
+        trained = f", {tokens:,} trained tokens" if tokens else ""
         note(f"{counts['rows']:,} rows{trained}, {counts['dropped']} dropped")
         note(f"{cut.total_steps} {steps} of {cut.rows_per_pass} rows x {cut.accumulation} passes; nothing was written")
 
@@ -160,9 +159,7 @@ class Session(Generic[AnyRecipe]):
         summary(self.recipe, self.folder, weights, result, words)
 
 
-def prepare(
-    raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Base.open
-) -> Session[AnyRecipe]:  # fmt: skip
+def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Base.open) -> Session[AnyRecipe]:
     """UserError for what recipe, config.json and adapter can be wrong in, before rows are read.
 
     open_base: opens the recipe's model, for models that are new.

@@ -46,6 +46,10 @@ class Extras:
     args: Any
     accelerator: Any
     control: Any
+    state: Any
+    train_dataset: Any
+    callback_handler: Any
+    current_gradient_accumulation_steps: int
     batches: list[Any]
     """What was seen of each batch of held-out rows."""
     _metrics: dict[str, dict[str, list[float]]]
@@ -57,7 +61,7 @@ class Extras:
             super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
+        dataset = self.train_dataset if train_dataset is None else train_dataset
         columns = zip(*(dataset[name] for name in self.length_columns), strict=True)
         lengths = [max(len(ids) for ids in row) for row in columns]
         grouped = self.recipe_train.group_by_length and "seq_lengths" not in dataset.column_names
@@ -92,7 +96,7 @@ class Extras:
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if not self.model.training or isinstance(loss, tuple):
             return loss
-        return loss + adalora.penalty(self.model) / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        return loss + adalora.penalty(self.model) / self.current_gradient_accumulation_steps
 
     # --- checkpoints ---
 
@@ -103,23 +107,20 @@ class Extras:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Complete or not there; older ones go when it is there. RunError when there is nothing good to keep."""
-        folder = self._checkpoint(self.state.global_step)  # type: ignore[attr-defined]
-        check_finite(trained(self.model), f"at step {self.state.global_step}")  # type: ignore[attr-defined]
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        check_finite(trained(self.model), f"at step {self.state.global_step}")
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)  # what a kill or a damaged checkpoint has left
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         if self.args.should_save:
             save_state(self.model, folder)
-            best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
+            best = self.state.best_model_checkpoint
             complete(folder, inputs=self.inputs, counters=self._counters())
             rotate(folder.parent, self.recipe_train.save_total_limit, best and Path(best).name)
 
-    def _checkpoint(self, step: int) -> Path:
-        return Path(self.args.output_dir) / f"checkpoint-{step}"
-
     def _counters(self) -> dict[str, Any]:
         """What transformers and trl count in memory only."""
-        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
+        best = self.state.best_model_checkpoint
         return {
             "loss": self._total_loss_scalar, "loss_since": float(self._tr_loss),
             "logged_at": self._globalstep_last_logged, "tokens": self._total_train_tokens,
@@ -141,16 +142,15 @@ class Extras:
         for stopper, counter in zip(self._stoppers(), known["patience"], strict=False):
             stopper.early_stopping_patience_counter = counter
         best = known["best"] and Path(self.args.output_dir) / known["best"]  # the run may lie elsewhere now
-        self.state.best_model_checkpoint = str(best) if best and best.is_dir() else None  # type: ignore[attr-defined]
+        self.state.best_model_checkpoint = str(best) if best and best.is_dir() else None
 
     def _stoppers(self) -> list[Any]:
-        callbacks = self.callback_handler.callbacks  # type: ignore[attr-defined]
-        return [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
+        return [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing when all steps are taken: transformers looks only after one more."""
         patient = all(c.early_stopping_patience_counter < c.early_stopping_patience for c in self._stoppers())
-        if self.state.global_step < self.state.max_steps and patient:  # type: ignore[attr-defined]
+        if self.state.global_step < self.state.max_steps and patient:
             super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
         else:
             self.control.should_training_stop = True
@@ -160,7 +160,7 @@ class Extras:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
-        best = Path(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
+        best = Path(self.state.best_model_checkpoint)
         if (reason := damage(best)) is not None:
             raise RunError(f"the best checkpoint {best} is damaged: {reason}")
         if not load_state(self.model, best):

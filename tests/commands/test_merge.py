@@ -116,7 +116,7 @@ def test_a_wrong_merge_is_not_written(recipe: Recipe, tmp_path: Path, monkeypatc
     def forget_the_adapter(model: torch.nn.Module) -> torch.nn.Module:
         return model.unload()  # type: ignore[operator, no-any-return]
 
-    monkeypatch.setattr(merge, "merge_in_float32", forget_the_adapter)
+    monkeypatch.setattr(merge.merge, "merge_in_float32", forget_the_adapter)
     with pytest.raises(RunError, match="differs from base"):
         merged(run.path, tmp_path / "merged")
     assert [p.name for p in tmp_path.iterdir() if "merged" in p.name] == []
@@ -149,13 +149,13 @@ def round_twice(model: Any) -> None:
 def test_what_is_merged_is_what_was_proven(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutation: Callable[[Any], None], dtype: str
 ) -> None:
-    real = merge.merge_in_float32
+    real = merge.merge.merge_in_float32
 
     def wrong(model: Any) -> Any:
         mutation(model)
         return real(model)
 
-    monkeypatch.setattr(merge, "merge_in_float32", wrong)
+    monkeypatch.setattr(merge.merge, "merge_in_float32", wrong)
     with pytest.raises(RunError, match="differs from base"):
         merged(trained, tmp_path / "merged", dtype)
     assert not list(tmp_path.glob("merged*"))
@@ -337,7 +337,7 @@ def test_a_failed_merge_leaves_the_one_before(recipe: Recipe, tmp_path: Path, mo
         assert snapshot(tmp_path / "merged") == before
         raise RunError("differs")
 
-    monkeypatch.setattr(merge, "check_written", unproven)
+    monkeypatch.setattr(merge.merge, "check_written", unproven)
     with pytest.raises(RunError, match="differs"):
         merged(run.path, tmp_path / "merged", overwrite=True)
     assert snapshot(tmp_path / "merged") == before

@@ -29,7 +29,7 @@ from finetune.data.prompts import Prompt
 from finetune.data.types import Conversation
 from finetune.errors import Interrupted, RunError, UserError
 from finetune.evaluation.generation import decode
-from finetune.evaluation.rewards import RewardModel, score_rows
+from finetune.evaluation.rewards import RewardModel, score_rows, scored_reply
 from finetune.models import hardware
 from finetune.recipe.file import load
 from finetune.recipe.sections import DataConfig
@@ -180,7 +180,7 @@ def test_chatglm_replies_are_scored_before_their_end(
     def look(self: Ppo, *_: Any) -> dict[str, Any]:
         prompts, texts = self.prompts_of(0)[:2], ["no", "yes please"]
         turns = [[*p.messages, {"role": "assistant", "content": text}] for p, text in zip(prompts, texts, strict=True)]
-        ids = [reward_model.ids(Conversation(turn, None)) for turn in turns]
+        ids = [scored_reply(reward_model.encoder, Conversation(turn, None)) for turn in turns]
         assert not any(end in row for row in ids)
         stops = self.collector.stops
         assert len(stops) == 3

@@ -12,7 +12,7 @@ from conftest import make_tokenizer
 from finetune.data.prompts import Prompt
 from finetune.data.types import Conversation
 from finetune.errors import RunError, UserError
-from finetune.evaluation.rewards import RewardModel, checked, load_rule
+from finetune.evaluation.rewards import RewardModel, checked, load_rule, scored_reply
 from finetune.models import hardware
 
 
@@ -121,7 +121,8 @@ def test_stock_reward_models(stock: Path) -> None:
     rows, replies = [prompt("x"), prompt("a longer one")], ["yes", "no, not at all"]
     alone = [reward_model.score([p], [r])[0] for p, r in zip(rows, replies, strict=True)]
     assert reward_model.score(rows, replies) == pytest.approx(alone, abs=1e-5)
-    ids = reward_model.ids(Conversation([*rows[0].messages, {"role": "assistant", "content": "yes"}]))
+    asked = Conversation([*rows[0].messages, {"role": "assistant", "content": "yes"}])
+    ids = scored_reply(reward_model.encoder, asked)
     assert reward_model.encoder.tokenizer.decode(ids).endswith("<|im_start|>assistant\nyes<|im_end|>")
     assert torch.isfinite(torch.tensor(reward_model.score(rows[:1], [""]))).all(), "an empty reply has a score, too"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from chatglm_reference import CASES, FIXTURES, original_config, random_state, reference_logits, write_checkpoint
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GlmForCausalLM, GlmForSequenceClassification
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GlmForCausalLM
 
 from finetune.errors import UserError
 from finetune.models.chatglm.config import glm_config, read_config
@@ -392,17 +392,6 @@ def test_a_changed_config_is_used(tmp_path):
     config = glm_config(read_config(folder), folder)
     config.rope_parameters = {**config.rope_parameters, "rope_theta": 12345.0}
     assert load(folder, config, dtype=torch.float32).model.rotary_emb.config.rope_parameters["rope_theta"] == 12345.0
-
-
-def test_a_reward_model_takes_the_trunk_and_a_fresh_head(tmp_path):
-    folder = small(tmp_path)
-    config = glm_config(read_config(folder), folder)
-    config.num_labels = 1
-    model = load(folder, config, dtype=torch.float32, model_class=GlmForSequenceClassification)
-    assert type(model) is GlmForSequenceClassification
-    trunk, full = model.model.state_dict(), load(folder, dtype=torch.float32).model.state_dict()
-    assert all(torch.equal(trunk[name], full[name]) for name in full)
-    assert model.score.weight.shape == (1, 64)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -226,7 +226,6 @@ def test_every_meeting_of_adapter_and_base_is_checked(
 ) -> None:
     run = train(recipe(train={"max_steps": 1}))
     identity = read_identity(run.adapter)
-    assert identity is not None
     assert identity["base"] == str(base)
     assert identity["fingerprint"] == fingerprint(base)
     held_out = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])

@@ -127,4 +127,4 @@ def test_beta_follows_the_target() -> None:
 
 
 def test_last_token() -> None:
-    assert arithmetic.last_token(torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])).tolist() == [1, 0, 2]
+    assert arithmetic.last_real(torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])).tolist() == [1, 0, 2]

@@ -83,7 +83,7 @@ def test_every_reading_is_that_of_a_row_alone(model: Any, replies: Replies, meth
     whole = model if method is None else adapted(model, method)
     expected = one_by_one(whole.eval())
     head = torch.nn.Linear(64, 1)
-    sampling = Sampling(8, temperature=0.7)
+    sampling = Sampling(temperature=0.7, max_new_tokens=8)
     with torch.no_grad():
         logits = response_logits(whole, replies)
         found = log_probs(logits, replies.tokens, sampling)
@@ -142,7 +142,8 @@ def at(allowed: Support, row: int, position: int) -> set[int]:
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(4, 1.0, 5), Sampling(4, 0.8, 0, 0.6), Sampling(4, 1.3, 7, 0.5), Sampling(4, 1.0, 1)]
+    "sampling",
+    [Sampling(*drawn, max_new_tokens=4) for drawn in ((1.0, 5), (0.8, 0, 0.6), (1.3, 7, 0.5), (1.0, 1))],
 )
 def test_truncated_sampling_renormalises(sampling: Sampling) -> None:
     torch.manual_seed(0)
@@ -173,15 +174,16 @@ def test_a_token_outside_of_the_set_is_let_in() -> None:
     """Rounding may have sampled what is just outside by the second reckoning: its ratio must be finite."""
     logits = torch.tensor([[[3.0, 2.0, 1.0, 0.0]]])
     token = torch.tensor([[3]])
-    allowed = support(logits, token, Sampling(1, top_k=2))
+    allowed = support(logits, token, Sampling(top_k=2, max_new_tokens=1))
     assert allowed is not None
     assert at(allowed, 0, 0) == {0, 1, 3}
-    assert torch.isfinite(log_probs(logits, token, Sampling(1, top_k=2), allowed)).all()
-    assert support(logits, token, Sampling(1)) is None
+    assert torch.isfinite(log_probs(logits, token, Sampling(top_k=2, max_new_tokens=1), allowed)).all()
+    assert support(logits, token, Sampling(max_new_tokens=1)) is None
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(1), Sampling(1, 0.5), Sampling(1, 1.0, 4), Sampling(1, 1.0, 0, 0.6), Sampling(1, 0.7, 9, 0.8)]
+    "sampling",
+    [Sampling(*drawn, max_new_tokens=1) for drawn in ((), (0.5,), (1.0, 4), (1.0, 0, 0.6), (0.7, 9, 0.8))],
 )
 def test_samples_come_from_the_distribution(model: Any, sampling: Sampling) -> None:
     """Frequencies of the first token against the probabilities of those that temperature, top-k and top-p leave."""
@@ -200,7 +202,7 @@ def test_samples_come_from_the_distribution(model: Any, sampling: Sampling) -> N
 
 def test_only_the_recipe_says_how_to_sample(model: Any) -> None:
     """A repetition penalty of generation_config.json would make the sampled another distribution than the learned."""
-    sampling = Sampling(6)
+    sampling = Sampling(max_new_tokens=6)
 
     def drawn() -> list[list[int]]:
         torch.manual_seed(5)
@@ -215,6 +217,6 @@ def test_only_the_recipe_says_how_to_sample(model: Any) -> None:
 @pytest.mark.parametrize("method", [None, *SOFT])
 def test_generation_with_padding_is_that_of_a_row_alone(model: Any, method: str | None) -> None:
     whole = model if method is None else adapted(model, method)
-    together_, alone = (sample(whole, PROMPTS, Sampling(5, top_k=1), STOPS, 0, size) for size in (3, 1))
+    together_, alone = (sample(whole, PROMPTS, Sampling(top_k=1, max_new_tokens=5), STOPS, 0, size) for size in (3, 1))
     assert torch.equal(together_.ids, alone.ids)
     assert not whole.training

@@ -1,17 +1,13 @@
-"""What the project's own tuners share: how peft learns of them, and how it wraps a layer with them.
-
-add_type(name)                  a new member of peft's enum of methods
-register(name, config, tuner)   from then on PeftModel.from_pretrained and all the rest work on it
-WrappedLayer, Tuner             base classes, as peft asks for them
-"""
+"""What the project's own tuners share: how peft learns of them, and how it wraps a layer with them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.peft_types import PeftType, register_peft_method
+from peft.utils.peft_types import PeftType
 from torch import nn
 
 
@@ -29,8 +25,19 @@ def add_type(name: str) -> PeftType:
     return member
 
 
-def register(name: str, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
-    register_peft_method(name=name, config_cls=config, model_cls=tuner)
+@dataclass
+class TunerConfig(PeftConfig):
+    kind: ClassVar[PeftType]
+    target_modules: list[str] | str | None = field(default=None)
+    """The modules that are wrapped; those that the tuner chooses when unset."""
+    exclude_modules: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.kind
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # peft compares and saves sets
 
 
 class WrappedLayer(nn.Module, BaseTunerLayer):
@@ -73,15 +80,9 @@ class Tuner(BaseTuner):
         return peft_config
 
     def _create_and_replace(
-        self,
-        config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
+        self, config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str,
         **_: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, config)
             return

@@ -9,35 +9,24 @@ the bias itself, while the base stays as it is and quantized layers need no care
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.peft_types import register_peft_method
 from torch import nn
 
 from finetune.adapters.targets import find, is_linear, is_norm, linears
-from finetune.adapters.tuners.base import Tuner, WrappedLayer, add_type, register
+from finetune.adapters.tuners.base import Tuner, TunerConfig, WrappedLayer, add_type
 from finetune.errors import UserError
 from finetune.families import family
 from finetune.recipe.adapters import BitFitAdapter
 
-BITFIT = add_type("bitfit")
-
 
 @dataclass
-class BitFitConfig(PeftConfig):
-    target_modules: list[str] | str | None = field(default=None)
-    """Modules whose bias is trained; every existing bias when unset."""
-    exclude_modules: list[str] | str | None = field(default=None)
-    modules_to_save: list[str] | None = field(default=None)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = BITFIT
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # peft compares and saves sets
+class BitFitConfig(TunerConfig):
+    kind = add_type("bitfit")
 
 
 class BitFitLayer(WrappedLayer):
@@ -154,4 +143,4 @@ def fill_bias_slots(model: Any) -> None:
                     module.bias = empty_bias(module)
 
 
-register("bitfit", BitFitConfig, BitFitModel)
+register_peft_method(name="bitfit", config_cls=BitFitConfig, model_cls=BitFitModel)

@@ -13,19 +13,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft.utils.peft_types import register_peft_method
 from torch import nn
 from transformers.activations import ACT2FN
 
 from finetune.adapters.targets import sublayers
-from finetune.adapters.tuners.base import Tuner, WrappedLayer, add_type, register
+from finetune.adapters.tuners.base import Tuner, TunerConfig, WrappedLayer, add_type
 
-BOTTLENECK = add_type("bottleneck")
 VARIANTS = ("houlsby", "pfeiffer", "parallel")
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(TunerConfig):
+    kind = add_type("bottleneck")
     variant: str = field(default="houlsby")
     bottleneck_size: int = field(default=64)
     non_linearity: str = field(default="gelu")
@@ -33,20 +33,13 @@ class BottleneckConfig(PeftConfig):
     bottleneck_dropout: float = field(default=0.0)
     hidden_size: int | None = field(default=None)
     """The model's; filled in when the adapter is built."""
-    target_modules: list[str] | str | None = field(default=None)
-    """Wrapped modules; the variant's places when unset."""
-    exclude_modules: list[str] | str | None = field(default=None)
-    modules_to_save: list[str] | None = field(default=None)
     init_weights: bool = field(default=True)
     """Start as the base; False starts W_up at random (for tests)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = BOTTLENECK
         if self.variant not in VARIANTS:
             raise ValueError(f"variant {self.variant!r} is none of {', '.join(VARIANTS)}")
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # peft compares and saves sets
 
 
 class BottleneckLayer(WrappedLayer):
@@ -108,4 +101,4 @@ class BottleneckModel(Tuner):
         super()._pre_injection_hook(model, config, adapter_name)
 
 
-register("bottleneck", BottleneckConfig, BottleneckModel)
+register_peft_method(name="bottleneck", config_cls=BottleneckConfig, model_cls=BottleneckModel)

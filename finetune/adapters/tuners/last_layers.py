@@ -12,32 +12,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import dequantize_bnb_weight
+from peft.utils.peft_types import register_peft_method
 from torch import nn
 
 from finetune.adapters.targets import blocks, final_norm, leaves_with_weights
-from finetune.adapters.tuners.base import Tuner, WrappedLayer, add_type, register
+from finetune.adapters.tuners.base import Tuner, TunerConfig, WrappedLayer, add_type
 from finetune.errors import UserError
-
-LAST_LAYERS = add_type("last_layers")
 
 
 @dataclass
-class LastLayersConfig(PeftConfig):
+class LastLayersConfig(TunerConfig):
+    kind = add_type("last_layers")
     num_layers: int = field(default=2)
     norm: bool = field(default=True)
-    target_modules: list[str] | str | None = field(default=None)
-    """Copied modules; those of the last num_layers blocks (and the final norm) when unset."""
-    exclude_modules: list[str] | str | None = field(default=None)
-    modules_to_save: list[str] | None = field(default=None)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = LAST_LAYERS
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # peft compares and saves sets
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:
@@ -108,4 +97,4 @@ def modules_of(model: nn.Module, num_layers: int, norm: bool) -> list[str]:
     return [*names, final_norm(model)] if norm else names
 
 
-register("last_layers", LastLayersConfig, LastLayersModel)
+register_peft_method(name="last_layers", config_cls=LastLayersConfig, model_cls=LastLayersModel)

@@ -43,8 +43,7 @@ def measure(where: Path) -> dict[str, Any]:
     opened = Base.open(recipe.model, trained)
     encoder = opened.encoder  # as it was trained
     rows = held_out.load_eval_rows(recipe.eval.data, recipe.data)[: recipe.eval.limit]
-    asked = [evaluation.split_reference(row)[0] for row in rows[:PROMPTS]]
-    prompts = [encoder.prompt_ids(conversation.messages, conversation.tools) for conversation in asked]
+    prompts = [encoder.prompt_ids(row.asked, row.tools) for row in rows[:PROMPTS]]
 
     kind = getattr(torch, compute_dtype(recipe.model.dtype, machine))  # `auto` as training resolves it
     base = loading.load_model(recipe.model, kind, machine)

@@ -1,10 +1,5 @@
 """LoRA adapters between ChatGLM's original layout (`query_key_value`, `dense`, …) and the native one, exactly.
 
-    is_original_adapter(folder)                       was it made for the original layout?
-    convert_adapter_from_original(folder, config)     -> LoRA config, weights for GlmForCausalLM
-    adapter_for_glm(folder, config)                   the same, or None for one that was not
-    convert_adapter_to_original(folder, config)       -> LoRA config, weights for the published inference code
-
 To native: q, k and v share A and get their rows of B. To original: A is stacked and B block-diagonal, so rank and alpha
 of `query_key_value` grow threefold; where q, k and v share one A (an adapter that came from there) it stays one.
 `config` is the original config.json, which knows how the fused rows lie.

@@ -1,10 +1,4 @@
-"""What an original config.json of ChatGLM2, ChatGLM3 or GLM-4-9B means, as a GlmConfig; everything else is refused.
-
-glm_network(model, config)     config.json -> GlmConfig, with model.rope_scaling
-glm_config(config, name)       the same without, or a UserError with every reason against it
-rope_parameters(config, name)  the two readings of `rope_ratio`
-EXPRESSIBLE                    what may stand in config.json, and why nothing else may
-"""
+"""What an original config.json of ChatGLM2, ChatGLM3 or GLM-4-9B means, as a GlmConfig; everything else is refused."""
 
 from __future__ import annotations
 
@@ -137,10 +131,9 @@ def _rope_kind(config: Mapping[str, Any], name_or_path: str | Path) -> str:
     raise UserError(
         f"{config['rope_ratio']} is a larger RoPE base in ChatGLM3 and GLM-4 but interpolates positions in ChatGLM2, "
         "and neither `_name_or_path` nor the folder's name says which one this is",
-        path=name_or_path,
-        key="rope_ratio",
+        path=name_or_path, key="rope_ratio",
         fix="set model.rope_scaling to {rope_type: default} (ChatGLM3, GLM-4) or {rope_type: linear} (ChatGLM2)",
-    )
+    )  # fmt: skip
 
 
 WORDS = {2: ("chatglm2", "codegeex2"), 3: ("chatglm3",), 4: ("glm4", "codegeex4")}

@@ -1,8 +1,5 @@
 """From GlmForCausalLM back to ChatGLM's original layout.
 
-    export_original(model, source_config, out)   original names, config.json, inv_freq and tokenizer files
-    original_config(config)                      an original config.json for a model that never had one
-
 The stock checkpoint is what save_pretrained writes. LoRA adapters from one layout to the other: adapter.py.
 """
 
@@ -34,12 +31,9 @@ NETWORK = (
 
 
 def export_original(
-    model: PreTrainedModel,
-    source_config: Mapping[str, Any],
-    out: str | Path,
-    max_shard_size: int | str = "5GB",
+    model: PreTrainedModel, source_config: Mapping[str, Any], out: str | Path, max_shard_size: int | str = "5GB",
     source: str | Path | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write `model` (a plain GlmForCausalLM) in the original layout described by `source_config`.
 
     `source` is the folder of the original checkpoint: inv_freq, tokenizer.model and the published code are taken from

@@ -1,9 +1,5 @@
 """Fast tokenizers for ChatGLM2, ChatGLM3 and GLM-4-9B from their `tokenizer.model`, without the checkpoint's code.
 
-    load_original_tokenizer(model)  the tokenizer of a base, from wherever it lies
-    build_tokenizer(folder)     -> PreTrainedTokenizerFast; saved and loaded again by AutoTokenizer it is the same
-    glm_version(folder, …)      2, 3 or 4: the same tokenizer.model serves ChatGLM2 and ChatGLM3, their markers differ
-
 ChatGLM2/3: a sentencepiece BPE model with byte fallback. GLM-4: a tiktoken file (base64 token, rank per line).
 Text never becomes a control token (`split_special_tokens`): "philosophy" contains ChatGLM3's `sop`. Chat ids are built
 per segment in finetune/data/chat_glm.py; there is no Jinja template, which could not be exact.
@@ -80,11 +76,9 @@ def glm_version(folder: str | Path) -> int:
     if code.is_file():
         return 3 if "<|user|>" in code.read_text(encoding="utf-8") else 2
     raise UserError(
-        "nothing says whether this is ChatGLM2 or ChatGLM3, whose prompts differ",
-        path=folder,
-        key="_name_or_path",
+        "nothing says whether this is ChatGLM2 or ChatGLM3, whose prompts differ", path=folder, key="_name_or_path",
         fix='write "_name_or_path": "THUDM/chatglm3-6b" (or chatglm2-6b) into its config.json',
-    )
+    )  # fmt: skip
 
 
 def build_tokenizer(folder: str | Path, version: int | None = None) -> PreTrainedTokenizerFast:

@@ -1,15 +1,8 @@
 """ChatGLM2, ChatGLM3 and GLM-4-9B checkpoints in their original layout, loaded into transformers' own GlmForCausalLM.
 
-    load_original_weights(model, network)  weights renamed and split while they are read; nothing is converted on disk
-    load(folder, config, dtype=…)  the same from a folder
-    fetch(name, revision)          local folder of a hub id
-    Fused                          how q, k and v lie in the fused `query_key_value`
-    check_weights(folder, …)       names and shapes of all weights, from headers only
-
-The published checkpoints bring Python code that current transformers cannot run; it is never run here. The network is
-the one transformers ships for GLM-4: same blocks, same interleaved RoPE over half of each head, other names.
-config.json: config.py. Writing the original layout back: export.py, adapters made for it: adapter.py. The tokenizer:
-tokenizer.py.
+Weights are renamed and split while they are read; nothing is converted on disk. The published checkpoints bring Python
+code that current transformers cannot run; it is never run here. The network is the one transformers ships for GLM-4:
+same blocks, same interleaved RoPE over half of each head, other names.
 """
 
 from __future__ import annotations
@@ -21,7 +14,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from transformers import GlmConfig, GlmForCausalLM, PreTrainedModel
+from transformers import GlmConfig, GlmForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.utils import cached_file
@@ -119,17 +112,11 @@ def load_original_weights(model: ModelConfig, network: GlmConfig, **options: Any
 
 
 def load(
-    folder: str | Path,
-    config: GlmConfig | None = None,
-    *,
-    dtype: torch.dtype | str = "auto",
-    model_class: type[PreTrainedModel] = GlmForCausalLM,
-    **from_pretrained: Any,
+    folder: str | Path, config: GlmConfig | None = None, *, dtype: torch.dtype | str = "auto", **from_pretrained: Any
 ) -> Any:
-    """The checkpoint in `folder` (safetensors, or sharded .bin read with weights_only) as a stock `model_class`.
+    """The checkpoint in `folder` (safetensors, or sharded .bin read with weights_only) as a stock GlmForCausalLM.
 
-    quantization_config, device_map, attn_implementation … go to `from_pretrained`. With GlmForSequenceClassification
-    the output layer is left out and the fresh `score` is the only weight that may be missing.
+    quantization_config, device_map, attn_implementation … go to `from_pretrained`.
 
     Raises UserError when weights are missing, left over or of another shape, before the network is built.
     """
@@ -137,21 +124,18 @@ def load(
     config = config or glm_config(source, folder)
     fused = Fused.of(source)
     check_weights(folder, config, fused)
-    loading: Any = type(f"Original{model_class.__name__}", (model_class,), {
+    loading: Any = type("OriginalGlmForCausalLM", (GlmForCausalLM,), {
         "__module__": __name__, "_keys_to_ignore_on_load_unexpected": [r"rotary_pos_emb\.inv_freq$"],
     })  # fmt: skip
     register_checkpoint_conversion_mapping(loading.__name__, conversion(fused), overwrite=True)
     model, info = loading.from_pretrained(
         str(folder), config=config, dtype=dtype, weights_only=True, output_loading_info=True, **from_pretrained
     )
-    head = not hasattr(model, "lm_head")
-    wrong = (set(info["missing_keys"]) - ({"score.weight"} if head else set())) | set(info["mismatched_keys"])
-    wrong |= set(info["unexpected_keys"]) - ({"lm_head.weight"} if head else set())
-    if wrong:
+    if wrong := {*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]}:
         raise UserError(f"weights that did not arrive: {', '.join(map(str, sorted(wrong, key=str)))}", path=folder)
     # Stock from here on. Otherwise save_pretrained would write the original names under `model_type: glm`, which stock
     # transformers loads as random weights (save_original_format is on by default and replays `_weight_conversions`).
-    model.__class__ = model_class
+    model.__class__ = GlmForCausalLM
     del model._weight_conversions
     return model
 
