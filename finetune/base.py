@@ -1,10 +1,4 @@
-"""An open base: what is read of a model before its weights are, each once.
-
-base = Base.open(model)               config.json; UserError for what cannot be loaded
-base = Base.open(model, adapter)      with the chat template and the tokens that were trained with an adapter
-base.tokenizer, .encoder, .folder, .fingerprint, .skeleton     on first use
-base.load(dtype, machine)             the network, in eval mode, with the adapter on it
-"""
+"""An open base: what is read of a model before its weights are, each once."""
 
 from __future__ import annotations
 
@@ -37,6 +31,7 @@ class Base:
 
     @classmethod
     def open(cls, model: ModelConfig, adapter: Path | None = None) -> Base:
+        """With the chat template and tokens trained with the adapter. UserError for what cannot be loaded."""
         return cls(model, read_config(model), adapter)
 
     @property
@@ -70,5 +65,6 @@ class Base:
         return loading.skeleton(self.model)
 
     def load(self, dtype: torch.dtype, machine: Hardware) -> Any:
+        """The network, in eval mode, with the adapter on it."""
         network = loading.load_model(self.model, dtype, machine)
         return network if self.adapter is None else attach.attach_adapter(network, self.adapter, self.model)

@@ -1,8 +1,4 @@
-"""A part of a command in a process of its own, and the signals that stop both.
-
-run(…)          `python -m finetune …`, with the signals that come here passed on
-stopping()      the signals at which a run saves a checkpoint
-"""
+"""A part of a command in a process of its own, and the signals that stop both."""
 
 from __future__ import annotations
 

@@ -1,11 +1,5 @@
 """What is wrong with a command, found before torch is imported: a second instead of twenty.
 
-    recipe(…)             of a training command, with its output directory, models, adapters and rows
-    inputs(recipe)        whether everything that a recipe names is there
-    chat(…), evaluated(…), merged(…)
-                          the same for what a command is given
-    gpu_missing(…)        a warning, where a recipe's first line asks for a GPU and there is none
-
 What needs weights or a tokenizer is checked by the commands.
 """
 
@@ -26,7 +20,7 @@ from finetune.models.export import FORMATS
 from finetune.recipe.file import load
 from finetune.recipe.reading import find, recipe_text
 from finetune.recipe.resolve import Hardware, absolute_data, resolve
-from finetune.recipe.sections import ModelConfig
+from finetune.recipe.sections import ModelConfig, as_list
 from finetune.recipe.stages import RECIPES, ROWS, Recipe
 from finetune.run.directory import Run, read_recipe
 from finetune.run.guards import check_inputs, check_output
@@ -73,7 +67,7 @@ def recipe(
             check_resumable(resolve(found, Hardware()), ours)
 
     together(lambda: check_inputs(found, find(reference)) if overwrite else None, place, *checks_of(found))
-    if not endless(found.data.train):
+    if ENDLESS not in as_list(found.data.train):
         from finetune.data.audit import screen
 
         screen(found.data, ROWS[stage])
@@ -132,10 +126,6 @@ def reward_model(reference: str) -> None:
 def file(path: str | None, key: str, fix: str) -> None:
     if path is not None and not Path(path).is_file():
         raise UserError("no such file", path=path, key=key, fix=fix)
-
-
-def endless(data: Any) -> bool:
-    return ENDLESS in (data if isinstance(data, list) else [data])
 
 
 def rows(data: Any, key: str, held_out: bool = False) -> None:
@@ -239,15 +229,13 @@ def evaluated_one(name: str, model: str | None, is_adapter: bool, data: str | No
         there(ModelConfig(name=name))
 
 
-def merged(
-    adapter: str, target: Path, model: str | None, dtype: str | None, layout: str, overwrite: bool
-) -> None:  # fmt: skip
+def merged(adapter: str, target: Path, model: str | None, dtype: str | None, layout: str, overwrite: bool) -> None:
     """UserError for what is wrong with the arguments of `ft merge`."""
-
-    def inputs() -> None:
-        check_apart(target, adapter_and_base(adapter, model))
-
-    together(lambda: check_target(target, overwrite), lambda: check_options(dtype, layout), inputs)
+    together(
+        lambda: check_target(target, overwrite),
+        lambda: check_options(dtype, layout),
+        lambda: check_apart(target, adapter_and_base(adapter, model)),
+    )
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -268,7 +256,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not target.exists() or not any(target.iterdir()):
         return
     made = places.read_json(target / REPORT)
-    ours = "adapter" in made and isinstance(made.get("versions"), dict) and "ft" in made["versions"]
+    ours = "adapter" in made and places.made_by_ft(made)
     if not (ours and overwrite):
         fix = "choose another folder" + (", or --overwrite" if ours else "")
         raise UserError("already holds files", path=target, key="--output", fix=fix)

@@ -33,21 +33,11 @@ class Problem:
 
     def __str__(self) -> str:
         """One line: `path, row 3: key: message: fix`."""
-        where = []
-        if self.path is not None:
-            where.append(str(self.path))
-        if self.row is not None:
-            where.append(f"row {self.row}")
-        if self.line is not None:
-            where.append(f"line {self.line}")
-        parts = [", ".join(where)] if where else []
-        if self.key is not None:
-            parts.append(self.key)
-        parts.append(self.message)
-        text = ": ".join(parts)
-        if self.fix:
-            text += f" → {self.fix}"
-        return " ".join(text.split("\n")).strip()
+        shapes = (("{}", self.path), ("row {}", self.row), ("line {}", self.line))
+        where = [shape.format(value) for shape, value in shapes if value is not None]
+        parts = [*([", ".join(where)] if where else []), *([] if self.key is None else [self.key]), self.message]
+        text = ": ".join(parts) + (f" → {self.fix}" if self.fix else "")
+        return text.replace("\n", " ").strip()
 
 
 class FinetuneError(Exception):
@@ -104,9 +94,8 @@ def explained(error: BaseException) -> FinetuneError | None:
         return RunError("out of memory: use less data at once, or a machine with more")
     if isinstance(error, UnicodeError):
         name = getattr(error, "encoding", None) or "the expected encoding"
-        return UserError(
-            f"text that is not {name}", fix="save it as UTF-8; for pipes and terminals PYTHONIOENCODING=utf-8"
-        )
+        fix = "save it as UTF-8; for pipes and terminals PYTHONIOENCODING=utf-8"
+        return UserError(f"text that is not {name}", fix=fix)
     if isinstance(error, OSError) and error.errno is not None and error.errno not in FULL:
         where = error.filename if error.filename is not None else error.filename2
         path = os.fsdecode(where) if isinstance(where, str | bytes | os.PathLike) else None

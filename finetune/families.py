@@ -1,13 +1,4 @@
-"""Facts about model families, as data; no torch.
-
-FAMILIES              model_type of config.json -> Family: what is known to load, and how that was tested
-REFUSED               model_type -> Refused: what cannot be loaded, why, and what to use instead
-family(model_type)    its row; a model without one goes through the same door: own template, no quirks
-refused(config)       the row of REFUSED that a config.json belongs to
-refused_name(name)    the same for a hub id, before anything is downloaded
-
-docs/models.md and `ft models list` are made from these tables.
-"""
+"""Facts about model families, as data: docs/models.md and `ft models list` are made of them. No torch."""
 
 from __future__ import annotations
 
@@ -157,10 +148,12 @@ NAMES: dict[str, Refused] = {
 
 
 def family(model_type: str) -> Family:
+    """A model without a row goes through the same door: own template, no quirks."""
     return FAMILIES.get(model_type, Family(model_type))
 
 
 def refused(config: Mapping[str, Any]) -> Refused | None:
+    """The row of REFUSED that a config.json belongs to."""
     kind = str(config.get("model_type"))
     if kind == "chatglm" and ("position_encoding_2d" in config or "inner_hidden_size" in config):
         return CHATGLM1
@@ -175,5 +168,6 @@ def refused(config: Mapping[str, Any]) -> Refused | None:
 
 
 def refused_name(name: str) -> Refused | None:
+    """The same for a hub id, before anything is downloaded."""
     last = name.rstrip("/").rpartition("/")[2].lower()
     return next((row for pattern, row in NAMES.items() if re.match(pattern, last)), None)

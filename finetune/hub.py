@@ -1,10 +1,5 @@
 """The Hugging Face hub, asked once: whether it can be reached, and why it did not give what was asked for.
 
-    unreachable()          why it cannot be reached, found by one try; then this process only reads the cache
-    file(name, filename)   local path of one small file of a model
-    fetches(name)          whether its weights have yet to be downloaded
-    why(error)             (message, fix) for an error of a hub's client, ModelScope's too
-
 Settings are the hub client's own: HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 reads the cache and asks nobody.
 """
 

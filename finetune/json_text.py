@@ -1,9 +1,4 @@
-"""JSON as it is read from people's files: strict, and bounded.
-
-decode(text) -> value      ValueError for what is no JSON, NaN, a key that occurs twice, nesting beyond DEPTH
-too_deep(value)            whether lists and objects are nested beyond DEPTH
-same(a, b)                 equality of JSON values: true is not 1
-"""
+"""JSON as it is read from people's files: strict, and bounded."""
 
 from __future__ import annotations
 
@@ -38,7 +33,7 @@ DECODER = json.JSONDecoder(parse_constant=no_constant, parse_float=finite, objec
 
 
 def decode(text: str) -> Any:
-    """The value of a text that is one JSON value."""
+    """The value of a text that is one. ValueError for NaN, a key that occurs twice, and nesting beyond DEPTH, too."""
     try:
         value = DECODER.decode(text.strip())
     except RecursionError:
@@ -49,6 +44,7 @@ def decode(text: str) -> Any:
 
 
 def too_deep(value: Any, left: int = DEPTH) -> bool:
+    """Whether lists and objects are nested beyond DEPTH."""
     if isinstance(value, dict | list):
         return not left or any(too_deep(v, left - 1) for v in (value.values() if isinstance(value, dict) else value))
     return False

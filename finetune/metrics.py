@@ -1,13 +1,4 @@
-"""What `ft eval` measures, and the statistics beside it. No torch.
-
-METRICS                           one row each, for figures, intervals, tables and comparisons; a new metric is a row
-measure(kind, rows)               all figures of measured rows of a kind
-compared(kind, figures)           those in which models are compared row by row
-exact_match, json_fields          one prediction against one reference
-wilson                            95% interval of a share (Wilson 1927)
-ratio_interval                    95% interval of a loss per token
-paired                            difference of two systems on the same rows, with a bootstrap interval
-"""
+"""What `ft eval` measures, and the statistics beside it. No torch. A new metric is a row of METRICS."""
 
 from __future__ import annotations
 
@@ -62,7 +53,7 @@ def by_group(values: Sequence[T], groups: Sequence[str | None]) -> dict[str, lis
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """95% Wilson score interval of successes / n; stays inside [0, 1] and is honest at 0 and n."""
+    """95% Wilson (1927) score interval of successes / n; stays inside [0, 1] and is honest at 0 and n."""
     if n == 0:
         return 0.0, 1.0
     p, z2 = successes / n, Z95**2

@@ -1,11 +1,4 @@
-"""Where results go: nothing of the user's is replaced, inputs never are, links are never written through.
-
-check_folder(path, key)         UserError for a folder that cannot hold results, before any work is done
-check_file(path, key, ours)     the same for one file
-fresh(path)                     a new file for writing, under a name that nothing has
-built_beside(target, …)         a folder that appears whole, and only then takes the place of the one before
-as_umask(folder)                its files may be read by whom the umask says
-"""
+"""Where results go: nothing of the user's is replaced, inputs never are, links are never written through."""
 
 from __future__ import annotations
 
@@ -78,6 +71,11 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def made_by_ft(report: dict[str, Any]) -> bool:
+    """Whether a report names the version of ft that wrote it."""
+    return isinstance(report.get("versions"), dict) and "ft" in report["versions"]
 
 
 def json_with(*keys: str) -> Callable[[Path], bool]:

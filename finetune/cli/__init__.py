@@ -15,14 +15,12 @@ from finetune.cli.commands import app
 from finetune.errors import FinetuneError, UserError, explained, render, visible
 
 OTHER_COMMANDS = {
-    "train": "ft sft, ft pretrain, ft reward, ft dpo, ft kto or ft ppo",
-    "finetune": "ft sft, ft pretrain, ft reward, ft dpo, ft kto or ft ppo",
+    **dict.fromkeys(("train", "finetune"), "ft sft, ft pretrain, ft reward, ft dpo, ft kto or ft ppo"),
     "rlhf": "ft dpo, ft kto, ft reward or ft ppo",
     "rm": "ft reward",
     "export": "ft merge",
     "evaluate": "ft eval",
-    "infer": "ft chat, or ft eval for a file",
-    "inference": "ft chat, or ft eval for a file",
+    **dict.fromkeys(("infer", "inference"), "ft chat, or ft eval for a file"),
     "predict": "ft eval",
     "preprocess": "ft data check, or ft data preview",
     "env": "ft doctor",

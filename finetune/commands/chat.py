@@ -26,8 +26,6 @@ def run(
     max_new_tokens: int = 512,
 ) -> None:  # fmt: skip
     folder = sources.adapter_folder(adapter) if adapter else None
-    if model is None and folder is None:
-        raise UserError("no model to talk to", fix="give --model, or --adapter RUN")
     config = ModelConfig(name=str(model)) if folder is None else configs_of(folder, model)[1]
     if folder is not None:
         attach.check_adapter(folder, config)
@@ -57,7 +55,7 @@ def run(
         if line == "/reset":
             messages = list(start)
             continue
-        if line.startswith("/") and interactive and line in ("/help", "/?"):
+        if interactive and line in ("/help", "/?"):
             note(HELP)
             continue
         if not line:

@@ -17,8 +17,7 @@ from finetune.recipe.resolve import absolute_source
 from finetune.recipe.sections import DataConfig, ModelConfig
 from finetune.recipe.stages import ROWS
 from finetune.run.writing import write_atomically, write_json
-from finetune.terminal.progress import note, say, say_json
-from finetune.terminal.progress import output as output_console
+from finetune.terminal.progress import note, output, say, say_json
 
 WORST = 20  # problems of each level shown in the terminal; --json has them all
 
@@ -76,12 +75,10 @@ def preview(
         write_atomically(Path(html_file), views.as_html(shown, rows))
         note(f"written to {html_file}")
     if json_file is None and html_file is None:
-        coloured = (
-            output_console.is_terminal and not output_console.no_color and output_console.color_system is not None
-        )
+        coloured = output.is_terminal and not output.no_color and output.color_system is not None
         if not coloured:
             say(f"{'…'.join(views.MARKS)} is trained, the rest is only read · {encoder.origin}")
-        output_console.print(views.as_text(shown, rows, coloured), soft_wrap=True)
+        output.print(views.as_text(shown, rows, coloured), soft_wrap=True)
         if coloured:
             note(f"green is trained · {encoder.origin}")
 
@@ -171,4 +168,4 @@ def show(report: Any) -> None:
 
 def found(line: str, style: str | None = None) -> None:
     """One line of a report: a result, so it goes to stdout."""
-    output_console.print(visible(line), style=style, soft_wrap=True)
+    output.print(visible(line), style=style, soft_wrap=True)

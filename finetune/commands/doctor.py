@@ -18,8 +18,6 @@ EXTRAS = {
     "bitsandbytes": "8-bit optimizers",
     "modelscope": "models from ModelScope",
 }
-
-
 # What trains -> bytes per parameter of the base; a fifth of the memory is left to activations and the system.
 BYTES = {"LoRA on INT4": 0.7, "LoRA on bfloat16": 2.1, "all weights": 16.0}
 

@@ -49,12 +49,9 @@ def make_trainer(session: Session[DpoRecipe], model: Any) -> Dpo:
     """trl's DPOTrainer with the recipe's objective."""
     dpo, tokenizer = session.recipe.dpo, session.base.tokenizer
     config = DPOConfig(
-        **session.arguments(),
-        loss_type=["sigmoid" if dpo.loss_type in REFERENCE_FREE else dpo.loss_type],
-        beta=dpo.beta,
-        label_smoothing=dpo.label_smoothing,
-        max_length=None,
-    )
+        **session.arguments(), loss_type=["sigmoid" if dpo.loss_type in REFERENCE_FREE else dpo.loss_type],
+        beta=dpo.beta, label_smoothing=dpo.label_smoothing, max_length=None,
+    )  # fmt: skip
     trainer = Dpo(
         dpo=dpo,
         model=model,

@@ -197,9 +197,6 @@ def with_few_groups(held: HeldOut) -> HeldOut:
     if len(names) <= MOST_GROUPS:
         return held
     note(f"the column `group` has {len(names)} values, over {MOST_GROUPS}: metrics are given for all rows only")
-    rows = [row._replace(group=None, sample=without_group(row.sample)) for row in held.rows]
+    bare = [replace(s, group=None) if isinstance(s, Conversation) else s for s in (row.sample for row in held.rows)]
+    rows = [row._replace(group=None, sample=sample) for row, sample in zip(held.rows, bare, strict=True)]
     return replace(held, rows=rows)
-
-
-def without_group(sample: Any) -> Any:
-    return replace(sample, group=None) if isinstance(sample, Conversation) else sample

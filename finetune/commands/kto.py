@@ -52,12 +52,9 @@ def make_trainer(session: Session[KtoRecipe], model: Any) -> Kto:
     """trl's KTOTrainer with the recipe's objective."""
     kto, rows, seed = session.recipe.kto, session.rows, session.recipe.train.seed
     config = KTOConfig(
-        **session.arguments(),
-        beta=kto.beta,
-        desirable_weight=kto.desirable_weight,
-        undesirable_weight=kto.undesirable_weight,
-        max_length=None,
-    )
+        **session.arguments(), beta=kto.beta, desirable_weight=kto.desirable_weight,
+        undesirable_weight=kto.undesirable_weight, max_length=None,
+    )  # fmt: skip
     trainer = Kto(
         model=model,
         args=one_device(config),

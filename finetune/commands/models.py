@@ -6,7 +6,7 @@ from rich.table import Table
 
 from finetune.families import FAMILIES, NAMES, REFUSED, TESTED, Refused
 from finetune.resources import BUILTIN_MODELS
-from finetune.terminal.progress import output as console
+from finetune.terminal.progress import output
 
 HONEST = (
     "What never ran: no published weights of any family, on any machine, and no family on a GPU. Every figure is from "
@@ -14,8 +14,6 @@ HONEST = (
     "then that the model can copy a list it has just read (`model.sanity_check`): a wrong mapping shows in the first "
     "second."
 )
-
-
 SHOWN = {model_type: row for model_type, row in FAMILIES.items() if row.tested}
 
 
@@ -37,17 +35,17 @@ def show(*, markdown: bool = False) -> None:
         table.add_column(column, overflow="fold")
     for model_type, row in SHOWN.items():
         table.add_row(model_type, row.name, row.models, row.tested)
-    console.print(table)
-    console.print()
+    output.print(table)
+    output.print()
     for kind in kinds():
-        console.print(f"{kind:8} {TESTED[kind]}", soft_wrap=True)
+        output.print(f"{kind:8} {TESTED[kind]}", soft_wrap=True)
     rest = "any other causal language model of transformers goes through the same door, with the same checks"
-    console.print(f"\nnot tested: {rest}\n\n{HONEST}\n", soft_wrap=True)
-    console.print("refused:")
+    output.print(f"\nnot tested: {rest}\n\n{HONEST}\n", soft_wrap=True)
+    output.print("refused:")
     for refused in refusals():
-        console.print(f"  {refused.name}: {refused.why}; {refused.instead}", soft_wrap=True)
+        output.print(f"  {refused.name}: {refused.why}; {refused.instead}", soft_wrap=True)
     bases = ", ".join(sorted(path.parent.name for path in BUILTIN_MODELS.glob("*/config.json")))
-    console.print(f"\nbuilt-in bases: {bases or 'none'}")
+    output.print(f"\nbuilt-in bases: {bases or 'none'}")
 
 
 def document() -> str:

@@ -50,11 +50,10 @@ def run(raw: PpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         pairs.load_pairs(first.data, encoder, to_score=True)  # what is wrong with them is said now
     batch, per_epoch, total = rollouts(recipe, len(rows.train))
     check_schedule(recipe.train, total)
-    fewer = (
-        None if batch == recipe.train.effective_batch_size else f"{len(rows.train)} prompts: rollouts are of {batch}"
-    )
+    fewer = f"{len(rows.train)} prompts: rollouts are of {batch}"
     session.plan(
-        rows, longest=max(len(row.ids) for row in rows.train) + recipe.ppo.max_new_tokens, also=fewer,
+        rows, longest=max(len(row.ids) for row in rows.train) + recipe.ppo.max_new_tokens,
+        also=None if batch == recipe.train.effective_batch_size else fewer,
         cut=Layout(*batch_layout(*a_step(recipe), session.machine), per_epoch, total),
         updates=total * recipe.ppo.num_ppo_epochs * recipe.ppo.num_mini_batches,
     )  # fmt: skip

@@ -86,9 +86,8 @@ def tokenizer_of(model: PretrainModelConfig) -> Any:
     """Of a new model."""
     name = model.tokenizer
     if name is None:
-        raise UserError(
-            "is needed with model.config", key="model.tokenizer", fix=f"give a folder, a hub id or {text.WORLD}"
-        )
+        fix = f"give a folder, a hub id or {text.WORLD}"
+        raise UserError("is needed with model.config", key="model.tokenizer", fix=fix)
     if name == text.WORLD:
         with task("making the tokenizer", after=1.0):
             return tokenizers.build_tokenizer(_world_texts(), world.HAN)
@@ -106,13 +105,9 @@ def _world_texts() -> Iterator[str]:
 def new_model(recipe: PretrainRecipe, base: Base) -> Any:
     """A network with random weights that knows the tokenizer's ids."""
     tokenizer = base.tokenizer
-    ids = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    model = apply(loading.new_model({**ids, **base.config}, torch.float32), recipe.adapter)
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = {"vocab_size": len(tokenizer), **ids, **base.config}
+    model = apply(loading.new_model(config, torch.float32), recipe.adapter)
     initial.calm_residuals(model)
     return model
 

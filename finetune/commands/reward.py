@@ -48,11 +48,9 @@ def make_trainer(session: Session[RewardRecipe], model: Any) -> Reward:
     """trl's RewardTrainer with the recipe's objective."""
     reward, tokenizer = session.recipe.reward, session.base.tokenizer
     config = RewardConfig(
-        **session.arguments(),
-        center_rewards_coefficient=reward.center_rewards_coefficient,
-        disable_dropout=False,
+        **session.arguments(), center_rewards_coefficient=reward.center_rewards_coefficient, disable_dropout=False,
         max_length=None,
-    )
+    )  # fmt: skip
     trainer = Reward(
         model=model,
         args=one_device(config),

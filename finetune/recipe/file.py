@@ -1,9 +1,5 @@
 """Recipe files: read, override, check and write them.
 
-    load(reference, kind, overrides)    YAML + --set -> a checked recipe, or UserError with every problem at once
-    to_yaml(recipe)                     the resolved recipe as written into the run directory
-    schema()                            JSON schema of all stages
-
 Every problem names file, line, key and the fix; keys of other tools are recognised and translated.
 """
 
@@ -24,16 +20,14 @@ from finetune.recipe import effects
 from finetune.recipe.overrides import forget_other_method, forget_other_reward, override, unset
 from finetune.recipe.problems import KeyPath, as_path, explain, placed
 from finetune.recipe.reading import find, read
+from finetune.recipe.sections import as_list
 from finetune.recipe.stages import RECIPES, R, Recipe
 
 
 def check(
-    values: dict[str, Any],
-    stage: str | None,
-    path: Path | None = None,
-    lines: dict[KeyPath, int] | None = None,
+    values: dict[str, Any], stage: str | None, path: Path | None = None, lines: dict[KeyPath, int] | None = None,
     overridden: AbstractSet[KeyPath] = frozenset(),
-) -> Recipe:
+) -> Recipe:  # fmt: skip
     """Validate a mapping as the recipe of `stage`; UserError lists all problems."""
     problem = placed(path, lines or {}, overridden)
     named = values.get("stage")
@@ -82,9 +76,9 @@ def load(
         say: told what was left out of the file because of an override.
     """
     path = find(reference)
-    values, lines = read(path)
     more = [] if output is None else [f"output.dir={json.dumps(output)}"]
     stage = next((name for name, cls in RECIPES.items() if cls is kind), None)
+    values, lines = read(path)
     return with_settings(values, stage, [*overrides, *more], path, lines, say)
 
 
@@ -109,16 +103,14 @@ def with_settings(
         say(f"eval.data is still {recipe.eval.data}: for rows like yours --set eval.data=FILE, or null and "
             "--set data.eval_split=0.05")  # fmt: skip
     problem = placed(path, lines, overridden)
-    found = [problem(as_path(key), why, fix) for key, why, fix in effects.refused(recipe)]
-    if found:
+    if found := [problem(as_path(key), why, fix) for key, why, fix in effects.refused(recipe)]:
         raise UserError(sorted(found, key=lambda p: p.line or 0))
     return recipe
 
 
 def _other_task(recipe: Recipe) -> bool:
     """The held-out rows are shipped ones, and the training data is the user's own."""
-    given = recipe.data.train if isinstance(recipe.data.train, list) else [recipe.data.train]
-    paths = [source if isinstance(source, str) else source.path for source in given]
+    paths = [source if isinstance(source, str) else source.path for source in as_list(recipe.data.train)]
     return str(recipe.eval.data).startswith("builtin:") and not any(path.startswith("builtin:") for path in paths)
 
 

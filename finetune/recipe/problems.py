@@ -1,9 +1,4 @@
-"""What is wrong with a recipe, told with its place (a line, or --set), its key and the fix.
-
-explain(error, stage)       what pydantic found, in words
-suggest(key, …)             what to write instead of an unknown key
-placed(…)                   a maker of problems that knows where each key stands
-"""
+"""What is wrong with a recipe, told with its place (a line, or --set), its key and the fix."""
 
 from __future__ import annotations
 

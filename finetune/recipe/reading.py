@@ -1,9 +1,4 @@
-"""Where a recipe's text is found, and its YAML with the line of every key.
-
-find(reference)         a path, or the name of a shipped recipe
-read(path)              (values, {key: line}); UserError for what is no recipe's YAML
-parse_value(text)       one value, as on the command line
-"""
+"""Where a recipe's text is found, and its YAML with the line of every key."""
 
 from __future__ import annotations
 

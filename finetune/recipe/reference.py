@@ -1,9 +1,5 @@
 """The recipe's keys for people, out of the same classes that check recipes.
 
-    keys()            every key of every stage: values, default, what it does, where it applies
-    explain(name)     `ft recipes explain data.packing`, as lines
-    document()        docs/recipe.md
-
 Values, limits and defaults come from the JSON schema, the words from the docstrings in `recipe`.
 """
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from finetune.recipe.sections import OutputConfig, SourceConfig, TrainConfig
+from finetune.recipe.sections import OutputConfig, SourceConfig, TrainConfig, as_list
 from finetune.recipe.stages import PpoRecipe, R, Recipe, RewardSources
 
 
@@ -44,26 +44,18 @@ REMOTE = ("hub", "modelscope")
 
 def absolute_source(source: str | SourceConfig) -> str | SourceConfig:
     if isinstance(source, SourceConfig):
-        if source.source in REMOTE:
-            return source
-        return source.model_copy(update={"path": absolute_data(source.path)})
+        return source if source.source in REMOTE else source.model_copy(update={"path": absolute_data(source.path)})
     return absolute_data(source)
 
 
 def absolute_rewards(reward: RewardSources) -> RewardSources:
     """The same, found from any folder."""
-    sources = reward.train if isinstance(reward.train, list) else [] if reward.train is None else [reward.train]
     rules = [
         f"{absolute(file)}:{name}" if file else name  # without a function the rule is refused when it is loaded
         for file, _, name in (rule.rpartition(":") for rule in reward.functions)
     ]
-    return reward.model_copy(
-        update={
-            "train": [absolute_source(s) for s in sources] or None,
-            "model": reward.model and absolute(reward.model),
-            "functions": rules,
-        }
-    )
+    train, model = [absolute_source(s) for s in as_list(reward.train)], reward.model and absolute(reward.model)
+    return reward.model_copy(update={"train": train or None, "model": model, "functions": rules})
 
 
 def compute_dtype(wanted: str, hardware: Hardware) -> str:
@@ -92,7 +84,7 @@ def batch_layout(train: TrainConfig, max_length: int, hardware: Hardware) -> tup
         return train.per_device_train_batch_size, max(1, round(per_process / train.per_device_train_batch_size))
     if train.gradient_accumulation_steps:
         return max(1, round(per_process / train.gradient_accumulation_steps)), train.gradient_accumulation_steps
-    # Activations grow with tokens per pass; 512 tokens per GB is a cautious start that `ft plan` refines.
+    # Activations grow with tokens per pass; 512 tokens per GB is a cautious start.
     budget = max(4096, int(hardware.memory_gb * 512))
     limit = max(1, budget // max_length)
     micro = max(n for n in range(1, per_process + 1) if per_process % n == 0 and n <= limit)
@@ -100,44 +92,37 @@ def batch_layout(train: TrainConfig, max_length: int, hardware: Hardware) -> tup
 
 
 def resolve(recipe: R, hardware: Hardware) -> R:
-    """Fill in everything that depends on the machine. Pure; nothing changes a recipe afterwards.
+    """Fill in everything that depends on the machine.
 
     The result is complete: written to recipe.yaml and run again, it gives the same run from any folder.
     """
-    train, data = recipe.train, recipe.data
-    is_ppo = isinstance(recipe, PpoRecipe)
+    model, train, data = recipe.model, recipe.train, recipe.data
     micro, accumulation = batch_layout(*a_step(recipe), hardware)
     best = train.load_best_model_at_end or train.early_stopping_patience is not None
-    sources = data.train if isinstance(data.train, list) else [data.train]
+    evaluates = data.eval_split is not None and not isinstance(recipe, PpoRecipe)
+    places = {
+        "name": model.name if model.source in REMOTE else absolute(model.name),
+        "adapter": model.adapter and absolute(model.adapter),
+        "chat_template": model.chat_template and absolute(model.chat_template),
+        "offload_folder": model.offload_folder and absolute(model.offload_folder, exists_only=False),
+    }
+    steps = {
+        # How many samples a packed row holds is known only once they are packed.
+        "per_device_train_batch_size": train.per_device_train_batch_size if data.packing else micro,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps if data.packing else accumulation,
+        "per_device_eval_batch_size": (train.per_device_eval_batch_size or micro) if evaluates else None,
+        "gradient_checkpointing": (
+            hardware.device != "cpu" if train.gradient_checkpointing is None else train.gradient_checkpointing
+        ),
+        "load_best_model_at_end": best,
+        # The best model can only be kept where it was evaluated.
+        "save_steps": train.save_steps or (train.eval_steps if best else None),
+        "eval_steps": train.eval_steps or (train.save_steps if best else None),
+    }
     sections: dict[str, Any] = {
-        "model": recipe.model.model_copy(
-            update={
-                "name": recipe.model.name if recipe.model.source in REMOTE else absolute(recipe.model.name),
-                "adapter": recipe.model.adapter and absolute(recipe.model.adapter),
-                "chat_template": recipe.model.chat_template and absolute(recipe.model.chat_template),
-                "offload_folder": recipe.model.offload_folder
-                and absolute(recipe.model.offload_folder, exists_only=False),
-                "dtype": compute_dtype(recipe.model.dtype, hardware),
-            }
-        ),
-        "data": data.model_copy(update={"train": [absolute_source(s) for s in sources]}),
-        "train": train.model_copy(
-            update={
-                # How many samples a packed row holds is known only once they are packed.
-                "per_device_train_batch_size": train.per_device_train_batch_size if data.packing else micro,
-                "gradient_accumulation_steps": train.gradient_accumulation_steps if data.packing else accumulation,
-                "per_device_eval_batch_size": (
-                    None if is_ppo or data.eval_split is None else train.per_device_eval_batch_size or micro
-                ),
-                "gradient_checkpointing": (
-                    hardware.device != "cpu" if train.gradient_checkpointing is None else train.gradient_checkpointing
-                ),
-                "load_best_model_at_end": best,
-                # The best model can only be kept where it was evaluated.
-                "save_steps": train.save_steps or (train.eval_steps if best else None),
-                "eval_steps": train.eval_steps or (train.save_steps if best else None),
-            }
-        ),
+        "model": model.model_copy(update={**places, "dtype": compute_dtype(model.dtype, hardware)}),
+        "data": data.model_copy(update={"train": [absolute_source(s) for s in as_list(data.train)]}),
+        "train": train.model_copy(update=steps),
         "eval": recipe.eval.model_copy(update={"data": recipe.eval.data and absolute_data(recipe.eval.data)}),
         "output": OutputConfig(dir=absolute(recipe.output.dir, exists_only=False)),
     }

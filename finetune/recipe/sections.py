@@ -1,7 +1,4 @@
-"""The recipe: one strict, frozen pydantic class per stage, and `resolve`, which fills in what depends on the machine.
-
-    PretrainRecipe | SftRecipe | RewardRecipe | …           model, data, adapter, train, eval, output, the stage's own
-    RECIPES                     stage name -> class; `recipe.file.load` reads YAML into one of these
+"""The sections of a recipe that several stages have: strict, frozen pydantic classes.
 
 Field names are those of transformers, peft and trl. The docstring under a field is its only description: the JSON
 schema (`ft recipes schema`) is generated from it. Nothing here imports torch.
@@ -59,6 +56,11 @@ def _percent(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list as it is, [] for None, anything else in a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 Percent = BeforeValidator(_percent, json_schema_input_type=float | int | str | None)

@@ -35,20 +35,20 @@ class BaseRecipe(Section):
     """Where results go."""
     eval: EvalConfig = EvalConfig()
     """Held-out evaluation."""
+    stage: str
+    model: ModelConfig
+    """The base model."""
+    data: DataConfig
+    adapter: Adapter = LoraAdapter()
+    """What is trained."""
 
     @model_validator(mode="after")
     def _consistent(self) -> BaseRecipe:
         train = self.train
-        if train.max_steps is None and train.num_train_epochs <= 0:
-            raise ValueError("train.num_train_epochs: must be positive")
-        given = {
-            key: value
-            for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
-            if (value := getattr(train, key)) is not None
-        }
+        sizes = {key: getattr(train, key) for key in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+        given = {key: value for key, value in sizes.items() if value is not None}
         first, product = next(iter(given), None), math.prod(given.values())
-        data: DataConfig = getattr(self, "data")  # noqa: B009 (every stage has its own)
-        if data.packing:
+        if self.data.packing:
             if len(given) == 2:
                 what = "with data.packing a row holds several samples, and gradient_accumulation_steps with this size"
                 raise ValueError(f"train.{first}: {what} says nothing of effective_batch_size; give one of the three")
@@ -97,20 +97,14 @@ class PretrainRecipe(BaseRecipe):
 class SftRecipe(BaseRecipe):
     stage: Literal["sft"]
     """The command that runs this recipe."""
-    model: ModelConfig
-    """The base model."""
     data: DataConfig
     """Conversations."""
-    adapter: Adapter = LoraAdapter()
-    """What is trained."""
 
 
 DpoLoss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "discopop", "apo_zero", "apo_down", "sigmoid_norm", "simpo", "orpo",
 ]  # fmt: skip
-
-
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
 """The losses that dpo.label_smoothing changes."""
 REFERENCE_FREE = ("simpo", "orpo")
@@ -160,12 +154,8 @@ class KtoConfig(Section):
 class DpoRecipe(BaseRecipe):
     stage: Literal["dpo"]
     """The command that runs this recipe."""
-    model: ModelConfig
-    """The base model."""
     data: DataConfig
     """Preference pairs."""
-    adapter: Adapter = LoraAdapter()
-    """What is trained."""
     dpo: DpoConfig = DpoConfig()
     """The objective."""
 
@@ -173,12 +163,8 @@ class DpoRecipe(BaseRecipe):
 class KtoRecipe(BaseRecipe):
     stage: Literal["kto"]
     """The command that runs this recipe."""
-    model: ModelConfig
-    """The base model."""
     data: DataConfig
     """Answers with a label, good or bad."""
-    adapter: Adapter = LoraAdapter()
-    """What is trained."""
     kto: KtoConfig = KtoConfig()
     """The objective."""
 
@@ -296,8 +282,6 @@ class PpoRecipe(BaseRecipe):
     data: DataConfig
     """Prompts: rows of any format, whose answers are not used. In `train`, effective_batch_size is the number of
     prompts per rollout and max_steps the number of rollouts."""
-    adapter: Adapter = LoraAdapter()
-    """What is trained."""
     train: PpoTrainConfig = PpoTrainConfig()
     """Optimisation."""
     reward: RewardSources
@@ -327,13 +311,9 @@ class PpoRecipe(BaseRecipe):
 Recipe = PretrainRecipe | SftRecipe | RewardRecipe | DpoRecipe | KtoRecipe | PpoRecipe
 R = TypeVar("R", bound=Recipe)
 RECIPES: dict[str, type[Recipe]] = {
-    "pretrain": PretrainRecipe,
-    "sft": SftRecipe,
-    "reward": RewardRecipe,
-    "dpo": DpoRecipe,
-    "kto": KtoRecipe,
-    "ppo": PpoRecipe,
-}
+    "pretrain": PretrainRecipe, "sft": SftRecipe, "reward": RewardRecipe, "dpo": DpoRecipe,
+    "kto": KtoRecipe, "ppo": PpoRecipe,
+}  # fmt: skip
 ROWS = {
     "pretrain": "text", "sft": "sft", "reward": "preference", "dpo": "preference", "kto": "unpaired", "ppo": "prompts",
 }  # fmt: skip

@@ -8,7 +8,6 @@ result.json is written last and atomically, so a directory without it is unfinis
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,43 +30,17 @@ LOCK = ".lock"
 ASIDE = ".replaced"  # what --overwrite replaces, until the new run is finished
 
 
-@dataclass(frozen=True)
 class Run:
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapter, self.model, self.checkpoints = path / "adapter", path / "model", path / "checkpoints"
+        self.metrics, self.result = path / "metrics.jsonl", path / "result.json"
+        self.samples = path / "samples.jsonl"  # replies of PPO's rollouts
+        self.reward = path / "reward"  # the reward model that `ft ppo` trains first
 
     @classmethod
     def of(cls, recipe: Recipe) -> Run:
         return cls(Path(recipe.output.dir).expanduser())
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        """Replies of PPO's rollouts."""
-        return self.path / "samples.jsonl"
-
-    @property
-    def reward(self) -> Path:
-        """The reward model that `ft ppo` trains first."""
-        return self.path / "reward"
-
-    @property
-    def result(self) -> Path:
-        return self.path / "result.json"
 
     def complete_checkpoints(self) -> list[Path]:
         """Newest first."""
@@ -92,10 +65,8 @@ class Run:
                 return path
             reasons.append(reason)
         if found:
-            fix = "start again with --overwrite"
-            raise UserError(
-                [Problem(f"is damaged ({why})", path, fix=fix) for path, why in zip(found, reasons, strict=True)]
-            )
+            fix, damaged = "start again with --overwrite", zip(found, reasons, strict=True)
+            raise UserError([Problem(f"is damaged ({why})", path, fix=fix) for path, why in damaged])
         return None
 
     def append_metrics(self, row: dict[str, Any]) -> None:
@@ -121,11 +92,8 @@ def resumable(run: Run) -> bool:
 
 def versions() -> dict[str, str]:
     names = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "tokenizers")
-    return {
-        "ft": metadata.version("ft-recipes"),
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in names},
-    }
+    ours = {"ft": metadata.version("ft-recipes"), "python": platform.python_version()}
+    return {**ours, **{name: metadata.version(name) for name in names}}
 
 
 def read_recipe(run_path: Path) -> dict[str, Any] | None:

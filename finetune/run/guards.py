@@ -12,7 +12,7 @@ import yaml
 
 from finetune import places
 from finetune.errors import Problem, UserError
-from finetune.recipe.sections import SourceConfig
+from finetune.recipe.sections import SourceConfig, as_list
 from finetune.recipe.stages import Recipe
 from finetune.run.directory import ASIDE, CONTENTS, LOCK, MARK, Run, resumable
 
@@ -74,9 +74,7 @@ def is_ours(run: Run) -> bool:
     except (OSError, UnicodeError, yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError):
         return False
     result = places.read_json(run.result)
-    versions = result.get("versions")
-    done = result.get("stage") == stage and isinstance(versions, dict) and "ft" in versions
-    return done or (named and MARK in text)
+    return (result.get("stage") == stage and places.made_by_ft(result)) or (named and MARK in text)
 
 
 def check_ours(run: Run) -> None:
@@ -142,7 +140,7 @@ def data_inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key in DATA_KEYS:
         section, _, name = key.partition(".")
         value = getattr(getattr(recipe, section, None), name, None)
-        for source in value if isinstance(value, list) else [value]:
+        for source in as_list(value):
             text = source.path if isinstance(source, SourceConfig) else source
             if isinstance(text, str) and "\0" not in text:
                 yield key, text

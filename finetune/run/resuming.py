@@ -32,8 +32,8 @@ def to_start_again(
     dry_run: bool, recipe: Recipe | None,
 ) -> str:  # fmt: skip
     """The command of a run that was interrupted before it had a checkpoint, as it can be given now."""
-    begun = recipe is not None and not (resume or dry_run) and taken(Run.of(recipe))
-    flags = {"--resume": resume, "--overwrite": overwrite or bool(begun), "--dry-run": dry_run}
+    begun = recipe is not None and not (resume or dry_run) and taken(Run.of(recipe)) is not None
+    flags = {"--resume": resume, "--overwrite": overwrite or begun, "--dry-run": dry_run}
     given = [part for item in overrides for part in ("--set", item)] + (["--output", output] if output else [])
     return command(stage, "--recipe", reference, *given, *(name for name, wanted in flags.items() if wanted))
 
@@ -42,7 +42,6 @@ def check_resumable(recipe: Recipe, unknown: Collection[str] = ()) -> None:
     """UserError naming the keys in which `recipe` differs from the one that the unfinished run was started with.
 
     Keys and sections that are `unknown` so far are not compared.
-
     Where the checkpoint knows the content of what is read, a path may be another: see `check_unchanged`.
     """
     run = Run.of(recipe)

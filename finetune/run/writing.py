@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -25,13 +26,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def as_line(row: dict[str, Any]) -> str:
@@ -65,8 +62,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """JSON lines, all or none."""
-    lines = [json.dumps(strict(row), ensure_ascii=False, allow_nan=False) for row in rows]
-    write_atomically(path, "".join(f"{escaped(line)}\n" for line in lines))
+    write_atomically(path, "".join(f"{escaped(as_line(row).rstrip())}\n" for row in rows))
 
 
 def escaped(text: str) -> str:

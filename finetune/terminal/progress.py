@@ -1,11 +1,5 @@
 """What a person sees: notes, warnings and a bar on stderr, results on stdout.
 
-    note, warn, advise    a line on stderr
-    task(what, total)     what is being done and how far it is, on stderr
-    say, say_json, show   results on stdout: text, JSON, a table
-    command(…)            a command as it can be typed
-    settle_streams()      output for terminals that know fewer characters
-
 Nothing is markup here (a path may hold `[x]` or `:word:`), and control characters are shown, not obeyed.
 """
 
@@ -26,13 +20,7 @@ from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
@@ -45,20 +33,9 @@ output = Console(**PLAIN)
 
 # What we write ourselves, for terminals that lack it.
 ALIKE = {
-    "→": "->",
-    "…": "...",
-    "█": "#",
-    "·": "-",
-    "–": "-",
-    "—": "-",
-    "─": "-",
-    "═": "=",
-    "│": "|",
-    "×": "x",
-    "±": "+-",
-    "⟦": "[[",
-    "⟧": "]]",
-}
+    "→": "->", "…": "...", "█": "#", "·": "-", "–": "-", "—": "-", "─": "-", "═": "=", "│": "|", "×": "x", "±": "+-",
+    "⟦": "[[", "⟧": "]]",
+}  # fmt: skip
 
 
 def alike(error: UnicodeError) -> tuple[str, int]:
@@ -146,14 +123,10 @@ class Progress:
         self.begun = self.last = self.told = time.perf_counter()
         if console.is_terminal:
             self.bar = Bar(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}", markup=False),
-                TimeRemainingColumn(compact=True),
-                console=console,
-                expand=True,
-            )
+                TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}", markup=False), TimeRemainingColumn(compact=True),
+                console=console, expand=True,
+            )  # fmt: skip
             self.bar.start()
             self.task = self.bar.add_task(self.description, total=total, completed=done, status="")
 
@@ -205,11 +178,8 @@ class Progress:
             return
         taken = self.done - self.first
         left = (time.perf_counter() - self.begun) / taken * (self.total - self.done) if taken else 0.0
-        print(
-            f"step {row['step']}/{self.total}  " + "  ".join(parts) + f"  ETA {duration(left)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = "  ".join([f"step {row['step']}/{self.total}", *parts, f"ETA {duration(left)}"])
+        print(line, file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         if self.bar is not None:
@@ -236,18 +206,18 @@ def task(
         done += n
 
     def count() -> str:
-        return (
-            "" if total is None and not done else f"{done:,} {unit}" if total is None else f"{done:,}/{total:,} {unit}"
-        )
+        if total is None:
+            return f"{done:,} {unit}" if done else ""
+        return f"{done:,}/{total:,} {unit}"
 
     def left() -> str:
         taken = time.perf_counter() - begun
         return f"ETA {duration(taken / done * (total - done))}" if total and done else duration(taken)
 
     over = threading.Event()
+    first = what if total is None else f"{what} {total:,} {unit}"
 
     def tell() -> None:
-        first = f"{what}{f' {total:,} {unit}' if total is not None else ''}"
         if after and not over.wait(after):
             note(first)
         while not over.wait(QUIET):
@@ -268,7 +238,7 @@ def task(
                 yield advance
         return
     if not after:
-        note(f"{what}{f' {total:,} {unit}' if total is not None else ''}")
+        note(first)
     with beside(tell, over):
         yield advance
 
