@@ -12,7 +12,7 @@ from peft.tuners.ln_tuning.layer import LNTuningLayer
 from transformers import PreTrainedModel
 
 from finetune.adapters import lora_init, soft_prompts
-from finetune.adapters.methods import METHODS, of
+from finetune.adapters.methods import METHODS, active, of
 from finetune.adapters.targets import linear_names
 from finetune.errors import UserError
 from finetune.models.weight_files import read_json
@@ -66,7 +66,7 @@ def loads_trainable(folder: Path) -> bool:
 
 def prepare(adapted: Any) -> None:
     """What a fresh or a loaded adapter needs before training."""
-    soft_prompts.prepare(adapted)
+    soft_prompts.prepare(adapted, active(adapted).virtual_tokens)
     for module in adapted.modules():
         if isinstance(module, LNTuningLayer):  # its float32 weights make float32 of what comes in as bfloat16
             module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
@@ -81,5 +81,5 @@ def prepare(adapted: Any) -> None:
 
 def save(model: Any, folder: Path) -> None:
     """The adapter in PEFT's format; starts that rewrote the base become plain LoRA for the base as it was."""
-    model.save_pretrained(folder, selected_adapters=[model.active_adapter])  # not the frozen reference of DPO
+    model.save_pretrained(folder, selected_adapters=[model.active_adapter])  # no other role's of PPO
     lora_init.plain_lora(model, folder)

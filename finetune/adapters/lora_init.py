@@ -42,8 +42,8 @@ def start(model: Any, section: Any, folder: Path | None) -> None:
 def remember(model: Any) -> None:
     """Keep A0 and B0 (in main memory) with the model, for `plain_lora`.
 
-    peft's config forgets the start: whoever adds a second adapter of this config, as trl does for a reference, would
-    have the base rewritten once more, under the first adapter.
+    peft's config forgets the start: a second adapter of this config would have the base rewritten once more, under the
+    first one.
     """
     model.peft_config["default"].init_lora_weights = True
     state = {

@@ -145,6 +145,12 @@ def active(model: Any) -> Method:
     return METHODS["full"] if config is None else of(config.peft_type)
 
 
+def is_before_text(model: Any) -> bool:
+    """Whether left padding changes the answer: the padding would stand between virtual tokens and text, and shift
+    positions (huggingface/peft#1093). A prefix lives in the cache and has no such problem."""
+    return active(model).virtual_tokens == "embeddings"
+
+
 def without_head(section: Any) -> Any:
     """The section without the output head among what it trains whole."""
     return section.model_copy(update={"head": False}) if "head" in type(section).model_fields else section

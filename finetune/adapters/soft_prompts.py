@@ -10,17 +10,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from finetune.adapters.methods import active
 from finetune.errors import UserError
 from finetune.recipe.adapters import PrefixTuningAdapter, PromptTuningAdapter, PTuningAdapter
 
 SoftPrompt = PromptTuningAdapter | PTuningAdapter | PrefixTuningAdapter
-
-
-def is_before_text(model: Any) -> bool:
-    """Whether left padding changes the answer: the padding would stand between virtual tokens and text, and shift
-    positions (huggingface/peft#1093). A prefix lives in the cache and has no such problem."""
-    return active(model).virtual_tokens == "embeddings"
 
 
 def token_ids(section: SoftPrompt, kind: str, text: str | None, tokenizer: Any, vocabulary: int) -> torch.Tensor:
@@ -82,9 +75,11 @@ class ReadOnlyPrefix(DynamicCache):
         return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
 
 
-def prepare(model: Any) -> None:
-    """Let a loaded prompt be trained on, and prefix tuning under gradient checkpointing."""
-    where = active(model).virtual_tokens
+def prepare(model: Any, where: str | None) -> None:
+    """Let a loaded prompt be trained on, and prefix tuning under gradient checkpointing.
+
+    where: the method's `virtual_tokens`.
+    """
     if where is not None:
         model.prompt_encoder.requires_grad_(True)
     if where != "cache":

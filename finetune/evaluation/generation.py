@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from finetune import metrics
-from finetune.adapters.soft_prompts import is_before_text
+from finetune.adapters.methods import is_before_text
 from finetune.data.encoder import Encoder
 from finetune.data.types import Conversation
 from finetune.models.hardware import input_device

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from finetune.adapters.methods import active
-from finetune.adapters.soft_prompts import is_before_text
+from finetune.adapters.methods import active, is_before_text
 from finetune.evaluation.generation import Sampled, answer, batches, left_pad
 from finetune.models.hardware import input_device
 

@@ -33,9 +33,6 @@ def callbacks(recipe: Recipe, run: Run, has_eval: bool) -> list[TrainerCallback]
 
 def finish_setup(trainer: Any, recipe: Recipe) -> Any:
     """What a trainer of trl needs after it is made."""
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # trl casts those on quantized bases to bfloat16, where small updates round away
-            parameter.data = parameter.data.float()
     trainer.recipe, trainer.recipe_train = recipe, recipe.train
     trainer.loraplus_lr_ratio = getattr(recipe.adapter, "loraplus_lr_ratio", None)
     trainer.remove_callback(PrinterCallback)  # Recorder prints

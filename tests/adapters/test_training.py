@@ -13,7 +13,7 @@ import yaml
 from conftest import tensors, train
 from test_methods import make
 
-from finetune.adapters import compatibility, load, lora_init, methods, soft_prompts
+from finetune.adapters import compatibility, load, lora_init, methods
 from finetune.errors import UserError
 from finetune.evaluation.generation import batches
 from finetune.recipe import file, reading
@@ -85,7 +85,7 @@ def test_prompt_starts() -> None:
     section = PromptTuningAdapter(num_virtual_tokens=200, prompt_tuning_init="random")
     wide = load.apply(make("llama"), section).prompt_encoder["default"].embedding.weight.std().item()
     assert wide == pytest.approx(base.get_input_embeddings().weight.std().item(), rel=0.1)
-    assert soft_prompts.is_before_text(model)
+    assert methods.is_before_text(model)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
