@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune.run.UNKNOWN import opening
+from finetune.run import opening
 from run_kit import contents, finished, recipe
 
 from finetune.errors import RunError, UserError
