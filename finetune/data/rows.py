@@ -51,7 +51,8 @@ def divided(
     held, times = eval_mask(hashes, share), times_used(hashes, weights)
     times[held] = 0
     if len(held) and held.all():
-        raise UserError("every row is held out", key="data.eval_split", fix="hold out fewer rows")
+        what = f"every row is held out: {share:g} of {len(held):,}, and rows with one question stay together"
+        raise UserError(what, key="data.eval_split", fix="hold out fewer rows, or leave it out")
     if not times.any():
         raise UserError("no row is left to train on", key="data.train", fix="give more rows, or hold out fewer")
     return Rows(

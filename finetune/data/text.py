@@ -200,7 +200,8 @@ def split(texts: Iterable[str], share: float | int | None) -> tuple[list[str], I
     marks = hashes(first)
     mask = eval_mask(marks, share)
     if mask.all():
-        raise UserError("every text is held out", key="data.eval_split", fix="hold out fewer texts")
+        what = f"every text is held out: {share:g} of {len(first):,}"
+        raise UserError(what, key="data.eval_split", fix="hold out fewer texts, or leave it out")
     held = set(marks[mask].tolist())
     kept = [text for text, mark in zip(first, marks.tolist(), strict=True) if mark in held]
     return kept, (text for text in chain(first, stream) if Text(text).content_hash not in held)
