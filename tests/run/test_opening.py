@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune.run import opening
 from run_kit import contents, finished, recipe
 
 from finetune.errors import RunError, UserError
+from finetune.run import opening
 from finetune.run.directory import ASIDE
 from finetune.run.opening import open_run
 
