@@ -10,6 +10,7 @@ import torch
 from transformers import TextIteratorStreamer
 
 from finetune.base import Base
+from finetune.data.encoder import Encoder
 from finetune.errors import FinetuneError, RunError, UserError
 from finetune.evaluation.generation import Sampled, answer, not_followed, stop_ids
 from finetune.models import attach, hardware, sources
@@ -71,7 +72,7 @@ def run(
         messages = [*asked, {"role": "assistant", "content": text}]
 
 
-def reply(model: Any, encoder: Any, prompt: list[int], temperature: float, max_new_tokens: int) -> str:
+def reply(model: Any, encoder: Encoder, prompt: list[int], temperature: float, max_new_tokens: int) -> str:
     """Stream one answer to stdout; Ctrl-C ends the answer, not the conversation. RunError when the model fails."""
     stop = StopFlag()
     streamer = TextIteratorStreamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)

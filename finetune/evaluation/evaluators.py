@@ -130,10 +130,12 @@ def text(
 def scores(name: str, model: RewardModel, rows: Sequence[HeldRow], max_length: int | None) -> Evaluation:
     """How often a reward model scores the chosen answer higher, for all pairs and each group of them, and by how much
     on average."""
+    assert model.encoder is not None, "a run of ft reward has a causal base"
+    encoder = model.encoder
 
     def ids(row: HeldRow) -> list[list[int]]:
         both = row.sample.conversations()
-        return [scored_reply(model.encoder, both[side], max_length) for side in ("chosen", "rejected")]
+        return [scored_reply(encoder, both[side], max_length) for side in ("chosen", "rejected")]
 
     read = [ids(row) for row in rows]
     kept = [i for i, (chosen, rejected) in enumerate(read) if chosen != rejected]

@@ -174,7 +174,7 @@ class RewardModel:
     name: str
     model: Any
     tokenizer: Any
-    encoder: Any
+    encoder: Encoder | None
     """None for encoders (BERT and its kin), which have no chat template and read a prompt and a reply as two texts."""
 
     @classmethod

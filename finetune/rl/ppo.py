@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.data.encoder import Encoder
 from finetune.data.prompts import Prompt
 from finetune.errors import Interrupted, RunError
 from finetune.evaluation.generation import seeded
@@ -59,7 +60,7 @@ def rollouts(recipe: PpoRecipe, prompts: int) -> tuple[int, int, int]:
 class Ppo:
     recipe: PpoRecipe
     models: PpoModels
-    encoder: Any
+    encoder: Encoder
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt] = ()
     rules: Mapping[str, Scorer]

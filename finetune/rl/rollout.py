@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from finetune.data.encoder import Encoder
 from finetune.data.prompts import Prompt
 from finetune.errors import RunError
 from finetune.evaluation.generation import decode, stop_ids
@@ -54,7 +54,13 @@ class Rollout:
 
 class Collector:
     def __init__(
-        self, recipe: PpoRecipe, models: PpoModels, encoder: Any, rules: Mapping[str, Scorer], minibatch: int, rows: int
+        self,
+        recipe: PpoRecipe,
+        models: PpoModels,
+        encoder: Encoder,
+        rules: Mapping[str, Scorer],
+        minibatch: int,
+        rows: int,
     ) -> None:
         """rules: by name, beside the reward model of `models`. minibatch: replies of an optimizer step; rows: of a
         forward pass."""

@@ -26,6 +26,7 @@ from finetune.adapters.compatibility import AnyRecipe
 from finetune.adapters.load import adapter_config
 from finetune.adapters.methods import check, check_targets
 from finetune.base import Base
+from finetune.data.rows import Rows
 from finetune.errors import RunError
 from finetune.models import attach, hardware, loading, sources
 from finetune.models.quantization import is_held_quantized
@@ -54,8 +55,7 @@ class Session(Generic[AnyRecipe]):
     base: Base
     machine: Hardware
     resume: bool
-    rows: Any = None
-    """What a loader of data/ gives: `train`, `eval`, `counts`, `warnings`."""
+    rows: Rows = field(init=False)
     layout: Layout = field(default_factory=lambda: Layout(0, 0, 0, 0))
     notes: list[str] = field(default_factory=list)
     """What was found and did not stop the run; they go to result.json."""
@@ -69,7 +69,7 @@ class Session(Generic[AnyRecipe]):
         return None if self.recipe.stage == "pretrain" else self.base.encoder.template
 
     def plan(
-        self, rows: Any, longest: int, cut: Layout | None = None, updates: int | None = None, also: str | None = None
+        self, rows: Rows, longest: int, cut: Layout | None = None, updates: int | None = None, also: str | None = None
     ) -> None:
         """How the rows are cut into steps. UserError for a schedule that does not fit them, or rows too long.
 
@@ -96,7 +96,7 @@ class Session(Generic[AnyRecipe]):
 
     @property
     def has_eval(self) -> bool:
-        return getattr(self.rows, "eval", None) is not None
+        return self.rows.eval is not None
 
     def arguments(self) -> dict[str, Any]:
         return arguments(self.recipe, self.folder, self.layout, self.machine, self.has_eval)

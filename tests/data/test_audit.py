@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import random
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from chat_kit import assistant, encoder, make_rows, system, user, write
 
-from finetune.data import audit, fix, leakage
+from finetune.data import audit, fix
 from finetune.errors import UserError
 from finetune.recipe.sections import DataConfig
 
@@ -160,27 +159,6 @@ def test_held_out_rows_have_the_columns_of_the_training_rows(tmp_path: Path) -> 
     train, held = (write(tmp_path / f"{name}.jsonl", rows) for name in ("train", "held"))
     result = report(train, eval_data=held, columns={"prompt": "ask", "completion": "say"})
     assert result.counts["leaked"] == 1
-
-
-def test_rows_that_only_share_a_pattern_are_no_leak() -> None:
-    r = random.Random(0)
-
-    def prompt() -> str:
-        name = "".join(r.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(9))
-        order, place = r.randrange(10**9), f"{name[::-1]} street {r.randrange(99)}"
-        return f"Customer {name} wrote about order {order}: the parcel to {place} is late."
-
-    index = leakage.Index([prompt() for _ in range(300)])
-    assert index.search([prompt() for _ in range(300)]) == []
-
-
-def test_leakage_in_batches_is_the_same_as_one_by_one() -> None:
-    r = random.Random(1)
-    texts = ["".join(r.choice("abcdef gh") for _ in range(r.randint(1, 300))) for _ in range(200)]
-    index = leakage.Index(texts[:50])
-    together = index.search(texts)
-    assert together[:50] == [(i, i, 1.0) for i in range(50)]
-    assert together == [(i, match, share) for i, t in enumerate(texts) for _, match, share in index.search([t])]
 
 
 def test_many_problems_are_counted_but_not_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from finetune.adapters import compatibility
 from finetune.adapters.load import adapter_config, loads_trainable, prepare
 from finetune.base import Base
 from finetune.data import held_out
+from finetune.data.encoder import Encoder
 from finetune.errors import UserError
 from finetune.evaluation import generation as evaluation
 from finetune.models import attach, hardware, loading
@@ -90,7 +91,7 @@ def now(model: Any) -> float:
     return time.perf_counter()
 
 
-def seconds_per_token(model: Any, encoder: Any, prompts: list[list[int]]) -> float:
+def seconds_per_token(model: Any, encoder: Encoder, prompts: list[list[int]]) -> float:
     """Seconds per generated token, the best of some rounds after one to warm up; every row writes as many."""
     ids, mask = evaluation.left_pad(prompts, encoder.tokenizer.pad_token_id, model.device)
     model.eval()
