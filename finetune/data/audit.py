@@ -170,6 +170,11 @@ class Audit:
                     fix = "set data.train_on: last, or give each turn a row of its own"
                 raise RowProblem("lost_content", f"the chat template leaves out {what}, which would be trained", fix)
         self.left_out(item, [what for what, _ in found])
+        for turn in sorted({turn for row in encoded.values() for turn in row.unprompted}):
+            what = (
+                f"turn {turn + 1} does not begin as the prompt for it does: the model is asked otherwise than trained"
+            )
+            self.notes.warn(item, "other_prompt", what)
         assert self.encoder is not None
         if self.encoder.template is not None and self.config.train_on != "all":
             for finding in dict.fromkeys(f for c in part.values() for f in checks.trained_in_vain(c.messages)):

@@ -32,9 +32,10 @@ class Plan:
     mark: str | None
     """The character that marks written-out control tokens in text."""
     everything: bool
-    closing: float | None
-    """Weight of the last reply, where the template writes no end of turn after it."""
+    closing: tuple[str, float] | None
+    """What ends the last reply and its weight, where the template writes no end of turn after it."""
     lost: tuple[tuple[str, bool], ...]
+    unprompted: tuple[int, ...]
 
 
 def make_encoder(tokenizer: Any, family: Any = None) -> Encoder:
@@ -65,12 +66,16 @@ class TemplateEncoder:
         self.notice = None if tokenizer.chat_template else f"chat format: {self.origin}"
         self.variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self.guard = Guard(tokenizer)
-        self.shows_tools, self.shows_calls, self.shows_results = templates.expresses(
-            self.template, tuple(sorted((k, v) for k, v in self.variables.items() if isinstance(v, str)))
-        )
-        self.end_tokens, self.stop_ids = self._ends()
+        known = tuple(sorted((k, v) for k, v in self.variables.items() if isinstance(v, str)))
+        self.shows_tools, self.shows_calls, self.shows_results = templates.expresses(self.template, known)
+        self.text_arguments = templates.wants_text(self.template, known)
+        self.end_tokens, self.call_end = self._ends()
+        ids = [tokenizer.convert_tokens_to_ids(token) for token in self.end_tokens]
+        self.stop_ids: list[int] = [i for i in ids if i is not None]
         annotated = templates.annotated(self.template, self.variables)
-        self.spans = Spans(self.template, annotated, self.variables, self.end_tokens, tokenizer.eos_token)
+        self.spans = Spans(
+            self.template, annotated, self.variables, self.end_tokens, tokenizer.eos_token, self.guard.all_added
+        )
         self.end_id = self.stop_ids[0] if self.stop_ids else None
         self.markers = self._markers()
         self.losses = shown.Losses(self._shown, shown.tags_of(self.template))
@@ -142,12 +147,15 @@ class TemplateEncoder:
         messages, tools, content, mark = self._guarded(messages, tools)
         text, spans = self.spans.of(messages, tools, content, weights)
         last = len(messages) - 1
-        unfinished = last in spans and not text[: spans[last][1]].endswith(self.end_tokens)
-        closing = weights[last] if unfinished else None
+        closing = None
+        if self.end_tokens and last in spans and not text[: spans[last][1]].endswith(self.end_tokens):
+            closing = self.call_end if "tool_calls" in messages[last] else self.end_tokens[0], weights[last]
         ranges = [(*spans[i], weights[i]) for i in sorted(spans)]
         if train_on == "all" and any(from_tool(m) for m in messages):
             ranges += [(start, end, 0.0) for start, end in self.spans.tool_output(text, messages, tools, content)]
-        return Plan(text, ranges, mark, train_on == "all", closing, shown.told(lost, trained))
+        otherwise = self.spans.prompted_otherwise(text, messages, tools)
+        unprompted = tuple([i for i in sorted(spans) if weights[i] and i in otherwise])
+        return Plan(text, ranges, mark, train_on == "all", closing, shown.told(lost, trained), unprompted)
 
     # --- steps ---
 
@@ -158,6 +166,8 @@ class TemplateEncoder:
         """Tools as text where the template would leave them out silently."""
         if not tools and not any("tool_calls" in m or m["role"] == "tool" for m in messages):
             return messages, None
+        if self.text_arguments:
+            messages = templates.arguments_as_text(messages)
         return templates.tools_as_text(messages, tools, self.shows_tools, self.shows_calls, self.shows_results)
 
     def _guarded(self, messages: list[Message], tools: Any) -> tuple[list[Message], Any, str, str | None]:
@@ -198,14 +208,15 @@ class TemplateEncoder:
             labels[a:b] = ids[a:b] if weight else [IGNORED] * (b - a)
             if weights is not None:
                 weights[a:b] = [weight] * (b - a)
-        if plan.closing is not None and self.tokenizer.eos_token_id is not None:
+        if plan.closing is not None:
             # Without an end the model would never learn to stop.
-            end = self.tokenizer.eos_token_id
-            ids, labels = [*ids, end], [*labels, end if plan.closing else IGNORED]
+            token, weight = plan.closing
+            end = self.tokenizer.convert_tokens_to_ids(token)
+            ids, labels = [*ids, end], [*labels, end if weight else IGNORED]
             if weights is not None:
-                weights.append(plan.closing)
+                weights.append(weight)
         check_embedded(self.tokenizer, ids)
-        return Encoded(ids, labels, weights, plan.lost)
+        return Encoded(ids, labels, weights, plan.lost, plan.unprompted)
 
     def _markers(self) -> re.Pattern[str] | None:
         """The turn markers that the template writes as plain text."""
@@ -213,18 +224,41 @@ class TemplateEncoder:
         found = {hit for text in texts for hit in MARKER.findall(self.guard.all_added.sub(" ", text))}
         return control_tokens.pattern(found) if found else None
 
-    def _ends(self) -> tuple[tuple[str, ...], list[int]]:
-        """(the strings that end an assistant turn, the ids that stop generation)."""
-        tokenizer = self.tokenizer
-        probe = [templates.turn("user", "u"), templates.turn("assistant", "probe-reply")]
-        text = templates.attempt(self.template, probe, None, self.variables) or ""
-        tail = text.partition("probe-reply")[2]
-        hit = self.guard.control.search(tail)
-        ends = [hit[0]] if hit else []
-        if tokenizer.eos_token and tokenizer.eos_token not in ends:
-            ends.append(tokenizer.eos_token)
-        ids = [tokenizer.convert_tokens_to_ids(token) for token in ends]
-        return tuple(ends), [i for i in ids if i is not None]
+    def _ends(self) -> tuple[tuple[str, ...], str]:
+        """(the strings that end an assistant turn, that of a plain reply first; the one that ends a call)."""
+
+        def rendered(*messages: Message) -> str:
+            return self._shown(list(messages), None) or ""
+
+        def run(text: str) -> list[str]:
+            """The first control tokens in `text` with nothing between them, up to one that begins a text."""
+            found: list[str] = []
+            hit = self.guard.control.search(text)
+            while hit and hit[0] not in begins:
+                found.append(hit[0])
+                hit = self.guard.control.match(text, hit.end())
+            return found
+
+        begins = {self.tokenizer.bos_token} - {self.tokenizer.eos_token}
+        asked, reply = templates.turn("user", "u"), templates.turn("assistant", "probe-reply")
+        closing = run(rendered(asked, reply).partition("probe-reply")[2])
+        further = rendered(asked, reply, templates.turn("user", "probe-next"))
+        following = run(further.partition("probe-reply")[2].partition("probe-next")[0])
+        # An end of several tokens is written after every turn; what only follows the last one ends the text. Where
+        # nothing ends a turn, the next one's beginning does (GLM).
+        both = [a for a, b in zip(closing, following, strict=False) if a == b]
+        ends = both[-1:] or closing[:1] or following[:1]
+        call_ends = ends
+        if self.shows_calls:
+            call = templates.turn("assistant", "", tool_calls=[templates.CALL])
+            called = rendered(asked, call)
+            tail = called.rpartition("probe_key")[2].rstrip()
+            written = [hit[0] for hit in self.guard.control.finditer(tail) if hit.end() == len(tail)]
+            answered = rendered(asked, call, templates.turn("tool", "probe-next"))
+            if not any(end in tail for end in ends):
+                call_ends = written or run(answered.removeprefix(called).partition("probe-next")[0])[:1] or ends
+        eos = [self.tokenizer.eos_token] if self.tokenizer.eos_token else []
+        return tuple(dict.fromkeys([*ends, *call_ends, *eos])), (call_ends or eos or [""])[0]
 
 
 MARKER = re.compile(r"\[/?[A-Z_]{3,}\]|<</?SYS>>|\[\|\w+\|\]:?|<\|\w+\|>|</?(?:start|end)_of_turn>|<reserved_\d+>")

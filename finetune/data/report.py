@@ -69,6 +69,7 @@ FOUND = {
     "empty_file": "files are empty",
     "control_token": "rows with control tokens in content (trained as plain text)",
     "same_question": "rows whose question is in the held-out data, under another system turn",
+    "other_prompt": "rows with a reply that the chat template's prompt does not open (docs/data.md, What is trained)",
 }
 NAMED = {"unread_key": "keys that are not read", "lost_content": "fields that the chat template leaves out"}
 """Kinds of warnings whose line says of what."""

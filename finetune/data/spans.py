@@ -1,15 +1,18 @@
 """Where the trained turns stand in a rendered conversation.
 
 From {% generation %} marks (of the template itself, or of a shipped copy that renders the same), otherwise from the
-difference between the conversation with and without the turn.
+difference between the conversation with and without the turn. Where the template writes earlier turns otherwise once
+more follow, or a reply otherwise than its prompt begins: from what stands between the contents around it.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 from typing import Any
 
-from finetune.data import control_tokens, templates
-from finetune.data.types import Message, RowProblem
+from finetune.data import control_tokens, shown, templates
+from finetune.data.types import Message, RowProblem, attempted
 
 
 def from_tool(message: Message) -> bool:
@@ -19,12 +22,16 @@ def from_tool(message: Message) -> bool:
 class Spans:
     def __init__(
         self, template: str, annotated: str | None, variables: dict[str, Any], end_tokens: tuple[str, ...],
-        eos: str | None,
+        eos: str | None, added: re.Pattern[str],
     ) -> None:  # fmt: skip
-        """annotated: the template with marks, None without; end_tokens: the strings that end the assistant's turn."""
+        """annotated: the template with marks, None without; end_tokens: the strings that end the assistant's turn;
+        added: the tokens that the tokenizer keeps whole."""
         self.template, self.annotated, self.variables = template, annotated, variables
         self.end_tokens, self.eos = end_tokens, eos
+        self.units = re.compile(f"{added.pattern}|{shown.TAG.pattern}")
+        self.tags = shown.tags_of(template)
         self._verified: set[tuple[str, ...]] = set()
+        self._otherwise: dict[Any, frozenset[int]] = {}
 
     def of(
         self, messages: list[Message], tools: Any, content: str, weights: dict[int, float]
@@ -40,7 +47,18 @@ class Spans:
                 spans = dict(zip(assistants, blocks, strict=True))
                 return text, {i: self._trim(text, *spans[i]) for i in weights}
         text = templates.render(self.template, messages, tools, self.variables)
-        return text, {i: self._difference(text, messages, tools, i) for i in weights}
+        return text, {i: self._found(text, messages, tools, content, i) for i in weights}
+
+    def prompted_otherwise(self, text: str, messages: list[Message], tools: Any) -> frozenset[int]:
+        """The assistant turns up to which `text` is not what the prompt for them is: asked once per shape."""
+        key = shown.shape(messages, tools, self.tags)
+        if key not in self._otherwise:
+            if len(self._otherwise) >= shown.KEPT:
+                self._otherwise.clear()
+            turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+            prompts = {i: templates.attempt(self.template, messages[:i], tools, self.variables, True) for i in turns}
+            self._otherwise[key] = frozenset(i for i, prompt in prompts.items() if not text.startswith(prompt or ""))
+        return self._otherwise[key]
 
     def tool_output(self, text: str, messages: list[Message], tools: Any, content: str) -> list[tuple[int, int]]:
         """Character ranges of what tools returned, found by rendering it between two characters that occur nowhere."""
@@ -74,6 +92,67 @@ class Spans:
         if same and shape is not None:
             self._verified.add(shape)
         return same
+
+    def _found(self, text: str, messages: list[Message], tools: Any, content: str, i: int) -> tuple[int, int]:
+        """Character range of turn i in the rendering of an unmarked template."""
+        found = attempted(self._difference, text, messages, tools, i)
+        if isinstance(found, RowProblem):
+            if found.kind != "unstable_template":
+                raise found
+            between = self._between(text, messages, tools, content, i)
+            if between is None:
+                raise found
+            found = between
+        start, end = found
+        return start, end
+
+    def _between(self, text: str, messages: list[Message], tools: Any, content: str, i: int) -> tuple[int, int] | None:
+        """Character range of turn i: what stands between the contents before and after it, found by a character that
+        occurs nowhere at their edges, without what it shares with its prompt. None where that is not certain."""
+        fences = control_tokens.unused(content, 9)[6:]  # the others may be mark, edges and fence
+        before, after, own = list(fences)
+        last = i == len(messages) - 1
+
+        def fenced(j: int, message: Message) -> Message:
+            inner = message["content"].strip()
+            if not inner or (j != i and message["role"] == "assistant"):
+                return message
+            new = after + inner if j > i else inner + (own if j == i else before)
+            return {**message, "content": message["content"].replace(inner, new, 1)}
+
+        def bare(part: str) -> str:
+            return part.translate(dict.fromkeys(map(ord, fences)))
+
+        if not last and messages[i + 1]["role"] == "assistant":
+            return None
+        marked = [fenced(j, message) for j, message in enumerate(messages)]
+        whole = templates.attempt(self.template, marked, tools, self.variables)
+        prompt = templates.attempt(self.template, marked[:i], tools, self.variables, prompt=True) if i else ""
+        if whole is None or prompt is None or bare(whole) != text:
+            return None
+        at = whole.rfind(before) + 1
+        window, follows, _ = whole[at:].partition(after)
+        header = self._shared(prompt[prompt.rfind(before) + 1 :], bare(window))
+        if header is None or (not last and not follows) or (own in whole and own not in window):
+            return None
+        said, first = window.find(own), len(bare(whole[:at]))  # all the turn says stands before `said`
+        window = bare(window)
+        if last:
+            return self._trim(text, first + header, len(text))
+        ends = [window.rfind(token, header) + len(token) for token in self.end_tokens if token in window[header:]]
+        end = max(ends, default=said)
+        return (first + header, first + end) if header <= end and said <= end else None
+
+    def _shared(self, prompt: str, window: str) -> int | None:
+        """How many characters of the header a prompt and a record of the reply share. None where they differ in more
+        than what opens or closes thinking: another header."""
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, window, strict=False))
+        count = sum(1 for _ in pairs)
+        for part in (prompt, window):  # a token is shared whole or not at all
+            inside = (hit.start() for hit in self.units.finditer(part) if hit.start() < count < hit.end())
+            count = next(inside, count)
+        rest = prompt[count:].lstrip()
+        return None if (prompt and not count) or (rest and not self.units.match(rest)) else count
 
     def _difference(self, text: str, messages: list[Message], tools: Any, i: int) -> tuple[int, int]:
         """Character range of turn i: what it adds to the conversation before it, header excluded."""

@@ -206,7 +206,27 @@ def expresses(template: str, variables: tuple[tuple[str, str], ...]) -> tuple[bo
     tools = attempt(template, [turn("user", "u")], [TOOL], known) or ""
     called = [turn("user", "u"), turn("assistant", "", tool_calls=[CALL]), turn("tool", "probe_result")]
     calls = attempt(template, called, None, known) or ""
+    if "probe_call" not in calls:
+        calls = attempt(template, arguments_as_text(called), None, known) or calls
     return "probe_tool" in tools, "probe_call" in calls, "probe_result" in calls
+
+
+@functools.lru_cache(maxsize=32)
+def wants_text(template: str, variables: tuple[tuple[str, str], ...]) -> bool:
+    """Whether the template shows calls only with their arguments as JSON text (DeepSeek)."""
+    called = [turn("user", "u"), turn("assistant", "", tool_calls=[CALL])]
+    tried = (attempt(template, given, None, dict(variables)) for given in (called, arguments_as_text(called)))
+    return ["probe_call" in (text or "") for text in tried] == [False, True]
+
+
+def arguments_as_text(messages: list[Message]) -> list[Message]:
+    """The arguments of all calls as JSON text, as some templates expect them."""
+
+    def texted(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [{**m, "tool_calls": [texted(c) for c in m["tool_calls"]]} if "tool_calls" in m else m for m in messages]
 
 
 TOLD_BY = {

@@ -250,6 +250,8 @@ class Encoded:
     """Loss weight per token, only when a turn asked for one other than 0 and 1."""
     lost: tuple[tuple[str, bool], ...] = ()
     """(what of the conversation the ids do not hold, whether it would have been trained)."""
+    unprompted: tuple[int, ...] = ()
+    """Trained turns, from 0, whose header is not what the model is prompted with."""
 
     @property
     def trained(self) -> int:

@@ -181,17 +181,47 @@ def test_unknown_templates_by_difference() -> None:
     assert encoder.forged_markers([user("a [USER] b")]) == [(1, "[USER]")]
 
 
-def test_a_template_without_an_end_of_turn_gets_one_at_the_end() -> None:
+def test_where_nothing_ends_a_turn_the_next_ones_beginning_does() -> None:
     """GLM-4's kind: the next role's token ends a turn, and nothing ends the last one."""
     template = (
         "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     )
     made = byte_level(template, ("<|user|>", "<|assistant|>", "<|system|>"))
+    encoder = chat.make_encoder(made)
+    row = encoder.encode(Conversation([user("q"), assistant("a"), user("r"), assistant("b")]))
+    assert made.decode([t for t in row.labels if t != -100]) == "a<|user|>b<|user|>"
+    assert scored_end(encoder) == row.input_ids[-1] == made.convert_tokens_to_ids("<|user|>")
+    assert encoder.stop_ids == [row.input_ids[-1], made.eos_token_id]
+
+
+def test_a_template_without_any_end_of_turn_gets_one_at_the_end() -> None:
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    made = byte_level(template + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
     row = chat.make_encoder(made).encode(Conversation([user("q"), assistant("a"), user("r"), assistant("b")]))
-    assert row.input_ids[-1] == row.labels[-1] == made.eos_token_id
-    assert made.decode([t for t in row.labels if t != -100]) == "ab</s>"
+    assert made.decode([t for t in row.labels if t != -100]) == "a\nb\n</s>"
     assert scored_end(chat.make_encoder(made)) == made.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("after_each", "after_all", "end"),
+    [
+        ("<|end|><|stop|>", "", "<|stop|>"),  # Command R's kind: two tokens end every turn
+        ("<|end|>", "<|stop|>", "<|end|>"),  # Phi-4-mini's: the second ends the text
+        ("<|end|>\n", "<|stop|>", "<|end|>"),
+    ],
+)
+def test_what_ends_a_turn_is_what_is_written_after_each(after_each: str, after_all: str, end: str) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '" + after_each.replace("\n", "\\n") + "' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}" + after_all + "{% endif %}"
+    )
+    made = byte_level(template, ("<|user|>", "<|assistant|>", "<|end|>"), eos="<|stop|>")
+    encoder = chat.make_encoder(made)
+    row = encoder.encode(Conversation([user("q"), assistant("a"), user("r"), assistant("b")]))
+    wanted = after_each.partition(end)[0] + end
+    assert made.decode([t for t in row.labels if t != -100]) == f"a{wanted}b{wanted}"
+    assert encoder.end_id == made.convert_tokens_to_ids(end)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "gemma3", "mistral", "phi3", "chatml"])
@@ -201,15 +231,29 @@ def test_replies_are_scored_with_the_end_that_pairs_have(name: str) -> None:
     assert scored_end(encoder) == scored_ids(row, encoder.separator)[-1]
 
 
-def test_templates_whose_prompt_is_not_their_record_are_refused() -> None:
+def test_replies_that_their_prompt_does_not_open_are_told() -> None:
     """DeepSeek-R1's kind: the prompt opens a thought that the record of the reply leaves out."""
     template = (
         "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '</s>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
     )
     made = byte_level(template, ("<|user|>", "<|assistant|>"))
+    encoder = chat.make_encoder(made)
+    for content in ("a", "<b>", "<think", "\n<think>"):
+        row = encoder.encode(Conversation([user("q"), assistant(content)]))
+        assert made.decode([t for t in row.labels if t != -100]) == content + "</s>"
+        assert row.unprompted == (1,)
+    row = encoder.encode(Conversation([user("q"), assistant("<think>\nb")]))
+    assert (made.decode([t for t in row.labels if t != -100]), row.unprompted) == ("b</s>", ())
+
+
+def test_templates_whose_prompt_has_another_header_than_their_record_are_refused() -> None:
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assist: ' }}{% endif %}"
+    )
     with pytest.raises(RowProblem, match="prompt is not how its record of the reply begins"):
-        chat.make_encoder(made).encode(Conversation([user("q"), assistant("a")]))
+        chat.make_encoder(byte_level(template)).encode(Conversation([user("q"), assistant("a")]))
 
 
 def test_a_templates_own_marks_are_used() -> None:

@@ -169,9 +169,30 @@ def test_the_prompt_is_the_beginning_of_the_sample(name: str) -> None:
     assert row.labels[trained_ranges(row)[0][1] - 1] in encoder.stop_ids
 
 
-def test_unstable_templates_are_refused_with_advice() -> None:
+def test_turns_that_are_written_otherwise_once_more_follow_are_found_by_what_stands_around_them() -> None:
     _, encoder = make("qwen3")
-    encoder.spans.annotated = None
+    thought = "<think>\nhm\n</think>\n\n"
+    for messages in (
+        [user("one"), assistant("two"), user("three"), assistant("four")],
+        [user(" one "), assistant("\ntwo "), user("three\n"), assistant(" four")],
+        [user("same"), assistant("same"), user("same"), assistant("same")],
+        [system("s"), user("q"), assistant(thought + "a"), user("r"), assistant(thought + "b")],
+        [user("q"), assistant(""), user("r"), assistant("b")],
+    ):
+        row = encoder.encode(Conversation(messages))
+        annotated, encoder.spans.annotated = encoder.spans.annotated, None
+        assert encoder.encode(Conversation(messages)) == row
+        encoder.spans.annotated = annotated
+
+
+def test_unstable_templates_are_refused_with_advice() -> None:
+    """What is found around a turn must be sure: here the template looks at how contents begin."""
+    template = (
+        "{% for m in messages %}{{ '[' + m.role + ']' }}{% if loop.last or m.content[:1] in 'to' %}"
+        "{{ m.content[:3] }}{% endif %}{{ (loop.last or m.role == 'user') and m.content or '' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    )
+    encoder = chat.make_encoder(byte_level(template))
     messages = [user("one"), assistant("two"), user("three"), assistant("four")]
     with pytest.raises(chat.RowProblem, match="writes turn 2 differently") as caught:
         encoder.encode(Conversation(messages))
