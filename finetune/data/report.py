@@ -64,10 +64,13 @@ COUNTED = {
     "cut_away": "rows left out: nothing trained within max_length",
     "overlong_dropped": "rows left out: over data.max_length",
     "forged_markers": "turn markers inside content",
+    "thinking_dropped": "rows without the thinking that they hold (data.thinking: drop)",
 }
 FOUND = {
     "empty_file": "files are empty",
     "control_token": "rows with control tokens in content (trained as plain text)",
+    "unfinished_thinking": "turns whose thinking does not end",
+    "untrained_turn": "turns that are not trained: the chat template writes them without the empty block of thinking",
     "same_question": "rows whose question is in the held-out data, under another system turn",
 }
 NAMED = {"unread_key": "keys that are not read", "lost_content": "fields that the chat template leaves out"}
