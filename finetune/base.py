@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from finetune.data import thinking
 from finetune.data.chat import make_encoder
 from finetune.data.encoder import Encoder
 from finetune.families import Family, family
@@ -17,6 +18,7 @@ from finetune.models.config import read_config
 from finetune.models.identity import fingerprint
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.sections import ModelConfig
+from finetune.terminal.progress import warn
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class Base:
     """Folder of the adapter that is used with it, not trained."""
     own_tokenizer: Any = None
     """Of a new model, which no folder holds."""
+    treatment: str | None = None
+    """data.thinking; what was trained with it when unset."""
 
     @classmethod
-    def open(cls, model: ModelConfig, adapter: Path | None = None) -> Base:
+    def open(cls, model: ModelConfig, adapter: Path | None = None, treatment: str | None = None) -> Base:
         """With the chat template and tokens trained with the adapter. UserError for what cannot be loaded."""
-        return cls(model, read_config(model), adapter)
+        return cls(model, read_config(model), adapter, treatment=treatment)
 
     @property
     def family(self) -> Family:
@@ -52,7 +56,24 @@ class Base:
     @cached_property
     def encoder(self) -> Encoder:
         """Conversations as ids, in this base's chat format or in that of the adapter."""
-        return make_encoder(self.tokenizer, self.family)
+        return make_encoder(self.tokenizer, self.family, self.treatment or self.trained.get("data.thinking", "keep"))
+
+    @cached_property
+    def trained(self) -> dict[str, Any]:
+        """How adapter or model was trained to think, of thinking.record; empty where nothing says so."""
+        if self.model.is_new:
+            return {}
+        start = sources.adapter_folder(self.model.adapter) if self.model.adapter else self.folder
+        return thinking.read(self.adapter or start)
+
+    def asking(self, on: bool | None, key: str = "--thinking") -> Encoder:
+        """The encoder whose prompts ask for thinking or for none; without a word as was trained. UserError, for `key`,
+        where the template has no switch."""
+        if on is None and self.encoder.thinking.switch is not None:
+            on = thinking.usual(self.trained)
+        if said := thinking.mismatch(self.trained, on, self.encoder.thinking):
+            warn(said)
+        return thinking.asked(self.encoder, on, key)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -168,8 +168,11 @@ def there(config: ModelConfig) -> None:
     sources.announce(config)
 
 
-def chat(plain: str | None, model: str | None, adapter: str | None) -> tuple[str | None, str | None]:
+def chat(
+    plain: str | None, model: str | None, adapter: str | None, thinking: str | None = None
+) -> tuple[str | None, str | None]:
     """(--model, --adapter) with the plain argument as what it is. UserError when there is nothing to talk to."""
+    options.check_thinking(thinking)
     if plain is not None:
         kind = "model" if adapter is not None else sources.what_is(plain)
         given = {"model": model, "adapter": adapter}[kind]
@@ -191,11 +194,12 @@ def chat(plain: str | None, model: str | None, adapter: str | None) -> tuple[str
 def evaluated(
     runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None, data: str | None,
     reward: str | None, json_file: str | None, quantization: str | None, predictions: str | None,
+    thinking: str | None = None,
 ) -> None:  # fmt: skip
     """UserError for options of `ft eval` that cannot be, and for runs, recipes, models, adapters and data that are not
     there."""
     checks: list[Callable[[], object]] = [
-        lambda: options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions)
+        lambda: options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions, thinking)
     ]
     if recipe is not None:
         loaded = load(recipe, None)

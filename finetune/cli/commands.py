@@ -133,18 +133,19 @@ def evaluate(
         str | None, typer.Option(metavar="FILE", help="Every row with its answer, as JSON lines.")
     ] = None,
     show: Annotated[int, typer.Option(metavar="N", help="Print so many wrong answers.", min=0)] = 3,
+    thinking: shared.Thinking = None,
 ) -> None:
     """Held-out metrics: of answers exact match (also per value of a column `group`), per-field accuracy, loss and
     perplexity; of preference pairs accuracy and margins; of labelled answers and raw text their loss."""
     shared.quiet(bars=False)
     from finetune import early
 
-    early.evaluated(runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions)
+    early.evaluated(runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions, thinking)
     shared.quiet()
     shared.module("evaluate").run(
         runs or [], recipe=recipe, model=model, adapter=adapter, data=data, compare_base=compare_base, limit=limit,
         json_file=json_, quantization=quantization, temperature=temperature, seed=seed, reward=reward,
-        predictions=predictions, show=show,
+        predictions=predictions, show=show, thinking=thinking,
     )  # fmt: skip
 
 
@@ -195,16 +196,18 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     temperature: Annotated[float, typer.Option(help="0 answers greedily.", min=0.0)] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
+    thinking: shared.Thinking = None,
 ) -> None:
     """Talk to a model; /reset forgets the conversation, /exit leaves."""
     shared.quiet(bars=False)
     from finetune import early
 
-    model, adapter = early.chat(plain, model, adapter)
+    model, adapter = early.chat(plain, model, adapter, thinking)
     shared.quiet()
     shared.module("chat").run(
-        model=model, adapter=adapter, system=system, temperature=temperature, max_new_tokens=max_new_tokens
-    )
+        model=model, adapter=adapter, system=system, temperature=temperature, max_new_tokens=max_new_tokens,
+        thinking=thinking,
+    )  # fmt: skip
 
 
 @app.command()

@@ -20,6 +20,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ft wr
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the complete recipe, write nothing.")]
 Model = Annotated[str | None, typer.Option("--model", help="Built-in base, local folder or hub id.")]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="Run directory or adapter folder.")]
+Thinking = Annotated[
+    str | None, typer.Option(metavar="on|off", help="Ask a thinking model to think or not to; by default as trained.")
+]
 
 VERBOSE = False
 

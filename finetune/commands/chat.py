@@ -10,28 +10,30 @@ import torch
 from transformers import TextIteratorStreamer
 
 from finetune.base import Base
+from finetune.data import thinking as thoughts
 from finetune.data.encoder import Encoder
-from finetune.errors import FinetuneError, RunError, UserError
+from finetune.data.thinking import Thinking, switched
+from finetune.errors import FinetuneError, RunError, UserError, visible
 from finetune.evaluation.generation import Sampled, answer, not_followed, stop_ids
 from finetune.models import attach, hardware, sources
 from finetune.models.identity import configs_of
 from finetune.recipe.resolve import compute_dtype
 from finetune.recipe.sections import ModelConfig
-from finetune.terminal.progress import note, say, warn
+from finetune.terminal.progress import note, output, say, warn
 
 HELP = "/reset forgets the conversation, /exit leaves"
 
 
 def run(
     *, model: str | None = None, adapter: str | None = None, system: str | None = None, temperature: float = 0.0,
-    max_new_tokens: int = 512,
+    max_new_tokens: int = 512, thinking: str | None = None,
 ) -> None:  # fmt: skip
     folder = sources.adapter_folder(adapter) if adapter else None
     config = ModelConfig(name=str(model)) if folder is None else configs_of(folder, model)[1]
     if folder is not None:
         attach.check_adapter(folder, config)
     machine, base = hardware.detect(), Base.open(config, folder)
-    encoder = base.encoder
+    encoder = base.asking(switched(thinking))
     network = base.load(getattr(torch, compute_dtype(config.dtype, machine)), machine).eval()
     if ignored := not_followed(network):
         note(f"not followed, of the base's generation_config.json: {', '.join(f'{k} {v}' for k, v in ignored.items())}")
@@ -63,19 +65,22 @@ def run(
             continue
         asked = [*messages, {"role": "user", "content": line}]
         try:
-            text = reply(network, encoder, encoder.prompt_ids(asked, None), temperature, max_new_tokens)
+            turn = reply(network, encoder, encoder.prompt_ids(asked, None), temperature, max_new_tokens)
         except FinetuneError as error:  # the turn is forgotten: its message may be what went wrong
             if not interactive:
                 raise
             warn("; ".join(error.lines()))
             continue
-        messages = [*asked, {"role": "assistant", "content": text}]
+        messages = [*asked, turn]
 
 
-def reply(model: Any, encoder: Encoder, prompt: list[int], temperature: float, max_new_tokens: int) -> str:
-    """Stream one answer to stdout; Ctrl-C ends the answer, not the conversation. RunError when the model fails."""
-    stop = StopFlag()
-    streamer = TextIteratorStreamer(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+def reply(model: Any, encoder: Encoder, prompt: list[int], temperature: float, max_new_tokens: int) -> dict[str, Any]:
+    """Stream one answer to stdout, its thinking dim; the turn that it is. Ctrl-C ends the answer, not the conversation.
+    RunError when the model fails."""
+    stop, stops = StopFlag(), stop_ids(model, encoder)
+    begun = thoughts.begun(encoder.tokenizer, prompt, encoder.thinking)
+    streamer = TextIteratorStreamer(Decoder(encoder, stops), skip_prompt=True)
+    shown = Shown(encoder.thinking, begun)
     ids = torch.tensor([prompt], device=hardware.input_device(model))
     sampled = Sampled(temperature) if temperature else None
     failed: list[BaseException] = []
@@ -83,7 +88,7 @@ def reply(model: Any, encoder: Encoder, prompt: list[int], temperature: float, m
     def write() -> None:
         try:
             answer(
-                model, ids, torch.ones_like(ids), max_new_tokens, stop_ids(model, encoder),
+                model, ids, torch.ones_like(ids), max_new_tokens, stops,
                 encoder.tokenizer.pad_token_id, sampled, streamer=streamer, stopping_criteria=[stop],
             )  # fmt: skip
         except BaseException as error:  # of a thread nobody would see it
@@ -97,7 +102,7 @@ def reply(model: Any, encoder: Encoder, prompt: list[int], temperature: float, m
         thread.start()
         for part in streamer:
             parts.append(part)
-            say(part, end="", flush=True)
+            shown.write(part)
     except KeyboardInterrupt:
         pass
     finally:
@@ -108,7 +113,51 @@ def reply(model: Any, encoder: Encoder, prompt: list[int], temperature: float, m
         reason = next(iter(str(failed[0]).splitlines()), "")
         advice = "a shorter conversation (/reset) or a smaller --max-new-tokens may help"
         raise RunError(f"the model could not go on: {type(failed[0]).__name__}: {reason}; {advice}") from failed[0]
-    return "".join(parts).strip()
+    return turn_of("".join(parts).strip(), encoder, begun)
+
+
+def turn_of(text: str, encoder: Encoder, begun: bool) -> dict[str, Any]:
+    """An answer as the turn that it was: the template knows what becomes of its thinking later on."""
+    found = thoughts.answer(text, encoder.thinking, begun)
+    if not encoder.thinking.known or not (found.thought or found.unfinished):
+        return {"role": "assistant", "content": text}
+    return {"role": "assistant", "content": found.text, "reasoning_content": found.thought}
+
+
+class Decoder:
+    """What a streamer asks a tokenizer for: text with the marks of thinking, and without what ends an answer."""
+
+    def __init__(self, encoder: Encoder, stops: list[int]) -> None:
+        self.encoder, self.stops = encoder, set(stops)
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        kept = [i for i in map(int, ids) if i not in self.stops]
+        return thoughts.decoded(self.encoder.tokenizer, kept, self.encoder.thinking)
+
+
+class Shown:
+    """Writes an answer as it comes, thinking dim where the terminal has such letters."""
+
+    def __init__(self, marks: Thinking, begun: bool) -> None:
+        self.marks, self.thinks = marks, begun
+
+    def write(self, part: str) -> None:
+        while part:
+            mark = self.marks.end if self.thinks else self.marks.begin
+            before, found, part = part.partition(mark)
+            if self.thinks:
+                self._say(before + found, dim=True)
+            else:
+                self._say(before)
+                self._say(found, dim=True)
+            self.thinks = self.thinks != bool(found)
+
+    def _say(self, text: str, dim: bool = False) -> None:
+        if dim and text and output.is_terminal and not output.no_color:
+            output.print(visible(text), style="dim", end="", soft_wrap=True)
+            output.file.flush()
+        elif text:
+            say(text, end="", flush=True)
 
 
 class StopFlag:

@@ -38,7 +38,7 @@ def check(
     config, base, kind, held_out = looked_at(recipe, overrides, data, model, stage, eval_data)
     base = None if kind == "text" else base
     early.data_of(config, base, held_out)
-    encoder = None if base is None else encoder_of(base)
+    encoder = None if base is None else encoder_of(base, config.thinking)
     if fix is not None:
         kept, taken, rejects = mend.mend(config, Path(fix), encoder, kind, held_out)
         note(f"{kept:,} rows written to {fix}, {taken:,} rejects with their reasons to {rejects}")
@@ -65,7 +65,7 @@ def preview(
     early.data_of(config, base, None)
     if base is None:
         raise UserError("a preview needs a tokenizer", key="--model", fix="give --model or --recipe")
-    encoder = encoder_of(base)
+    encoder = encoder_of(base, config.thinking)
     shown = views.samples(config, encoder, limit, kind)
     rows = views.packs(shown, config.max_length) if config.packing else None
     kept = [{key: value for key, value in sample.items() if key != "roles"} for sample in shown]
@@ -139,10 +139,10 @@ def data_settings(stage: str | None, data: str, overrides: Sequence[str]) -> Dat
     return with_settings(values, named, items).data
 
 
-def encoder_of(model: ModelConfig) -> Any:
+def encoder_of(model: ModelConfig, thinking: str) -> Any:
     from finetune.base import Base
 
-    return Base.open(model).encoder
+    return Base.open(model, treatment=thinking).encoder
 
 
 def show(report: Any) -> None:

@@ -17,6 +17,7 @@ from finetune import metrics
 from finetune.adapters.multiple import ActiveAdapter, activated
 from finetune.base import Base
 from finetune.data.held_out import SPLIT, HeldOut, rows_of, split_off, trained_on
+from finetune.data.thinking import switched
 from finetune.data.types import Conversation
 from finetune.errors import UserError
 from finetune.evaluation import evaluators, options
@@ -36,7 +37,7 @@ def run(
     runs: Sequence[str], *, recipe: str | None = None, model: str | None = None, adapter: str | None = None,
     data: str | None = None, compare_base: bool = False, limit: int | None = None, json_file: str | None = None,
     quantization: str | None = None, temperature: float = 0.0, seed: int = 0, reward: str | None = None,
-    predictions: str | None = None, show: int = 3,
+    predictions: str | None = None, show: int = 3, thinking: str | None = None,
 ) -> None:  # fmt: skip
     options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions)
     kinds = quantizations(quantization)
@@ -47,7 +48,9 @@ def run(
     if scorer is not None and held.kind != "pairs":
         raise UserError("a reward model is measured on preference pairs", path=held.name, fix="give pairs with --data")
     if scorer is not None or held.kind != "answers":
-        without: dict[str, Any] = {"--temperature": temperature, "--seed": seed, "--reward": reward}
+        without: dict[str, Any] = {
+            "--temperature": temperature, "--seed": seed, "--reward": reward, "--thinking": thinking
+        }  # fmt: skip
         refuse(without, f"on {held.kind if scorer is None else 'pairs'} nothing is answered")
     split = targets[0].recipe
     if compare_base:
@@ -56,7 +59,7 @@ def run(
         held = with_few_groups(held)
 
     variants = [[quantized(target, kind) for kind in kinds] for target in targets] if kinds else [[t] for t in targets]
-    measured = [[evaluate_target(target, held, temperature, seed) for target in part] for part in variants]
+    measured = [[evaluate_target(target, held, temperature, seed, thinking) for target in part] for part in variants]
     results = [result for part in measured for result in part]
     for target, part in zip(targets, measured, strict=True):
         same = split is not None and target.recipe is not None and target.recipe.data == split.data
@@ -109,19 +112,26 @@ def held_out(target: Target, data: str | None, limit: int | None) -> HeldOut:
         place = sources.find_adapter(target.scores)
     encoder = None
     if recipe.stage != "pretrain":
-        encoder = Base.open(recipe.model.model_copy(update={"adapter": None}), place).encoder
+        model = recipe.model.model_copy(update={"adapter": None})
+        encoder = Base.open(model, place, recipe.data.thinking).encoder
     note(f"the rows that data.eval_split {recipe.data.eval_split} held out of {target.name}'s training")
     return split_off(recipe, encoder, limit)
 
 
-def evaluate_target(target: Target, held: HeldOut, temperature: float = 0.0, seed: int = 0) -> Evaluation:
+def evaluate_target(
+    target: Target, held: HeldOut, temperature: float = 0.0, seed: int = 0, thinking: str | None = None
+) -> Evaluation:
     """The metrics of one model on these rows."""
     size, longest = target.eval.batch_size, target.data.max_length
     if target.scores is not None:
         scorer = reward_model(target.scores, target.model.dtype)
         return evaluators.scores(target.name, scorer, held.rows, longest)
-    base = Base.open(target.model, target.adapter or target.template)  # in the chat format that was trained
+    # In the chat format that was trained.
+    base = Base.open(target.model, target.adapter or target.template, target.treatment)
     encoder: Any = None if held.kind == "text" else base.encoder
+    if held.kind == "answers":
+        key = "eval.thinking" if thinking is None else "--thinking"
+        encoder = base.asking(switched(thinking or target.eval.thinking), key)
     model = load_model(target, base)
     if held.kind == "text":
         length = min(longest, context(base.config, target.model) or longest)
@@ -181,11 +191,17 @@ def add_rewards(path: str, results: Sequence[Evaluation], rows: Sequence[Any]) -
     """Add the mean reward of each model's answers, with a 95% interval."""
     model = reward_model(path)
     for result in results:
-        replies = [{"role": "assistant", "content": text or " "} for text in result.predictions]
+        replies = [reply_of(row) for row in result.rows]
         found = model.scores([Conversation([*c.asked, r], c.tools) for c, r in zip(rows, replies, strict=True)])
         for row, value in zip(result.rows, found, strict=True):
             row["reward"] = value
         result.metrics |= metrics.measure(result.kind, result.rows)
+
+
+def reply_of(row: dict[str, Any]) -> dict[str, Any]:
+    """An answer as a turn, with what was thought before it."""
+    thought = {"reasoning_content": row["thinking"]} if row.get("thinking") else {}
+    return {"role": "assistant", "content": row["prediction"] or " ", **thought}
 
 
 MOST_GROUPS = 20  # a column `group` with more values names rows rather than kinds of rows

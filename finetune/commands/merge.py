@@ -21,6 +21,7 @@ from finetune.adapters import merge
 from finetune.adapters.compatibility import check_merge
 from finetune.adapters.merge import Sums, largest_difference, logits_of
 from finetune.base import Base
+from finetune.data import thinking
 from finetune.early import REPORT, check_apart, check_options, check_target, written_names
 from finetune.errors import UserError
 from finetune.evaluation.generation import stop_ids
@@ -210,6 +211,8 @@ def write_report(job: Job, sums: Sums, figures: dict[str, float], out: Path, tit
     licence = model_card.licence_of(base.model.name, base.folder)
     card = model_card.merged_card(report, base.model.name, licence, recipe_of(job.adapter), title)
     write_atomically(out / "README.md", card)
+    if base.trained:
+        write_json(out / thinking.FILE, base.trained)
     files = sorted({path.name for path in out.iterdir()} - {places.UNFINISHED} | {REPORT})
     write_json(out / REPORT, {**report, "versions": versions(), "files": files})
 
@@ -239,6 +242,10 @@ def tell(job: Job, sums: Sums, figures: dict[str, float], target: Path) -> None:
         f"largest logit difference to the unmerged model {largest:.3g}{rounding}; the adapter itself moves logits by "
         f"up to {effect:.3g}"
     )
+    trained, marks = job.base.trained, job.base.encoder.thinking
+    if said := thinking.mismatch(trained, None, marks):
+        how = f"{marks.switch}: {str(thinking.usual(trained)).lower()}"
+        warn(f"by the chat template's default {said}: ask the merged model with {how}")
     shown = f"./{target}" if str(target).startswith("-") else str(target)
     lines = [("chat", "--model", shown)]
     recipe = read_recipe(job.adapter.parent) or {}

@@ -11,6 +11,7 @@ from typing import Any
 from finetune import child
 from finetune.data import pairs, prompts
 from finetune.data.samples import held_out_section
+from finetune.data.thinking import of_prompts
 from finetune.errors import Interrupted, RunError, UserError
 from finetune.evaluation.rewards import load_rule
 from finetune.recipe.file import to_yaml
@@ -33,7 +34,8 @@ from finetune.training.start import seed_everything
 
 def run(raw: PpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
     session = prepare(raw, resume)
-    recipe, encoder = session.recipe, session.base.encoder
+    recipe, base = session.recipe, session.base
+    encoder = base.asking(of_prompts(recipe, base.encoder), "ppo.thinking")
     models.check(recipe)
     rules = {name: load_rule(spec) for name, spec in names_of(recipe.reward.functions).items()}
     rows = prompts.load_prompts(recipe.data, encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from finetune.data import checks, leakage, sources, token_cache
+from finetune.data import checks, leakage, sources, thinking, token_cache
 from finetune.data.duplicates import Duplicates
 from finetune.data.encoder import Encoder, cut
 from finetune.data.report import CONTROL, Noted, Notes, Report, histogram, language
@@ -157,6 +157,7 @@ class Audit:
                 continue
             if kept is not None:
                 self.counts["used"] += 1
+                self._note_thinking(item, part, encoded)
                 yield item, kept.get("", kept)
 
     def _check_lost(self, item: Item, part: dict[str, Conversation], encoded: dict[str, Encoded]) -> None:
@@ -179,6 +180,21 @@ class Audit:
         if self.encoder.template is not None and self.config.train_on != "all":
             for finding in dict.fromkeys(f for c in part.values() for f in checks.trained_in_vain(c.messages)):
                 self.notes.add("warning", item, finding)
+
+    def _note_thinking(self, item: Item, part: dict[str, Conversation], encoded: dict[str, Encoded]) -> None:
+        assert self.encoder is not None
+        marks = self.encoder.thinking
+        for turn in dict.fromkeys(turn for c in part.values() for turn in thinking.unfinished(c.messages, marks)):
+            what = f"turn {turn}: its thinking does not end (no {marks.end}), which teaches to think for ever"
+            self.notes.warn(item, "unfinished_thinking", what, f"add {marks.end} and the answer, or remove the row")
+        if any(row.thinks for row in encoded.values()):
+            self.counts["thinking"] += 1
+            if self.config.thinking == "drop":
+                self.counts["thinking_dropped"] += 1
+        for turn in dict.fromkeys(turn for row in encoded.values() for turn in row.passed):
+            what = f"turn {turn} is not trained: the chat template writes it without the empty block of thinking"
+            fix = "give each turn a row of its own, or set data.thinking: keep"
+            self.notes.warn(item, "untrained_turn", what, fix)
 
     def left_out(self, item: Item, fields: Iterable[str]) -> None:
         for field in fields:

@@ -8,12 +8,13 @@ spans.py for where that is.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from typing import Any
 
-from finetune.data import chat_glm, control_tokens, shown, templates
+from finetune.data import chat_glm, control_tokens, shown, templates, thinking
 from finetune.data.control_tokens import Guard
 from finetune.data.encoder import Encoder
 from finetune.data.glm_encoder import GlmEncoder
@@ -36,13 +37,16 @@ class Plan:
     """What ends the last reply and its weight, where the template writes no end of turn after it."""
     lost: tuple[tuple[str, bool], ...]
     unprompted: tuple[int, ...]
+    thinks: bool = False
+    passed: tuple[int, ...] = ()
 
 
-def make_encoder(tokenizer: Any, family: Any = None) -> Encoder:
-    """The encoder for this tokenizer; `family`, a row of families.py, may name a template for bases without one."""
+def make_encoder(tokenizer: Any, family: Any = None, treatment: str = "keep") -> Encoder:
+    """The encoder for this tokenizer; `family`, a row of families.py, may name a template for bases without one.
+    treatment: data.thinking, which is refused where the chat format cannot do it."""
     if chat_glm.glm_version(tokenizer) is not None:
-        return GlmEncoder(tokenizer)
-    return TemplateEncoder(tokenizer, family)
+        return GlmEncoder(tokenizer, treatment)
+    return TemplateEncoder(tokenizer, family, treatment)
 
 
 def turn_weights(messages: list[Message], train_on: str) -> dict[int, float]:
@@ -58,9 +62,10 @@ def turn_weights(messages: list[Message], train_on: str) -> dict[int, float]:
 
 class TemplateEncoder:
     separator: int | None = None
+    asks: bool | None = None  # whether prompts ask for thinking; None: as the template does by itself
 
-    def __init__(self, tokenizer: Any, family: Any = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, family: Any = None, treatment: str = "keep") -> None:
+        self.tokenizer, self.treatment = tokenizer, treatment
         self.template, self.origin = templates.choose(tokenizer, family)
         templates.check(self.template, tokenizer, self.origin)
         self.notice = None if tokenizer.chat_template else f"chat format: {self.origin}"
@@ -69,16 +74,28 @@ class TemplateEncoder:
         known = tuple(sorted((k, v) for k, v in self.variables.items() if isinstance(v, str)))
         self.shows_tools, self.shows_calls, self.shows_results = templates.expresses(self.template, known)
         self.text_arguments = templates.wants_text(self.template, known)
+        self.thinking = thinking.detected(self.template, known)
+        thinking.check_treatment(treatment, self.thinking, self.origin)
+        # How rows without thinking are written. What opens the block with the prompt has to be told that there is none.
+        prompt = templates.attempt(self.template, [templates.U], None, self.variables, prompt=True) or ""
+        opens = prompt.rstrip().endswith(self.thinking.begin)
+        told = self.thinking.switch is not None and (opens or treatment != "keep")
+        self.plain: bool | None = False if told else None
+        self.told = {on: {**self.variables, **self.thinking.variables(on)} for on in (None, True, False)}
         self.end_tokens, self.call_end = self._ends()
         ids = [tokenizer.convert_tokens_to_ids(token) for token in self.end_tokens]
         self.stop_ids: list[int] = [i for i in ids if i is not None]
-        annotated = templates.annotated(self.template, self.variables)
-        self.spans = Spans(
-            self.template, annotated, self.variables, self.end_tokens, tokenizer.eos_token, self.guard.all_added
-        )
+        annotated, added = templates.annotated(self.template, self.variables), self.guard.all_added
+        self.written = {
+            on: Spans(self.template, annotated, variables, self.end_tokens, tokenizer.eos_token, added)
+            for on, variables in self.told.items()
+        }
+        self.spans = self.written[None]
         self.end_id = self.stop_ids[0] if self.stop_ids else None
         self.markers = self._markers()
-        self.losses = shown.Losses(self._shown, shown.tags_of(self.template))
+        tags = shown.tags_of(self.template)
+        self.lost = {on: shown.Losses(partial(self._shown, on=on), tags) for on in self.told}
+        self.losses = self.lost[None]
         self._fast = getattr(tokenizer, "backend_tokenizer", None) is not None
         plainest = templates.attempt(self.template, [templates.U, templates.A], None, self.variables)
         check_embedded(tokenizer, [*self.stop_ids, *self._tokenize([plainest or ""])[0].ids])  # once, not for every row
@@ -113,10 +130,15 @@ class TemplateEncoder:
             for plan, found in zip(plans, tokens, strict=True)
         ]
 
-    def prompt_ids(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """Ids of the conversation so far and the header of the assistant's turn, for generation."""
+    def prompt_ids(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None, on: bool | None = None
+    ) -> list[int]:
+        """Ids of the conversation so far and the header of the assistant's turn, for generation. `on`: with thinking or
+        without; by default what the encoder `asks` for."""
+        if self.treatment == "drop":
+            messages = thinking.dropped(messages, self.thinking)
         messages, tools, _, mark = self._guarded(*self._expressible(messages, tools))
-        text = templates.render(self.template, messages, tools, self.variables, prompt=True)
+        text = templates.render(self.template, messages, tools, self.told[self.asks if on is None else on], prompt=True)
         ids = self._tokenize([text])[0].ids if mark is None else self.guard.tokens(text, mark).ids
         check_embedded(self.tokenizer, ids)
         return ids
@@ -136,31 +158,72 @@ class TemplateEncoder:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
         day = str(date.today()) if "strftime_now" in self.template else ""
-        return (vocabulary, self.template, str(self.spans.annotated), repr(self.variables), day)
+        return (vocabulary, self.template, str(self.spans.annotated), repr(self.variables), self.treatment, day)
+
+    def mode(self, conversation: Conversation, train_on: str = "assistant") -> tuple[bool, bool | None]:
+        """(whether a trained turn, or the answer beside it in a pair, has thinking; `on`: how it is written)."""
+        trained = [i for i, weight in turn_weights(conversation.messages, train_on).items() if weight]
+        thinks = thinking.present(conversation.messages, trained, self.thinking)
+        rival = [m for m in conversation.rival or () if m["role"] == "assistant"]
+        thinks = thinks or thinking.present(rival, range(len(rival)), self.thinking)
+        if self.thinking.switch is None:
+            return thinks, None
+        if thinks and self.treatment != "drop":
+            return True, True
+        return thinks, self.asks if self.plain is None else self.plain
 
     def plan(self, conversation: Conversation, train_on: str = "assistant") -> Plan:
         """The text and what is trained in it."""
-        lost = self.losses.of(conversation.messages, conversation.tools)
-        trained = {i for i, w in turn_weights(conversation.messages, train_on).items() if w} if lost else set()
-        messages, tools = self._expressible(conversation.messages, conversation.tools)
+        given, (thinks, on) = conversation.messages, self.mode(conversation, train_on)
+        trained = {i for i, w in turn_weights(given, train_on).items() if w}
+        if self.treatment == "drop" or (self.treatment == "empty" and not thinks):
+            given = thinking.dropped(given, self.thinking, trained)
+        lost = self.lost[on].of(given, conversation.tools)
+        messages, tools = self._expressible(given, conversation.tools)
         weights = turn_weights(messages, train_on)
         messages, tools, content, mark = self._guarded(messages, tools)
-        text, spans = self.spans.of(messages, tools, content, weights)
+        heads = {} if on is None else self._heads(messages, tools, weights, on)
+        passed: list[int] = []
+        if on is False and self.treatment == "empty":
+            text = templates.render(self.template, messages, tools, self.told[on])
+            passed = [i for i, head in heads.items() if weights[i] and (head is None or not text.startswith(head))]
+            weights = {i: weight for i, weight in weights.items() if i not in passed}
+        text, spans = self.written[on].of(messages, tools, content, weights)
+        shown_heads = [(i, head) for i, head in heads.items() if i in spans and head and text.startswith(head)]
+        for i, head in shown_heads:  # what a prompt shows is no reply
+            spans[i] = max(spans[i][0], len(head)), spans[i][1]
         last = len(messages) - 1
         closing = None
         if self.end_tokens and last in spans and not text[: spans[last][1]].endswith(self.end_tokens):
             closing = self.call_end if "tool_calls" in messages[last] else self.end_tokens[0], weights[last]
         ranges = [(*spans[i], weights[i]) for i in sorted(spans)]
         if train_on == "all" and any(from_tool(m) for m in messages):
-            ranges += [(start, end, 0.0) for start, end in self.spans.tool_output(text, messages, tools, content)]
-        otherwise = self.spans.prompted_otherwise(text, messages, tools)
+            ranges += [(start, end, 0.0) for start, end in self.written[on].tool_output(text, messages, tools, content)]
+        if train_on == "all":
+            ranges += [(*self._block(head), 0.0) for _, head in shown_heads]
+        told = () if train_on == "all" else tuple(i + 1 for i in passed)
+        otherwise = self.written[on].prompted_otherwise(text, messages, tools)
         unprompted = tuple([i for i in sorted(spans) if weights[i] and i in otherwise])
-        return Plan(text, ranges, mark, train_on == "all", closing, shown.told(lost, trained), unprompted)
+        return Plan(text, ranges, mark, train_on == "all", closing, shown.told(lost, trained), unprompted, thinks, told)
 
     # --- steps ---
 
-    def _shown(self, messages: list[Message], tools: Any) -> str | None:
-        return templates.attempt(self.template, *self._expressible(messages, tools), self.variables)
+    def _shown(self, messages: list[Message], tools: Any, on: bool | None) -> str | None:
+        return templates.attempt(self.template, *self._expressible(messages, tools), self.told[on])
+
+    def _heads(self, messages: list[Message], tools: Any, turns: Iterable[int], on: bool) -> dict[int, str | None]:
+        """Turn -> the prompt that it answers, None where the template refuses."""
+        return {
+            i: templates.attempt(self.template, messages[:i], tools, self.told[on], prompt=True) if i else ""
+            for i in turns
+        }
+
+    def _block(self, head: str) -> tuple[int, int]:
+        """Where the block of thinking stands with which a prompt ends."""
+        place = head.rfind(self.thinking.begin)
+        place = head.rfind(self.thinking.end) if place < 0 else place
+        closed = head.rstrip().endswith((self.thinking.begin, self.thinking.end))
+        return (place, len(head)) if closed and place >= 0 else (len(head), len(head))
 
     def _expressible(self, messages: list[Message], tools: Any) -> tuple[list[Message], Any]:
         """Tools as text where the template would leave them out silently."""
@@ -216,7 +279,7 @@ class TemplateEncoder:
             if weights is not None:
                 weights.append(weight)
         check_embedded(self.tokenizer, ids)
-        return Encoded(ids, labels, weights, plan.lost, plan.unprompted)
+        return Encoded(ids, labels, weights, plan.lost, plan.unprompted, plan.thinks, plan.passed)
 
     def _markers(self) -> re.Pattern[str] | None:
         """The turn markers that the template writes as plain text."""
@@ -228,7 +291,7 @@ class TemplateEncoder:
         """(the strings that end an assistant turn, that of a plain reply first; the one that ends a call)."""
 
         def rendered(*messages: Message) -> str:
-            return self._shown(list(messages), None) or ""
+            return self._shown(list(messages), None, None) or ""
 
         def run(text: str) -> list[str]:
             """The first control tokens in `text` with nothing between them, up to one that begins a text."""

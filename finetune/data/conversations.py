@@ -70,7 +70,7 @@ def begins_with_prompt(encoder: Encoder, sample: Sample, encoded: Encoded) -> li
     """[whether the ids begin with the prompt that generation will see]; [] where no answer comes last or is left."""
     if not isinstance(sample, Conversation) or sample.reference is None:
         return []
-    prompt = encoder.prompt_ids(sample.asked, sample.tools)
+    prompt = encoder.prompt_ids(sample.asked, sample.tools, encoder.mode(sample)[1])
     return [encoded.input_ids[: len(prompt)] == prompt] if len(prompt) < len(encoded.input_ids) else []
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from finetune.data.control_tokens import Guard
 from finetune.data.shown import Losses
+from finetune.data.thinking import Thinking
 from finetune.data.types import IGNORED, Conversation, Encoded, Message, RowProblem
 
 
@@ -31,6 +32,14 @@ class Encoder(Protocol):
     def guard(self) -> Guard | None: ...  # finds written-out control tokens; None where none can be written
     @property
     def losses(self) -> Losses: ...  # what of a conversation never reaches the ids
+    @property
+    def thinking(self) -> Thinking: ...  # the template's switch for it, and its marks
+    @property
+    def treatment(self) -> str: ...  # data.thinking
+    @property
+    def plain(self) -> bool | None: ...  # `on` for rows without thinking; None: as the template does by itself
+    @property
+    def asks(self) -> bool | None: ...  # whether prompts ask for thinking; see thinking.asked
 
     def encode(self, conversation: Conversation, train_on: str = "assistant") -> Encoded:
         """Ids and labels of one conversation. RowProblem when it cannot be encoded."""
@@ -40,8 +49,14 @@ class Encoder(Protocol):
     def tokenize_batch(self, plans: list[Any]) -> Any: ...
     def label_batch(self, plans: list[Any], tokens: Any) -> list[Encoded | RowProblem]: ...
 
-    def prompt_ids(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """Ids of the conversation so far and the header of the assistant's turn, for generation."""
+    def mode(self, conversation: Conversation, train_on: str = "assistant") -> tuple[bool, bool | None]:
+        """(whether a trained turn has thinking; `on`: how the conversation is written)."""
+
+    def prompt_ids(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None, on: bool | None = None
+    ) -> list[int]:
+        """Ids of the conversation so far and the header of the assistant's turn, for generation. `on`: with thinking or
+        without; by default what the encoder `asks` for."""
 
     def forged_markers(self, messages: list[Message]) -> list[tuple[int, str]]:
         """(turn from 1, marker) for every turn marker in content that only looks like text to the tokenizer."""

@@ -64,10 +64,13 @@ COUNTED = {
     "cut_away": "rows left out: nothing trained within max_length",
     "overlong_dropped": "rows left out: over data.max_length",
     "forged_markers": "turn markers inside content",
+    "thinking_dropped": "rows without the thinking that they hold (data.thinking: drop)",
 }
 FOUND = {
     "empty_file": "files are empty",
     "control_token": "rows with control tokens in content (trained as plain text)",
+    "unfinished_thinking": "turns whose thinking does not end",
+    "untrained_turn": "turns that are not trained: the chat template writes them without the empty block of thinking",
     "same_question": "rows whose question is in the held-out data, under another system turn",
     "other_prompt": "rows with a reply that the chat template's prompt does not open (docs/data.md, What is trained)",
 }

@@ -139,6 +139,8 @@ class Conversation(Sample):
     tools: list[dict[str, Any]] | None = None
     group: str | None = None
     """Of a held-out row: what its column `group` says. Metrics are given per group, too."""
+    rival: list[Message] | None = None
+    """The other answer of a pair: both are written with thinking where one of them thinks."""
 
     @property
     def turns(self) -> list[Message]:
@@ -184,8 +186,11 @@ class Preference(Sample):
         return str(self.chosen[-1].get("content") or "")
 
     def conversations(self) -> dict[str, Conversation]:
-        prompt, answers = untrained(self.prompt), {"chosen": self.chosen, "rejected": self.rejected}
-        return {name: Conversation(prompt + answer, self.tools) for name, answer in answers.items()}
+        prompt, chosen, rejected = untrained(self.prompt), self.chosen, self.rejected
+        return {
+            "chosen": Conversation(prompt + chosen, self.tools, rival=rejected),
+            "rejected": Conversation(prompt + rejected, self.tools, rival=chosen),
+        }
 
     def apart(self) -> list[Unpaired]:
         labelled = ((self.chosen, True), (self.rejected, False))
@@ -252,6 +257,10 @@ class Encoded:
     """(what of the conversation the ids do not hold, whether it would have been trained)."""
     unprompted: tuple[int, ...] = ()
     """Trained turns, from 0, whose header is not what the model is prompted with."""
+    thinks: bool = False
+    """Whether a trained turn of the row has thinking."""
+    passed: tuple[int, ...] = ()
+    """Turns, from 1, that are not trained because the template writes them without the empty block of thinking."""
 
     @property
     def trained(self) -> int:

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from finetune import metrics
 from finetune.adapters.methods import is_before_text
+from finetune.data import thinking
 from finetune.data.encoder import Encoder
 from finetune.data.types import Conversation
 from finetune.models.hardware import input_device
@@ -173,8 +174,7 @@ def stop_ids(model: PreTrainedModel, encoder: Encoder) -> list[int]:
 def decode(encoder: Encoder, ids: list[int], stops: list[int]) -> str:
     """Text of an answer: up to the first stop token, special tokens left out."""
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    text: str = encoder.tokenizer.decode(ids[:end], skip_special_tokens=True)
-    return text.strip()
+    return thinking.decoded(encoder.tokenizer, ids[:end], encoder.thinking).strip()
 
 
 ROOM = 8192  # tokens in a batch, padding included: what is computed of each is as wide as the vocabulary
@@ -231,10 +231,10 @@ def evaluate(
     seconds = time.perf_counter() - begun
     rows: list[dict[str, Any]] = [
         {
-            "messages": c.asked, "reference": c.reference, "prediction": prediction, "correct": None, "loss": None,
-            "group": c.group,
+            "messages": c.asked, "reference": c.reference and thinking.answer(c.reference, encoder.thinking).text,
+            **behind_thinking(encoder, prompt, prediction), "correct": None, "loss": None, "group": c.group,
         }
-        for c, prediction in zip(conversations, predictions, strict=True)
+        for c, prompt, prediction in zip(conversations, prompts, predictions, strict=True)
     ]  # fmt: skip
     known = [i for i, row in enumerate(rows) if row["reference"] is not None]
     encoded = [encoder.encode(conversations[i], "last") for i in known]
@@ -254,7 +254,35 @@ def evaluate(
     written = sum(len(encoder.tokenizer.encode(p, add_special_tokens=False)) + 1 for p in predictions)
     values["tokens_per_second"] = written / max(seconds, 1e-9)
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "not_followed": not_followed(model)}
-    return Evaluation(name, len(conversations), values, rows, generation=how)
+    if encoder.thinking.switch is not None:
+        how["thinking"] = thinking.named(encoder.asks)
+    return Evaluation(
+        name, len(conversations), values, rows, generation=how, notes=said_of_thinking(name, rows, values)
+    )
+
+
+def behind_thinking(encoder: Encoder, prompt: list[int], text: str) -> dict[str, Any]:
+    """An answer as a row has it: `prediction`, which is scored, and where there was some `thinking`."""
+    found = thinking.answer(text, encoder.thinking, thinking.begun(encoder.tokenizer, prompt, encoder.thinking))
+    if not found.thought and not found.unfinished:
+        return {"prediction": found.text}
+    return {"prediction": found.text, "thinking": found.thought, "unfinished_thinking": found.unfinished}
+
+
+def said_of_thinking(name: str, rows: Sequence[dict[str, Any]], values: dict[str, Any]) -> list[str]:
+    """What is to be said of answers with thinking; they and those that never ended it are counted in `values`."""
+    thought = [row for row in rows if "thinking" in row]
+    if not thought:
+        return []
+    unfinished = sum(row["unfinished_thinking"] for row in thought)
+    values |= {"with_thinking": len(thought), "unfinished_thinking": unfinished}
+    lines = [f"{name}: {len(thought)} of {len(rows)} answers think first; only what stands behind that is scored"]
+    if unfinished:
+        lines.append(
+            f"{name}: {unfinished} of {len(rows)} answers end inside their thinking and count as no answer: raise "
+            "eval.max_new_tokens, or ask with --thinking off"
+        )
+    return lines
 
 
 def per_token(scored: tuple[float, int]) -> dict[str, float | None]:

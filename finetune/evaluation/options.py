@@ -14,7 +14,7 @@ from finetune.run.writing import read_lines
 
 def check(
     runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None, data: str | None,
-    json_file: str | None, quantization: str | None, predictions: str | None,
+    json_file: str | None, quantization: str | None, predictions: str | None, thinking: str | None = None,
 ) -> None:  # fmt: skip
     """UserError for options that exclude each other, and for files that cannot be written."""
     if json_file not in (None, "-"):
@@ -29,6 +29,12 @@ def check(
     if not (runs or recipe is not None or adapter is not None or model is not None):
         raise UserError("nothing to evaluate", fix="give a run directory, --recipe, or --model")
     quantizations(quantization)
+    check_thinking(thinking)
+
+
+def check_thinking(word: str | None) -> None:
+    if word not in (None, "on", "off"):
+        raise UserError(f"unknown word {word!r}", key="--thinking", fix="one of on, off")
 
 
 def is_predictions(path: Path) -> bool:

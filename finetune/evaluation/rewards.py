@@ -186,7 +186,7 @@ class RewardModel:
             base = Base.open(configs_of(adapter)[1], adapter)
             scored = with_score_head(loading.load_model(base.model, dtype, machine), base.model.name)
             model = attach.attach_adapter(scored, adapter, base.model)
-            return cls(path, model, base.tokenizer, base.encoder)
+            return cls(path, model, base.tokenizer, base.asking(None))
         source = checkpoint_of(path)
         model = classifier(source, dtype, machine)
         if reads_pairs(config_of(source)):

@@ -41,6 +41,11 @@ class Target:
     scores: str | None = None
     """Where the reward model lies, for one that scores answers and writes none."""
 
+    @property
+    def treatment(self) -> str | None:
+        """data.thinking of its run; None where only the weights can say it."""
+        return None if self.data.train == "-" else self.data.thinking
+
 
 def find_targets(
     runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None, compare_base: bool = False

@@ -70,7 +70,7 @@ IDLE: tuple[Idle, ...] = (
     Idle(("data.text_unit",), in_stage("sft", "ppo", *PREFERENCE), "is for documents, and only ft pretrain reads them"),
     Idle(("train.group_by_length",), in_stage("pretrain"), "all blocks have the same length, and keep their order"),
     Idle(
-        keys("data", "train_on", "on_forged_marker"), in_stage("pretrain"),
+        keys("data", "train_on", "on_forged_marker", "thinking"), in_stage("pretrain"),
         "raw text has no turns: all of it is trained on"),
     Idle(("data.on_overlong",), in_stage("pretrain"), "a text longer than a block goes on in the next one"),
     Idle(
@@ -78,7 +78,9 @@ IDLE: tuple[Idle, ...] = (
         "name the source twice, or use max_samples"),
     Idle(("data.train_on",), in_stage("reward"), "an answer is scored once, at its end"),
     Idle(("data.cache",), in_stage("pretrain", *PREFERENCE), "only ft sft keeps tokenised rows on disk"),
-    Idle(keys("eval", "max_new_tokens", "batch_size"), in_stage("reward"), "a reward model scores and writes nothing"),
+    Idle(
+        keys("eval", "max_new_tokens", "batch_size", "thinking"), in_stage("reward"),
+        "a reward model scores and writes nothing"),
     Idle(
         DROPOUTS, in_stage("dpo", "kto", "ppo"),
         "dropout is off here: with it the policy would differ from its own reference before it has learned anything"),

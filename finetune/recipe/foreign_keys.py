@@ -32,6 +32,7 @@ FOREIGN_KEYS = {
     "activation_checkpointing": "train.gradient_checkpointing", "group_by_len": "train.group_by_length",
     "random_seed": "train.seed", "early_stopping_steps": "train.early_stopping_patience",
     "output_dir": "output.dir", "save_dir": "output.dir", "out_dir": "output.dir", "max_tokens": "eval.max_new_tokens",
+    "enable_thinking": "eval.thinking",
 }  # fmt: skip
 """Their key -> ours with the same meaning."""
 

@@ -13,7 +13,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # peft's names, in lower case, for values of keys that are spelled as peft's.
-SPELLINGS = {"init_lora_weights": {"true": "default"}, "prompt_tuning_init": {"sample_vocab": "vocabulary"}}
+SPELLINGS = {
+    "init_lora_weights": {"true": "default"}, "prompt_tuning_init": {"sample_vocab": "vocabulary"},
+    "thinking": {"true": "on", "false": "off"},  # what YAML makes of on and off
+}  # fmt: skip
 
 
 def _choices(annotation: Any) -> Iterator[Any]:
@@ -209,6 +212,11 @@ class DataConfig(Section):
     other."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which turns carry loss: every assistant turn, only the last one, or all text but tool output."""
+    thinking: Literal["keep", "drop", "empty"] = "keep"
+    """Thinking of the assistant's trained turns (`reasoning_content`, `thinking`, `<think>…</think>`). keep: trained
+    where a row has some; of the others all that the template writes is trained, an empty block included. empty: as
+    keep, but rows without any are written with thinking off, and the empty block is context, so that the model neither
+    forgets to think nor begins to. drop: taken out of the rows, which are then written with thinking off."""
     on_overlong: Literal["truncate", "drop", "error"] = "truncate"
     """A sample longer than max_length: cut its end, leave it out, or stop. Counted in result.json."""
     on_error: Literal["stop", "drop"] = "stop"
@@ -309,6 +317,9 @@ class EvalConfig(Section):
     """Longest generated answer."""
     batch_size: Count = 32
     """Prompts per generation batch."""
+    thinking: Literal["on", "off"] | None = None
+    """Ask for thinking or for none (the template's enable_thinking, or whatever it calls it); unset: as the run was
+    trained, otherwise as the template does by itself."""
     limit: Count | None = None
     """Only the first n rows."""
 

@@ -261,6 +261,9 @@ class PpoConfig(Section):
     """Taken off the score of a reply that does not end by itself."""
     max_new_tokens: Count = 64
     """Longest reply."""
+    thinking: Literal["on", "off"] | None = None
+    """Ask for thinking or for none; unset: off where data.thinking is empty or drop, otherwise as model.adapter was
+    trained, or as the template does by itself."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of sampling, and of every log-probability."""
     top_k: Annotated[int, Field(ge=0)] = 0

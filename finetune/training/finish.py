@@ -15,6 +15,7 @@ import yaml
 from finetune import places
 from finetune.adapters.load import save as save_adapter
 from finetune.base import Base
+from finetune.data import thinking
 from finetune.errors import UserError
 from finetune.families import family
 from finetune.models import sources
@@ -24,7 +25,7 @@ from finetune.models.quantization import parameter_counts
 from finetune.recipe.file import to_yaml
 from finetune.recipe.stages import Recipe
 from finetune.run.directory import Run
-from finetune.run.writing import write_atomically
+from finetune.run.writing import write_atomically, write_json
 from finetune.terminal.progress import advise, command, duration, note, shown_path
 from finetune.training import model_card, report
 from finetune.training.weight_check import check_finite
@@ -57,16 +58,31 @@ def finish(
     outcome: what the trainer says, of `fit`; base: as for `save`.
     """
     trainable, total = parameter_counts(model)
+    thought = recorded(recipe, run, counts, base)
     result = {
         "stage": recipe.stage, "status": "done", "eval": {}, **outcome,
         "trainable_parameters": trainable, "total_parameters": total,
         "trained_tokens": counts["trained_tokens"], "dropped_rows": counts["dropped"], "data": counts,
         "peak_memory_gb": round(peak_memory_gb(), 3), "decisions": notes,
+        **({} if thought is None else {"thinking": thought}),
     }  # fmt: skip
     write_card(recipe, run, result, base)
     report.write(run, result)
     run.finish(result)
     return result
+
+
+def recorded(recipe: Recipe, run: Run, counts: dict[str, Any], base: Base) -> dict[str, Any] | None:
+    """What was trained of thinking, also beside the weights; None where the chat format knows of none."""
+    if recipe.stage == "pretrain" or not (base.encoder.thinking.known or counts.get("thinking")):
+        return None
+    found = thinking.record(base.encoder, counts)
+    if recipe.stage == "ppo":
+        on = thinking.of_prompts(recipe, base.encoder)
+        on = thinking.usual(base.trained) if on is None else on
+        found |= {"shown": ["off", "on"] if on is None else [thinking.named(on)]}
+    write_json((run.model if recipe.adapter.method == "full" else run.adapter) / thinking.FILE, found)
+    return found
 
 
 def write_card(recipe: Recipe, run: Run, result: dict[str, Any], base: Base) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic
 
@@ -26,6 +26,7 @@ from finetune.adapters.compatibility import AnyRecipe
 from finetune.adapters.load import adapter_config
 from finetune.adapters.methods import check, check_targets
 from finetune.base import Base
+from finetune.data import thinking
 from finetune.data.rows import Rows
 from finetune.errors import RunError
 from finetune.models import attach, hardware, loading, sources
@@ -169,11 +170,13 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
     if resume:
         check_resumable(recipe)
     compatibility.check(recipe)
-    base = open_base(recipe.model)
+    base = replace(open_base(recipe.model), treatment=recipe.data.thinking)
     if not recipe.model.is_new:
         compatibility.check_base(recipe, base.config)
         if recipe.model.adapter is None:
             check(base.skeleton, recipe.adapter, is_held_quantized(recipe.model, base.config))
+    if recipe.eval.thinking is not None and recipe.stage != "pretrain":
+        thinking.asked(base.encoder, thinking.switched(recipe.eval.thinking), "eval.thinking")
     return Session(recipe, base, machine, resume)
 
 

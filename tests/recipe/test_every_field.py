@@ -113,6 +113,7 @@ VALUES: dict[str, Any] = {
     "model.quantization": "int4", "model.chat_template": "{markers}", "model.config": "{config}",
     "model.tokenizer": "{other}", "data.train": "{fewer}", "data.eval_split": 2, "data.format": "nonsense",
     "data.columns": "{columns}", "data.max_length": 36, "data.on_overlong": "error", "data.train_on": "all",
+    "data.thinking": "empty",
     "data.on_error": "drop", "data.max_dropped": 0.9, "data.max_samples": 9, "source.path": "{fewer}",
     "source.source": "hub", "source.name": "x", "source.split": "test", "source.revision": "v2",
     "source.format": "nonsense", "source.columns": "{columns}", "source.filter": {"even": True}, "source.weight": 2.0,
@@ -482,7 +483,8 @@ def evaluated(stage: str, settings: dict[str, Any], files: dict[str, Any], monke
     seen: dict[str, Any] = {}
 
     def stop(target: Any, held: Any, *_: Any) -> None:
-        seen.update(limits=(target.eval.max_new_tokens, target.eval.batch_size), rows=len(held.rows))
+        limits = (target.eval.max_new_tokens, target.eval.batch_size)
+        seen.update(limits=limits, rows=len(held.rows), thinking=target.eval.thinking)
         raise Stop
 
     monkeypatch.setattr(evaluate, "evaluate_target", stop)
@@ -503,7 +505,8 @@ def evaluated(stage: str, settings: dict[str, Any], files: dict[str, Any], monke
 
 def probe_eval(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, tmp: Path) -> None:
     data = {} if key == "eval.data" else {"eval.data": files["pairs rows" if stage == "reward" else "sft rows"]}
-    value = {"eval.data": files["pairs fewer" if stage == "reward" else "sft fewer"], "eval.limit": 1}.get(key, 7)
+    fewer = files["pairs fewer" if stage == "reward" else "sft fewer"]
+    value = {"eval.data": fewer, "eval.limit": 1, "eval.thinking": "on"}.get(key, 7)
     after = evaluated(stage, {**data, key: value}, files, monkeypatch, tmp)
     assert (isinstance(after, str) and key in after) or after != evaluated(stage, data, files, monkeypatch, tmp)
 
@@ -562,7 +565,8 @@ def probe_cache(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, t
 
 PROBES: dict[str, Callable[..., None]] = {
     "data.cache": probe_cache,
-    **dict.fromkeys(("eval.data", "eval.max_new_tokens", "eval.batch_size", "eval.limit"), probe_eval),
+    **dict.fromkeys(("eval.data", "eval.max_new_tokens", "eval.batch_size", "eval.limit", "eval.thinking"),
+                    probe_eval),
     **dict.fromkeys(("model.source", "model.revision"), probe_hub_model),
     **dict.fromkeys(("data.streaming", "source.source", "source.name", "source.split", "source.revision"),
                     probe_hub_data),

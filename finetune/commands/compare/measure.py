@@ -22,6 +22,7 @@ from finetune.adapters.load import adapter_config, loads_trainable, prepare
 from finetune.base import Base
 from finetune.data import held_out
 from finetune.data.encoder import Encoder
+from finetune.data.thinking import switched
 from finetune.errors import UserError
 from finetune.evaluation import generation as evaluation
 from finetune.models import attach, hardware, loading
@@ -41,8 +42,8 @@ def measure(where: Path) -> dict[str, Any]:
     assert isinstance(recipe, SftRecipe)
     assert recipe.eval.data is not None
     trained = next((folder for folder in (where / "adapter", where / "model") if folder.is_dir()), None)
-    opened = Base.open(recipe.model, trained)
-    encoder = opened.encoder  # as it was trained
+    opened = Base.open(recipe.model, trained, recipe.data.thinking)
+    encoder = opened.asking(switched(recipe.eval.thinking), "eval.thinking")  # as it was trained
     rows = held_out.load_eval_rows(recipe.eval.data, recipe.data)[: recipe.eval.limit]
     prompts = [encoder.prompt_ids(row.asked, row.tools) for row in rows[:PROMPTS]]
 
