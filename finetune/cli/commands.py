@@ -125,8 +125,8 @@ def evaluate(
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Base and tuned side by side.")] = False,
     quantization: Annotated[str | None, typer.Option(help="Kinds to compare: none,int8,int4.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
-    temperature: Annotated[float, typer.Option(help="0 answers greedily, above it answers are drawn.", min=0.0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the drawn answers.")] = 0,
+    temperature: shared.Temperature = None,
+    seed: Annotated[int | None, typer.Option(help="Of the drawn answers.", min=0)] = None,
     reward: Annotated[str | None, typer.Option(help="Run of ft reward that scores the answers.")] = None,
     json_: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Also as JSON; - is stdout.")] = None,
     predictions: Annotated[
@@ -193,7 +193,7 @@ def chat(
     model: shared.Model = None,
     adapter: shared.AdapterOption = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 answers greedily.", min=0.0)] = 0.0,
+    temperature: shared.Temperature = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
 ) -> None:
     """Talk to a model; /reset forgets the conversation, /exit leaves."""

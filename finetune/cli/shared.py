@@ -20,6 +20,12 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ft wr
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the complete recipe, write nothing.")]
 Model = Annotated[str | None, typer.Option("--model", help="Built-in base, local folder or hub id.")]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="Run directory or adapter folder.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature", help="0 answers greedily, above it answers are drawn; the recipe's by default.", min=0.0
+    ),
+]
 
 VERBOSE = False
 
