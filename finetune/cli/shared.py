@@ -65,6 +65,17 @@ def one_of(plain: str | None, option: str | None, name: str, usage: str) -> str:
     return given
 
 
+def pairs(listed: list[str], key: str) -> dict[str, str]:
+    """NAME=VALUE, each; UserError for what is none."""
+    found = {}
+    for text in listed:
+        name, equals, value = text.partition("=")
+        if not (equals and name and value):
+            raise UserError(f"{text!r} is no NAME=COLUMN", key=key, fix="write prompt=question_text")
+        found[name] = value
+    return found
+
+
 RANKS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 

@@ -74,3 +74,16 @@ def overridden(settings: GenerationConfig, given: dict[str, Any]) -> GenerationC
             raise UserError("beams are not drawn", key="--num-beams", fix="leave it or --temperature out")
         found = found.model_copy(update={"num_beams": 1})  # of the recipe, which was greedy
     return found
+
+
+def written(given: dict[str, Any], n: int, system: str | None, raw: bool) -> None:
+    """UserError for options of `ft generate` that cannot be, whatever a recipe says."""
+    for key in ("top_p", "repetition_penalty"):
+        if given[key] is not None and not given[key] > 0:
+            raise UserError("must be above 0", key=f"--{key.replace('_', '-')}", fix="1 is without effect")
+    if given["temperature"] is not None:
+        overridden(GenerationConfig(), given)
+    if n > 1 and given["temperature"] == 0:
+        raise UserError(f"greedy answers are all the same, {n} of them, too", key="--n", fix="give --temperature")
+    if raw and system is not None:
+        raise UserError("has no effect: --raw writes no turns", key="--system", fix="leave one of them out")
