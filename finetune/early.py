@@ -22,6 +22,7 @@ from finetune.recipe.reading import find, recipe_text
 from finetune.recipe.resolve import Hardware, absolute_data, resolve
 from finetune.recipe.sections import ModelConfig, as_list
 from finetune.recipe.stages import RECIPES, ROWS, Recipe
+from finetune.run import appending
 from finetune.run.directory import Run, read_recipe
 from finetune.run.guards import check_inputs, check_output
 from finetune.run.resuming import check_resumable
@@ -189,6 +190,57 @@ def chat(
             what = "is a reward model: it scores answers and gives none"
             raise UserError(what, path=adapter, fix="give a run of another stage; ft eval scores pairs with it")
     return model, adapter
+
+
+def generated(
+    runs: Sequence[str], model: str | None, adapters: Sequence[str], data: str, output: str, overwrite: bool,
+    resume: bool, settings: dict[str, Any], n: int, system: str | None, raw: bool,
+) -> tuple[list[str], str | None, dict[str, str]]:  # fmt: skip
+    """(runs, --model, adapters by name) of `ft generate`. UserError for what is not there, or cannot be written."""
+    listed = list(runs)
+    if len(listed) == 1 and adapters and model is None and sources.find_adapter(listed[0]) is None:
+        model, listed = listed[0], []  # ft generate MODEL --adapter A
+    named = dict(map(named_adapter, adapters))
+    if len(named) < len(adapters):
+        raise UserError("two adapters have one name", key="--adapter", fix="name them: --adapter NAME=PATH")
+    if not (listed or named or model is not None):
+        raise UserError("no model to answer", fix="write ft generate RUN --data FILE --output FILE, or give --model")
+    checks: list[Callable[[], object]] = [
+        lambda: answers_file(output, data, overwrite, resume), lambda: options.written(settings, n, system, raw),
+    ]  # fmt: skip
+    if data != "-":
+        checks.append(lambda: rows(absolute_data(data), "--data", held_out=True))
+    for name in (*listed, *named.values()):
+        checks.append(lambda name=name: evaluated_one(name, model, name in named.values(), data))  # type: ignore[misc]
+    if model is not None and not listed and not named:
+        checks.append(lambda: there(ModelConfig(name=model)))
+    together(*checks)
+    return listed, model, named
+
+
+def named_adapter(text: str) -> tuple[str, str]:
+    """(name, place) of NAME=PLACE, or of a place alone, which is called as its folder is."""
+    name, equals, place = text.partition("=")
+    if equals and name and place and not Path(text).expanduser().exists():
+        return name, place
+    path = Path(text).expanduser()
+    return path.name or path.resolve().name, text
+
+
+def answers_file(output: str, data: str, overwrite: bool, resume: bool) -> None:
+    """UserError when answers cannot be written there, or would be read again."""
+    if output == "-":
+        if resume or overwrite:
+            key = "--resume" if resume else "--overwrite"
+            raise UserError("has no effect on stdout", key=key, fix="leave it out, or name a file")
+        return
+    path, source = Path(output).expanduser(), Path(data).expanduser()
+    if data != "-" and source.exists():
+        read, full = source.resolve(), path.resolve()
+        if read == full or read in full.parents:
+            what = "is what is read" if read == full else f"lies in the folder that is read ({data})"
+            raise UserError(what, path=output, key="--output", fix="name another file")
+    appending.check(path, overwrite, resume)
 
 
 def evaluated(

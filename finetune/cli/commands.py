@@ -125,8 +125,8 @@ def evaluate(
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Base and tuned side by side.")] = False,
     quantization: Annotated[str | None, typer.Option(help="Kinds to compare: none,int8,int4.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
-    temperature: Annotated[float, typer.Option(help="0 answers greedily, above it answers are drawn.", min=0.0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the drawn answers.")] = 0,
+    temperature: shared.Temperature = None,
+    seed: Annotated[int | None, typer.Option(help="Of the drawn answers.", min=0)] = None,
     reward: Annotated[str | None, typer.Option(help="Run of ft reward that scores the answers.")] = None,
     json_: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Also as JSON; - is stdout.")] = None,
     predictions: Annotated[
@@ -146,6 +146,61 @@ def evaluate(
         runs or [], recipe=recipe, model=model, adapter=adapter, data=data, compare_base=compare_base, limit=limit,
         json_file=json_, quantization=quantization, temperature=temperature, seed=seed, reward=reward,
         predictions=predictions, show=show, thinking=thinking,
+    )  # fmt: skip
+
+
+@app.command()
+def generate(
+    runs: Annotated[list[str] | None, typer.Argument(help="Runs, adapters or a model.")] = None,
+    model: shared.Model = None,
+    adapter: Annotated[
+        list[str], typer.Option("--adapter", metavar="[NAME=]ADAPTER", help="Adapter of --model; repeats.")
+    ] = [],  # noqa: B006
+    data: Annotated[
+        str | None, typer.Option("--data", help="JSON lines, JSON, csv, parquet, text; - is stdin.")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="FILE|-", help="JSON lines; - is stdout. Goes on with its own."),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", help="Answers to each row, drawn.", min=1)] = 1,
+    temperature: shared.Temperature = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that hold so much.", max=1.0)] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 from all.", min=0)] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beam search.", min=1)] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 against repeating.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the drawn answers.", min=0)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; the recipe's, or 256.", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Answers at once; the recipe's, or 32.", min=1)] = None,
+    system: Annotated[str | None, typer.Option(help="System turn of rows without one.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue texts as they stand, without a chat template.")] = False,
+    columns: Annotated[
+        list[str], typer.Option("--columns", metavar="NAME=COLUMN", help="prompt=text: rename for reading; repeats.")
+    ] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Only go on with what is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew what ft generate wrote there.")] = False,
+) -> None:
+    """Answer the rows of a file or a pipe: each row whole, with its `prediction`, as JSON lines in the same order."""
+    usage = "ft generate RUN --data FILE --output FILE"
+    data = shared.one_of(None, data, "--data", usage)
+    output = shared.one_of(None, output, "--output", usage)
+    renamed = shared.pairs(columns, "--columns")
+    shared.quiet(bars=False)
+    from finetune import early
+
+    settings = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "num_beams": num_beams,
+        "repetition_penalty": repetition_penalty, "seed": seed,
+    }  # fmt: skip
+    found, model, adapters = early.generated(
+        runs or [], model, adapter, data, output, overwrite, resume, settings, n, system, raw
+    )
+    shared.quiet()
+    shared.module("generate").run(
+        found, data=data, output=output, model=model, adapters=adapters, options=settings, n=n, system=system, raw=raw,
+        max_new_tokens=max_new_tokens, batch_size=batch_size, columns=renamed, limit=limit, resume=resume,
+        overwrite=overwrite,
     )  # fmt: skip
 
 
@@ -194,7 +249,7 @@ def chat(
     model: shared.Model = None,
     adapter: shared.AdapterOption = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 answers greedily.", min=0.0)] = 0.0,
+    temperature: shared.Temperature = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
     thinking: shared.Thinking = None,
 ) -> None:

@@ -23,6 +23,12 @@ AdapterOption = Annotated[str | None, typer.Option("--adapter", help="Run direct
 Thinking = Annotated[
     str | None, typer.Option(metavar="on|off", help="Ask a thinking model to think or not to; by default as trained.")
 ]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature", help="0 answers greedily, above it answers are drawn; the recipe's by default.", min=0.0
+    ),
+]
 
 VERBOSE = False
 
@@ -60,6 +66,17 @@ def one_of(plain: str | None, option: str | None, name: str, usage: str) -> str:
     if not given:
         raise UserError(f"{name} is missing", fix=f"write {usage}")
     return given
+
+
+def pairs(listed: list[str], key: str) -> dict[str, str]:
+    """NAME=VALUE, each; UserError for what is none."""
+    found = {}
+    for text in listed:
+        name, equals, value = text.partition("=")
+        if not (equals and name and value):
+            raise UserError(f"{text!r} is no NAME=COLUMN", key=key, fix="write prompt=question_text")
+        found[name] = value
+    return found
 
 
 RANKS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")

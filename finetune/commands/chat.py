@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -14,19 +15,22 @@ from finetune.data import thinking as thoughts
 from finetune.data.encoder import Encoder
 from finetune.data.thinking import Thinking, switched
 from finetune.errors import FinetuneError, RunError, UserError, visible
-from finetune.evaluation.generation import Sampled, answer, not_followed, stop_ids
+from finetune.evaluation.generation import GREEDY, answer, not_followed, notice, stop_ids
+from finetune.evaluation.options import overridden
 from finetune.models import attach, hardware, sources
 from finetune.models.identity import configs_of
+from finetune.recipe.file import check
 from finetune.recipe.resolve import compute_dtype
-from finetune.recipe.sections import ModelConfig
+from finetune.recipe.sections import GenerationConfig, ModelConfig
+from finetune.run.directory import read_recipe
 from finetune.terminal.progress import note, output, say, warn
 
 HELP = "/reset forgets the conversation, /exit leaves"
 
 
 def run(
-    *, model: str | None = None, adapter: str | None = None, system: str | None = None, temperature: float = 0.0,
-    max_new_tokens: int = 512, thinking: str | None = None,
+    *, model: str | None = None, adapter: str | None = None, system: str | None = None,
+    temperature: float | None = None, max_new_tokens: int = 512, thinking: str | None = None,
 ) -> None:  # fmt: skip
     folder = sources.adapter_folder(adapter) if adapter else None
     config = ModelConfig(name=str(model)) if folder is None else configs_of(folder, model)[1]
@@ -35,8 +39,11 @@ def run(
     machine, base = hardware.detect(), Base.open(config, folder)
     encoder = base.asking(switched(thinking))
     network = base.load(getattr(torch, compute_dtype(config.dtype, machine)), machine).eval()
-    if ignored := not_followed(network):
-        note(f"not followed, of the base's generation_config.json: {', '.join(f'{k} {v}' for k, v in ignored.items())}")
+    how = settings_of(adapter or str(model), temperature)
+    if how != GREEDY:
+        note(f"answers: {how}")
+    if (ignored := notice(not_followed(network))) is not None:
+        note(ignored)
     interactive = sys.stdin.isatty()
     if interactive:
         note(HELP)
@@ -65,7 +72,7 @@ def run(
             continue
         asked = [*messages, {"role": "user", "content": line}]
         try:
-            turn = reply(network, encoder, encoder.prompt_ids(asked, None), temperature, max_new_tokens)
+            turn = reply(network, encoder, encoder.prompt_ids(asked, None), how, max_new_tokens)
         except FinetuneError as error:  # the turn is forgotten: its message may be what went wrong
             if not interactive:
                 raise
@@ -74,7 +81,20 @@ def run(
         messages = [*asked, turn]
 
 
-def reply(model: Any, encoder: Encoder, prompt: list[int], temperature: float, max_new_tokens: int) -> dict[str, Any]:
+def settings_of(reference: str, temperature: float | None) -> GenerationConfig:
+    """How a run's recipe (eval.generation) and --temperature want answers; one at a time, and so without a seed."""
+    path = Path(reference).expanduser()
+    values = read_recipe(path)
+    said = GREEDY if values is None else check(values, None, path / "recipe.yaml").eval.generation
+    how = overridden(said, {"temperature": temperature})
+    if how.num_beams > 1:
+        note(f"eval.generation.num_beams {how.num_beams} is not followed: an answer is shown while it is written")
+    return how.model_copy(update={"num_beams": 1})
+
+
+def reply(
+    model: Any, encoder: Encoder, prompt: list[int], how: GenerationConfig, max_new_tokens: int
+) -> dict[str, Any]:
     """Stream one answer to stdout, its thinking dim; the turn that it is. Ctrl-C ends the answer, not the conversation.
     RunError when the model fails."""
     stop, stops = StopFlag(), stop_ids(model, encoder)
@@ -82,14 +102,13 @@ def reply(model: Any, encoder: Encoder, prompt: list[int], temperature: float, m
     streamer = TextIteratorStreamer(Decoder(encoder, stops), skip_prompt=True)
     shown = Shown(encoder.thinking, begun)
     ids = torch.tensor([prompt], device=hardware.input_device(model))
-    sampled = Sampled(temperature) if temperature else None
     failed: list[BaseException] = []
 
     def write() -> None:
         try:
             answer(
                 model, ids, torch.ones_like(ids), max_new_tokens, stops,
-                encoder.tokenizer.pad_token_id, sampled, streamer=streamer, stopping_criteria=[stop],
+                encoder.tokenizer.pad_token_id, how, streamer=streamer, stopping_criteria=[stop],
             )  # fmt: skip
         except BaseException as error:  # of a thread nobody would see it
             failed.append(error)

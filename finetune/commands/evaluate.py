@@ -21,8 +21,8 @@ from finetune.data.thinking import switched
 from finetune.data.types import Conversation
 from finetune.errors import UserError
 from finetune.evaluation import evaluators, options
-from finetune.evaluation.generation import Evaluation
-from finetune.evaluation.options import quantizations, refuse
+from finetune.evaluation.generation import Evaluation, notice
+from finetune.evaluation.options import overridden, quantizations, refuse
 from finetune.evaluation.report import compare, report, write_predictions
 from finetune.evaluation.rewards import RewardModel
 from finetune.evaluation.targets import Target, bases_of, find_targets, quantized, reference_of
@@ -36,12 +36,13 @@ from finetune.terminal.progress import note, warn
 def run(
     runs: Sequence[str], *, recipe: str | None = None, model: str | None = None, adapter: str | None = None,
     data: str | None = None, compare_base: bool = False, limit: int | None = None, json_file: str | None = None,
-    quantization: str | None = None, temperature: float = 0.0, seed: int = 0, reward: str | None = None,
-    predictions: str | None = None, show: int = 3, thinking: str | None = None,
+    quantization: str | None = None, temperature: float | None = None, seed: int | None = None,
+    reward: str | None = None, predictions: str | None = None, show: int = 3, thinking: str | None = None,
 ) -> None:  # fmt: skip
     options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions)
     kinds = quantizations(quantization)
-    targets = find_targets(runs, recipe, model, adapter, compare_base)
+    written = {"temperature": temperature, "seed": seed}
+    targets = [with_settings(t, written) for t in find_targets(runs, recipe, model, adapter, compare_base)]
     given = {"--model": model, "--compare-base": compare_base, "--quantization": quantization, "--reward": reward}
     scorer = only_scores(targets, given)
     held = held_out(targets[0], data, limit)
@@ -59,7 +60,7 @@ def run(
         held = with_few_groups(held)
 
     variants = [[quantized(target, kind) for kind in kinds] for target in targets] if kinds else [[t] for t in targets]
-    measured = [[evaluate_target(target, held, temperature, seed, thinking) for target in part] for part in variants]
+    measured = [[evaluate_target(target, held, thinking) for target in part] for part in variants]
     results = [result for part in measured for result in part]
     for target, part in zip(targets, measured, strict=True):
         same = split is not None and target.recipe is not None and target.recipe.data == split.data
@@ -77,11 +78,16 @@ def run(
         note("the models read other tokens: their losses per token cannot be compared")
         in_these = []
     comparisons = [compare(part[0], other, *one) for part in groups for other in part[1:] for one in in_these]
-    sampled = {"temperature": temperature, "seed": seed} if temperature else {}
     tuned = [part[0] for target, part in zip(targets, measured, strict=True) if target.trained]
     if predictions is not None:
         write_predictions(predictions, results)
-    report(held.name, results, comparisons, json_file, sampled, tuned or results[:1], show)
+    report(held.name, results, comparisons, json_file, tuned or results[:1], show)
+
+
+def with_settings(target: Target, options: dict[str, Any]) -> Target:
+    """The target whose answers are written as its recipe and these options say."""
+    how = overridden(target.eval.generation, options)
+    return replace(target, eval=target.eval.model_copy(update={"generation": how}))
 
 
 def only_scores(targets: Sequence[Target], given: dict[str, Any]) -> Target | None:
@@ -118,9 +124,7 @@ def held_out(target: Target, data: str | None, limit: int | None) -> HeldOut:
     return split_off(recipe, encoder, limit)
 
 
-def evaluate_target(
-    target: Target, held: HeldOut, temperature: float = 0.0, seed: int = 0, thinking: str | None = None
-) -> Evaluation:
+def evaluate_target(target: Target, held: HeldOut, thinking: str | None = None) -> Evaluation:
     """The metrics of one model on these rows."""
     size, longest = target.eval.batch_size, target.data.max_length
     if target.scores is not None:
@@ -140,7 +144,7 @@ def evaluate_target(
         result = evaluators.text(target.name, model, base.tokenizer, texts, size, length, held.blocks, whole)
     elif held.kind == "answers":
         limits = (target.eval.max_new_tokens, size)
-        result = evaluators.answers(target.name, model, encoder, held.rows, *limits, temperature, seed)
+        result = evaluators.answers(target.name, model, encoder, held.rows, *limits, target.eval.generation)
     elif held.kind == "pairs":
         train_on = "last" if target.data.train_on == "last" else "assistant"
         ref = reference(target, model)
@@ -177,10 +181,9 @@ def reference(target: Target, model: Any) -> evaluators.Reference | None:
 
 def tell(results: Sequence[Evaluation]) -> None:
     """What was not done, of all models, each once."""
-    for wishes in {str(r.generation.get("not_followed")): r.generation.get("not_followed") for r in results}.values():
-        if wishes:
-            asked = ", ".join(f"{key} {value}" for key, value in wishes.items())
-            note(f"not followed, of the base's generation_config.json: {asked}")
+    for line in dict.fromkeys(notice(r.generation.get("not_followed") or {}) for r in results):
+        if line is not None:
+            note(line)
     for line in dict.fromkeys(line for result in results for line in result.notes):
         warn(line)
     if results[0].kind == "answers" and all(r["reference"] is None for r in results[0].rows):

@@ -7,7 +7,6 @@ that sum rounded once, bit for bit. Rounding itself is reported, and never a rea
 from __future__ import annotations
 
 import gc
-import json
 import math
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from finetune.models import attach, hardware, loading, sources
 from finetune.models.adapter_files import described
 from finetune.models.export import FORMATS
 from finetune.models.identity import configs_of
+from finetune.models.weight_files import read_json
 from finetune.recipe.sections import ModelConfig
 from finetune.run.directory import read_recipe, versions
 from finetune.run.writing import write_atomically, write_json
@@ -60,6 +60,8 @@ class Job:
     kind: torch.dtype
     layout: str
     """Row of FORMATS."""
+    generation: dict[str, Any]
+    """The base's generation_config.json."""
     samples: list[list[int]]
 
 
@@ -109,7 +111,11 @@ def opened(adapter: str, target: Path, model: str | None, dtype: str | None, wei
         merge.check_layers(fitted, folder)
     samples = [base.encoder.prompt_ids([{"role": "user", "content": text}]) for text in SAMPLES]
     dtype = dtype or declared(base)
-    return Job(base, trained, folder, stored["peft_type"], weights, dtype, getattr(torch, dtype), layout, samples)
+    own = sources.file(config, "generation_config.json")
+    generation = {} if own is None else read_json(Path(own))
+    return Job(
+        base, trained, folder, stored["peft_type"], weights, dtype, getattr(torch, dtype), layout, generation, samples
+    )
 
 
 def declared(base: Base) -> str:
@@ -174,10 +180,8 @@ def write(job: Job, merged: Any, out: Path, max_shard_size: str) -> None:
     base, stops = job.base, stop_ids(merged, job.base.encoder)
     with task("writing the merged model", after=1.0):
         FORMATS[job.layout].write(merged, base.tokenizer, base.folder, out, max_shard_size)
-    own = sources.file(base.model, "generation_config.json")
-    said = json.loads(Path(own).read_text(encoding="utf-8")) if own is not None else {}
     ends = {"eos_token_id": stops, "pad_token_id": base.tokenizer.pad_token_id}
-    write_json(out / "generation_config.json", {**said, **ends})
+    write_json(out / "generation_config.json", {**job.generation, **ends})
 
 
 def measured(logits: dict[str, Any]) -> dict[str, float]:

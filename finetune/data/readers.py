@@ -33,10 +33,12 @@ class EmptyFile(UserError):
     """Of several files one may be empty."""
 
 
-def read_file(path: Path, unit: str = "line") -> Iterator[Row]:
+def read_file(path: Path, unit: str = "line", whole: bool = False) -> Iterator[Row]:
     """All rows of one file. UserError for an empty file or one of no known kind.
 
-    unit: what of plain text is a document: line, paragraph or file.
+    Args:
+        unit: what of plain text is a document: line, paragraph or file.
+        whole: with the empty cells of a csv file and the nulls of a table.
     """
     name = str(path)
     try:
@@ -44,11 +46,11 @@ def read_file(path: Path, unit: str = "line") -> Iterator[Row]:
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", path=name, fix="check the file's permissions") from None
     if head.startswith(TABLES):
-        yield from read_table(path, head)
+        yield from read_table(path, head, whole)
     else:
         try:
             with unpacked(path, head) as stream:
-                yield from read_text_file(stream, name, unit)
+                yield from read_text_file(stream, name, unit, whole)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"cannot be unpacked: {first_line(error)}", path=name, fix="download it again") from None
 
@@ -77,8 +79,8 @@ TABLES = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # parquet, arrow's file form
 WHOLE = re.compile(rb'\{[^\[{]*"(?:%s)"\s*:\s*\[\s*\{' % "|".join(sorted(LISTS)).encode())
 
 
-def read_text_file(stream: IO[bytes], name: str, unit: str = "line") -> Iterator[Row]:
-    """Json, csv or plain text."""
+def read_text_file(stream: IO[bytes], name: str, unit: str = "line", whole: bool = False) -> Iterator[Row]:
+    """Json, csv or plain text; `whole` as in `read_file`."""
     head: bytes = stream.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start:
@@ -89,15 +91,15 @@ def read_text_file(stream: IO[bytes], name: str, unit: str = "line") -> Iterator
         raise UserError("UTF-16 text", path=name, fix="convert it: iconv -f utf-16 -t utf-8")
     suffix = suffix_of(name)
     if looks_like_json(start, suffix):
-        whole = bool(WHOLE.match(start))
-        if start[:1] == b"[" or (start[:1] == b"{" and (whole or not one_per_line(start))):
-            yield from JsonItems(codecs.getreader("utf-8-sig")(stream), name, bounded=not whole)
+        one_value = bool(WHOLE.match(start))
+        if start[:1] == b"[" or (start[:1] == b"{" and (one_value or not one_per_line(start))):
+            yield from JsonItems(codecs.getreader("utf-8-sig")(stream), name, bounded=not one_value)
         else:
             yield from read_json_lines(stream, name)
     elif b"\x00" in start[:1024]:
         raise UserError("not a data file (binary content)", path=name, fix=f"use one of {', '.join(sorted(SUFFIXES))}")
     elif suffix in (".csv", ".tsv"):
-        yield from read_csv(stream, name, "\t" if suffix == ".tsv" else None)
+        yield from read_csv(stream, name, "\t" if suffix == ".tsv" else None, whole)
     elif unit == "line":
         yield from read_lines(stream, name)
     else:
@@ -139,8 +141,8 @@ def looks_like_json(start: bytes, suffix: str) -> bool:
     return start[:1] == b"[" and start[1:64].lstrip()[:1] in (b"{", b"]")
 
 
-def read_csv(stream: IO[bytes], name: str, delimiter: str | None) -> Iterator[Row]:
-    """Row numbers count data rows from 1; every cell is text, empty ones are left out."""
+def read_csv(stream: IO[bytes], name: str, delimiter: str | None, whole: bool = False) -> Iterator[Row]:
+    """Row numbers count data rows from 1; every cell is text, empty ones are left out unless `whole`."""
     csv.field_size_limit(LIMIT)
     number = 0
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
@@ -161,7 +163,7 @@ def read_csv(stream: IO[bytes], name: str, delimiter: str | None) -> Iterator[Ro
                 what = f"{len(cells)} cells, but the header has {len(columns)}"
                 yield Row({}, name, number, RowProblem("malformed_csv", what, "quote cells that hold the delimiter"))
                 continue
-            yield Row({c: v for c, v in zip(columns, cells, strict=True) if v != ""}, name, number)
+            yield Row({c: v for c, v in zip(columns, cells, strict=True) if whole or v != ""}, name, number)
     except csv.Error as error:
         what = f"a cell of over {LIMIT >> 20} MB" if "field limit" in str(error) else str(error)
         yield last_row(name, number + 1, RowProblem("malformed_csv", f"not valid csv: {what}", "mend the quotes"))
@@ -176,7 +178,7 @@ def last_row(name: str, number: int, problem: RowProblem) -> Row:
     return Row({}, name, number, problem)
 
 
-def read_table(path: Path, head: bytes) -> Iterator[Row]:
+def read_table(path: Path, head: bytes, whole: bool = False) -> Iterator[Row]:
     """Parquet, and both forms of arrow: the file format (feather) and the stream format that datasets writes."""
     import pyarrow
     import pyarrow.parquet
@@ -191,7 +193,7 @@ def read_table(path: Path, head: bytes) -> Iterator[Row]:
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
             else:
                 batches = pyarrow.ipc.open_stream(source)
-            yield from from_batches(batches, str(path))
+            yield from from_batches(batches, str(path), whole)
     except (pyarrow.ArrowException, OSError) as error:
         what = f"not a readable {'parquet' if is_parquet else 'arrow'} file: {first_line(error)}"
         raise UserError(what, path=path, fix="write it again") from None
@@ -201,14 +203,14 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def from_batches(batches: Any, name: str) -> Iterator[Row]:
+def from_batches(batches: Any, name: str, whole: bool = False) -> Iterator[Row]:
     number = 0
     for batch in batches:
         large = batch.nbytes > LIMIT
         for record in batch.to_pylist():
             number += 1
             problem = too_long() if large and len(str(record)) > LIMIT else None
-            yield Row({} if problem else without_nulls(record), name, number, problem)
+            yield Row({} if problem else record if whole else without_nulls(record), name, number, problem)
 
 
 def lines_of(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:

@@ -40,24 +40,26 @@ SPLITS = {
 }
 
 
-def read_rows(spec: Spec, *, streaming: bool = False, unit: str = "line") -> Iterator[Row]:
+def read_rows(spec: Spec, *, streaming: bool = False, unit: str = "line", whole: bool = False) -> Iterator[Row]:
     """All rows of `spec`, lazily. UserError when it names nothing that exists, or only empty files.
 
-    unit: what of plain text is a document (`data.text_unit`).
+    Args:
+        unit: what of plain text is a document (`data.text_unit`).
+        whole: with the empty cells of csv files and the nulls of tables.
     """
     spec = as_dict(spec)
     check_keys(spec)
     if spec.get("source") == "modelscope":
         files = modelscope_files(spec)
     elif is_hub(spec):
-        yield from filtered(read_hub(spec, streaming), spec.get("filter"))
+        yield from filtered(read_hub(spec, streaming, whole), spec.get("filter"))
         return
     else:
         files = files_of(spec["path"], spec.get("split"))
     empty = []
     for file in files:
         try:
-            yield from filtered(read_file(file, unit), spec.get("filter"))
+            yield from filtered(read_file(file, unit, whole), spec.get("filter"))
         except EmptyFile as error:
             empty.append(error)
             if len(empty) == len(files):
@@ -277,7 +279,7 @@ def builtin(name: str) -> Path:
     raise UserError("no such built-in data", path=f"builtin:{name}", fix=fix)
 
 
-def read_hub(spec: dict[str, Any], streaming: bool) -> Iterator[Row]:
+def read_hub(spec: dict[str, Any], streaming: bool, whole: bool = False) -> Iterator[Row]:
     """A dataset of the Hugging Face hub. UserError when it cannot be had."""
     import datasets
 
@@ -295,7 +297,7 @@ def read_hub(spec: dict[str, Any], streaming: bool) -> Iterator[Row]:
             what, fix = f"the hub dataset cannot be loaded: {reason}", "check name, split and columns"
         raise UserError(what, path=label, fix=fix) from None
     for number, record in enumerate(rows, 1):
-        yield Row(without_nulls(record), label, number)
+        yield Row(record if whole else without_nulls(record), label, number)
 
 
 def modelscope_files(spec: dict[str, Any]) -> list[Path]:

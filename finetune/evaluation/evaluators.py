@@ -13,7 +13,7 @@ from finetune.data.encoder import Encoder, cut
 from finetune.data.held_out import HeldRow
 from finetune.data.types import IGNORED, Encoded
 from finetune.errors import UserError
-from finetune.evaluation.generation import Evaluation, evaluate, negative_log_likelihoods, per_token
+from finetune.evaluation.generation import GREEDY, Evaluation, Settings, evaluate, negative_log_likelihoods, per_token
 from finetune.evaluation.rewards import RewardModel, score_rows, scored_reply
 from finetune.metrics import measure
 from finetune.terminal.progress import task
@@ -27,12 +27,12 @@ Reference = tuple[Callable[[], AbstractContextManager[Any]], float]
 
 def answers(
     name: str, model: Any, encoder: Encoder, rows: Sequence[HeldRow], max_new_tokens: int, batch_size: int,
-    temperature: float = 0.0, seed: int = 0,
+    how: Settings = GREEDY,
 ) -> Evaluation:  # fmt: skip
     """Exact match, fields of JSON answers, loss and perplexity of the references: see `evaluation.evaluate`."""
     samples = [row.sample for row in rows]
     with task(f"{name}: answering", len(rows)) as advance:
-        found = evaluate(name, model, encoder, samples, max_new_tokens, batch_size, advance, temperature, seed)
+        found = evaluate(name, model, encoder, samples, max_new_tokens, batch_size, advance, how)
     for place, (values, row) in enumerate(zip(found.rows, rows, strict=True)):
         values |= {"place": place, "file": row.file, "row": row.row}
     return found

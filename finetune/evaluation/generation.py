@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -17,7 +17,11 @@ from finetune.adapters.methods import is_before_text
 from finetune.data import thinking
 from finetune.data.encoder import Encoder
 from finetune.data.types import Conversation
+from finetune.evaluation.sampling import Drawn, Repeated, uniforms
 from finetune.models.hardware import input_device
+from finetune.recipe.sections import GenerationConfig as Settings
+
+GREEDY = Settings()
 
 
 @dataclass
@@ -73,58 +77,82 @@ def batches(prompts: Sequence[Sequence[int]], batch_size: int, equal_length: boo
             yield rows[start : start + batch_size]
 
 
-@torch.inference_mode()
 def generate(
     model: PreTrainedModel, encoder: Encoder, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int,
-    on_batch: Callable[[int], None] = lambda n: None, temperature: float = 0.0, seed: int = 0,
+    on_batch: Callable[[int], None] = lambda n: None, how: Settings = GREEDY,
 ) -> list[str]:  # fmt: skip
-    """Answers in the order of `prompts` (token ids that end where the answer begins).
-
-    temperature: 0 is greedy; above it answers are drawn from the whole distribution, without top-k or top-p. The same
-    seed and batch size give the same answers on the same machine; the caller's random numbers stay as they are.
-    """
-    model.eval()
-    tokenizer, stops = encoder.tokenizer, stop_ids(model, encoder)
-    answers = [""] * len(prompts)
-    device = input_device(model)
-    with seeded(seed, device) if temperature else nullcontext():
-        for rows in batches(prompts, batch_size, equal_length=is_before_text(model)):
-            ids, mask = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id, device)
-            sampled = Sampled(temperature) if temperature else None
-            output = answer(model, ids, mask, max_new_tokens, stops, tokenizer.pad_token_id, sampled)
-            for row, sequence in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
-                answers[row] = decode(encoder, sequence, stops)
-            on_batch(len(rows))
+    """Answers in the order of `prompts` (token ids that end where the answer begins)."""
+    stops, answers = stop_ids(model, encoder), [""] * len(prompts)
+    for batch in written(model, prompts, max_new_tokens, batch_size, stops, encoder.tokenizer.pad_token_id, how):
+        for i, ids in batch:
+            answers[i] = decode(encoder, ids, stops)
+        on_batch(len(batch))
     return answers
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """How answers are drawn; by default from the whole distribution."""
+def written(
+    model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, stops: Sequence[int], pad: int,
+    how: Settings = GREEDY, names: Sequence[object] | None = None,
+) -> Iterator[list[tuple[int, list[int]]]]:  # fmt: skip
+    """Of each batch, short prompts first, (number of the prompt, ids of its answer with the stop token that ends it).
 
-    temperature: float = 1.0
-    top_k: int = 0
-    """0: all tokens."""
-    top_p: float = 1.0
+    A drawn answer depends on how.seed and on the prompt's name alone, not on the batch it is in; the caller's random
+    numbers stay as they are.
+
+    Args:
+        names: of the prompts, one each; their numbers when None.
+    """
+    model.eval()
+    for rows in batches(prompts, batch_size, equal_length=is_before_text(model)):
+        ids, mask = left_pad([prompts[i] for i in rows], pad, input_device(model))
+        named = [i if names is None else names[i] for i in rows]
+        draws = uniforms(how.seed, named, max_new_tokens) if how.drawn else None
+        with torch.inference_mode():
+            output = answer(model, ids, mask, max_new_tokens, stops, pad, how, draws)
+        yield [
+            (i, up_to_stop(sequence, stops))
+            for i, sequence in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True)
+        ]
+
+
+def up_to_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
+    """An answer's ids with the first stop token, and without what stands behind it."""
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    return ids[: end + 1]
+
+
+def generation_config(how: Settings, max_new_tokens: int, stops: Sequence[int], pad: int) -> GenerationConfig:
+    """All that transformers is told about writing, by any command: what is not here has no say."""
+    wishes: dict[str, Any] = {"do_sample": how.drawn, "num_beams": how.num_beams}
+    if how.drawn:
+        wishes |= {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p}
+    ends = {"eos_token_id": list(stops) or None, "pad_token_id": pad, "max_new_tokens": max_new_tokens}
+    return GenerationConfig(**ends, **wishes)
 
 
 def answer(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, stops: Sequence[int], pad: int,
-    sampled: Sampled | None = None, **more: Any,
+    how: Settings = GREEDY, draws: torch.Tensor | None = None, **more: Any,
 ) -> torch.Tensor:  # fmt: skip
-    """Prompts and answers, [rows, …]; without `sampled` greedy. Whoever lets a model write comes through here: eval,
-    chat, PPO's rollouts, comparisons.
+    """Prompts and answers, [rows, …]. Whoever lets a model write comes through here: eval, generate, chat, PPO's
+    rollouts, comparisons.
 
     Nothing of the base's generation_config.json holds: it may ask for penalties, forbidden tokens or beams, under
     which greedy is not greedy and sampled text has other probabilities than the model gives it.
+
+    Args:
+        draws: [rows, max_new_tokens] numbers in [0, 1) that tokens are drawn with; torch's global generator when None.
     """
-    wishes: dict[str, Any] = {"do_sample": False}
-    if sampled is not None:
-        wishes = {"do_sample": True, "temperature": sampled.temperature, "top_k": sampled.top_k, "top_p": sampled.top_p}
-    ends = {"eos_token_id": list(stops) or None, "pad_token_id": pad, "max_new_tokens": max_new_tokens}
-    config = GenerationConfig(**ends, **wishes)
+    config = generation_config(how, max_new_tokens, stops, pad)
+    processors: list[Any] = [] if how.repetition_penalty == 1 else [Repeated(how.repetition_penalty, mask)]
+    if how.drawn and draws is not None:
+        config = generation_config(GREEDY, max_new_tokens, stops, pad)  # greedy among the one token that is drawn
+        exact = torch.float32 if ids.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        processors.append(Drawn(how, draws.to(ids.device, exact)))
     with only_as_told(model):
-        output: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **more)
+        output: torch.Tensor = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors, **more
+        )
     return output
 
 
@@ -153,6 +181,12 @@ def not_followed(model: Any) -> dict[str, Any]:
     """What the base's generation_config.json asks for and `answer` does not do."""
     asked = model.generation_config.to_diff_dict() if model.generation_config is not None else {}
     return {k: v for k, v in asked.items() if k not in HARMLESS and not k.startswith("_") and v not in (None, False)}
+
+
+def notice(asked: dict[str, Any]) -> str | None:
+    """The line about what `not_followed` found."""
+    listed = ", ".join(f"{key} {value}" for key, value in asked.items())
+    return f"not followed, of the base's generation_config.json: {listed}" if asked else None
 
 
 @contextmanager
@@ -218,7 +252,7 @@ def negative_log_likelihoods(
 
 def evaluate(
     name: str, model: PreTrainedModel, encoder: Encoder, conversations: Sequence[Conversation], max_new_tokens: int,
-    batch_size: int, on_batch: Callable[[int], None] = lambda n: None, temperature: float = 0.0, seed: int = 0,
+    batch_size: int, on_batch: Callable[[int], None] = lambda n: None, how: Settings = GREEDY,
 ) -> Evaluation:  # fmt: skip
     """Exact match with a 95% interval, per-field accuracy of JSON answers, loss and perplexity of the references.
 
@@ -227,7 +261,7 @@ def evaluate(
     """
     prompts = [encoder.prompt_ids(c.asked, c.tools) for c in conversations]
     begun = time.perf_counter()
-    predictions = generate(model, encoder, prompts, max_new_tokens, batch_size, on_batch, temperature, seed)
+    predictions = generate(model, encoder, prompts, max_new_tokens, batch_size, on_batch, how)
     seconds = time.perf_counter() - begun
     rows: list[dict[str, Any]] = [
         {
@@ -253,11 +287,11 @@ def evaluate(
         values["rows_without_loss"] = missing
     written = sum(len(encoder.tokenizer.encode(p, add_special_tokens=False)) + 1 for p in predictions)
     values["tokens_per_second"] = written / max(seconds, 1e-9)
-    how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "not_followed": not_followed(model)}
+    said: dict[str, Any] = {"max_new_tokens": max_new_tokens, **how.chosen, "not_followed": not_followed(model)}
     if encoder.thinking.switch is not None:
-        how["thinking"] = thinking.named(encoder.asks)
+        said["thinking"] = thinking.named(encoder.asks)
     return Evaluation(
-        name, len(conversations), values, rows, generation=how, notes=said_of_thinking(name, rows, values)
+        name, len(conversations), values, rows, generation=said, notes=said_of_thinking(name, rows, values)
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.places import check_file, json_with
+from finetune.recipe.sections import DRAWING, GenerationConfig
 from finetune.run.writing import read_lines
 
 
@@ -64,3 +65,31 @@ def refuse(given: dict[str, Any], why: str) -> None:
     for key, value in given.items():
         if value:
             raise UserError(f"has no effect: {why}", key=key, fix="leave it out")
+
+
+def overridden(settings: GenerationConfig, given: dict[str, Any]) -> GenerationConfig:
+    """A recipe's settings with what options say in their place; None says nothing. UserError for options that do
+    nothing beside the rest."""
+    told = {key: value for key, value in given.items() if value is not None}
+    found = GenerationConfig(**{**settings.model_dump(), **told})
+    option = {key: f"--{key.replace('_', '-')}" for key in told}
+    for key in option.keys() & set(DRAWING) if not found.drawn else ():
+        raise UserError("has no effect: answers are greedy", key=option[key], fix="give --temperature above 0")
+    if found.drawn and found.num_beams > 1:
+        if told.get("num_beams", 1) > 1:
+            raise UserError("beams are not drawn", key="--num-beams", fix="leave it or --temperature out")
+        found = found.model_copy(update={"num_beams": 1})  # of the recipe, which was greedy
+    return found
+
+
+def written(given: dict[str, Any], n: int, system: str | None, raw: bool) -> None:
+    """UserError for options of `ft generate` that cannot be, whatever a recipe says."""
+    for key in ("top_p", "repetition_penalty"):
+        if given[key] is not None and not given[key] > 0:
+            raise UserError("must be above 0", key=f"--{key.replace('_', '-')}", fix="1 is without effect")
+    if given["temperature"] is not None:
+        overridden(GenerationConfig(), given)
+    if n > 1 and given["temperature"] == 0:
+        raise UserError(f"greedy answers are all the same, {n} of them, too", key="--n", fix="give --temperature")
+    if raw and system is not None:
+        raise UserError("has no effect: --raw writes no turns", key="--system", fix="leave one of them out")

@@ -12,6 +12,7 @@ from rich.table import Table
 from finetune.errors import visible
 from finetune.evaluation.generation import Evaluation
 from finetune.metrics import Metric, paired
+from finetune.recipe.sections import GenerationConfig
 from finetune.run.writing import write_json, write_lines
 from finetune.terminal.progress import note, output, row, say, say_json
 from finetune.terminal.progress import show as show_table
@@ -34,23 +35,34 @@ def column(result: Evaluation, metric: Metric, group: str | None) -> dict[Any, f
 
 def report(
     name: str, results: Sequence[Evaluation], comparisons: Sequence[dict[str, Any]], json_file: str | None,
-    sampled: dict[str, Any], shown: Sequence[Evaluation], most: int,
+    shown: Sequence[Evaluation], most: int,
 ) -> None:  # fmt: skip
     """As a table on stdout with `most` wrong answers of each of `shown`, as JSON there, or both."""
     runs = [
         {"name": r.name, "n": r.n, "kind": r.kind, "metrics": r.metrics, "generation": r.generation} for r in results
     ]
-    found = {"data": name, **sampled, "runs": runs, "comparisons": list(comparisons)}
+    first = results[0].generation
+    drawn = {key: first[key] for key in ("temperature", "seed")} if first.get("temperature") else {}
+    found = {"data": name, **drawn, "runs": runs, "comparisons": list(comparisons)}
     if json_file == "-":
         say_json(found)
     else:
         by_split = " by data.eval_split" if name == "data.eval_split" else ""
-        show(results, comparisons, by_split, "".join(f", {key} {value}" for key, value in sampled.items()))
+        ways = list(dict.fromkeys(how_written(result) for result in results))
+        show(results, comparisons, by_split, f", {ways[0]}" if len(ways) == 1 and ways[0] else "")
+        for result in results if len(ways) > 1 else ():
+            say(f"{result.name} answered {how_written(result)}")
         for result in shown if most else ():
             show_rows(result, most)
     if json_file and json_file != "-":
         write_json(Path(json_file), found)
         note(f"written to {json_file}")
+
+
+def how_written(result: Evaluation) -> str:
+    """`greedy`, or `temperature 0.7, seed 3`; "" where nothing is answered."""
+    settings = {key: value for key, value in result.generation.items() if key in GenerationConfig.model_fields}
+    return str(GenerationConfig(**settings)) if settings else ""
 
 
 UNITS = {"answers": "", "pairs": " pairs", "unpaired": " answers", "text": " blocks of text"}

@@ -76,7 +76,7 @@ def as_recipe_says(target: Target, recipe: Recipe) -> Target:
     now = target.eval.model_copy(update=said)
     before = {**target.eval.model_dump(), "data": target.eval.data and absolute_data(target.eval.data)}
     after = {**now.model_dump(), "data": now.data and absolute_data(now.data)}
-    for key in changed_keys(before, after):
+    for key in dict.fromkeys(key.partition(".")[0] for key in changed_keys(before, after)):
         note(f"eval.{key} {after[key]}, as the recipe says now; the run had {before[key]}")
     return replace(target, eval=now, data=recipe.data)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from finetune.recipe.sections import Section, SourceConfig, as_list
+from finetune.recipe.sections import DRAWING, GenerationConfig, Section, SourceConfig, as_list
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,15 @@ IDLE: tuple[Idle, ...] = (
     Idle(("data.train_on",), in_stage("reward"), "an answer is scored once, at its end"),
     Idle(("data.cache",), in_stage("pretrain", *PREFERENCE), "only ft sft keeps tokenised rows on disk"),
     Idle(
-        keys("eval", "max_new_tokens", "batch_size", "thinking"), in_stage("reward"),
-        "a reward model scores and writes nothing"),
+        (*keys("eval", "max_new_tokens", "batch_size", "thinking"),
+         *keys("eval.generation", *GenerationConfig.model_fields)),
+        in_stage("reward"), "a reward model scores and writes nothing"),
+    Idle(
+        keys("eval.generation", *DRAWING), lambda r: not r.eval.generation.drawn, "answers are greedy",
+        "set eval.generation.temperature above 0"),
+    Idle(
+        ("eval.generation.num_beams",), lambda r: r.eval.generation.drawn, "beams are not drawn",
+        "leave it out, or set eval.generation.temperature: 0"),
     Idle(
         DROPOUTS, in_stage("dpo", "kto", "ppo"),
         "dropout is off here: with it the policy would differ from its own reference before it has learned anything"),

@@ -51,6 +51,7 @@ ADVICE = {
         ("report_to", "wandb_project"),
         "leave it out: metrics.jsonl and report.html in the run directory hold every figure",
     ),
+    "do_sample": "write eval: {generation: {temperature: …}}: above 0 answers are drawn, 0 is greedy",
     "logging_dir": "leave it out: metrics.jsonl lies in the run directory",
     "plot_loss": "leave it out: loss.png is always written",
     "overwrite_output_dir": "leave it out and give --overwrite on the command line",

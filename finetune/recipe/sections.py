@@ -310,6 +310,44 @@ class TrainConfig(Section):
     """Stop after this many evaluations without a lower held-out loss; implies load_best_model_at_end."""
 
 
+class GenerationConfig(Section):
+    """How answers are written; keys as in transformers' GenerationConfig. Unset, greedily: nothing of what the base's
+    own generation_config.json asks for holds, but for the tokens that end an answer."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 takes the likeliest token each time; above it answers are drawn, each row with its own random numbers."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Draw from the k likeliest tokens only; 0: from all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that hold this much probability."""
+    num_beams: Count = 1
+    """Beam search over so many beginnings; 1: none. Beams are not drawn."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Scores of tokens that stand in the prompt or the answer already are divided by it (times it, below 0); 1: off."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the drawn answers: the same row and seed give the same answer, whatever the batch size."""
+
+    @property
+    def drawn(self) -> bool:
+        return self.temperature > 0
+
+    @property
+    def chosen(self) -> dict[str, float | int]:
+        """What holds of these settings: those of drawing only where it is drawn."""
+        idle = () if self.drawn else DRAWING
+        return {key: value for key, value in self.model_dump().items() if key not in idle}
+
+    def __str__(self) -> str:
+        """`greedy`, or `temperature 0.7, top_p 0.9, seed 0`."""
+        usual = GenerationConfig().model_dump()
+        parts = [f"{k} {v:g}" for k, v in self.chosen.items() if v != usual[k] or (k == "seed" and self.drawn)]
+        return ", ".join([*([] if self.drawn or self.num_beams > 1 else ["greedy"]), *parts])
+
+
+DRAWING = ("top_k", "top_p", "seed")
+"""The keys of `GenerationConfig` that do something only above temperature 0."""
+
+
 class EvalConfig(Section):
     data: str | None = None
     """Held-out data with reference answers."""
@@ -322,6 +360,8 @@ class EvalConfig(Section):
     trained, otherwise as the template does by itself."""
     limit: Count | None = None
     """Only the first n rows."""
+    generation: GenerationConfig = GenerationConfig()
+    """How answers are written, in `ft eval`, `ft generate` and `ft chat`; greedily when unset."""
 
 
 class OutputConfig(Section):

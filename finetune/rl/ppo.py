@@ -24,7 +24,7 @@ import numpy as np
 from finetune.data.encoder import Encoder
 from finetune.data.prompts import Prompt
 from finetune.errors import Interrupted, RunError
-from finetune.evaluation.generation import seeded
+from finetune.evaluation.generation import not_followed, notice, seeded
 from finetune.evaluation.rewards import Scorer
 from finetune.metrics import mean, paired
 from finetune.models.hardware import peak_memory_gb
@@ -38,7 +38,7 @@ from finetune.rl.update import Learner
 from finetune.run.directory import Run
 from finetune.run.resuming import to_go_on
 from finetune.run.writing import append_lines
-from finetune.terminal.progress import Progress, samples, task
+from finetune.terminal.progress import Progress, note, samples, task
 from finetune.training.callbacks import Guard
 from finetune.training.sampler import OrderedSampler
 from finetune.training.weight_check import Proof
@@ -100,6 +100,8 @@ class Ppo:
         run.forget_after(self.state.step)
         if checkpoint is None and self.held_out:
             self.state.before = self.held_out_scores()
+        if (ignored := notice(not_followed(self.model))) is not None:
+            note(ignored)
         state, proof, guard = self.state, Proof(self.learner.module, PATIENCE), Guard()
         guard.on_train_begin(None, None, None)
         self.progress.start(self.total, state.step)
@@ -126,6 +128,7 @@ class Ppo:
             "trained": proof.finish() if proof.seen else None, "train_loss": mean(state.losses), "steps": state.step,
             "seconds": round(time.perf_counter() - begun, 2), "epochs": self.epochs(),
         }  # fmt: skip
+        result["generation"] = {**vars(self.collector.sampling), "not_followed": not_followed(self.model)}
         return {**result, "eval": self.compared()} if self.held_out else result
 
     def epochs(self) -> float:

@@ -14,13 +14,23 @@ from typing import Any
 import torch
 
 from finetune.adapters.methods import active, is_before_text
-from finetune.evaluation.generation import Sampled, answer, batches, left_pad
+from finetune.evaluation.generation import Settings, answer, batches, left_pad, up_to_stop
 from finetune.models.hardware import input_device
 
 
 @dataclass(frozen=True)
-class Sampling(Sampled):
+class Sampling:
+    """How replies are drawn; by default from the whole distribution."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+    top_p: float = 1.0
     max_new_tokens: int = field(kw_only=True)
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(temperature=float(self.temperature), top_k=self.top_k, top_p=float(self.top_p))
 
 
 @dataclass
@@ -72,10 +82,9 @@ def sample(
     replies: list[list[int]] = [[] for _ in prompts]
     for rows in batches(prompts, batch_size, equal_length=is_before_text(model)):
         ids, mask = left_pad([prompts[i] for i in rows], pad, input_device(model))
-        output = answer(model, ids, mask, sampling.max_new_tokens, stops, pad, sampling)
+        output = answer(model, ids, mask, sampling.max_new_tokens, stops, pad, sampling.settings)
         for row, sequence in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
-            end = next((i for i, token in enumerate(sequence) if token in stops), None)
-            replies[row] = sequence if end is None else sequence[: end + 1]
+            replies[row] = up_to_stop(sequence, stops)
         on_batch(len(rows))
     return together(prompts, replies, stops, pad, input_device(model))
 

@@ -16,6 +16,7 @@ from conftest import ft
 from finetune.commands import chat
 from finetune.data.chat import make_encoder
 from finetune.errors import RunError
+from finetune.evaluation.generation import GREEDY
 from finetune.models import loading, tokenizers
 from finetune.recipe.sections import ModelConfig
 
@@ -60,7 +61,7 @@ def test_a_failing_model_is_told_and_not_waited_for(base: Path, monkeypatch: pyt
 
     monkeypatch.setattr(model, "forward", forward)
     with pytest.raises(RunError, match="IndexError: index out of range in self; a shorter conversation"):
-        chat.reply(model, encoder, prompt, 0.0, 20)
+        chat.reply(model, encoder, prompt, GREEDY, 20)
     assert threading.active_count() == threads
 
 
@@ -105,7 +106,7 @@ def test_interrupting_ends_the_answer_only(base: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(model, "forward", forward)
     monkeypatch.setattr(chat, "stop_ids", lambda *_: [])
-    chat.reply(model, encoder, prompt, 0.0, 100_000)
+    chat.reply(model, encoder, prompt, GREEDY, 100_000)
     assert 4 <= len(calls) < 2000
     assert threading.active_count() == threads
 

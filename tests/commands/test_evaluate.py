@@ -211,7 +211,7 @@ def test_sampled_answers(base: Path) -> None:
     prompt = encoder.prompt_ids([{"role": "user", "content": "ab"}])
 
     def draw(n: int, **options: float) -> list[str]:
-        return generation.generate(model, encoder, [prompt] * n, 6, 8, **options)  # type: ignore[arg-type]
+        return generation.generate(model, encoder, [prompt] * n, 6, 8, how=generation.Settings(**options))  # type: ignore[arg-type]
 
     state = torch.get_rng_state()
     first = draw(12, temperature=1.0, seed=1)
@@ -224,7 +224,8 @@ def test_sampled_answers(base: Path) -> None:
     original = generation.decode
     try:
         generation.decode = lambda _, ids, __: str(ids[0])  # type: ignore[assignment]
-        for token in generation.generate(model, encoder, [prompt] * 4000, 1, 500, temperature=0.1, seed=3):
+        how = generation.Settings(temperature=0.1, seed=3)
+        for token in generation.generate(model, encoder, [prompt] * 4000, 1, 500, how=how):
             drawn[int(token)] += 1
     finally:
         generation.decode = original

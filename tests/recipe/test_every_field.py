@@ -32,7 +32,7 @@ from finetune.models.config import read_config
 from finetune.recipe import effects, file
 from finetune.recipe.adapters import ADAPTERS, OtherAdapter
 from finetune.recipe.resolve import Hardware, a_step, batch_layout, resolve
-from finetune.recipe.sections import DataConfig, ModelConfig, SourceConfig
+from finetune.recipe.sections import DRAWING, DataConfig, GenerationConfig, ModelConfig, SourceConfig
 from finetune.recipe.stages import RECIPES
 from finetune.rl.ppo import Ppo
 from finetune.run.directory import Run
@@ -149,6 +149,7 @@ BESIDE: dict[str, dict[str, Any]] = {
         "data.train": "{forged}", "model.chat_template": "{markers}"},
     "train.lr_decay_ratio": {"train.lr_scheduler_type": "warmup_stable_decay", "train.num_train_epochs": 9.0},
     "train.muon_momentum": MUON, "train.muon_adamw_learning_rate": MUON,
+    **{f"eval.generation.{key}": {"eval.generation.temperature": 0.7} for key in DRAWING},
     "dpo.simpo_gamma": {"dpo.loss_type": "simpo"}, "ppo.kl_horizon": {"ppo.kl_target": 0.001},
     "ppo.clip_rewards": {"ppo.clip_rewards": 0.01},
     **{f"reward.{key}": {"reward.train": "{pairs}"} for key in (
@@ -483,7 +484,7 @@ def evaluated(stage: str, settings: dict[str, Any], files: dict[str, Any], monke
     seen: dict[str, Any] = {}
 
     def stop(target: Any, held: Any, *_: Any) -> None:
-        limits = (target.eval.max_new_tokens, target.eval.batch_size)
+        limits = (target.eval.max_new_tokens, target.eval.batch_size, str(target.eval.generation))
         seen.update(limits=limits, rows=len(held.rows), thinking=target.eval.thinking)
         raise Stop
 
@@ -507,6 +508,11 @@ def probe_eval(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, tm
     data = {} if key == "eval.data" else {"eval.data": files["pairs rows" if stage == "reward" else "sft rows"]}
     fewer = files["pairs fewer" if stage == "reward" else "sft fewer"]
     value = {"eval.data": fewer, "eval.limit": 1, "eval.thinking": "on"}.get(key, 7)
+    if key in ("eval.generation.temperature", "eval.generation.top_p", "eval.generation.repetition_penalty"):
+        value = 0.5
+    if key.rpartition(".")[2] in DRAWING:
+        assert key in evaluated(stage, {**data, key: value}, files, monkeypatch, tmp), "greedy answers need none"
+        data |= BESIDE[key]
     after = evaluated(stage, {**data, key: value}, files, monkeypatch, tmp)
     assert (isinstance(after, str) and key in after) or after != evaluated(stage, data, files, monkeypatch, tmp)
 
@@ -567,6 +573,7 @@ PROBES: dict[str, Callable[..., None]] = {
     "data.cache": probe_cache,
     **dict.fromkeys(("eval.data", "eval.max_new_tokens", "eval.batch_size", "eval.limit", "eval.thinking"),
                     probe_eval),
+    **{f"eval.generation.{key}": probe_eval for key in GenerationConfig.model_fields},
     **dict.fromkeys(("model.source", "model.revision"), probe_hub_model),
     **dict.fromkeys(("data.streaming", "source.source", "source.name", "source.split", "source.revision"),
                     probe_hub_data),

@@ -49,9 +49,9 @@ def measure(where: Path) -> dict[str, Any]:
 
     kind = getattr(torch, compute_dtype(recipe.model.dtype, machine))  # `auto` as training resolves it
     base = loading.load_model(recipe.model, kind, machine)
-    generation = (recipe.eval.max_new_tokens, recipe.eval.batch_size)
+    generation, how = (recipe.eval.max_new_tokens, recipe.eval.batch_size), recipe.eval.generation
     if not (where / "result.json").exists():
-        scored = evaluation.evaluate(where.name, base, encoder, rows, *generation)
+        scored = evaluation.evaluate(where.name, base, encoder, rows, *generation, how=how)
         return {"metrics": scored.metrics, "row_losses": scored.losses}
     result = json.loads((where / "result.json").read_text(encoding="utf-8"))
     bare = seconds_per_token(base, encoder, prompts)
@@ -67,7 +67,7 @@ def measure(where: Path) -> dict[str, Any]:
             compatibility.check_merge(adapter_config(adapter), opened.config["model_type"])
         except UserError:
             mergeable = "no"
-    scored = evaluation.evaluate(where.name, model, encoder, rows, *generation)
+    scored = evaluation.evaluate(where.name, model, encoder, rows, *generation, how=how)
     speed, backward_share = training_speed(model, [encoder.encode(row, "last").input_ids for row in rows[:16]])
     return {
         "metrics": scored.metrics,
