@@ -142,7 +142,8 @@ class TemplateEncoder:
         """The text and what is trained in it."""
         lost = self.losses.of(conversation.messages, conversation.tools)
         trained = {i for i, w in turn_weights(conversation.messages, train_on).items() if w} if lost else set()
-        messages, tools = self._expressible(conversation.messages, conversation.tools)
+        turns = conversation.messages
+        messages, tools = self._expressible(turns, conversation.tools)
         weights = turn_weights(messages, train_on)
         messages, tools, content, mark = self._guarded(messages, tools)
         text, spans = self.spans.of(messages, tools, content, weights)
@@ -154,7 +155,9 @@ class TemplateEncoder:
         if train_on == "all" and any(from_tool(m) for m in messages):
             ranges += [(start, end, 0.0) for start, end in self.spans.tool_output(text, messages, tools, content)]
         otherwise = self.spans.prompted_otherwise(text, messages, tools)
-        unprompted = tuple([i for i in sorted(spans) if weights[i] and i in otherwise])
+        # Contents that hold tools may have made turns of their own: the row's turns are told.
+        given, told = ([i for i, m in enumerate(c) if m["role"] == "assistant"] for c in (messages, turns))
+        unprompted = tuple([b for a, b in zip(given, told, strict=True) if a in otherwise and weights.get(a)])
         return Plan(text, ranges, mark, train_on == "all", closing, shown.told(lost, trained), unprompted)
 
     # --- steps ---
