@@ -174,12 +174,12 @@ class TemplateEncoder:
 
     def plan(self, conversation: Conversation, train_on: str = "assistant") -> Plan:
         """The text and what is trained in it."""
-        given, (thinks, on) = conversation.messages, self.mode(conversation, train_on)
-        trained = {i for i, w in turn_weights(given, train_on).items() if w}
+        turns, (thinks, on) = conversation.messages, self.mode(conversation, train_on)
+        trained = {i for i, w in turn_weights(turns, train_on).items() if w}
         if self.treatment == "drop" or (self.treatment == "empty" and not thinks):
-            given = thinking.dropped(given, self.thinking, trained)
-        lost = self.lost[on].of(given, conversation.tools)
-        messages, tools = self._expressible(given, conversation.tools)
+            turns = thinking.dropped(turns, self.thinking, trained)
+        lost = self.lost[on].of(turns, conversation.tools)
+        messages, tools = self._expressible(turns, conversation.tools)
         weights = turn_weights(messages, train_on)
         messages, tools, content, mark = self._guarded(messages, tools)
         heads = {} if on is None else self._heads(messages, tools, weights, on)
@@ -201,10 +201,13 @@ class TemplateEncoder:
             ranges += [(start, end, 0.0) for start, end in self.written[on].tool_output(text, messages, tools, content)]
         if train_on == "all":
             ranges += [(*self._block(head), 0.0) for _, head in shown_heads]
-        told = () if train_on == "all" else tuple(i + 1 for i in passed)
+        without = () if train_on == "all" else tuple(i + 1 for i in passed)
         otherwise = self.written[on].prompted_otherwise(text, messages, tools)
-        unprompted = tuple([i for i in sorted(spans) if weights[i] and i in otherwise])
-        return Plan(text, ranges, mark, train_on == "all", closing, shown.told(lost, trained), unprompted, thinks, told)
+        # Contents that hold tools may have made turns of their own: the row's turns are told.
+        given, told = ([i for i, m in enumerate(c) if m["role"] == "assistant"] for c in (messages, turns))
+        unprompted = tuple([b for a, b in zip(given, told, strict=True) if a in otherwise and weights.get(a)])
+        found = shown.told(lost, trained)
+        return Plan(text, ranges, mark, train_on == "all", closing, found, unprompted, thinks, without)
 
     # --- steps ---
 

@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from finetune.data import control_tokens, shown, templates
-from finetune.data.types import Message, RowProblem, attempted
+from finetune.data.types import Message, RowProblem
 
 
 def from_tool(message: Message) -> bool:
@@ -95,16 +95,13 @@ class Spans:
 
     def _found(self, text: str, messages: list[Message], tools: Any, content: str, i: int) -> tuple[int, int]:
         """Character range of turn i in the rendering of an unmarked template."""
-        found = attempted(self._difference, text, messages, tools, i)
-        if isinstance(found, RowProblem):
-            if found.kind != "unstable_template":
-                raise found
-            between = self._between(text, messages, tools, content, i)
+        try:
+            return self._difference(text, messages, tools, i)
+        except RowProblem as problem:
+            between = self._between(text, messages, tools, content, i) if problem.kind == "unstable_template" else None
             if between is None:
-                raise found
-            found = between
-        start, end = found
-        return start, end
+                raise
+            return between
 
     def _between(self, text: str, messages: list[Message], tools: Any, content: str, i: int) -> tuple[int, int] | None:
         """Character range of turn i: what stands between the contents before and after it, found by a character that
