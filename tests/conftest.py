@@ -126,7 +126,7 @@ def ft(*arguments: Any, cwd: Path | None = None, stdin: str | None = None) -> su
         patch.setattr(sys, "argv", words)
         patch.setattr(progress, "advising", True)
         patch.setenv("COLUMNS", "200")
-        sys.stdin = io.StringIO(stdin or "")
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.BytesIO((stdin or "").encode())), encoding="utf-8")  # type: ignore[arg-type]
         sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
         try:
             os.chdir(cwd or before)

@@ -70,6 +70,11 @@ def main() -> None:
     except BrokenPipeError:
         _close_stdout()
         sys.exit(0)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # typer makes 1 of it
+            _close_stdout()
+            sys.exit(0)
+        raise
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong arguments, in typer's own words
             said = io.StringIO()
