@@ -123,8 +123,13 @@ def evaluate(
         typer.Option(help="Held-out data; by default the run's eval.data, or what data.eval_split held out."),
     ] = None,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Base and tuned side by side.")] = False,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(help="What is measured, separated by commas: names, file.py:function, and last regex:PATTERN."),
+    ] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples before each question of multiple choice.", min=0)] = None,
     quantization: Annotated[str | None, typer.Option(help="Kinds to compare: none,int8,int4.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first n rows (of each subject).", min=1)] = None,
     temperature: Annotated[float, typer.Option(help="0 answers greedily, above it answers are drawn.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the drawn answers.")] = 0,
     reward: Annotated[str | None, typer.Option(help="Run of ft reward that scores the answers.")] = None,
@@ -135,16 +140,19 @@ def evaluate(
     show: Annotated[int, typer.Option(metavar="N", help="Print so many wrong answers.", min=0)] = 3,
 ) -> None:
     """Held-out metrics: of answers exact match (also per value of a column `group`), per-field accuracy, loss and
-    perplexity; of preference pairs accuracy and margins; of labelled answers and raw text their loss."""
+    perplexity, or those of --metrics; of preference pairs accuracy and margins; of labelled answers and raw text their
+    loss; of multiple choice (csv of C-Eval, CMMLU, MMLU) accuracy."""
     shared.quiet(bars=False)
     from finetune import early
+    from finetune.recipe.sections import metric_names
 
-    early.evaluated(runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions)
+    named = metric_names(metrics) if metrics else None
+    early.evaluated(runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions, named)
     shared.quiet()
     shared.module("evaluate").run(
         runs or [], recipe=recipe, model=model, adapter=adapter, data=data, compare_base=compare_base, limit=limit,
         json_file=json_, quantization=quantization, temperature=temperature, seed=seed, reward=reward,
-        predictions=predictions, show=show,
+        predictions=predictions, show=show, named=named, shots=shots,
     )  # fmt: skip
 
 

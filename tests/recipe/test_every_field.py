@@ -481,8 +481,13 @@ def evaluated(stage: str, settings: dict[str, Any], files: dict[str, Any], monke
     """What `ft eval RUN` does with the recipe that a run left behind."""
     seen: dict[str, Any] = {}
 
-    def stop(target: Any, held: Any, *_: Any) -> None:
-        seen.update(limits=(target.eval.max_new_tokens, target.eval.batch_size), rows=len(held.rows))
+    def stop(target: Any, held: Any, _: Any, __: Any, chosen: Any, shots: int) -> None:
+        seen.update(
+            metrics=[metric.name for metric in chosen],
+            shots=shots,
+            limits=(target.eval.max_new_tokens, target.eval.batch_size),
+            rows=len(held.rows),
+        )
         raise Stop
 
     monkeypatch.setattr(evaluate, "evaluate_target", stop)
@@ -503,7 +508,12 @@ def evaluated(stage: str, settings: dict[str, Any], files: dict[str, Any], monke
 
 def probe_eval(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, tmp: Path) -> None:
     data = {} if key == "eval.data" else {"eval.data": files["pairs rows" if stage == "reward" else "sft rows"]}
-    value = {"eval.data": files["pairs fewer" if stage == "reward" else "sft fewer"], "eval.limit": 1}.get(key, 7)
+    value = {
+        "eval.data": files["pairs fewer" if stage == "reward" else "sft fewer"],
+        "eval.limit": 1,
+        "eval.metrics": ["margin" if stage == "reward" else "loss"],
+        "eval.shots": 2,
+    }.get(key, 7)
     after = evaluated(stage, {**data, key: value}, files, monkeypatch, tmp)
     assert (isinstance(after, str) and key in after) or after != evaluated(stage, data, files, monkeypatch, tmp)
 
@@ -562,7 +572,7 @@ def probe_cache(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, t
 
 PROBES: dict[str, Callable[..., None]] = {
     "data.cache": probe_cache,
-    **dict.fromkeys(("eval.data", "eval.max_new_tokens", "eval.batch_size", "eval.limit"), probe_eval),
+    **dict.fromkeys(("eval.data", "eval.max_new_tokens", "eval.batch_size", "eval.limit", "eval.metrics", "eval.shots"), probe_eval),
     **dict.fromkeys(("model.source", "model.revision"), probe_hub_model),
     **dict.fromkeys(("data.streaming", "source.source", "source.name", "source.split", "source.revision"),
                     probe_hub_data),
