@@ -134,7 +134,7 @@ def show_rows(result: Evaluation, most: int) -> None:
             "choices": "wrong answers",
         }
         title = f"{result.name}: {min(most, len(found))} of {len(found)} {what[result.kind]}"
-    elif result.kind == "answers":
+    elif result.kind == "answers" and any(r["prediction"] is not None for r in result.rows):
         found = result.rows
         title = f"{result.name}: {min(most, len(found))} of {len(found)} answers"
     else:
@@ -156,7 +156,8 @@ def parts_of(values: dict[str, Any], kind: str) -> dict[str, str]:
     loss = "" if values["loss"] is None else f" (loss {values['loss']:.3f})"
     if kind == "answers":
         reference = values["reference"]
-        return {**asked, **({} if reference is None else {"reference": reference}), "answer": values["prediction"]}
+        answer = {} if values["prediction"] is None else {"answer": values["prediction"]}
+        return {**asked, **({} if reference is None else {"reference": reference + loss * (not answer)}), **answer}
     if kind == "choices":
         options = values["options"]
         return {**asked, "right": option(options, values["reference"]), "answer": option(options, values["prediction"])}

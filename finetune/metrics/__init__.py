@@ -1,7 +1,7 @@
 """What `ft eval` measures: a metric is a row of METRICS. No torch.
 
-`metric` says what a row is; `text`, `fields`, `numbers` and `corpus` compare answers with references, `statistics`
-makes the intervals, `asked` finds what a recipe or --metrics names.
+`metric` says what a row is; `text`, `json_answers`, `numbers` and `corpus` compare answers with references,
+`statistics` makes the intervals, `asked` finds what a recipe or --metrics names.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from finetune.metrics import corpus, numbers, text
-from finetune.metrics.fields import fields, has_json, json_fields, json_valid
+from finetune.metrics.json_answers import fields, has_json, json_fields, json_valid
 from finetune.metrics.metric import (
     Metric,
     Row,

@@ -572,7 +572,8 @@ def probe_cache(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, t
 
 PROBES: dict[str, Callable[..., None]] = {
     "data.cache": probe_cache,
-    **dict.fromkeys(("eval.data", "eval.max_new_tokens", "eval.batch_size", "eval.limit", "eval.metrics", "eval.shots"), probe_eval),
+    **dict.fromkeys(("eval.data", "eval.max_new_tokens", "eval.batch_size", "eval.limit", "eval.metrics",
+                     "eval.shots"), probe_eval),
     **dict.fromkeys(("model.source", "model.revision"), probe_hub_model),
     **dict.fromkeys(("data.streaming", "source.source", "source.name", "source.split", "source.revision"),
                     probe_hub_data),
