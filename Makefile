@@ -7,7 +7,7 @@ BIN = .venv/bin
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,real]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,real,eval]'
 	touch $@
 
 .PHONY: quickstart align test slow lint clean

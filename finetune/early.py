@@ -15,6 +15,7 @@ from finetune import places
 from finetune.data import sources as data_sources
 from finetune.errors import Problem, UserError
 from finetune.evaluation import options
+from finetune.metrics import asked
 from finetune.models import sources
 from finetune.models.export import FORMATS
 from finetune.recipe.file import load
@@ -87,6 +88,7 @@ def checks_of(recipe: Recipe) -> list[Callable[[], object]]:
     checks: list[Callable[[], object]] = [
         lambda: rows(recipe.data.train, "data.train"),
         lambda: rows(recipe.eval.data, "eval.data", held_out=True),
+        lambda: asked.check(recipe.eval.metrics or (), "eval.metrics"),
         lambda: rows(getattr(reward, "train", None), "reward.train"),
         lambda: file(model.chat_template, "model.chat_template", "give a Jinja file"),
     ]
@@ -246,17 +248,19 @@ def answers_file(output: str, data: str, overwrite: bool, resume: bool) -> None:
 def evaluated(
     runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None, data: str | None,
     reward: str | None, json_file: str | None, quantization: str | None, predictions: str | None,
-    thinking: str | None = None,
+    named: Sequence[str] | None = None, thinking: str | None = None,
 ) -> None:  # fmt: skip
     """UserError for options of `ft eval` that cannot be, and for runs, recipes, models, adapters and data that are not
     there."""
     checks: list[Callable[[], object]] = [
-        lambda: options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions, thinking)
+        lambda: options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions, named, thinking)
     ]
     if recipe is not None:
         loaded = load(recipe, None)
         if not (Path(loaded.output.dir) / "result.json").exists() and model is None:
             checks.append(lambda: base(loaded.model))
+        if named is None:
+            checks.append(lambda: asked.check(loaded.eval.metrics or (), "eval.metrics"))
         if data is None:
             checks.append(lambda: rows(loaded.eval.data, "eval.data", held_out=True))
     for name in (*runs, *([adapter] if adapter is not None else ())):

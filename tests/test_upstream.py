@@ -17,6 +17,7 @@ import transformers
 import trl
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.peft_types import PeftType
+from sacrebleu.metrics.base import Metric as SACREBLEU
 from transformers import core_model_loading
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -36,6 +37,8 @@ METHODS: list[tuple[type, str, tuple[Any, ...], str]] = [
     (TRAINER, "prediction_step", ("self", "model", "inputs", ...), "figures of each held-out batch"),
     (TRAINER, "evaluation_loop", ("self", "dataloader", ...), "figures over all held-out rows"),
     (TRAINER, "create_accelerator_and_postprocess", ("self",), "loss scaling on CPUs"),
+    (SACREBLEU, "_extract_corpus_statistics", ("self", "hypotheses", "references"), "rows are drawn for an interval"),
+    (SACREBLEU, "_compute_score_from_stats", ("self", "stats"), "the same: the figure of drawn rows is of their sum"),
     (DPO, "_prepare_dataset", ("self", "dataset", ...), "rows are token ids already"),
     (KTO, "_prepare_dataset", ("self", "dataset", ...), "rows are token ids already"),
     (KTO, "_compute_kl_logps", ("self", "model", "batch"), "the KL term is that of the step, not of the pass"),

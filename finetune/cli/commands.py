@@ -123,6 +123,11 @@ def evaluate(
         typer.Option(help="Held-out data; by default the run's eval.data, or what data.eval_split held out."),
     ] = None,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Base and tuned side by side.")] = False,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(help="What is measured, separated by commas: names, file.py:function, and last regex:PATTERN."),
+    ] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples before each question of multiple choice.", min=0)] = None,
     quantization: Annotated[str | None, typer.Option(help="Kinds to compare: none,int8,int4.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
     temperature: shared.Temperature = None,
@@ -136,16 +141,19 @@ def evaluate(
     thinking: shared.Thinking = None,
 ) -> None:
     """Held-out metrics: of answers exact match (also per value of a column `group`), per-field accuracy, loss and
-    perplexity; of preference pairs accuracy and margins; of labelled answers and raw text their loss."""
+    perplexity, or those of --metrics; of preference pairs accuracy and margins; of labelled answers and raw text their
+    loss; of multiple choice (csv of C-Eval, CMMLU, MMLU) accuracy."""
     shared.quiet(bars=False)
     from finetune import early
+    from finetune.recipe.sections import metric_names
 
-    early.evaluated(runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions, thinking)
+    named = metric_names(metrics) if metrics else None
+    early.evaluated(runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions, named, thinking)
     shared.quiet()
     shared.module("evaluate").run(
         runs or [], recipe=recipe, model=model, adapter=adapter, data=data, compare_base=compare_base, limit=limit,
         json_file=json_, quantization=quantization, temperature=temperature, seed=seed, reward=reward,
-        predictions=predictions, show=show, thinking=thinking,
+        predictions=predictions, show=show, thinking=thinking, named=named, shots=shots,
     )  # fmt: skip
 
 

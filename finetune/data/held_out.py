@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetune.data import checks, formats, leakage, sources
+from finetune.data import checks, choices, formats, leakage, sources
 from finetune.data import text as raw
 from finetune.data.audit import BATCH, Audit, batched
 from finetune.data.encoder import Encoder
@@ -25,6 +26,7 @@ from finetune.terminal.progress import note, warn
 
 KINDS: dict[type[Sample], str] = {
     Conversation: "answers", Preference: "pairs", Unpaired: "unpaired", Text: "text",
+    choices.Choice: "choices",
 }  # fmt: skip
 SPLIT = "data.eval_split"
 
@@ -36,6 +38,7 @@ class HeldRow(NamedTuple):
     row: int
     sample: Any  # a Sample
     group: str | None = None  # what its column `group` says
+    columns: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,12 @@ class HeldOut:
     """Of all rows that data.eval_split holds out."""
     blocks: int | None = None
     """Of text: only so many of the blocks that it fills."""
+    shots: Mapping[str, list[choices.Choice]] = field(default_factory=dict)
+    """Of multiple choice: each subject's questions of its dev file, in their order."""
 
     @property
     def kind(self) -> str:
-        """answers, pairs, unpaired or text"""
+        """answers, pairs, unpaired, text or choices"""
         return KINDS[type(self.rows[0].sample)]
 
     @property
@@ -63,9 +68,32 @@ class HeldOut:
 
 def rows_of(path: str, config: DataConfig, limit: int | None) -> HeldOut:
     """The rows of a file; of a dataset folder those of its validation or test split, which is said."""
+    if choices.is_choices(path):
+        return questions_of(path, limit)
     if split := sources.held_out(path).get("split"):
         note(f"{path}: its {split} split")
     return HeldOut(path, load_held_out(path, config)[:limit])
+
+
+def questions_of(path: str, limit: int | None) -> HeldOut:
+    """Multiple choice: the rows of each subject's file (the first `limit` of each), and those of the dev files."""
+    files = choices.evaluated(path)
+    rows: list[HeldRow] = []
+    shots: dict[str, list[choices.Choice]] = {}
+    problems: list[Problem] = []
+    for one in files:
+        dev = choices.dev_file(one)
+        try:
+            found = choices.read(one.path)[:limit]
+            rows += [HeldRow(q.file, q.row, q.sample, one.subject, q.columns) for q in found]
+            shots[one.subject] = [] if dev is None else [question.sample for question in choices.read(dev)]
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    if split := Path(path).expanduser().is_dir() and files[0].split:
+        note(f"{path}: its {split} split, {len(files)} {'subject' if len(files) == 1 else 'subjects'}")
+    return HeldOut(path, rows, shots=shots)
 
 
 def load_eval_rows(spec: Any, config: DataConfig | None = None) -> list[Conversation]:
@@ -110,7 +138,7 @@ def held_row(item: Item, columns: dict[str, str] | None) -> HeldRow:
     group = formats.shaped(item.data, columns).get("group")
     named = str(group) if isinstance(group, str | int | float) and group != "" else None  # a list names no group
     sample = replace(item.sample, group=named) if isinstance(item.sample, Conversation) else item.sample
-    return HeldRow(item.file, item.row, sample, named)
+    return HeldRow(item.file, item.row, sample, named, item.data)
 
 
 # --- what data.eval_split holds out ---

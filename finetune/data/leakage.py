@@ -7,12 +7,13 @@ kept, chosen by its hash, so that both sides keep the same. Windows are computed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from finetune.data import checks
-from finetune.data.samples import read_samples, specs
+from finetune.data import checks, choices
+from finetune.data.samples import Item, read_samples, specs
 from finetune.data.types import Sample
 from finetune.recipe.sections import DataConfig
 
@@ -111,11 +112,19 @@ class Index:
         return found
 
 
+def held_items(spec: Any, section: DataConfig) -> Iterable[Item]:
+    """The rows of a source as they are evaluated: questions of multiple choice, or samples."""
+    if not choices.is_choices(spec["path"]):
+        return read_samples(spec, section, None)
+    sheets = choices.evaluated(str(spec["path"]))
+    return [Item(q.file, q.row, q.sample) for one in sheets for q in choices.read(one.path)]
+
+
 class HeldOut:
     """The rows of a data section, looked for in training rows; warnings name their places."""
 
     def __init__(self, section: DataConfig) -> None:
-        items = [i for spec in specs(section) for i in read_samples(spec, section, None) if i.sample is not None]
+        items = [i for spec in specs(section) for i in held_items(spec, section) if i.sample is not None]
         self.places = [f"{item.file}, row {item.row}" for item in items]
         self.index = Index([i.usable.prompt_text for i in items], [i.usable.questions for i in items])
 

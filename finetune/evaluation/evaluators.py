@@ -13,34 +13,40 @@ from finetune.data.encoder import Encoder, cut
 from finetune.data.held_out import HeldRow
 from finetune.data.types import IGNORED, Encoded
 from finetune.errors import UserError
-from finetune.evaluation.generation import GREEDY, Evaluation, Settings, evaluate, negative_log_likelihoods, per_token
+from finetune.evaluation.generation import (
+    GREEDY,
+    Evaluation,
+    Likelihood,
+    Settings,
+    evaluate,
+    negative_log_likelihoods,
+    per_token,
+)
 from finetune.evaluation.rewards import RewardModel, score_rows, scored_reply
-from finetune.metrics import measure
+from finetune.metrics import Metric, measure
 from finetune.terminal.progress import task
 
 T = TypeVar("T")
-Scored = list[tuple[float, int]]
-"""Of each row, the summed negative log-likelihood in nats and the number of tokens."""
+Scored = list[Likelihood]
 Reference = tuple[Callable[[], AbstractContextManager[Any]], float]
 """The model that an objective keeps near, and its beta."""
 
 
 def answers(
     name: str, model: Any, encoder: Encoder, rows: Sequence[HeldRow], max_new_tokens: int, batch_size: int,
-    how: Settings = GREEDY,
+    how: Settings = GREEDY, which: Sequence[Metric] | None = None,
 ) -> Evaluation:  # fmt: skip
-    """Exact match, fields of JSON answers, loss and perplexity of the references: see `evaluation.evaluate`."""
+    """The metrics of answers, and of the references' losses: see `evaluation.evaluate`."""
     samples = [row.sample for row in rows]
+    known = [{"place": i, "file": r.file, "row": r.row, "columns": r.columns} for i, r in enumerate(rows)]
+    limits = (max_new_tokens, batch_size)
     with task(f"{name}: answering", len(rows)) as advance:
-        found = evaluate(name, model, encoder, samples, max_new_tokens, batch_size, advance, how)
-    for place, (values, row) in enumerate(zip(found.rows, rows, strict=True)):
-        values |= {"place": place, "file": row.file, "row": row.row}
-    return found
+        return evaluate(name, model, encoder, samples, *limits, advance, how, which, known)
 
 
 def pairs(
     name: str, model: Any, encoder: Encoder, rows: Sequence[HeldRow], batch_size: int, max_length: int | None,
-    train_on: str = "assistant", reference: Reference | None = None,
+    train_on: str = "assistant", reference: Reference | None = None, which: Sequence[Metric] | None = None,
 ) -> Evaluation:  # fmt: skip
     """In how many pairs the chosen answer has the higher summed log-probability, and by how many nats on average; loss
     and perplexity of the chosen answers.
@@ -68,12 +74,12 @@ def pairs(
             before = _halves(_score(f"{name}: the reference's log-probabilities", other, sides, pad, batch_size))
         for row, now, then in zip(found, margins, _margins(*before), strict=True):
             row["reward_margin"] = beta * (now - then)
-    return Evaluation(name, len(kept), measure("pairs", found), found, "pairs", notes=notes)
+    return Evaluation(name, len(kept), measure("pairs", found, which), found, "pairs", notes=notes)
 
 
 def unpaired(
     name: str, model: Any, encoder: Encoder, rows: Sequence[HeldRow], batch_size: int, max_length: int | None,
-    reference: Reference | None = None,
+    reference: Reference | None = None, which: Sequence[Metric] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Loss and perplexity of the desirable answers, the loss of the others, and what lies between them.
 
@@ -97,16 +103,16 @@ def unpaired(
         make, beta = reference
         with make() as other:
             before = _score(f"{name}: the reference's log-probabilities", other, sides, pad, batch_size)
-        for row, (now, _), (then, _) in zip(found, scored, before, strict=True):
-            row["answer_reward"] = reward = beta * (then - now)
+        for row, now, then in zip(found, scored, before, strict=True):
+            row["answer_reward"] = reward = beta * (then.total - now.total)
             row["correct"] = float(reward > 0 if row["label"] else reward < 0)
     counts = {name: sum(row["label"] is label for row in found) for name, label in (("good", True), ("bad", False))}
-    return Evaluation(name, len(kept), counts | measure("unpaired", found), found, "unpaired", notes=notes)
+    return Evaluation(name, len(kept), counts | measure("unpaired", found, which), found, "unpaired", notes=notes)
 
 
 def text(
     name: str, model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int, length: int, blocks: int | None,
-    whole: bool,
+    whole: bool, which: Sequence[Metric] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Loss and perplexity per token, in blocks of `length` tokens as in training.
 
@@ -120,14 +126,17 @@ def text(
         raise UserError(f"the text does not fill one block of {length} tokens", key="data.max_length", fix="lower it")
     scored = _score(f"{name}: loss", model, found, tokenizer.pad_token_id, batch_size, "blocks")
     rows = [
-        {"row": i, "text": tokenizer.decode(block.input_ids), "tokens": loss[1], "correct": None, **per_token(loss)}
+        {"row": i, "text": tokenizer.decode(block.input_ids), "tokens": loss.tokens, "correct": None, **per_token(loss)}
         for i, (block, loss) in enumerate(zip(found, scored, strict=True), 1)
     ]
-    values = measure("text", rows) | {"tokens": sum(count for _, count in scored)}
+    values = measure("text", rows, which) | {"tokens": sum(loss.tokens for loss in scored)}
     return Evaluation(name, len(found), values, rows, "text")
 
 
-def scores(name: str, model: RewardModel, rows: Sequence[HeldRow], max_length: int | None) -> Evaluation:
+def scores(
+    name: str, model: RewardModel, rows: Sequence[HeldRow], max_length: int | None,
+    which: Sequence[Metric] | None = None,
+) -> Evaluation:  # fmt: skip
     """How often a reward model scores the chosen answer higher, for all pairs and each group of them, and by how much
     on average."""
     assert model.encoder is not None, "a run of ft reward has a causal base"
@@ -151,7 +160,7 @@ def scores(name: str, model: RewardModel, rows: Sequence[HeldRow], max_length: i
         }
         for i, chosen, rejected in zip(kept, *_halves(found), strict=True)
     ]  # fmt: skip
-    return Evaluation(name, len(kept), measure("pairs", result), result, "pairs", notes=notes)
+    return Evaluation(name, len(kept), measure("pairs", result, which), result, "pairs", notes=notes)
 
 
 def _row(rows: Sequence[HeldRow], i: int) -> dict[str, Any]:
@@ -191,7 +200,7 @@ def _halves(scored: list[T]) -> tuple[list[T], list[T]]:
 
 def _margins(chosen: Scored, rejected: Scored) -> list[float]:
     """By how many nats the chosen answer is the more probable one."""
-    return [b - a for (a, _), (b, _) in zip(chosen, rejected, strict=True)]
+    return [b.total - a.total for a, b in zip(chosen, rejected, strict=True)]
 
 
 NO_PAIR = ("no pair differs", "raise it, or give others")

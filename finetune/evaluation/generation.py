@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -18,6 +18,7 @@ from finetune.data import thinking
 from finetune.data.encoder import Encoder
 from finetune.data.types import Conversation
 from finetune.evaluation.sampling import Drawn, Repeated, uniforms
+from finetune.metrics import Metric
 from finetune.models.hardware import input_device
 from finetune.recipe.sections import GenerationConfig as Settings
 
@@ -33,7 +34,7 @@ class Evaluation:
     """What `--predictions` writes of each row that was measured, and what `metrics.METRICS` are taken from: correct (0
     or 1, where there is a right and a wrong), loss (nats per token), loss_tokens, margin, reward, group, …"""
     kind: str = "answers"
-    """answers, pairs, unpaired or text"""
+    """answers, pairs, unpaired, text or choices"""
     generation: dict[str, Any] = field(default_factory=dict)
     """How the answers were written, and what of the base's generation_config.json was not followed."""
     notes: list[str] = field(default_factory=list)
@@ -41,7 +42,7 @@ class Evaluation:
 
     @property
     def predictions(self) -> list[str]:
-        return [row["prediction"] for row in self.rows]
+        return [row["prediction"] or "" for row in self.rows]
 
     @property
     def losses(self) -> list[float]:
@@ -81,11 +82,11 @@ def generate(
     model: PreTrainedModel, encoder: Encoder, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int,
     on_batch: Callable[[int], None] = lambda n: None, how: Settings = GREEDY,
 ) -> list[str]:  # fmt: skip
-    """Answers in the order of `prompts` (token ids that end where the answer begins)."""
+    """Answers as they were written, in the order of `prompts` (token ids that end where the answer begins)."""
     stops, answers = stop_ids(model, encoder), [""] * len(prompts)
     for batch in written(model, prompts, max_new_tokens, batch_size, stops, encoder.tokenizer.pad_token_id, how):
         for i, ids in batch:
-            answers[i] = decode(encoder, ids, stops)
+            answers[i] = as_written(encoder, ids, stops)
         on_batch(len(batch))
     return answers
 
@@ -205,10 +206,16 @@ def stop_ids(model: PreTrainedModel, encoder: Encoder) -> list[int]:
     return list(dict.fromkeys([*encoder.stop_ids, *listed]))
 
 
-def decode(encoder: Encoder, ids: list[int], stops: list[int]) -> str:
-    """Text of an answer: up to the first stop token, special tokens left out."""
+def as_written(encoder: Encoder, ids: list[int], stops: list[int]) -> str:
+    """Text of an answer as it was written: up to the first stop token, special tokens left out."""
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    return thinking.decoded(encoder.tokenizer, ids[:end], encoder.thinking).strip()
+    text = thinking.decoded(encoder.tokenizer, ids[:end], encoder.thinking)
+    return text.removeprefix("\n") if encoder.template is None else text  # ChatGLM's header ends within the answer
+
+
+def decode(encoder: Encoder, ids: list[int], stops: list[int]) -> str:
+    """The same without white space at both ends, as it is scored and shown in a conversation."""
+    return as_written(encoder, ids, stops).strip()
 
 
 ROOM = 8192  # tokens in a batch, padding included: what is computed of each is as wide as the vocabulary
@@ -226,15 +233,25 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         yield batch
 
 
+class Likelihood(NamedTuple):
+    """Of the labels of a row."""
+
+    total: float
+    """Summed negative log-likelihood in nats."""
+    tokens: int
+    right: int
+    """Tokens that are the most probable one at their place."""
+
+
 @torch.inference_mode()
 def negative_log_likelihoods(
     model: PreTrainedModel, rows: Sequence[tuple[list[int], list[int]]], pad: int, batch_size: int,
     on_batch: Callable[[int], None] = lambda n: None,
-) -> list[tuple[float, int]]:  # fmt: skip
-    """(summed negative log-likelihood in nats, number of tokens) over the labels of each row (ids, labels)."""
+) -> list[Likelihood]:  # fmt: skip
+    """Of the labels of each row (ids, labels)."""
     model.eval()
     device = input_device(model)
-    result: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    result = [Likelihood(0.0, 0, 0)] * len(rows)
     for batch in by_length([len(ids) for ids, _ in rows], batch_size):
         # Padded right: causal attention never looks there, and positions start at 0 as in training.
         ids, mask = right_pad([rows[i][0] for i in batch], pad, device)
@@ -244,8 +261,9 @@ def negative_log_likelihoods(
             logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
         )
         counts = (labels[:, 1:] != -100).sum(1).tolist()
-        for row, total, count in zip(batch, losses.double().sum(1).tolist(), counts, strict=True):
-            result[row] = (total, count)
+        right = (logits[:, :-1].argmax(-1) == labels[:, 1:]).sum(1).tolist()
+        for row, *found in zip(batch, losses.double().sum(1).tolist(), counts, right, strict=True):
+            result[row] = Likelihood(*found)
         on_batch(len(batch))
     return result
 
@@ -253,43 +271,56 @@ def negative_log_likelihoods(
 def evaluate(
     name: str, model: PreTrainedModel, encoder: Encoder, conversations: Sequence[Conversation], max_new_tokens: int,
     batch_size: int, on_batch: Callable[[int], None] = lambda n: None, how: Settings = GREEDY,
+    chosen: Sequence[Metric] | None = None, known: Sequence[dict[str, Any]] | None = None,
 ) -> Evaluation:  # fmt: skip
-    """Exact match with a 95% interval, per-field accuracy of JSON answers, loss and perplexity of the references.
+    """The metrics of answers and of the references' losses, with their 95% intervals.
 
-    Where rows have groups, exact match also of each: `exact_match/GROUP`, `exact_match/GROUP_ci`, and `groups`, the
-    number of rows. Rows whose last turn is not trained have no loss: `rows_without_loss` counts them.
+    Where rows have groups, some also of each: `exact_match/GROUP`, `exact_match/GROUP_ci`, and `groups`, the number of
+    rows. Rows whose last turn is not trained have no loss: `rows_without_loss` counts them.
+
+    Args:
+        chosen: only these metrics; what none of them needs is neither written nor computed. Unset: what suits the rows.
+        known: what else is known of each row (its place, its columns).
     """
-    prompts = [encoder.prompt_ids(c.asked, c.tools) for c in conversations]
-    begun = time.perf_counter()
-    predictions = generate(model, encoder, prompts, max_new_tokens, batch_size, on_batch, how)
-    seconds = time.perf_counter() - begun
     rows: list[dict[str, Any]] = [
         {
-            "messages": c.asked, "reference": c.reference and thinking.answer(c.reference, encoder.thinking).text,
-            **behind_thinking(encoder, prompt, prediction), "correct": None, "loss": None, "group": c.group,
+            **more, "messages": c.asked, "prediction": None, "correct": None, "loss": None, "group": c.group,
+            "reference": c.reference and thinking.answer(c.reference, encoder.thinking).text,
         }
-        for c, prompt, prediction in zip(conversations, prompts, predictions, strict=True)
+        for c, more in zip(conversations, known or [{}] * len(conversations), strict=True)
     ]  # fmt: skip
-    known = [i for i, row in enumerate(rows) if row["reference"] is not None]
-    encoded = [encoder.encode(conversations[i], "last") for i in known]
+    chosen = metrics.by_itself("answers", rows) if chosen is None else chosen
+    needs = {metric.needs for metric in chosen}
+    seconds, predictions = 0.0, []
+    if needs & {"prediction", "reward"}:
+        prompts = [encoder.prompt_ids(c.asked, c.tools) for c in conversations]
+        begun = time.perf_counter()
+        predictions = generate(model, encoder, prompts, max_new_tokens, batch_size, on_batch, how)
+        seconds = time.perf_counter() - begun
+        answers = zip(prompts, predictions, strict=True)
+        judge(rows, [behind_thinking(encoder, prompt, text) for prompt, text in answers], chosen)
+    referred = [i for i, row in enumerate(rows) if row["reference"] is not None] if "loss" in needs else []
+    encoded = [encoder.encode(conversations[i], "last") for i in referred]
     labelled = [(row.input_ids, row.labels) for row in encoded]
     scored = negative_log_likelihoods(model, labelled, encoder.tokenizer.pad_token_id, batch_size)
-    for i, loss in zip(known, scored, strict=True):
-        rows[i] |= {"correct": metrics.right(rows[i]), **per_token(loss)}
-    values = metrics.measure("answers", rows)
+    for i, loss in zip(referred, scored, strict=True):
+        rows[i] |= per_token(loss)
+    values = metrics.measure("answers", rows, chosen)
     columns: dict[str, list[float]] = {}
     for row in rows:
-        for key, right in metrics.fields(row).items():
+        for key, right in (metrics.fields(row) if any(m.name == "field_accuracy" for m in chosen) else {}).items():
             columns.setdefault(key, []).append(float(right))
     if columns:
         values["fields"] = {key: metrics.mean(column) for key, column in columns.items()}
-    if missing := sum(not count for _, count in scored):  # the last turn is not trained
+    if missing := sum(not count for _, count, _ in scored):  # the last turn is not trained
         values["rows_without_loss"] = missing
-    written = sum(len(encoder.tokenizer.encode(p, add_special_tokens=False)) + 1 for p in predictions)
-    values["tokens_per_second"] = written / max(seconds, 1e-9)
-    said: dict[str, Any] = {"max_new_tokens": max_new_tokens, **how.chosen, "not_followed": not_followed(model)}
-    if encoder.thinking.switch is not None:
-        said["thinking"] = thinking.named(encoder.asks)
+    said: dict[str, Any] = {}
+    if predictions:
+        count = sum(len(encoder.tokenizer.encode(p, add_special_tokens=False)) + 1 for p in predictions)
+        values["tokens_per_second"] = count / max(seconds, 1e-9)
+        said = {"max_new_tokens": max_new_tokens, **how.chosen, "not_followed": not_followed(model)}
+        if encoder.thinking.switch is not None:
+            said["thinking"] = thinking.named(encoder.asks)
     return Evaluation(
         name, len(conversations), values, rows, generation=said, notes=said_of_thinking(name, rows, values)
     )
@@ -319,7 +350,20 @@ def said_of_thinking(name: str, rows: Sequence[dict[str, Any]], values: dict[str
     return lines
 
 
-def per_token(scored: tuple[float, int]) -> dict[str, float | None]:
-    """Nats per token of a row (sum, tokens), and how many these are; None where no token is trained."""
-    total, count = scored
-    return {"loss": total / count if count else None, "loss_tokens": count}
+def judge(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]], chosen: Sequence[Metric]) -> None:
+    """Where answers meet metrics, and nowhere else: each row gets its prediction, what the metrics say of it, and
+    `correct`, the verdict of the first of them that has only right and wrong."""
+    for row, found in zip(rows, answers, strict=True):
+        row.update(found)
+    metrics.score(rows, chosen)
+    for verdict in [m for m in chosen if m.needs == "prediction" and m.interval is metrics.share][:1]:
+        for row in rows:
+            row["correct"] = verdict.of(row) if row["reference"] is not None else None
+
+
+def per_token(scored: Likelihood) -> dict[str, float | None]:
+    """Nats per token of a row, how many these are, and the share of them that the model holds for the most probable;
+    None where no token is trained."""
+    total, count, right = scored
+    share = right / count if count else None
+    return {"loss": total / count if count else None, "loss_tokens": count, "token_accuracy": share}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.metrics import asked
 from finetune.places import check_file, json_with
 from finetune.recipe.sections import DRAWING, GenerationConfig
 from finetune.run.writing import read_lines
@@ -15,7 +16,8 @@ from finetune.run.writing import read_lines
 
 def check(
     runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None, data: str | None,
-    json_file: str | None, quantization: str | None, predictions: str | None, thinking: str | None = None,
+    json_file: str | None, quantization: str | None, predictions: str | None, named: Sequence[str] | None = None,
+    thinking: str | None = None,
 ) -> None:  # fmt: skip
     """UserError for options that exclude each other, and for files that cannot be written."""
     if json_file not in (None, "-"):
@@ -30,6 +32,9 @@ def check(
     if not (runs or recipe is not None or adapter is not None or model is not None):
         raise UserError("nothing to evaluate", fix="give a run directory, --recipe, or --model")
     quantizations(quantization)
+    if named is not None and not named:
+        raise UserError("names no metric", key="--metrics", fix="leave it out, or name one")
+    asked.check(named or (), "--metrics")
     check_thinking(thinking)
 
 

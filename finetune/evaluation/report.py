@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +35,30 @@ def column(result: Evaluation, metric: Metric, group: str | None) -> dict[Any, f
 
 def report(
     name: str, results: Sequence[Evaluation], comparisons: Sequence[dict[str, Any]], json_file: str | None,
-    shown: Sequence[Evaluation], most: int,
+    asked_with: dict[str, Any], shown: Sequence[Evaluation], most: int, about: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
-    """As a table on stdout with `most` wrong answers of each of `shown`, as JSON there, or both."""
+    """As a table on stdout with `most` wrong answers of each of `shown`, as JSON there, or both.
+
+    about: by name of a metric what does not count in it.
+    """
+    about = {name: text for name, text in (about or {}).items() if any(name in result.metrics for result in results)}
     runs = [
         {"name": r.name, "n": r.n, "kind": r.kind, "metrics": r.metrics, "generation": r.generation} for r in results
     ]
     first = results[0].generation
     drawn = {key: first[key] for key in ("temperature", "seed")} if first.get("temperature") else {}
-    found = {"data": name, **drawn, "runs": runs, "comparisons": list(comparisons)}
+    same = {**drawn, **asked_with}
+    found = {"data": name, **same, "runs": runs, "comparisons": list(comparisons), "normalises": about}
     if json_file == "-":
         say_json(found)
     else:
         by_split = " by data.eval_split" if name == "data.eval_split" else ""
         ways = list(dict.fromkeys(how_written(result) for result in results))
-        show(results, comparisons, by_split, f", {ways[0]}" if len(ways) == 1 and ways[0] else "")
+        parts = [*([ways[0]] if len(ways) == 1 and ways[0] else []), *(f"{k} {v}" for k, v in asked_with.items())]
+        show(results, comparisons, by_split, "".join(f", {part}" for part in parts))
         for result in results if len(ways) > 1 else ():
             say(f"{result.name} answered {how_written(result)}")
+        show_about(results, about)
         for result in shown if most else ():
             show_rows(result, most)
     if json_file and json_file != "-":
@@ -65,7 +72,7 @@ def how_written(result: Evaluation) -> str:
     return str(GenerationConfig(**settings)) if settings else ""
 
 
-UNITS = {"answers": "", "pairs": " pairs", "unpaired": " answers", "text": " blocks of text"}
+UNITS = {"answers": "", "pairs": " pairs", "unpaired": " answers", "text": " blocks of text", "choices": " questions"}
 
 
 def cell(result: Evaluation, name: str) -> str:
@@ -74,6 +81,21 @@ def cell(result: Evaluation, name: str) -> str:
         return "–"
     text = f"{value:.4g}" if name in ("weights_gb", "tokens_per_second") else f"{value:.3f}"
     return text + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
+def label(name: str) -> str:
+    """A metric's name as words; patterns and functions stay as they were written."""
+    return name if ":" in name else name.replace("_", " ")
+
+
+def show_about(results: Sequence[Evaluation], about: Mapping[str, str]) -> None:
+    """What of the texts does not count in each figure, and with what it was computed."""
+    lines: dict[str, list[str]] = {}
+    for name, text in about.items():
+        how = next((r.metrics[f"{name}_how"] for r in results if f"{name}_how" in r.metrics), None)
+        lines.setdefault(text if how is None else f"{text} ({how})", []).append(label(name))
+    for text, names in lines.items():
+        say(f"{', '.join(names)}: {text}")
 
 
 WIDE = 3  # more models than this stand below each other, without the single fields
@@ -93,14 +115,14 @@ def show(
     number = f"n={results[0].n}{UNITS[results[0].kind]}{title}"
     table = Table(title=visible(number if seen else f"held-out{by_split}, {number}"), title_justify="left")
     wide = len(results) > WIDE
-    for heading in ("", *([n.replace("_", " ") for n in names] if wide else [r.name for r in results])):
+    for heading in ("", *([label(n) for n in names] if wide else [r.name for r in results])):
         table.add_column(visible(heading), justify="right" if heading else "left")
     if wide:
         for result in results:
             row(table, result.name, *(cell(result, name) for name in names))
     else:
         for name in names:
-            row(table, name.replace("_", " "), *(cell(r, name) for r in results))
+            row(table, label(name), *(cell(r, name) for r in results))
         for field in fields:
             row(table, f"  {field}", *(f"{r.metrics.get('fields', {}).get(field, 0.0):.3f}" for r in results))
     show_table(table)
@@ -110,7 +132,7 @@ def show(
     for item in comparisons:
         low, high = item["ci"]
         counts = f"{item['wins']} better, {item['losses']} worse, {item['ties']} same"
-        name = item["metric"].replace("_", " ")
+        name = label(item["metric"])
         say(f"{item['b']} - {item['a']}, {name}: {item['difference']:+.3f} [{low:+.3f}, {high:+.3f}], {counts}")
 
 
@@ -119,9 +141,14 @@ def show_rows(result: Evaluation, most: int) -> None:
     judged = [r for r in result.rows if r["correct"] is not None]
     if judged:
         found = [r for r in judged if not r["correct"]]
-        what = {"answers": "wrong answers", "pairs": "pairs the wrong way round", "unpaired": "on the wrong side"}
+        what = {
+            "answers": "wrong answers",
+            "pairs": "pairs the wrong way round",
+            "unpaired": "on the wrong side",
+            "choices": "wrong answers",
+        }
         title = f"{result.name}: {min(most, len(found))} of {len(found)} {what[result.kind]}"
-    elif result.kind == "answers":
+    elif result.kind == "answers" and any(r["prediction"] is not None for r in result.rows):
         found = result.rows
         title = f"{result.name}: {min(most, len(found))} of {len(found)} answers"
     else:
@@ -143,7 +170,11 @@ def parts_of(values: dict[str, Any], kind: str) -> dict[str, str]:
     loss = "" if values["loss"] is None else f" (loss {values['loss']:.3f})"
     if kind == "answers":
         reference = values["reference"]
-        return {**asked, **({} if reference is None else {"reference": reference}), "answer": values["prediction"]}
+        answer = {} if values["prediction"] is None else {"answer": values["prediction"]}
+        return {**asked, **({} if reference is None else {"reference": reference + loss * (not answer)}), **answer}
+    if kind == "choices":
+        options = values["options"]
+        return {**asked, "right": option(options, values["reference"]), "answer": option(options, values["prediction"])}
     if kind == "text":
         return {f"loss {values['loss']:.3f}": values["text"]}
     if kind == "unpaired":
@@ -151,6 +182,11 @@ def parts_of(values: dict[str, Any], kind: str) -> dict[str, str]:
     unit = "" if "chosen_score" in values else " nats"
     margin = f" (by {-values['margin']:.3f}{unit})"
     return {**asked, "chosen": content(values["chosen"]), "preferred": content(values["rejected"]) + margin}
+
+
+def option(options: Mapping[str, str], letter: str) -> str:
+    """B (its text)"""
+    return f"{letter} ({options[letter]})"
 
 
 def content(messages: Sequence[dict[str, Any]]) -> str:
@@ -170,7 +206,7 @@ def line(start: str, text: str) -> str:
     return start + set_cell_size(shown, room - cell_len(tail) - 1).rstrip() + "…" + tail
 
 
-HIDDEN = ("place", "loss_tokens")
+HIDDEN = ("place", "loss_tokens", "columns", "letter_right", "full_right")
 
 
 def write_predictions(path: str, results: Sequence[Evaluation]) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -29,6 +25,7 @@ from finetune.models.hardware import input_device
 from finetune.models.identity import configs_of
 from finetune.models.score_head import with_score_head
 from finetune.models.weight_files import check_loading, read_json
+from finetune.python_files import kept_running, load_function
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.sections import ModelConfig
 from finetune.run.directory import read_recipe
@@ -43,29 +40,7 @@ def load_rule(spec: str) -> Scorer:
     (the whole conversation before the reply), reference (the row's own answer or None) and every column that all rows
     have. UserError when there is no such function.
     """
-    file, _, name = spec.rpartition(":")
-    path = Path(file)
-    if not file or not name.isidentifier():
-        raise UserError(f"not a rule: {spec!r}", key="reward.functions", fix="write file.py:function")
-    if not path.is_file():
-        raise UserError("no such file", path=path, key="reward.functions", fix="give a Python file")
-    module_spec = importlib.util.spec_from_file_location(f"ft_rule_{path.stem}", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)  # as dataclasses want it
-    try:
-        with kept_running():
-            module_spec.loader.exec_module(module)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # sys.exit is no Exception
-        what = f"cannot be imported ({type(error).__name__}: {error})"
-        raise UserError(what, path=path, key="reward.functions", fix="mend the file") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        names = ", ".join(n for n, f in vars(module).items() if inspect.isfunction(f)) or "none"
-        raise UserError(f"has no function {name}", path=path, key="reward.functions", fix=f"functions: {names}")
-
+    function = load_function(spec, "reward.functions", "rule")
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
@@ -84,24 +59,6 @@ def load_rule(spec: str) -> Scorer:
             raise RunError(f"{spec} failed: {type(error).__name__}: {error}") from error
 
     return score
-
-
-@contextmanager
-def kept_running() -> Iterator[None]:
-    """Within, os._exit of this process is an exception, as sys.exit is: a rule must not end a run as if it were done.
-    A rule that took the function at its import keeps this one."""
-    leave, own = os._exit, os.getpid()
-
-    def instead(status: int) -> NoReturn:
-        if os.getpid() != own:  # the child of a fork, which has to end so
-            leave(status)
-        raise SystemExit(f"os._exit({status})")
-
-    os._exit = instead
-    try:
-        yield
-    finally:
-        os._exit = leave
 
 
 def checked(values: Any, n: int, source: str) -> list[float]:

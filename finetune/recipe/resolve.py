@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from finetune.recipe.sections import OutputConfig, SourceConfig, TrainConfig, as_list
+from finetune.recipe.sections import EvalConfig, OutputConfig, SourceConfig, TrainConfig, as_list
 from finetune.recipe.stages import PpoRecipe, R, Recipe, RewardSources
 
 
@@ -56,6 +56,18 @@ def absolute_rewards(reward: RewardSources) -> RewardSources:
     ]
     train, model = [absolute_source(s) for s in as_list(reward.train)], reward.model and absolute(reward.model)
     return reward.model_copy(update={"train": train or None, "model": model, "functions": rules})
+
+
+def absolute_eval(section: EvalConfig) -> EvalConfig:
+    """The same, found from any folder."""
+    names = section.metrics and [absolute_function(name) for name in section.metrics]
+    return section.model_copy(update={"data": section.data and absolute_data(section.data), "metrics": names})
+
+
+def absolute_function(name: str) -> str:
+    """file.py:function from any folder; a name or a regular expression as it is."""
+    file, _, function = name.rpartition(":")
+    return f"{absolute(file)}:{function}" if file.endswith(".py") and not name.startswith("regex:") else name
 
 
 def compute_dtype(wanted: str, hardware: Hardware) -> str:
@@ -123,7 +135,7 @@ def resolve(recipe: R, hardware: Hardware) -> R:
         "model": model.model_copy(update={**places, "dtype": compute_dtype(model.dtype, hardware)}),
         "data": data.model_copy(update={"train": [absolute_source(s) for s in as_list(data.train)]}),
         "train": train.model_copy(update=steps),
-        "eval": recipe.eval.model_copy(update={"data": recipe.eval.data and absolute_data(recipe.eval.data)}),
+        "eval": absolute_eval(recipe.eval),
         "output": OutputConfig(dir=absolute(recipe.output.dir, exists_only=False)),
     }
     if isinstance(recipe, PpoRecipe):

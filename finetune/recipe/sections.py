@@ -348,6 +348,22 @@ DRAWING = ("top_k", "top_p", "seed")
 """The keys of `GenerationConfig` that do something only above temperature 0."""
 
 
+def metric_names(value: Any) -> Any:
+    """ "a, b" -> [a, b]; a regular expression goes up to the end of its text."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return value
+    found: list[str] = []
+    for text in texts:
+        start = re.search(r"(?:^|,)\s*regex:", text)
+        names, pattern = (text, "") if start is None else (text[: start.start()], text[start.start() :].lstrip(", "))
+        found += [name.strip() for name in names.split(",") if name.strip()] + ([pattern] if pattern else [])
+    return list(dict.fromkeys(found))
+
+
+MetricNames = BeforeValidator(metric_names, json_schema_input_type=str | list[str] | None)
+
+
 class EvalConfig(Section):
     data: str | None = None
     """Held-out data with reference answers."""
@@ -359,9 +375,14 @@ class EvalConfig(Section):
     """Ask for thinking or for none (the template's enable_thinking, or whatever it calls it); unset: as the run was
     trained, otherwise as the template does by itself."""
     limit: Count | None = None
-    """Only the first n rows."""
+    """Only the first n rows; of multiple choice the first n of each subject."""
     generation: GenerationConfig = GenerationConfig()
     """How answers are written, in `ft eval`, `ft generate` and `ft chat`; greedily when unset."""
+    metrics: Annotated[list[str] | None, MetricNames] = None
+    """What `ft eval` measures: names, regex:PATTERN, file.py:function; unset: what suits the rows."""
+    shots: Annotated[int, Field(ge=0)] | None = None
+    """Examples with their answers before each question of multiple choice, from the subject's dev file; unset: 5, or as
+    many as there are."""
 
 
 class OutputConfig(Section):

@@ -36,7 +36,7 @@ def known_inputs(
         found["model.adapter"] = digest(_weights(sources.adapter_folder(recipe.model.adapter)))
     found["data.train"] = digest(_rows(recipe.data.train))
     if recipe.eval.data is not None:
-        found["eval.data"] = digest(_rows(recipe.eval.data))
+        found["eval.data"] = digest(_rows(data_sources.held_out(recipe.eval.data)))
     if isinstance(recipe, PpoRecipe):
         found |= _reward_inputs(recipe.reward)
     if resume:
@@ -85,6 +85,6 @@ def _rows(data: Any) -> Iterator[str | bytes]:
         elif data_sources.is_hub(spec) or spec.get("source") == "modelscope":
             yield from (repr(row.data) for row in data_sources.read_rows(source))
         else:
-            for file in data_sources.files_of(spec["path"]):
+            for file in data_sources.files_of(spec["path"], spec.get("split")):
                 with file.open("rb") as stream:
                     yield from iter(lambda stream=stream: stream.read(1 << 22), b"")  # type: ignore[misc]

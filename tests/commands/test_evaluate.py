@@ -221,14 +221,14 @@ def test_sampled_answers(base: Path) -> None:
     assert draw(2, temperature=1e-4) == draw(2) == [draw(1)[0]] * 2
 
     drawn = torch.zeros(len(encoder.tokenizer))
-    original = generation.decode
+    original = generation.as_written
     try:
-        generation.decode = lambda _, ids, __: str(ids[0])  # type: ignore[assignment]
+        generation.as_written = lambda _, ids, __: str(ids[0])  # type: ignore[assignment]
         how = generation.Settings(temperature=0.1, seed=3)
         for token in generation.generate(model, encoder, [prompt] * 4000, 1, 500, how=how):
             drawn[int(token)] += 1
     finally:
-        generation.decode = original
+        generation.as_written = original
     with torch.inference_mode():
         expected = (model(torch.tensor([prompt])).logits[0, -1] / 0.1).softmax(-1)
     assert (expected > 1e-4).sum() > 3

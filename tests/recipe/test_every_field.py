@@ -483,9 +483,14 @@ def evaluated(stage: str, settings: dict[str, Any], files: dict[str, Any], monke
     """What `ft eval RUN` does with the recipe that a run left behind."""
     seen: dict[str, Any] = {}
 
-    def stop(target: Any, held: Any, *_: Any) -> None:
-        limits = (target.eval.max_new_tokens, target.eval.batch_size, str(target.eval.generation))
-        seen.update(limits=limits, rows=len(held.rows), thinking=target.eval.thinking)
+    def stop(target: Any, held: Any, _: Any, chosen: Any, shots: int) -> None:
+        seen.update(
+            metrics=[metric.name for metric in chosen],
+            shots=shots,
+            limits=(target.eval.max_new_tokens, target.eval.batch_size, str(target.eval.generation)),
+            rows=len(held.rows),
+            thinking=target.eval.thinking,
+        )
         raise Stop
 
     monkeypatch.setattr(evaluate, "evaluate_target", stop)
@@ -507,7 +512,11 @@ def evaluated(stage: str, settings: dict[str, Any], files: dict[str, Any], monke
 def probe_eval(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, tmp: Path) -> None:
     data = {} if key == "eval.data" else {"eval.data": files["pairs rows" if stage == "reward" else "sft rows"]}
     fewer = files["pairs fewer" if stage == "reward" else "sft fewer"]
-    value = {"eval.data": fewer, "eval.limit": 1, "eval.thinking": "on"}.get(key, 7)
+    values: dict[str, Any] = {
+        "eval.data": fewer, "eval.limit": 1, "eval.thinking": "on",
+        "eval.metrics": ["margin" if stage == "reward" else "loss"], "eval.shots": 2,
+    }  # fmt: skip
+    value = values.get(key, 7)
     if key in ("eval.generation.temperature", "eval.generation.top_p", "eval.generation.repetition_penalty"):
         value = 0.5
     if key.rpartition(".")[2] in DRAWING:
@@ -571,8 +580,8 @@ def probe_cache(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, t
 
 PROBES: dict[str, Callable[..., None]] = {
     "data.cache": probe_cache,
-    **dict.fromkeys(("eval.data", "eval.max_new_tokens", "eval.batch_size", "eval.limit", "eval.thinking"),
-                    probe_eval),
+    **dict.fromkeys(("eval.data", "eval.max_new_tokens", "eval.batch_size", "eval.limit", "eval.thinking",
+                     "eval.metrics", "eval.shots"), probe_eval),
     **{f"eval.generation.{key}": probe_eval for key in GenerationConfig.model_fields},
     **dict.fromkeys(("model.source", "model.revision"), probe_hub_model),
     **dict.fromkeys(("data.streaming", "source.source", "source.name", "source.split", "source.revision"),

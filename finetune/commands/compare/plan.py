@@ -12,6 +12,7 @@ import yaml
 
 from finetune.adapters.methods import METHODS
 from finetune.data import audit, held_out, samples
+from finetune.data.choices import is_choices
 from finetune.errors import UserError
 from finetune.places import check_folder as check_place
 from finetune.recipe.file import check, to_yaml
@@ -79,6 +80,9 @@ def check_recipe(recipe: SftRecipe) -> None:
     if recipe.eval.data is None and recipe.data.eval_split is None:
         fix = "set it or data.eval_split in the recipe"
         raise UserError("a comparison needs held-out data", key="eval.data", fix=fix)
+    if recipe.eval.data is not None and is_choices(recipe.eval.data):
+        what = "is multiple choice, and a comparison is measured on answers and their loss"
+        raise UserError(what, path=recipe.eval.data, key="eval.data", fix="give rows with answers; then ft eval RUN …")
     if recipe.model.adapter is not None:
         what = "every method would train the adapter that it names"
         raise UserError(what, key="model.adapter", fix="leave it out")

@@ -1,0 +1,66 @@
+"""Functions of a user's Python file: rules of `ft ppo`, metrics of `ft eval`."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from finetune.errors import UserError
+
+
+def parts_of(spec: str, key: str, what: str) -> tuple[Path, str]:
+    """(file, function) of file.py:function. UserError when there is no such file."""
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    if not file or not name.isidentifier():
+        raise UserError(f"not a {what}: {spec!r}", key=key, fix="write file.py:function")
+    if not path.is_file():
+        raise UserError("no such file", path=path, key=key, fix="give a Python file")
+    return path, name
+
+
+def load_function(spec: str, key: str, what: str) -> Callable[..., Any]:
+    """file.py:function. UserError when there is none."""
+    path, name = parts_of(spec, key, what)
+    module_spec = importlib.util.spec_from_file_location(f"ft_rule_{path.stem}", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)  # as dataclasses want it
+    try:
+        with kept_running():
+            module_spec.loader.exec_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit is no Exception
+        said = f"cannot be imported ({type(error).__name__}: {error})"
+        raise UserError(said, path=path, key=key, fix="mend the file") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = ", ".join(n for n, f in vars(module).items() if inspect.isfunction(f)) or "none"
+        raise UserError(f"has no function {name}", path=path, key=key, fix=f"functions: {names}")
+    found: Callable[..., Any] = function
+    return found
+
+
+@contextmanager
+def kept_running() -> Iterator[None]:
+    """Within, os._exit of this process is an exception, as sys.exit is: a rule must not end a run as if it were done.
+    A rule that took the function at its import keeps this one."""
+    leave, own = os._exit, os.getpid()
+
+    def instead(status: int) -> NoReturn:
+        if os.getpid() != own:  # the child of a fork, which has to end so
+            leave(status)
+        raise SystemExit(f"os._exit({status})")
+
+    os._exit = instead
+    try:
+        yield
+    finally:
+        os._exit = leave
