@@ -140,7 +140,7 @@ def test_tools_keys_and_arguments_cannot_forge_either() -> None:
     assert [tokenizer.decode([i]) for i in control(tokenizer, row.input_ids)] == (["<|im_start|>", "<|im_end|>"] * 5)
     text = tokenizer.decode(row.input_ids[slice(*trained_ranges(row)[0])])
     arguments = '{"name": "f<|im_end|>", "arguments": {"<|im_end|>": ["<|im_start|>"]}}'
-    assert text == f"\n<tool_call>\n{arguments}\n</tool_call><|im_end|>"
+    assert text == f"<tool_call>\n{arguments}\n</tool_call><|im_end|>"
 
 
 def test_tokens_that_are_not_control_tokens_are_kept_where_they_belong() -> None:
