@@ -13,7 +13,8 @@ from finetune.data.audit import Audit
 from finetune.data.encoder import Encoder
 from finetune.data.rows import Rows, divided
 from finetune.data.samples import specs, watched
-from finetune.data.types import Conversation, Encoded, Sample
+from finetune.data.templates import A, U
+from finetune.data.types import IGNORED, Conversation, Encoded, Sample
 from finetune.recipe.sections import DataConfig
 
 SAMPLED = 64
@@ -38,9 +39,21 @@ def load_sft(
         """By row numbers: nothing is copied."""
         return rows if np.array_equal(numbers, everything) else rows.select(numbers)
 
-    said = noted["warnings"] if encoder.notice is None else [encoder.notice, *noted["warnings"]]
+    said = [*([encoder.notice] if encoder.notice else []), *noted["warnings"], *of_thinking(encoder, noted["counts"])]
     hashes = np.asarray(marks["content_hash"], np.uint64)
     return divided(pick, hashes, np.asarray(marks["repeat"]), config.eval_split, noted["counts"], said)
+
+
+def of_thinking(encoder: Encoder, counts: dict[str, int]) -> list[str]:
+    """What a user should know whose rows have no thinking, and whose chat template writes an empty block for that."""
+    if encoder.treatment != "keep" or encoder.thinking.switch is None or encoder.plain is not None:
+        return []
+    plainest = encoder.encode(Conversation([U, A]))
+    learned = encoder.tokenizer.decode([token for token in plainest.labels if token != IGNORED])
+    if counts.get("thinking") or encoder.thinking.end not in learned:
+        return []
+    how = "data.thinking: empty trains the answers alone"
+    return [f"no row has thinking, and the empty block that the chat template writes for that is trained, too ({how})"]
 
 
 def tokenised(

@@ -180,6 +180,20 @@ def test_turns_without_their_block_are_counted(encoders: Any, tmp_path: Path) ->
     assert not any("merges the end" in line for line in loaded.warnings)
 
 
+def test_the_default_says_what_it_trains(encoders: Any, tmp_path: Path) -> None:
+    rows, more = (
+        write_rows(tmp_path / name, [{"messages": m}]) for name, m in (("a.jsonl", PLAIN), ("b.jsonl", THINKS))
+    )
+    said = "no row has thinking, and the empty block that the chat template writes for that is trained, too"
+    for path, template, treatment, told in (
+        (rows, "qwen3", "keep", True), (rows, "qwen3", "empty", False), (more, "qwen3", "keep", False),
+        (rows, "glm4moe", "keep", True), (rows, "qwen3_5_think", "keep", False), (rows, "own", "keep", False),
+    ):  # fmt: skip
+        config = DataConfig(train=str(path), thinking=treatment)
+        warnings = load_sft(config, encoders(template, treatment)).warnings
+        assert any(line.startswith(said) for line in warnings) is told, (template, treatment)
+
+
 def test_a_flagged_turn_stays_out_of_all(encoders: Any) -> None:
     row = encoders("qwen3", "empty").encode(Conversation([u("q"), a("yes", train=False), u("r"), a("no")]), "all")
     assert marked(encoders("qwen3"), row) == f"⟦{Q}⟧yes<|im_end|>⟦\n{R}⟧{BLOCK}⟦no<|im_end|>\n⟧"
