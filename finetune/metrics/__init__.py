@@ -6,10 +6,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from finetune.metrics import corpus, numbers, text
 from finetune.metrics.json_answers import fields, has_json, json_fields, json_valid
@@ -29,7 +28,7 @@ from finetune.metrics.metric import (
     weighted_mean,
 )
 from finetune.metrics.scaling import doubling, fit_power_law
-from finetune.metrics.statistics import mean, middle, paired, perplexity, ratio_interval, wilson
+from finetune.metrics.statistics import mean, paired, perplexity, ratio_interval, wilson
 from finetune.metrics.text import exact_match
 
 __all__ = [
@@ -83,17 +82,19 @@ def won(row: Row) -> float | None:
 
 
 def mean_of_subjects(key: str) -> Any:
-    """The mean of the groups' shares, each counting the same; None for a single group."""
+    """The mean of the groups' shares, each counting the same; None for a single group. Its interval is put together from
+    Wilson's of each (MOVER, Zou and Donner 2008), and is honest where all are right or wrong, too."""
 
     def whole(rows: Sequence[Row]) -> Whole | None:
         known = [row for row in rows if row.get(key) is not None]
         groups = by_group([float(row[key]) for row in known], [row.get("group") for row in known])
         if len(groups) < 2:
             return None
-        shares = np.array([mean(values) for values in groups.values()])
-        sizes = np.array([len(values) for values in groups.values()])
-        drawn = np.random.default_rng(0).binomial(sizes, shares, (1000, len(sizes))) / sizes  # rows of each group drawn
-        return Whole(float(shares.mean()), list(middle(drawn.mean(1).tolist())))
+        counted = [(mean(values), *wilson(int(sum(values)), len(values))) for values in groups.values()]
+        value = mean([share for share, _, _ in counted])
+        below = math.hypot(*(share - low for share, low, _ in counted)) / len(counted)
+        above = math.hypot(*(high - share for share, _, high in counted)) / len(counted)
+        return Whole(value, [max(0.0, value - below), min(1.0, value + above)])
 
     return whole
 
