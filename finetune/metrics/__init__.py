@@ -28,7 +28,7 @@ from finetune.metrics.metric import (
     weighted_mean,
 )
 from finetune.metrics.scaling import doubling, fit_power_law
-from finetune.metrics.statistics import mean, paired, perplexity, ratio_interval, wilson
+from finetune.metrics.statistics import Z95, mean, paired, perplexity, ratio_interval, wilson
 from finetune.metrics.text import exact_match
 
 __all__ = [
@@ -82,19 +82,21 @@ def won(row: Row) -> float | None:
 
 
 def mean_of_subjects(key: str) -> Any:
-    """The mean of the groups' shares, each counting the same; None for a single group. Its interval is put together from
-    Wilson's of each (MOVER, Zou and Donner 2008), and is honest where all are right or wrong, too."""
+    """The mean of the groups' shares, each counting the same; None for a single group. The variance of each is taken
+    with two right and two wrong rows more (Agresti and Coull 1998): five wrong ones are not surely none."""
 
     def whole(rows: Sequence[Row]) -> Whole | None:
         known = [row for row in rows if row.get(key) is not None]
         groups = by_group([float(row[key]) for row in known], [row.get("group") for row in known])
         if len(groups) < 2:
             return None
-        counted = [(mean(values), *wilson(int(sum(values)), len(values))) for values in groups.values()]
-        value = mean([share for share, _, _ in counted])
-        below = math.hypot(*(share - low for share, low, _ in counted)) / len(counted)
-        above = math.hypot(*(high - share for share, _, high in counted)) / len(counted)
-        return Whole(value, [max(0.0, value - below), min(1.0, value + above)])
+        value = mean([mean(values) for values in groups.values()])
+        variance = 0.0
+        for values in groups.values():
+            p = (sum(values) + 2) / (len(values) + 4)
+            variance += p * (1 - p) / len(values)
+        half = Z95 * math.sqrt(variance) / len(groups)
+        return Whole(value, [max(0.0, value - half), min(1.0, value + half)])
 
     return whole
 
