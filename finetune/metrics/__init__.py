@@ -6,10 +6,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from finetune.metrics import corpus, numbers, text
 from finetune.metrics.json_answers import fields, has_json, json_fields, json_valid
@@ -29,7 +28,7 @@ from finetune.metrics.metric import (
     weighted_mean,
 )
 from finetune.metrics.scaling import doubling, fit_power_law
-from finetune.metrics.statistics import mean, middle, paired, perplexity, ratio_interval, wilson
+from finetune.metrics.statistics import Z95, mean, paired, perplexity, ratio_interval, wilson
 from finetune.metrics.text import exact_match
 
 __all__ = [
@@ -83,17 +82,21 @@ def won(row: Row) -> float | None:
 
 
 def mean_of_subjects(key: str) -> Any:
-    """The mean of the groups' shares, each counting the same; None for a single group."""
+    """The mean of the groups' shares, each counting the same; None for a single group. The variance of each is taken
+    with two right and two wrong rows more (Agresti and Coull 1998): five wrong ones are not surely none."""
 
     def whole(rows: Sequence[Row]) -> Whole | None:
         known = [row for row in rows if row.get(key) is not None]
         groups = by_group([float(row[key]) for row in known], [row.get("group") for row in known])
         if len(groups) < 2:
             return None
-        shares = np.array([mean(values) for values in groups.values()])
-        sizes = np.array([len(values) for values in groups.values()])
-        drawn = np.random.default_rng(0).binomial(sizes, shares, (1000, len(sizes))) / sizes  # rows of each group drawn
-        return Whole(float(shares.mean()), list(middle(drawn.mean(1).tolist())))
+        value = mean([mean(values) for values in groups.values()])
+        variance = 0.0
+        for values in groups.values():
+            p = (sum(values) + 2) / (len(values) + 4)
+            variance += p * (1 - p) / len(values)
+        half = Z95 * math.sqrt(variance) / len(groups)
+        return Whole(value, [max(0.0, value - half), min(1.0, value + half)])
 
     return whole
 

@@ -272,5 +272,8 @@ def test_the_mean_of_subjects() -> None:
     assert values["choice_accuracy"] == pytest.approx(5 / 6)
     assert values["choice_accuracy/b_ci"] == pytest.approx(list(metrics.wilson(1, 2)))
     assert values["choice_accuracy_macro"] == pytest.approx((1 + 0.5) / 2)
-    assert values["choice_accuracy_macro_ci"] == pytest.approx([0.5, 1.0])
+    half = 1.959964 * (6 / 8 * 2 / 8 / 4 + 1 / 2 * 1 / 2 / 2) ** 0.5 / 2
+    assert values["choice_accuracy_macro_ci"] == pytest.approx([0.75 - half, 1.0])
+    none = metrics.measure("choices", [{**row, "letter_right": 0.0} for row in found])
+    assert none["choice_accuracy_macro_ci"][1] > 0.1, "none of six right is not surely none"
     assert "choice_accuracy_macro" not in metrics.measure("choices", found[:4])
