@@ -19,6 +19,7 @@ EXTRAS = {
     "modelscope": "models from ModelScope",
     "sacrebleu": "BLEU and chrF in ft eval (pip install 'ft-recipes[eval]')",
     "jieba": "ROUGE of Chinese words in ft eval (pip install 'ft-recipes[eval]')",
+    "gguf": "GGUF files as bases",
 }
 # What trains -> bytes per parameter of the base; a fifth of the memory is left to activations and the system.
 BYTES = {"LoRA on INT4": 0.7, "LoRA on bfloat16": 2.1, "all weights": 16.0}
