@@ -48,13 +48,13 @@ TESTED = {
 }
 """How a family is tested. None of them has been run with its published weights or on a GPU; docs/models.md says so."""
 
-SHARED = "all-linear adapters train attention and the shared expert; the other experts stay frozen"
+SHARED = "all-linear adapters train attention and the shared expert; the other experts stay frozen; int4, no int8"
 QKV = ("q_proj", "k_proj", "v_proj")
 QWEN2_BIASES = {"": QKV}
 GLM_BIASES = {"attention_bias": QKV}
 QWEN3_BIASES = {"attention_bias": (*QKV, "o_proj")}
 LLAMA_BIASES = {**QWEN3_BIASES, "mlp_bias": ("gate_proj", "up_proj", "down_proj")}
-EXPERTS = "all-linear LoRA trains attention, router and every expert (3-D parameters); no quantization"
+EXPERTS = "all-linear LoRA trains attention, router and every expert (3-D parameters); int4 packs experts, too, no int8"
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(

@@ -15,17 +15,25 @@ import datasets
 import pytest
 import transformers
 import trl
+from peft import LoraConfig
+from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.peft_types import PeftType
 from sacrebleu.metrics.base import Metric as SACREBLEU
 from transformers import core_model_loading
+<<<<<<< HEAD
 from transformers import modeling_gguf_pytorch_utils as gguf_loader
 from transformers.integrations import ggml
 from transformers.integrations.gguf import gguf_config_mapping, gguf_tokenizer_mapping
 from transformers.integrations.gguf import reader as gguf_reader
+=======
+from transformers.integrations import moe
+>>>>>>> w-moe
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 PACKAGE = Path(__file__).parents[1] / "finetune"
+PARAMETERS = lora.layer.ParamWrapper
 TRAINER, DPO, KTO = transformers.Trainer, trl.DPOTrainer, trl.KTOTrainer
 OF_TRL = (trl.SFTTrainer, DPO, KTO, trl.RewardTrainer)
 
@@ -53,6 +61,11 @@ METHODS: list[tuple[Any, str, tuple[Any, ...], str]] = [
     (BaseTuner, "_create_and_replace", ("self", ...), "how our tuners wrap a layer"),
     (BaseTuner, "_replace_module", ("self", "parent", "child_name", "new_module", "child"), "the same"),
     (BaseTunerLayer, "_move_adapter_to_device_of_base_layer", ("self", "adapter_name", ...), "where a layer is"),
+    (PARAMETERS, "_get_in_out_features", ("self", "module"), "LoRA on experts in 4 bits: their real shape"),
+    (PARAMETERS, "_activate_lora", ("self", "active_adapters"), "the same: the update beside the weight"),
+    (LoraConfig, "_register_custom_module", ("self", "mapping"), "the same: peft's documented way to bring a layer"),
+    (Bnb4BitHfQuantizer, "_process_model_before_weight_loading", ("self", "model", "device_map", ...), "4-bit experts"),
+    (Bnb4BitHfQuantizer, "_dequantize", ("self", "model", "dtype"), "4-bit experts, unpacked for merging"),
     (BaseTunerLayer, "_cast_input_dtype", ("self", "x", "dtype"), "our layers compute in their own precision"),
     (gguf_loader, "get_gguf_hf_weights_map", ("hf_model", "processor", ...), "weights of a GGUF file without a place"),
     (gguf_reader, "read_gguf_metadata", ("gguf_path", "string_arrays"), "the vocabulary of a GGUF file"),
@@ -83,6 +96,9 @@ IN_THE_SOURCE: dict[str, tuple[Any, str, str]] = {
     ),
     "_can_checkpoint_with_cache": (
         GradientCheckpointingLayer, r"if not self\._can_checkpoint_with_cache", "prefixes live in the cache",
+    ),
+    "_apply_gate": (
+        moe, r"experts_class\._apply_gate = _default_apply_gate", "what experts compute between their two products",
     ),
     "_disable_adapters": (BaseTunerLayer, r"self\._disable_adapters", "peft's state of a layer"),
     "_active_adapter": (BaseTunerLayer, r"self\._active_adapter", "peft's state of a layer"),
@@ -154,6 +170,7 @@ def test_peft_takes_new_methods() -> None:
     assert isinstance(PeftType.LORA, str)
 
 
+<<<<<<< HEAD
 def test_transformers_lists_what_it_reads_of_gguf() -> None:
     """Other architectures, tokenizers and splits of GGUF files are refused by name."""
     assert {"llama", "qwen2", "gemma3"} <= set(ggml.GGUF_CONFIG_MAPPING)
@@ -163,6 +180,20 @@ def test_transformers_lists_what_it_reads_of_gguf() -> None:
     assert "qwen2" in splits
     assert "smollm" not in splits, "checks.DIGIT_SPLITS can go"
     assert {"llama", "gemma3"} <= set(gguf_loader.TENSOR_PROCESSORS)
+=======
+def test_peft_asks_for_the_layer_of_a_parameter() -> None:
+    """`experts_lora.on_experts` is asked before peft's own layers, and known by the name of its class."""
+    make = inspect.getsource(lora.LoraModel._create_new_module)
+    assert make.index("config._custom_modules.items()") < make.index("dispatch_bnb_4bit")
+    assert '__class__.__name__ == "ParamWrapper"' in inspect.getsource(BaseTuner._inject_parameters)
+    assert "_param_ndim" in inspect.getsource(PARAMETERS.update_layer)
+
+
+def test_transformers_multiplies_by_groups() -> None:
+    assert [*inspect.signature(moe._grouped_linear).parameters] == ["input", "weight", "offs", "bias", "is_transposed"]
+    flags = inspect.getsource(moe.use_experts_implementation)
+    assert all(f"self.{name} = {name}" in flags for name in ("has_gate", "has_bias", "is_transposed"))
+>>>>>>> w-moe
 
 
 def test_torch_maps_over_trees() -> None:

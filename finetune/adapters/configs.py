@@ -6,6 +6,7 @@ peft is imported when a config is made: the rows in `methods`, which name these 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -24,14 +25,17 @@ def lora(model: Any, section: Any) -> PeftConfig:
     from peft import LoraConfig
 
     from finetune.adapters.lora_init import PEFT_NAMES, rewrites_base
+    from finetune.models.quantization import for_experts
 
     values = section.model_dump(exclude={"method", "loraplus_lr_ratio", "init_lora_weights"})
     init = section.init_lora_weights
     if rewrites_base(section):
         check_rank(model, section)
-    return LoraConfig(
+    config = LoraConfig(
         task_type=CAUSAL, bias="none", init_lora_weights=PEFT_NAMES.get(init, init), **with_targets(model, values)
     )
+    check_experts(model, section, config)
+    return for_experts(config, model)
 
 
 def plain(name: str, *left_out: str, **more: Any) -> Callable[[Any, Any], PeftConfig]:
@@ -71,6 +75,25 @@ def check_rank(model: Any, section: Any) -> None:
         if section.r > smaller:
             what = f"{section.init_lora_weights} has only {smaller} ranks to start from in {name}"
             raise UserError(what, key="adapter.r", fix=f"at most {smaller}, or other target_modules")
+
+
+def check_experts(model: Any, section: Any, config: PeftConfig) -> None:
+    """UserError for what peft cannot do with the experts of a mixture, where it finds them among the targets."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    found = copy.deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(found, model, None)
+    except ValueError as error:
+        raise UserError(str(error), key="adapter.target_modules", fix="name all three, or none of them") from None
+    if not getattr(found, "target_parameters", None):
+        return
+    plain = ("default", "gaussian")
+    for key, wrong in (("lora_dropout", section.lora_dropout > 0), ("use_dora", section.use_dora),
+                       ("init_lora_weights", section.init_lora_weights not in plain)):  # fmt: skip
+        if wrong:
+            what = "the experts are among the targets, and peft can do this with a linear layer only, not with them"
+            raise UserError(what, key=f"adapter.{key}", fix="leave it out, or name adapter.target_modules: [q_proj, …]")
 
 
 def oft(model: Any, section: Any) -> PeftConfig:

@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel, TaskType, load_peft_weights, set_peft_mo
 from torch import nn
 
 from finetune.errors import UserError
+from finetune.models.quantization import for_experts
 
 POLICY = "default"  # the name under which peft saves into the folder itself
 REFERENCE, REWARD, VALUE = "ppo_reference", "ppo_reward", "ppo_value"
@@ -89,7 +90,7 @@ def copy_adapter(model: Any, source: str, name: str) -> None:
 
 def add_adapter(model: Any, folder: Path, name: str) -> torch.Tensor | None:
     """The adapter in `folder` as `name`; returns the weight [1, hidden] of its score head, if it has one."""
-    config = as_causal(PeftConfig.from_pretrained(str(folder)))
+    config = for_experts(as_causal(PeftConfig.from_pretrained(str(folder))), model.get_base_model())
     weights = load_peft_weights(str(folder), device="cpu")
     head = next((weights.pop(key) for key in HEAD_WEIGHTS if key in weights), None)
     _add(model, name, config, finished=config.is_prompt_learning)

@@ -23,6 +23,7 @@ from finetune.models.failures import as_user_error, reason
 from finetune.models.identity import check_identity
 from finetune.models.layouts import layout_of
 from finetune.models.loading import skeleton
+from finetune.models.quantization import for_experts
 from finetune.models.tokenizers import added_tokens
 from finetune.models.weight_files import tensors
 from finetune.recipe.sections import ModelConfig
@@ -53,9 +54,11 @@ def attach_adapter(
                 shutil.copy(adapter / "adapter_config.json", scratch)
             adapter = Path(scratch)
             save_file({**more, **weights}, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-        options = {} if adjust is None else {"config": adjust(PeftConfig.from_pretrained(str(adapter)))}
+        stored = for_experts(PeftConfig.from_pretrained(str(adapter)), base)
         resize_for(base, adapter, model)
-        adapted = PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable, **options)
+        adapted = PeftModel.from_pretrained(
+            base, str(adapter), is_trainable=trainable, config=stored if adjust is None else adjust(stored)
+        )
         adapted.holds_embeddings = bool(own_embeddings(adapter))  # they go on being saved with it
         return adapted
 

@@ -36,6 +36,8 @@ def load_model(model: ModelConfig, dtype: torch.dtype, machine: Hardware = CPU, 
     config = read_config(model)
     quantization.check_config(model, config)
     check_weights(model)
+    if model.quantization is not None:
+        quantization.check_network(skeleton(model), model)
     scratch = None
     if model.device_map is not None:
         scratch = tempfile.mkdtemp(prefix="ft-offload-")

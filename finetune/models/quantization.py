@@ -1,13 +1,14 @@
 """INT8 and INT4 bases with bitsandbytes, on GPUs and CPUs.
 
 INT8 is LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339), INT4 is NF4 or FP4 with double quantization (Dettmers et al.
-2023, arXiv:2305.14314). Embeddings, norms, the LM head and score heads keep their precision.
+2023, arXiv:2305.14314). Embeddings, norms, the LM head and score heads keep their precision. Experts: experts.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,6 @@ LIBRARIES = {
     "bitsandbytes": "bitsandbytes", "gptq": "gptqmodel", "awq": "gptqmodel", "hqq": "hqq", "aqlm": "aqlm",
     "compressed-tensors": "compressed_tensors", "torchao": "torchao", "quanto": "optimum.quanto",
 }  # fmt: skip
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def config_for(model: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -33,13 +33,17 @@ def config_for(model: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | N
         return None
     if model.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)
-    return BitsAndBytesConfig(
+    from finetune.models.experts import METHOD
+
+    found = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=model.quantization_type,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=HEADS,  # its name notwithstanding, 4-bit loading reads it, too
     )
+    found.quant_method = METHOD
+    return found
 
 
 def check_config(model: ModelConfig, config: dict[str, Any]) -> None:
@@ -59,14 +63,42 @@ def check_config(model: ModelConfig, config: dict[str, Any]) -> None:
             f"is quantized with {method} and needs a library for it", path=model.name, key="model.name",
             fix=f"pip install {package}",
         )  # fmt: skip
+
+
+def check_network(network: torch.nn.Module, model: ModelConfig) -> None:
+    """UserError for a network, without weights yet, much of which would stay as large as it is."""
     if model.quantization is None:
         return
-    if any((config.get(key) or 0) > 1 for key in EXPERTS):
+    experts = [m for m in network.modules() if any(p.ndim == 3 for p in m.parameters(recurse=False))]
+    packed = sum(shape.numel() for m in experts for shape in experts_of(m).values())
+    if packed and model.quantization == "int8":
         raise UserError(
-            "mixture-of-experts models keep their experts as 3-D parameters in transformers 5, which bitsandbytes does "
-            "not quantize while loading: most of the model would stay as large as it is",
-            path=model.name, key="model.quantization", fix="use a dense model, or no quantization",
+            "mixture-of-experts models keep their experts as 3-D parameters in transformers 5, for which bitsandbytes "
+            "has no int8", path=model.name, key="model.quantization", fix="use int4",
         )  # fmt: skip
+    share = 1 - (packed + sum(m.weight.numel() for m in linear_layers(network))) / max(1, matrices(network))
+    if share > MOST_UNQUANTIZED:
+        kinds = sorted({type(m).__name__ for m in experts if not experts_of(m)})
+        where = f" ({', '.join(kinds)} keeps them in 3-D parameters and computes in its own way)" if kinds else ""
+        raise UserError(
+            f"{share:.0%} of the block weights would be left unquantized{where}", path=model.name,
+            key="model.quantization", fix="leave it out, or use a model of another architecture",
+        )  # fmt: skip
+
+
+def experts_of(module: torch.nn.Module) -> dict[str, torch.Size]:
+    """Name -> shape of the weights of experts that can be held in 4 bits, if `module` holds some."""
+    from finetune.models.experts import expert_weights
+
+    return expert_weights(module)
+
+
+def linear_layers(network: torch.nn.Module) -> list[Any]:
+    """Those that transformers replaces by quantized ones."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = ((name.rpartition(".")[2], module) for name, module in network.named_modules())
+    return [module for name, module in found if type(module) in (torch.nn.Linear, Conv1D) and name not in HEADS]
 
 
 def is_held_quantized(model: ModelConfig, config: dict[str, Any]) -> bool:
@@ -82,7 +114,24 @@ def is_bitsandbytes(config: dict[str, Any]) -> bool:
 def is_quantized(module: torch.nn.Module) -> bool:
     import bitsandbytes as bnb
 
-    return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+    from finetune.models.experts import Experts4bit
+
+    return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt | Experts4bit)
+
+
+def quantized_weights(module: Any) -> dict[str, tuple[torch.nn.Parameter, list[int]]]:
+    """Name -> (weight, the shape that it stands for) of what a quantized module holds packed."""
+    shapes = getattr(module, "shapes", None) or {"weight": (module.out_features, module.in_features)}
+    return {name: (getattr(module, name), [*shape]) for name, shape in shapes.items()}
+
+
+def for_experts(config: Any, model: Any) -> Any:
+    """The same config of peft, which then also fits experts in 4 bits, if `model` has some."""
+    if getattr(model, "is_loaded_in_4bit", False) and str(config.peft_type.value) == "LORA":
+        from finetune.models import experts_lora
+
+        experts_lora.register(config)
+    return config
 
 
 def after_loading(model: Any, name: str) -> None:
@@ -106,13 +155,12 @@ def after_loading(model: Any, name: str) -> None:
 def check_shapes(model: Any, name: str) -> None:
     """UserError for misshapen weights: transformers does not compare those that it quantizes while loading."""
     for path, module in model.named_modules():
-        if is_quantized(module):
-            state = getattr(module.weight, "quant_state", None)
-            stored = list(module.weight.shape if state is None else state.shape)
-            meant = [module.out_features, module.in_features]
+        for key, (weight, meant) in quantized_weights(module).items() if is_quantized(module) else ():
+            state = getattr(weight, "quant_state", None)
+            stored = list(weight.shape if state is None else state.shape)
             if stored != meant:
                 raise UserError(
-                    f"misshapen weights ({path}: {stored}, config.json means {meant})", path=name,
+                    f"misshapen weights ({path}.{key}: {stored}, config.json means {meant})", path=name,
                     fix="config.json belongs to another checkpoint",
                 )  # fmt: skip
 
@@ -132,19 +180,26 @@ class Size:
 
 def measure(model: Any) -> Size:
     """What was really quantized."""
-    outside = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-    outside |= {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     quantized = quantized_bytes = 0
     inside: set[int] = set()
     for module in model.modules():
-        if is_quantized(module):
-            inside.add(id(module.weight))
-            quantized += real_numel(module.weight)
-            quantized_bytes += storage_bytes(module.weight)
-    block = quantized + sum(
-        p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in outside and id(p) not in inside
-    )
-    return Size(quantized, block, quantized_bytes)
+        for weight, _ in quantized_weights(module).values() if is_quantized(module) else ():
+            inside.add(id(weight))
+            quantized += real_numel(weight)
+            quantized_bytes += storage_bytes(weight)
+    return Size(quantized, quantized + matrices(model, inside), quantized_bytes)
+
+
+def matrices(model: Any, without: Iterable[int] = ()) -> int:
+    """Number of weights in matrices outside of embeddings and output head.
+
+    Args:
+        without: ids of parameters that do not count.
+    """
+    left_out = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    left_out |= {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    left_out |= {*without}
+    return sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in left_out)
 
 
 def real_numel(parameter: torch.nn.Parameter) -> int:
@@ -164,6 +219,25 @@ def storage_bytes(parameter: torch.nn.Parameter) -> int:
         size += sum(t.numel() * t.element_size() for t in tensors if t is not None)
     scales = getattr(parameter, "SCB", None)
     return size + (scales.numel() * scales.element_size() if scales is not None else 0)
+
+
+def planned_bytes(network: torch.nn.Module, kind: str | None, dtype: torch.dtype) -> int:
+    """What `weight_bytes` will be with model.quantization: `kind`, from a network without weights."""
+    linear = linear_layers(network) if kind else []
+    packed = [m.weight for m in linear]
+    if kind == "int4":
+        packed += [getattr(m, name) for m in network.modules() for name in experts_of(m)]
+    inside = {id(weight) for weight in packed}
+    size = sum(p.numel() * dtype.itemsize for p in network.parameters() if id(p) not in inside)
+    if kind == "int8":
+        return size + sum(m.weight.numel() + 4 * int(getattr(m, "nf", 0) or m.out_features) for m in linear)
+    return size + sum(packed_bytes(weight.numel()) for weight in packed)
+
+
+def packed_bytes(weights: int) -> int:
+    """Of a parameter in 4 bits: a byte for two weights and for the scale of 64, a float for 256 scales, tables."""
+    scales = -(-weights // 64)
+    return weights // 2 + scales + 4 * -(-scales // 256) + 4 * (16 + 256 + 1)
 
 
 def weight_bytes(model: Any) -> int:

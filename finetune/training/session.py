@@ -30,7 +30,7 @@ from finetune.data import thinking
 from finetune.data.rows import Rows
 from finetune.errors import RunError
 from finetune.models import attach, hardware, loading, sources
-from finetune.models.quantization import is_held_quantized
+from finetune.models.quantization import check_network, is_held_quantized, planned_bytes
 from finetune.models.rope import check_length
 from finetune.recipe.file import to_yaml
 from finetune.recipe.resolve import Hardware, resolve
@@ -126,6 +126,10 @@ class Session(Generic[AnyRecipe]):
         tokens = counts["trained_tokens"]  # none in prompts
         trained = f", {tokens:,} trained tokens" if tokens else ""
         note(f"{counts['rows']:,} rows{trained}, {counts['dropped']} dropped")
+        if self.recipe.model.quantization is not None:
+            name, kind = self.recipe.model.dtype, self.recipe.model.quantization
+            held, plain = (planned_bytes(self.base.skeleton, k, getattr(torch, name)) / 1e9 for k in (kind, None))
+            note(f"the base's weights take {held:,.3g} GB in {kind}, where they would take {plain:,.3g} GB in {name}")
         note(f"{cut.total_steps} {steps} of {cut.rows_per_pass} rows x {cut.accumulation} passes; nothing was written")
 
     @contextmanager
@@ -173,6 +177,8 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
     base = replace(open_base(recipe.model), treatment=recipe.data.thinking)
     if not recipe.model.is_new:
         compatibility.check_base(recipe, base.config)
+        if recipe.model.quantization is not None:
+            check_network(base.skeleton, recipe.model)
         if recipe.model.adapter is None:
             check(base.skeleton, recipe.adapter, is_held_quantized(recipe.model, base.config))
     if recipe.eval.thinking is not None and recipe.stage != "pretrain":

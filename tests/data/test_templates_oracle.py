@@ -17,6 +17,7 @@ import trl
 from chat_kit import assistant, byte_level, system, trained_ranges, user
 
 from finetune.data import chat, templates
+from finetune.data.thinking import asked
 from finetune.data.types import Conversation, RowProblem
 
 PUBLISHED = Path(trl.__file__).parent / "chat_templates"
@@ -215,13 +216,22 @@ def written(name: str, messages: list[dict[str, Any]], tools: Any) -> Case:
     return messages, tools
 
 
-def stock(name: str, case: Case, prompt: bool = False) -> list[int]:
+def told(name: str, case: Case) -> tuple[bool | None, dict[str, bool]]:
+    """(whether the row is written as one with thinking, the template's variable that says so): data.thinking."""
+    encoder = made(name)[1]
+    on = encoder.mode(Conversation(*case))[1]
+    return on, encoder.thinking.variables(on)
+
+
+def stock(name: str, case: Case, switch: dict[str, bool], prompt: bool = False) -> list[int]:
     """The ids of apply_chat_template."""
     messages, tools = written(name, *case)
     if name in TEXT_ARGUMENTS:
         messages = templates.arguments_as_text(messages)
     tokenizer = made(name)[0]
-    ids = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, add_generation_prompt=prompt)
+    ids = tokenizer.apply_chat_template(
+        messages, tools=tools, return_dict=False, add_generation_prompt=prompt, **switch
+    )
     return list(ids)
 
 
@@ -231,7 +241,7 @@ def marked(name: str, case: Case) -> tuple[list[int], list[str]]:
     twin = PUBLISHED / f"{name}_training.jinja"
     found = tokenizer.apply_chat_template(
         messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True,
-        chat_template=twin.read_text(encoding="utf-8") if twin.is_file() else None,
+        chat_template=twin.read_text(encoding="utf-8") if twin.is_file() else None, **told(name, case)[1],
     )  # fmt: skip
     ids, mask = list(found["input_ids"]), [0, *found["assistant_masks"], 0]
     edges = [i for i, (a, b) in enumerate(itertools.pairwise(mask)) if a != b]
@@ -259,7 +269,7 @@ def test_ids_are_the_stock_ids(name: str) -> None:
         added = []
         if name in ENDS:
             added = [encoder.tokenizer.convert_tokens_to_ids(ENDS[name]["tool_calls" in messages[-1]])]
-        assert row.input_ids == stock(name, (messages, tools)) + added, label
+        assert row.input_ids == stock(name, (messages, tools), told(name, (messages, tools))[1]) + added, label
 
 
 def turns_of(row: Any, tokenizer: Any) -> list[tuple[str, str]]:
@@ -322,23 +332,25 @@ def test_what_is_trained_where_there_is_no_twin(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_prompts_are_the_stock_prompts_and_what_they_do_not_open_is_told(name: str) -> None:
     _, encoder = made(name)
-    told = set()
+    found = set()
     for label, (messages, tools) in CASES.items():
         if (name, label) in REFUSED:
             continue
         row = encoder.encode(Conversation(messages, tools))
+        on, switch = told(name, (messages, tools))
+        asking = asked(encoder, on, "")
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         otherwise = []
         for turn, (start, _) in zip(turns, trained_ranges(row), strict=True):
-            prompt = encoder.prompt_ids(messages[:turn], tools)
-            assert prompt == stock(name, (messages[:turn], tools), prompt=True), label
+            prompt = asking.prompt_ids(messages[:turn], tools)
+            assert prompt == stock(name, (messages[:turn], tools), switch, prompt=True), label
             if row.input_ids[: len(prompt)] == prompt:
                 assert start == len(prompt), label
             else:
                 otherwise.append(turn)
-                told.add(label)
+                found.add(label)
         assert list(row.unprompted) == otherwise, label
-    assert told == UNPROMPTED.get(name, set())
+    assert found == UNPROMPTED.get(name, set())
 
 
 OURS = {

@@ -42,9 +42,12 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def write(folder: Path, name: str, seed: int = 0, **changes: Any) -> Path:
-    """A checkpoint whose attention matters in its logits; with the default initialisation it hardly does."""
-    kind, values = NETWORKS[name]
+def write(folder: Path, name: str | tuple[str, dict[str, Any]], seed: int = 0, **changes: Any) -> Path:
+    """A checkpoint whose attention matters in its logits; with the default initialisation it hardly does.
+
+    name: of NETWORKS, or what would stand there.
+    """
+    kind, values = NETWORKS[name] if isinstance(name, str) else name
     tokenizer = make_tokenizer()
     ids = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
     longest = {} if kind in ("gpt2", "bloom") else {"max_position_embeddings": 512}
