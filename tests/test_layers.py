@@ -17,7 +17,7 @@ LEVELS = [
     {"families"},
     {"recipe"},
     {"child", "metrics", "places", "terminal", "hub", "builtin"},
-    {"run"},
+    {"run", "cache"},
     {"data", "models"},
     {"base"},
     {"adapters"},

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.cache import cache_folder
 from finetune.data import sources, token_cache
 from finetune.data.audit import Audit
 from finetune.data.encoder import Encoder
@@ -81,4 +82,4 @@ def cache_file(config: DataConfig, encoder: Encoder, eval_data: Any, seed: int, 
         return None
     settings = config.model_dump(exclude={"eval_split", "packing", "cache"})
     key = token_cache.cache_key(files, settings, encoder.identity(), seed)
-    return (folder or token_cache.cache_folder()) / f"{key}.arrow"
+    return (folder or cache_folder()) / f"{key}.arrow"

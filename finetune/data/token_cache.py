@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,28 +12,9 @@ import numpy as np
 import xxhash
 
 from finetune.data.types import IGNORED, Encoded
-from finetune.terminal.progress import warn
 
 LARGE = 16 << 20  # bytes of source files from which on tokenised rows are kept on disk
 FLUSH = 2000  # rows per record batch
-
-
-@functools.cache
-def cache_folder() -> Path:
-    """Beside the cache of datasets, which the user may have moved; for this process only where that is read-only."""
-    import datasets
-
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "finetune"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    except OSError:
-        pass
-    warn(f"no cache can be kept in {folder}: set HF_DATASETS_CACHE to a folder that can be written to")
-    scratch = tempfile.mkdtemp(prefix="ft-cache-")
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    return Path(scratch)
 
 
 def cache_key(files: Iterable[Path], *parts: Any) -> str:

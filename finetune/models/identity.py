@@ -108,6 +108,7 @@ def write_identity(adapter: Path, model: ModelConfig, weights: str, template: st
     identity = {
         "base": model.name,
         "source": model.source,
+        "gguf_file": model.gguf_file,
         "revision": commit(model),
         "fingerprint": weights,
         "quantization": model.quantization,

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from finetune import hub
 from finetune.errors import UserError
 from finetune.families import Refused, refused, refused_name
+from finetune.models import gguf
 from finetune.places import read_json
 from finetune.recipe.sections import ModelConfig
 from finetune.resources import BUILTIN_MODELS
@@ -32,24 +33,42 @@ def builtin_names() -> list[str]:
 
 
 def locate(model: ModelConfig) -> str:
-    """The folder of a built-in base or local model, or the hub id itself. UserError if a path does not exist."""
+    """The folder of a built-in base or local model, or the hub id itself. A GGUF file is converted to a folder first.
+    UserError if a path does not exist."""
+    found = place(model)
+    if model.gguf_file is not None and not isinstance(found, Path):
+        found = _fetched_gguf(model)
+    return str(gguf.folder(found)) if isinstance(found, Path) and found.is_file() else str(found)
+
+
+def place(model: ModelConfig) -> Path | str:
+    """The folder or GGUF file of a local model, or the id of one on a hub. UserError if a path does not exist."""
     name, source = model.name, model.source
     if source == "modelscope":
         _refuse_by_name(name)
-        return str(modelscope_folder(name, model.revision, weights=False))
+        return name if model.gguf_file is not None else modelscope_folder(name, model.revision, weights=False)
     if source is None and name in builtin_names():
-        return str(BUILTIN_MODELS / name)
+        return BUILTIN_MODELS / name
+    if source is None and (packed := gguf.packaged(name)) is not None:
+        return packed
     path = Path(name).expanduser()
     if source != "hub" and path.is_dir():
-        return str(_local(path, name))
-    looks_local = path.is_absolute() or name.startswith((".", "~", "runs/"))
+        return _local(path, name) if model.gguf_file is None else _file_in(path, model.gguf_file)
+    if source != "hub" and path.is_file():
+        return _gguf_file(path, name)
+    looks_local = path.is_absolute() or name.startswith((".", "~", "runs/")) or name.endswith(".gguf")
     looks_local |= name.count("/") != 1 or path.parent.is_dir()
     if source == "local" or (source is None and looks_local):
         _refuse_by_name(name)
-        fix = f"give a folder, a hub id (owner/name) or a built-in base ({', '.join(builtin_names())})"
+        fix = f"give a folder, a GGUF file, a hub id (owner/name) or a built-in base ({', '.join(known_names())})"
         raise UserError("no such model", path=name, key="model.name", fix=did_you_mean(name, fix))
     _refuse_by_name(name)
     return name
+
+
+def known_names() -> list[str]:
+    """Names without a path that load here."""
+    return [*builtin_names(), *gguf.installed()]
 
 
 def find_adapter(reference: str) -> Path | None:
@@ -84,11 +103,11 @@ def what_is(reference: str) -> Literal["adapter", "model"]:
     if (path / "recipe.yaml").is_file() and not (path / "model").is_dir():
         adapter_folder(reference)
     try:
-        locate(ModelConfig(name=reference))
+        place(ModelConfig(name=reference))
     except UserError as error:
         if error.problems[0].message != "no such model":
             raise
-        fix = f"give a run, an adapter's folder, a model's, a hub id or a built-in base ({', '.join(builtin_names())})"
+        fix = f"give a run, an adapter's folder, a model's, a hub id or a built-in base ({', '.join(known_names())})"
         what = "is neither a run nor an adapter nor a model" if path.exists() else "no such run, adapter or model"
         raise UserError(what, path=reference, fix=did_you_mean(reference, fix)) from None
     return "model"
@@ -99,7 +118,7 @@ def did_you_mean(reference: str, otherwise: str, models: bool = True) -> str:
     `otherwise` where none is near."""
     path = Path(reference).expanduser()
     beside = [path.parent / p.name for p in folders(path.parent)] if path.name else []
-    known = {name: name for name in builtin_names() if models and len(path.parts) < 3}
+    known = {name: name for name in (*builtin_names(), *gguf.PACKAGED) if models and len(path.parts) < 3}
     near_by = [*folders(Path("runs"), "*/*"), *folders(Path("runs")), *beside]  # of one name the last wins
     known |= {place.name.lower(): str(place) for place in near_by if is_ours(place, models)}
     near = difflib.get_close_matches(path.name.lower(), known, n=1)
@@ -136,14 +155,17 @@ def base_config(adapter: Path, model: str | None = None) -> ModelConfig:
     if model is not None:
         return ModelConfig(name=model)
     identity = read_json(adapter / "base_identity.json")
-    place = {key: identity[key] for key in ("revision", "source") if isinstance(identity.get(key), str)}
+    place = {key: identity[key] for key in ("revision", "source", "gguf_file") if isinstance(identity.get(key), str)}
     return ModelConfig.model_validate({"name": base_of(adapter), **place})
 
 
 def check_there(model: ModelConfig) -> None:
     """UserError when a model is nowhere, cannot be had, or is of a family that cannot be loaded."""
-    if model.source == "modelscope":
-        _refuse_by_name(model.name)
+    found = place(model)
+    if isinstance(found, Path) and found.is_file():
+        gguf.check(found)
+        return
+    if model.source == "modelscope" or model.gguf_file is not None:
         return
     check_family(read_json(config_file(model)), model.name)
 
@@ -154,11 +176,15 @@ def check_family(config: dict[str, Any], name: str) -> None:
 
 def announce(model: ModelConfig) -> None:
     """Say what will be downloaded, before it is."""
-    if model.source == "modelscope":
+    if isinstance(found := place(model), Path):
+        return
+    if model.gguf_file is not None:
+        note(f"downloads {model.gguf_file} of {found} (once)")
+    elif model.source == "modelscope":
         if not _modelscope_has(model.name, model.revision):
             note(f"downloads {model.name} from ModelScope (once)")
-    elif not Path(where := locate(model)).is_dir() and hub.fetches(where, model.revision):
-        note(f"downloads {where} from {hub.endpoint()} (once)")
+    elif hub.fetches(found, model.revision):
+        note(f"downloads {found} from {hub.endpoint()} (once)")
 
 
 def check(model: ModelConfig) -> None:
@@ -175,6 +201,20 @@ def check(model: ModelConfig) -> None:
         )
 
 
+def _gguf_file(path: Path, name: str) -> Path:
+    if not gguf.is_gguf(path):
+        gguf.refuse_other(path)
+    return path.resolve()
+
+
+def _file_in(folder: Path, file: str) -> Path:
+    """A GGUF file of a local folder."""
+    if not (folder / file).is_file():
+        there = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
+        raise UserError("no such file", path=folder / file, key="model.gguf_file", fix=f"GGUF files there: {there}")
+    return _gguf_file(folder / file, file)
+
+
 def _local(path: Path, name: str) -> Path:
     if (path / "config.json").is_file():
         return path.resolve()
@@ -182,6 +222,9 @@ def _local(path: Path, name: str) -> Path:
         raise UserError("is an adapter, not a model", path=name, key="model.name", fix="give its base; use --adapter")
     if (path / "model" / "config.json").is_file():  # the run directory of a full fine-tuning
         return (path / "model").resolve()
+    if found := sorted(p.name for p in path.glob("*.gguf")):
+        what = f"holds no config.json, but GGUF files: {', '.join(found)}"
+        raise UserError(what, path=name, key="model.name", fix=f"name one of them: {Path(name) / found[0]}")
     raise UserError("has no config.json", path=name, key="model.name", fix="give the folder of a complete model")
 
 
@@ -229,7 +272,7 @@ def stored_dtype(model: ModelConfig) -> str | None:
 
 def weights(model: ModelConfig) -> str:
     """What `from_pretrained` is given: like `locate`, with the weights there for ModelScope."""
-    if model.source == "modelscope":
+    if model.source == "modelscope" and model.gguf_file is None:
         return str(modelscope_folder(model.name, model.revision, weights=True))
     return locate(model)
 
@@ -245,18 +288,35 @@ def commit(model: ModelConfig) -> str | None:
     return path.name if path.parent.name == "snapshots" else model.revision
 
 
+def _fetched_gguf(model: ModelConfig) -> Path:
+    """The GGUF file of a repository on a hub, downloaded."""
+    name, file = model.name, str(model.gguf_file)
+    if model.source == "modelscope":
+        found: str | None = str(modelscope_folder(name, model.revision, weights=True, only=file) / file)
+    else:
+        found = hub.file(name, file, model.revision)
+    if found is None or not Path(found).is_file():
+        raise UserError("has no such file", path=name, key="model.gguf_file", fix=f"see what it holds ({file} is not)")
+    return Path(found)
+
+
 @functools.lru_cache(maxsize=16)
-def modelscope_folder(name: str, revision: str | None, weights: bool) -> Path:
-    """Local folder of a ModelScope model, downloaded by its own client; its code and other formats are left out."""
+def modelscope_folder(name: str, revision: str | None, weights: bool, only: str | None = None) -> Path:
+    """Local folder of a ModelScope model, downloaded by its own client; its code and other formats are left out, or
+    everything but the file `only`."""
     try:
         client = importlib.import_module("modelscope")
     except ImportError:
         raise UserError(
             "ModelScope's client is not installed", path=name, key="model.source", fix="pip install modelscope"
         ) from None
-    ignored = [*NOT_NEEDED, *(() if weights else WEIGHTS)]
+    chosen = (
+        {"ignore_patterns": [*NOT_NEEDED, *(() if weights else WEIGHTS)]}
+        if only is None
+        else {"allow_patterns": [only]}
+    )
     try:
-        return Path(client.snapshot_download(name, revision=revision, ignore_patterns=ignored))
+        return Path(client.snapshot_download(name, revision=revision, **chosen))
     except Exception as error:  # the client raises many kinds
         what, fix = hub.why(error, "ModelScope")
         raise UserError(what, path=name, key="model.name", fix=fix) from None

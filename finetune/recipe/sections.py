@@ -113,7 +113,9 @@ class RopeScaling(Section):
 
 class ModelConfig(Section):
     name: str
-    """Built-in base (tiny-llama), local folder, or hub id."""
+    """Built-in base (tiny-llama), packaged base (smollm2-135m), local folder, GGUF file, or hub id."""
+    gguf_file: str | None = None
+    """The GGUF file to use of a hub repository or a local folder that holds several kinds."""
     adapter: str | None = None
     """Run directory or adapter folder to continue from; its base must be `name`."""
     source: Literal["local", "hub", "modelscope"] | None = None

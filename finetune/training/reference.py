@@ -17,7 +17,7 @@ from torch import nn
 
 from finetune.adapters.methods import METHODS, active
 from finetune.base import Base
-from finetune.data.token_cache import cache_folder
+from finetune.cache import cache_folder
 from finetune.models import sources
 from finetune.models.adapter_files import weights
 from finetune.models.quantization import is_quantized

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from chat_kit import assistant, byte_level, encoder, make_rows, system, user, write
 
+from finetune import cache
 from finetune.data import audit, chat, conversations, held_out, samples, sources, token_cache
 from finetune.data.rows import Rows
 from finetune.data.types import Conversation, Preference
@@ -299,12 +300,10 @@ def test_counts_can_be_written_as_json(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a home that cannot be written to, the cache lives as long as the process."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    assert token_cache.cache_folder.__wrapped__() == tmp_path / "cache" / "finetune"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/cache")
-    found = token_cache.cache_folder.__wrapped__()
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert cache.cache_folder.__wrapped__() == tmp_path / "cache" / "finetune"
+    monkeypatch.setenv("HF_DATASETS_CACHE", "/dev/null/cache")
+    found = cache.cache_folder.__wrapped__()
     assert found.is_dir()
     assert found.name.startswith("ft-cache-")
 

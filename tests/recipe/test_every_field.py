@@ -552,7 +552,7 @@ def probe_cache(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, t
         assert key in arguments(stage, {key: False}, files, tmp)
         return
     monkeypatch.setattr(conversations.token_cache, "LARGE", 0)
-    monkeypatch.setattr(conversations.token_cache, "cache_folder", lambda: tmp / "tokenised")
+    monkeypatch.setattr(conversations, "cache_folder", lambda: tmp / "tokenised")
     monkeypatch.setattr(session.Session, "show", lambda *_: None)
     for cache in (False, True):
         loaded = file.with_settings(recipe(stage, {key: cache}, files, tmp), stage, ())
