@@ -1,5 +1,6 @@
 # make quickstart   train, evaluate and merge the built-in base (about four minutes on 2 cores, no GPU)
 # make align        SFT, then DPO, and a reward model with PPO, on the built-in base (some 35 minutes on one core)
+# make real         SmolLM2-135M, a published chat model: SFT, merging, int8 and int4, DPO, PPO (about an hour on 2 cores)
 # make test         the test suite, a process per core
 # make lint         ruff and mypy
 PYTHON ?= python3
@@ -10,12 +11,15 @@ BIN = .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,real,eval]'
 	touch $@
 
-.PHONY: quickstart align test slow lint clean
+.PHONY: quickstart align real test slow lint clean
 quickstart: .venv/installed
 	$(BIN)/python benchmarks/quickstart.py
 
 align: .venv/installed
 	$(BIN)/python benchmarks/align.py
+
+real: .venv/installed
+	$(BIN)/python benchmarks/real.py
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

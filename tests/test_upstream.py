@@ -21,14 +21,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.peft_types import PeftType
 from sacrebleu.metrics.base import Metric as SACREBLEU
 from transformers import core_model_loading
-<<<<<<< HEAD
 from transformers import modeling_gguf_pytorch_utils as gguf_loader
-from transformers.integrations import ggml
+from transformers.integrations import ggml, moe
 from transformers.integrations.gguf import gguf_config_mapping, gguf_tokenizer_mapping
 from transformers.integrations.gguf import reader as gguf_reader
-=======
-from transformers.integrations import moe
->>>>>>> w-moe
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
@@ -170,7 +166,6 @@ def test_peft_takes_new_methods() -> None:
     assert isinstance(PeftType.LORA, str)
 
 
-<<<<<<< HEAD
 def test_transformers_lists_what_it_reads_of_gguf() -> None:
     """Other architectures, tokenizers and splits of GGUF files are refused by name."""
     assert {"llama", "qwen2", "gemma3"} <= set(ggml.GGUF_CONFIG_MAPPING)
@@ -180,7 +175,8 @@ def test_transformers_lists_what_it_reads_of_gguf() -> None:
     assert "qwen2" in splits
     assert "smollm" not in splits, "checks.DIGIT_SPLITS can go"
     assert {"llama", "gemma3"} <= set(gguf_loader.TENSOR_PROCESSORS)
-=======
+
+
 def test_peft_asks_for_the_layer_of_a_parameter() -> None:
     """`experts_lora.on_experts` is asked before peft's own layers, and known by the name of its class."""
     make = inspect.getsource(lora.LoraModel._create_new_module)
@@ -193,7 +189,6 @@ def test_transformers_multiplies_by_groups() -> None:
     assert [*inspect.signature(moe._grouped_linear).parameters] == ["input", "weight", "offs", "bias", "is_transposed"]
     flags = inspect.getsource(moe.use_experts_implementation)
     assert all(f"self.{name} = {name}" in flags for name in ("has_gate", "has_bias", "is_transposed"))
->>>>>>> w-moe
 
 
 def test_torch_maps_over_trees() -> None:

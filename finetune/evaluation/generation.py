@@ -218,14 +218,15 @@ def decode(encoder: Encoder, ids: list[int], stops: list[int]) -> str:
     return as_written(encoder, ids, stops).strip()
 
 
-ROOM = 8192  # tokens in a batch, padding included: what is computed of each is as wide as the vocabulary
+ROOM = 8192  # tokens in a batch, padding included
+LOGITS = 1 << 27  # of a batch: 0.5 GB in float32, and cross entropy holds them three times; 512 tokens of Gemma 3
 
 
-def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+def by_length(lengths: Sequence[int], batch_size: int, room: int = ROOM) -> Iterator[list[int]]:
     """Numbers of the rows that are computed together, short ones first; fewer at once where they are long."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[i] > ROOM):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[i] > room):
             yield batch
             batch = []
         batch.append(i)
@@ -252,7 +253,8 @@ def negative_log_likelihoods(
     model.eval()
     device = input_device(model)
     result = [Likelihood(0.0, 0, 0)] * len(rows)
-    for batch in by_length([len(ids) for ids, _ in rows], batch_size):
+    room = min(ROOM, LOGITS // model.config.get_text_config().vocab_size)
+    for batch in by_length([len(ids) for ids, _ in rows], batch_size, room):
         # Padded right: causal attention never looks there, and positions start at 0 as in training.
         ids, mask = right_pad([rows[i][0] for i in batch], pad, device)
         labels, _ = right_pad([rows[i][1] for i in batch], -100, device)

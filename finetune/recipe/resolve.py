@@ -22,6 +22,8 @@ class Hardware:
     """Memory of one device."""
     processes: int = 1
     """Data-parallel processes."""
+    room: int | None = None
+    """Tokens of this model that there is memory for in a pass; None: not known."""
 
 
 def absolute(path: str, exists_only: bool = True) -> str:
@@ -96,8 +98,9 @@ def batch_layout(train: TrainConfig, max_length: int, hardware: Hardware) -> tup
         return train.per_device_train_batch_size, max(1, round(per_process / train.per_device_train_batch_size))
     if train.gradient_accumulation_steps:
         return max(1, round(per_process / train.gradient_accumulation_steps)), train.gradient_accumulation_steps
-    # Activations grow with tokens per pass; 512 tokens per GB is a cautious start.
+    # Activations grow with tokens per pass; 512 tokens per GB is a cautious start, less for large models.
     budget = max(4096, int(hardware.memory_gb * 512))
+    budget = budget if hardware.room is None else min(budget, hardware.room)
     limit = max(1, budget // max_length)
     micro = max(n for n in range(1, per_process + 1) if per_process % n == 0 and n <= limit)
     return micro, per_process // micro

@@ -30,6 +30,7 @@ from finetune.data import thinking
 from finetune.data.rows import Rows
 from finetune.errors import RunError
 from finetune.models import attach, hardware, loading, sources
+from finetune.models.config import read_config
 from finetune.models.quantization import check_network, is_held_quantized, planned_bytes
 from finetune.models.rope import check_length
 from finetune.recipe.file import to_yaml
@@ -38,6 +39,7 @@ from finetune.run.directory import Run
 from finetune.run.opening import open_run
 from finetune.run.resuming import check_resumable
 from finetune.terminal.progress import encodable, note, say, warn
+from finetune.training import memory
 from finetune.training.finish import Words, finish, save, summary
 from finetune.training.fit import callbacks
 from finetune.training.fit import fit as fit_trainer
@@ -170,6 +172,9 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
     open_base: opens the recipe's model, for models that are new.
     """
     machine = hardware.detect()
+    sources.check(raw.model)
+    config = getattr(raw.model, "config", None) if raw.model.is_new else read_config(raw.model)
+    machine = replace(machine, room=memory.room(raw, config or {}, machine))
     recipe = resolved(raw, machine)
     if resume:
         check_resumable(recipe)
@@ -188,7 +193,6 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
 
 def resolved(raw: AnyRecipe, machine: Hardware) -> AnyRecipe:
     """The complete recipe. UserError when it says something else of model.adapter than that adapter's own files."""
-    sources.check(raw.model)
     recipe = resolve(raw, machine)
     start = getattr(getattr(recipe, recipe.stage, None), "start", "continue")
     if recipe.model.adapter is None or start == "merge":

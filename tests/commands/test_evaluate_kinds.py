@@ -190,6 +190,7 @@ def test_rows_are_computed_by_length_and_few_at_once_where_they_are_long() -> No
 
     lengths = [5, ROOM * 2, 3, ROOM // 2, ROOM // 2, 4]
     assert list(by_length(lengths, 2)) == [[2, 5], [0, 3], [4], [1]]
+    assert list(by_length([5, 3, 4], 2, room=9)) == [[1, 2], [0]]
 
 
 def test_predictions_and_wrong_answers(here: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,9 +121,11 @@ GIVEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gptoss", "muse_glimmer"), ("<|start|>assistant",)),
     **dict.fromkeys(("deepseek_r1_distill", "deepseekv3"), ("<｜Assistant｜>", "<｜tool▁outputs▁end｜>")),
     "qwen2_5": ("\n",),
-    **dict.fromkeys(("qwen3_5_think", "qwen3_6", "qwen3_8"), ("<think>\n",)),
+    **dict.fromkeys(("qwen3_5_think", "qwen3_6", "qwen3_8"), ("<think>\n", "<think>\n\n</think>\n\n")),
     "qwen3_5_nothink": ("<think>\n\n</think>\n\n", "<think>\n"),
-    **dict.fromkeys((name for name in NAMES if name.startswith("nemotron")), ("<think>\n", "<think>")),
+    **dict.fromkeys(
+        (name for name in NAMES if name.startswith("nemotron")), ("<think>\n", "<think>", "<think></think>")
+    ),
 }
 """What twins mark at the beginning of a turn though the prompt gives it: it is not the model's to write."""
 TEXT_END = dict.fromkeys(("phi3", "phi3_5"), "\n<eos>")
