@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from finetune import metrics
-from finetune.adapters.methods import is_before_text
+from finetune.adapters.methods import sees_padding
 from finetune.data.encoder import Encoder
 from finetune.data.types import Conversation
 from finetune.models.hardware import input_device
@@ -63,7 +63,7 @@ def right_pad(rows: Sequence[list[int]], pad: int, device: torch.device) -> tupl
 def batches(prompts: Sequence[Sequence[int]], batch_size: int, equal_length: bool) -> Iterator[list[int]]:
     """Numbers of the prompts that are answered together, short ones first.
 
-    With `equal_length` nothing is padded: left padding would come between virtual tokens and text.
+    With `equal_length` nothing is padded (`sees_padding`).
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for _, alike in groupby(order, key=lambda i: len(prompts[i]) if equal_length else 0):
@@ -87,7 +87,7 @@ def generate(
     answers = [""] * len(prompts)
     device = input_device(model)
     with seeded(seed, device) if temperature else nullcontext():
-        for rows in batches(prompts, batch_size, equal_length=is_before_text(model)):
+        for rows in batches(prompts, batch_size, equal_length=sees_padding(model)):
             ids, mask = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id, device)
             sampled = Sampled(temperature) if temperature else None
             output = answer(model, ids, mask, max_new_tokens, stops, tokenizer.pad_token_id, sampled)

@@ -27,7 +27,7 @@ from finetune.adapters.load import adapter_config
 from finetune.adapters.methods import check, check_targets
 from finetune.base import Base
 from finetune.data.rows import Rows
-from finetune.errors import RunError
+from finetune.errors import RunError, UserError
 from finetune.models import attach, hardware, loading, sources
 from finetune.models.quantization import is_held_quantized
 from finetune.models.rope import check_length
@@ -174,6 +174,9 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
         compatibility.check_base(recipe, base.config)
         if recipe.model.adapter is None:
             check(base.skeleton, recipe.adapter, is_held_quantized(recipe.model, base.config))
+        if raw.train.gradient_checkpointing and not base.skeleton.supports_gradient_checkpointing:
+            what = f"transformers cannot recompute the activations of {base.config['model_type']}"
+            raise UserError(what, key="train.gradient_checkpointing", fix="leave it out, or set it to false")
     return Session(recipe, base, machine, resume)
 
 
