@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 
@@ -24,6 +27,8 @@ class Family:
     """`sentencepiece`: Llama's kind of tokenizer.model, which is rebuilt where no tokenizer.json stands beside it."""
     positions: str = "rotary"
     """`rotary`, `alibi`, or `learned`: rows of a table, behind whose end there is nothing."""
+    left_padding: bool = True
+    """Whether padding before the text is invisible. Where it is not, rows of one length are answered together."""
     bias_slots: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Which linear layers' biases its checkpoints can hold: those that all have one when this flag of config.json is
     set; under "" those that always have one."""
@@ -43,6 +48,10 @@ TESTED = {
     "the built-in base tiny-chatglm3, in the original layout: pre-trained, fine-tuned, evaluated, merged",
     "random": "random tiny model: strict loading, LoRA steps with falling loss, save and reload, batched generation "
     "equal to one by one, merge parity; missing, unexpected and misshapen weights refused",
+    "shrunk": "random tiny model made of the type's own config: everything of “random”; and other methods, gradient "
+    "checkpointing, the trainers' log-probabilities, packing, int8 and int4, `ft sft`, `ft eval` and `ft merge` in a "
+    "row; what of it is limited stands in the table of all types",
+    "text part": "random tiny model of the whole, of which the text part is loaded, trained, saved and merged",
     "layout": "random tiny checkpoint in the published layout computes bit for bit what its Llama does; missing, "
     "unexpected and misshapen weights refused; the tokenizer gives sentencepiece's ids",
 }
@@ -55,6 +64,11 @@ GLM_BIASES = {"attention_bias": QKV}
 QWEN3_BIASES = {"attention_bias": (*QKV, "o_proj")}
 LLAMA_BIASES = {**QWEN3_BIASES, "mlp_bias": ("gate_proj", "up_proj", "down_proj")}
 EXPERTS = "all-linear LoRA trains attention, router and every expert (3-D parameters); int4 packs experts, too, no int8"
+HYBRID = "linear attention beside full: packing switches itself off"
+MAMBA = "packing switches itself off; Mamba's x, dt and out projections stay frozen"
+INDEXER = "the indexers, which choose what is attended to, stay frozen"
+TEXT_ONLY = "the text part is loaded, trained and merged, what reads images is left out"
+WHOLE = "loaded and merged whole; what reads images and sounds stays frozen, and all-linear passes it over"
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -89,10 +103,77 @@ FAMILIES: dict[str, Family] = {
         "fused W_pack split into Llama's q, k and v while it is read, Baichuan2's normalised head folded in; the "
         "tokenizer is rebuilt from tokenizer.model and refused unless its ids are the same",
         tokenizer="sentencepiece", bias_slots=LLAMA_BIASES, layout="baichuan"),
+    # --- shrunk: everything that tests/models/test_every_family.py does ---
+    "qwen3_next": Family(
+        "Qwen MoE", "Qwen3-Next-80B-A3B", "shrunk", HYBRID, template="chatml.jinja"),
+    "qwen3_5": Family(
+        "Qwen", "Qwen3.5 dense, e.g. Qwen3.5-27B, as it is published: with images", "shrunk", f"{TEXT_ONLY}; {HYBRID}"),
+    "qwen3_5_text": Family("Qwen", "Qwen3.5 dense, text only, and what ft merge writes of it", "shrunk", HYBRID),
+    "qwen3_5_moe": Family(
+        "Qwen MoE", "Qwen3.5-35B-A3B and larger, as they are published: with images", "shrunk",
+        f"{TEXT_ONLY}; {HYBRID}"),
+    "qwen3_5_moe_text": Family("Qwen MoE", "Qwen3.5 MoE, text only", "shrunk", HYBRID),
+    "gemma3": Family("Gemma", "Gemma 3 4B to 27B, as they are published: with images", "shrunk", WHOLE),
+    "gemma3n_text": Family("Gemma", "Gemma 3n E2B, E4B, text only", "shrunk", "AltUp's layers stay frozen"),
+    "gemma4": Family("Gemma", "Gemma 4, as it is published: with images and sounds", "shrunk", WHOLE),
+    "gemma4_text": Family("Gemma", "Gemma 4, text only", "shrunk"),
+    "glm4_moe": Family("GLM", "GLM-4.5, GLM-4.5-Air, GLM-4.6", "shrunk"),
+    "glm4_moe_lite": Family("GLM", "GLM-4.7-Flash", "shrunk"),
+    "glm_moe_dsa": Family("GLM", "GLM-5", "shrunk", INDEXER),
+    "gpt_oss": Family("gpt-oss", "gpt-oss-20b, gpt-oss-120b", "shrunk", "packing switches itself off"),
+    "deepseek_v2": Family("DeepSeek", "DeepSeek-V2, V2-Lite, DeepSeek-Coder-V2", "shrunk"),
+    "deepseek_v3": Family("DeepSeek", "DeepSeek-V3, V3.1, R1", "shrunk"),
+    "deepseek_v32": Family("DeepSeek", "DeepSeek-V3.2", "shrunk", INDEXER, left_padding=False),
+    "llama4": Family("LLaMA", "Llama 4 Scout, Maverick, as they are published: with images", "shrunk", TEXT_ONLY),
+    "llama4_text": Family("LLaMA", "Llama 4, text only", "shrunk"),
+    "mistral3": Family(
+        "Mistral", "Mistral Small 3.1, 3.2; Ministral 3, as they are published: with images", "text part", TEXT_ONLY),
+    "ministral": Family("Mistral", "Ministral-8B-Instruct-2410", "shrunk"),
+    "ministral3": Family("Mistral", "Ministral 3, text only", "shrunk"),
+    "smollm3": Family("SmolLM", "SmolLM3-3B", "shrunk"),
+    "ernie4_5": Family("ERNIE", "ERNIE-4.5-0.3B-PT", "shrunk"),
+    "ernie4_5_moe": Family("ERNIE", "ERNIE-4.5-21B-A3B-PT", "shrunk"),
+    "hunyuan_v1_dense": Family("Hunyuan", "Hunyuan-0.5B, 1.8B, 4B, 7B-Instruct", "shrunk"),
+    "hunyuan_v1_moe": Family("Hunyuan", "Hunyuan-A13B-Instruct", "shrunk"),
+    "seed_oss": Family("Seed", "Seed-OSS-36B", "shrunk"),
+    "internlm3": Family(
+        "InternLM", "InternLM3-8B-Instruct", "shrunk", "loads as Llama, without the code beside it",
+        tokenizer="sentencepiece"),
+    "minimax_m2": Family("MiniMax", "MiniMax-M2", "shrunk"),
+    "olmo2": Family("OLMo", "OLMo 2", "shrunk"),
+    "olmo3": Family("OLMo", "Olmo 3", "shrunk"),
+    "granite": Family("Granite", "Granite 3.0 to 3.3", "shrunk"),
+    "granitemoehybrid": Family("Granite", "Granite 4.0, hybrid and dense", "shrunk", MAMBA),
+    "exaone4": Family("EXAONE", "EXAONE-4.0-32B, 1.2B", "shrunk"),
+    "cohere2": Family("Cohere", "Command R7B, Command A", "shrunk"),
+    "falcon_h1": Family("Falcon", "Falcon-H1", "shrunk", MAMBA),
+    "nemotron_h": Family("Nemotron", "Nemotron-H, Nemotron 3 Nano", "shrunk", MAMBA),
+    "mamba2": Family("Mamba", "Mamba 2", "shrunk", MAMBA),
     # Not tested; known here for their positions only.
     **{kind: Family(kind, positions="learned")
        for kind in ("opt", "gpt_neo", "gpt_bigcode", "openai-gpt", "biogpt", "xglm", "ctrl")},
+    # Recurrent states that padding goes into; caches of sparse attention that choose among it.
+    **{kind: Family(kind, left_padding=False)
+       for kind in ("rwkv", "recurrent_gemma", "xlnet", "deepseek_v4", "axk2")},
 }  # fmt: skip
+
+
+@cache
+def record() -> dict[str, Any]:
+    """What tests/models/family_checks.py found last: date, versions, and for each type of transformers {check: what is
+    limited or fails}, or {"cannot": why}."""
+    found: dict[str, Any] = json.loads(Path(__file__).with_name("families_tested.json").read_text(encoding="utf-8"))
+    return found
+
+
+def types_tested() -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = record()["types"]
+    return found
+
+
+def verdict(found: Mapping[str, str]) -> str:
+    """passes, limits or cannot"""
+    return "cannot" if "cannot" in found else "limits" if found else "passes"
 
 
 @dataclass(frozen=True)
@@ -125,17 +206,21 @@ BLUELM = Refused(
 QWEN1 = Refused(
     "Qwen (the first one)", "needs its own code for attention scaling and tokenizer",
     "use Qwen/Qwen1.5-7B or later, the same network made native")  # fmt: skip
+PICTURES = Refused(
+    "Llama 3.2 Vision and Emu3", "have text parts that transformers writes as types it cannot read back",
+    "use meta-llama/Llama-3.1-8B, or a Qwen3 model")  # fmt: skip
 INTERN = Refused("InternLM 1 and 2", "needs its own code for network and tokenizer", "use a Qwen2.5 or Llama model")
 
 REFUSED: dict[str, Refused] = {
     **dict.fromkeys(
         ("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "electra", "albert", "deberta", "deberta-v2", "distilbert",
          "ernie", "modernbert", "camembert", "rembert", "roformer", "roc_bert", "megatron-bert", "big_bird", "xlm",
-         "data2vec-text", "mpnet", "nezha", "bert-generation"), ENCODER),
+         "data2vec-text", "mpnet", "nezha", "bert-generation", "roberta-prelayernorm", "xmod"), ENCODER),
     **dict.fromkeys(
         ("t5", "mt5", "umt5", "longt5", "bart", "mbart", "pegasus", "blenderbot", "marian", "led", "prophetnet",
          "m2m_100", "plbart", "t5gemma", "switch_transformers"), SEQ2SEQ),
     "BlueLM": BLUELM, "bluelm": BLUELM, "qwen": QWEN1, "internlm": INTERN, "internlm2": INTERN,
+    "mllama": PICTURES, "emu3": PICTURES,
 }  # fmt: skip
 
 # Beginnings of a hub id's last part. Only for ids that name a refused model without doubt.

@@ -90,6 +90,9 @@ IN_THE_SOURCE: dict[str, tuple[Any, str, str]] = {
     "_weight_conversions": (
         core_model_loading, r'getattr\(model, "_weight_conversions", None\)', "what is converted is saved as stock",
     ),
+    "_experts_implementation": (
+        moe, r"self\.config\._experts_implementation", "experts are summed in float64, which grouped products lack",
+    ),
     "_can_checkpoint_with_cache": (
         GradientCheckpointingLayer, r"if not self\._can_checkpoint_with_cache", "prefixes live in the cache",
     ),
@@ -157,6 +160,19 @@ def test_trl_reads_the_columns(trainer: type) -> None:
     assert all(f'"{name}"' in source for name in names)
     assert "fused_lm_head=True" in source
     assert ".log_probs" in source
+
+
+def test_llama4_names_a_backbone_that_is_not_there() -> None:
+    """`native.load_weights` gives it the right name, under which trl's fused head finds it."""
+    assert transformers.Llama4ForCausalLM.base_model_prefix == "language_model"
+    assert "self.model = Llama4TextModel(config)" in inspect.getsource(transformers.Llama4ForCausalLM.__init__)
+
+
+def test_trl_reads_the_number_of_experts_under_one_name() -> None:
+    """`loss_parts.balances` leaves the loss out where it has another."""
+    source = inspect.getsource(trl.trainer.utils.add_fused_lm_head)
+    assert "num_experts = text_config.num_experts\n" in source
+    assert "num_experts_per_tok = text_config.num_experts_per_tok\n" in source
 
 
 def test_peft_takes_new_methods() -> None:

@@ -56,6 +56,14 @@ def plain(name: str, *left_out: str, **more: Any) -> Callable[[Any, Any], PeftCo
 def with_targets(model: Any, values: dict[str, Any]) -> dict[str, Any]:
     """The same values; UserError for names that match nothing. peft knows what all-linear is, on every family."""
     names = find(model, values["target_modules"], accept=is_adaptable)
+    passed = targets.passed_over(model)
+    if passed and values["target_modules"] == "all-linear":
+        values["exclude_modules"] = targets.as_pattern(passed)
+    elif lost := sorted({*names} & {*passed}):
+        raise UserError(
+            f"an adapter on {lost[0]} would be passed over: what it computes is no product with its weight",
+            key="adapter.target_modules", fix="leave it out, or use all-linear",
+        )  # fmt: skip
     head = model.get_output_embeddings()
     if any(model.get_submodule(name) is head for name in names):
         # trl computes log-probabilities from the head's weight, past any adapter on it.

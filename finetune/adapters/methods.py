@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from finetune.adapters import configs
 from finetune.adapters.targets import find, is_linear
 from finetune.errors import UserError
+from finetune.families import family
 from finetune.recipe import adapters as sections
 
 if TYPE_CHECKING:
@@ -149,6 +150,11 @@ def is_before_text(model: Any) -> bool:
     """Whether left padding changes the answer: the padding would stand between virtual tokens and text, and shift
     positions (huggingface/peft#1093). A prefix lives in the cache and has no such problem."""
     return active(model).virtual_tokens == "embeddings"
+
+
+def sees_padding(model: Any) -> bool:
+    """Whether left padding changes the answer, for this or another reason: rows of one length are answered together."""
+    return is_before_text(model) or not family(model.config.model_type).left_padding
 
 
 def without_head(section: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 
@@ -25,8 +25,20 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
         raise UserError(f"no list of {count} blocks in {type(model).__name__}", key="adapter.method", fix="use lora")
-    name, found = lists[0]
+    seeing = tuple(f"{name}." for name in towers(model))
+    name, found = next((n, m) for n, m in lists if not n.startswith(seeing))
     return [(f"{name}.{i}", block) for i, block in enumerate(found)]
+
+
+def towers(model: nn.Module) -> list[str]:
+    """Full names of what reads images and sounds beside the text, in a model that has such parts."""
+    whole: Any = model
+    if whole.config.get_text_config() is whole.config:
+        return []
+    text, head = whole.get_decoder(), whole.get_output_embeddings()
+    inside = {id(m) for m in (*text.modules(), head)}
+    around = [n for n, m in model.named_modules() if any(id(part) in inside for part in m.modules())]
+    return [n for n, m in model.named_modules() if n and id(m) not in inside and n not in around]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -48,14 +60,47 @@ def is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Norm") and bool([*module.parameters(recurse=False)])
 
 
+def as_pattern(names: list[str]) -> str:
+    """One regular expression for full names that differ in numbers."""
+    return "|".join(sorted({re.sub(r"\\\.\d+\\\.", r"\.\\d+\.", re.escape(name)) for name in names}))
+
+
 def linear_names(model: nn.Module) -> str:
     names = {n.rpartition(".")[2] for n, m in model.named_modules() if is_linear(m)}
     return ", ".join(sorted(names)) or "none"
 
 
 def linears(model: nn.Module) -> list[str]:
-    """Full names of the linear layers inside the blocks."""
-    return [f"{name}.{n}" for name, block in blocks(model) for n, m in block.named_modules() if is_linear(m)]
+    """Full names of the linear layers inside the blocks, but for those where an adapter would be passed over; of the
+    whole model, but for its head, where the blocks are no one list."""
+    passed, head = set(passed_over(model)), model.get_output_embeddings()  # type: ignore[operator]
+    try:
+        parts = blocks(model)
+    except UserError:
+        parts = [("", model)]
+    named = [(f"{name}.{n}".removeprefix("."), m) for name, part in parts for n, m in part.named_modules()]
+    return [name for name, module in named if is_linear(module) and module is not head and name not in passed]
+
+
+def passed_over(model: nn.Module) -> list[str]:
+    """Full names of linear layers on which an adapter would be passed over, or that give something else than a product:
+
+    mixers of Mamba, known by their A and D    transformers gives their weights to kernels, past the layer (peft refuses
+                                               some of them for some of the types)
+    indexers of sparse attention               they choose positions, and no gradient comes back from a choice
+    AltUp of Gemma 3n, routers, grouped layers their weights are read past the layer, or they are subclasses of
+                                               nn.Linear that return a tuple or several products
+    parts beside the text                      no text reaches what reads images and sounds
+    """
+    found = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind.endswith(("Indexer", "AltUp", "Router", "GroupedLinear")):
+            found += [name] if is_linear(module) else []
+            found += [f"{name}.{n}" for n, m in module.named_modules() if n and is_linear(m)]
+        elif {"A_log", "D"} <= dict(module.named_parameters(recurse=False)).keys():
+            found += [f"{name}.{n}" for n in ("x_proj", "dt_proj", "out_proj") if hasattr(module, n)]
+    return [*found, *(name for name in towers(model) if is_linear(model.get_submodule(name)))]
 
 
 def norms(model: nn.Module) -> list[str]:
@@ -129,9 +174,13 @@ def find(
 
 
 def final_norm(model: nn.Module) -> str:
-    """Full name of the norm after the last block."""
+    """Full name of the norm after the last block. UserError where none with weights is known there."""
     inside = tuple(f"{name}." for name, _ in blocks(model))
-    return [name for name in norms(model) if not name.startswith(inside)][-1]
+    found = [name for name in norms(model) if not name.startswith(inside)]
+    if not found:
+        what = f"no norm with weights after the blocks of {type(model).__name__}"
+        raise UserError(what, key="adapter.norm", fix="set it to false")
+    return found[-1]
 
 
 def head_name(model: nn.Module) -> str:
@@ -141,5 +190,8 @@ def head_name(model: nn.Module) -> str:
 
 
 def leaves_with_weights(module: nn.Module, name: str) -> list[str]:
-    """Full names of the modules below (or at) `name` that hold parameters themselves."""
-    return [f"{name}.{n}" if n else name for n, m in module.named_modules() if [*m.parameters(recurse=False)]]
+    """Full names of the modules at or below `name` that hold parameters themselves; what is inside of one (the
+    projections of attention with sinks of its own) goes with it."""
+    if [*module.parameters(recurse=False)]:
+        return [name]
+    return [leaf for n, child in module.named_children() for leaf in leaves_with_weights(child, f"{name}.{n}")]

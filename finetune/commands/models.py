@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 from rich.table import Table
 
-from finetune.families import FAMILIES, NAMES, REFUSED, TESTED, Refused
+from finetune.families import FAMILIES, NAMES, REFUSED, TESTED, Refused, record, types_tested, verdict
 from finetune.models.gguf.packaged import PACKAGED
 from finetune.resources import BUILTIN_MODELS
 from finetune.terminal.progress import output
@@ -15,6 +18,12 @@ HONEST = (
     "then that the model can copy a list it has just read (`model.sanity_check`): a wrong mapping shows in the first "
     "second."
 )
+OTHERS = {
+    "passes": "other types that passed everything as random tiny models",
+    "limits": "passed with limits, which docs/models.md names",
+    "cannot": "cannot be fine-tuned here; docs/models.md says why",
+}
+OFTEN = 5  # what is said of so many types is said once, above the tables
 SHOWN = {model_type: row for model_type, row in FAMILIES.items() if row.tested}
 
 
@@ -25,6 +34,45 @@ def kinds() -> list[str]:
 
 def refusals() -> list[Refused]:
     return list(dict.fromkeys([*REFUSED.values(), *NAMES.values()]))
+
+
+def said_of(found: Mapping[str, str]) -> str:
+    """A cell: what of a type is limited, or why it cannot be fine-tuned; what fails in bold."""
+    if "cannot" in found:
+        return found["cannot"].replace("|", "/")
+    told = [f"**{check}** {said}" if said.startswith("fails") else said for check, said in found.items()]
+    return "; ".join(told).replace("|", "/")
+
+
+def types_table() -> list[str]:
+    """Every type that transformers continues text with."""
+    types = types_tested()
+    count = Counter(verdict(found) for found in types.values())
+    tools = ", ".join(f"{package} {version}" for package, version in record()["versions"].items())
+    told = Counter(said for found in types.values() for said in found.values())
+    short = {said: f"[{number}]" for number, (said, n) in enumerate(told.most_common(), 1) if n >= OFTEN}
+    cells = {kind: said_of({check: short.get(said, said) for check, said in found.items()})
+             for kind, found in types.items()}  # fmt: skip
+    return [
+        "## Every type of transformers",
+        "",
+        f"All {len(types)} types for which transformers has a causal language model, each shrunk to a random tiny "
+        f"model and put through what “shrunk” above says, on {record()['date']} on a CPU with {tools}: "
+        f"{count['passes']} pass all, {count['limits']} pass with limits, {count['cannot']} cannot be fine-tuned here. "
+        "`python tests/models/family_checks.py [TYPE …]` does it again, and `make slow` compares.",
+        "",
+        *(f"- {sign} {said}" for said, sign in short.items()),
+        "",
+        f"Pass all: {', '.join(kind for kind, found in types.items() if verdict(found) == 'passes')}.",
+        "",
+        "| passes with limits | which |",
+        "|---|---|",
+        *(f"| {kind} | {cells[kind]} |" for kind, found in types.items() if verdict(found) == "limits"),
+        "",
+        "| cannot | why |",
+        "|---|---|",
+        *(f"| {kind} | {cells[kind]} |" for kind, found in types.items() if verdict(found) == "cannot"),
+    ]
 
 
 def show(*, markdown: bool = False) -> None:
@@ -40,8 +88,11 @@ def show(*, markdown: bool = False) -> None:
     output.print()
     for kind in kinds():
         output.print(f"{kind:8} {TESTED[kind]}", soft_wrap=True)
-    rest = "any other causal language model of transformers goes through the same door, with the same checks"
-    output.print(f"\nnot tested: {rest}\n\n{HONEST}\n", soft_wrap=True)
+    types = {kind: found for kind, found in types_tested().items() if kind not in SHOWN}
+    for word in ("passes", "limits", "cannot"):
+        these = ", ".join(kind for kind, found in types.items() if verdict(found) == word)
+        output.print(f"\n{OTHERS[word]}: {these}", soft_wrap=True)
+    output.print(f"\n{HONEST}\n", soft_wrap=True)
     output.print("refused:")
     for refused in refusals():
         output.print(f"  {refused.name}: {refused.why}; {refused.instead}", soft_wrap=True)
@@ -62,11 +113,13 @@ def document() -> str:
         "| model_type | family | published models | tested | remarks |",
         "|---|---|---|---|---|",
         *(f"| {k} | {f.name} | {f.models} | {f.tested} | {f.note} |" for k, f in SHOWN.items()),
-        "| any other causal model of transformers |  |  | no | the same door and the same checks |",
+        "| any other causal model of transformers |  |  | see “Every type” | the same door and the same checks |",
         "",
         "How it was tested:",
         "",
         *(f"- **{kind}**: {TESTED[kind]}" for kind in kinds()),
+        "",
+        *types_table(),
         "",
         "## Refused",
         "",
@@ -97,6 +150,27 @@ GUIDE = """
 
 Nothing from a checkpoint is run: no remote code, and `.bin` files are read with `weights_only`. Safetensors are
 preferred where a repository holds both.
+
+## Checkpoints that read images or sounds, too
+
+| published as | what is loaded and trained |
+|---|---|
+| qwen3_5, qwen3_5_moe, llama4 | the text part; of stray weights only those that read images are left out |
+| mistral3, llava and others whose `text_config` is a type of the tables above | the text part, by its own class |
+| gemma3, gemma4 | the whole, which stays frozen outside of the text |
+| qwen2_5_vl, qwen3_vl and others whose text part is no type of its own | refused by name |
+
+`ft merge` writes what was loaded: of a text part a plain text model. An adapter on a text part has its names, so other
+programs that load the whole need the merged model.
+
+## Layers that all-linear leaves out
+
+`adapter.target_modules: all-linear` takes every linear layer but the output head and, found in the network itself,
+those where an adapter would be passed over: the x, dt and out projections of Mamba's mixers and AltUp's layers, whose
+weights are read past the layer; indexers of sparse attention, which only choose positions; routers and grouped layers
+that are linear in name only; and what reads images or sounds. Naming one of them is refused. Experts are 3-D parameters
+and no layers: where peft knows how to reach them the tables say nothing, elsewhere “all-linear leaves the experts
+frozen”.
 
 ## Longer contexts
 

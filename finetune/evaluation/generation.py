@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from finetune import metrics
-from finetune.adapters.methods import is_before_text
+from finetune.adapters.methods import sees_padding
 from finetune.data import thinking
 from finetune.data.encoder import Encoder
 from finetune.data.types import Conversation
@@ -69,7 +69,7 @@ def right_pad(rows: Sequence[list[int]], pad: int, device: torch.device) -> tupl
 def batches(prompts: Sequence[Sequence[int]], batch_size: int, equal_length: bool) -> Iterator[list[int]]:
     """Numbers of the prompts that are answered together, short ones first.
 
-    With `equal_length` nothing is padded: left padding would come between virtual tokens and text.
+    With `equal_length` nothing is padded (`sees_padding`).
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for _, alike in groupby(order, key=lambda i: len(prompts[i]) if equal_length else 0):
@@ -104,7 +104,7 @@ def written(
         names: of the prompts, one each; their numbers when None.
     """
     model.eval()
-    for rows in batches(prompts, batch_size, equal_length=is_before_text(model)):
+    for rows in batches(prompts, batch_size, equal_length=sees_padding(model)):
         ids, mask = left_pad([prompts[i] for i in rows], pad, input_device(model))
         named = [i if names is None else names[i] for i in rows]
         draws = uniforms(how.seed, named, max_new_tokens) if how.drawn else None

@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from finetune.errors import UserError
 from finetune.models import rope, sources
 from finetune.models.failures import as_user_error
-from finetune.models.weight_files import check_loading
+from finetune.models.weight_files import OTHER_SENSES, check_loading, read_json
 from finetune.recipe.sections import ModelConfig
 
 
@@ -19,7 +19,7 @@ def check(model: ModelConfig, config: dict[str, Any]) -> None:
     kind = config.get("model_type")
     if kind is not None and not isinstance(kind, str):
         raise UserError(f"model_type {kind!r} is no name", path=model.name, key="model.name", fix=sources.HUB_HELP)
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or text_kind(config) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return
     if kind is None:
         raise UserError(
@@ -37,20 +37,48 @@ def check(model: ModelConfig, config: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
+def text_kind(config: dict[str, Any]) -> str | None:
+    """The model_type of the text part of a checkpoint that reads images or sounds, too."""
+    part = config.get("text_config")
+    return part.get("model_type") if isinstance(part, dict) else None
+
+
 def network(model: ModelConfig, config: dict[str, Any]) -> Any:
-    """config.json as transformers reads it, with `model.rope_scaling`."""
+    """config.json as transformers reads it, with `model.rope_scaling`; that of the text part where transformers has no
+    language model for the whole (Mistral Small 3.1 and its kin)."""
     with as_user_error(model):
         found = AutoConfig.from_pretrained(
             sources.locate(model), revision=sources.hub_revision(model), trust_remote_code=False
         )
+    if config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        tied = getattr(found, "tie_word_embeddings", None)
+        found = found.get_text_config()
+        found.tie_word_embeddings = found.tie_word_embeddings if tied is None else tied
     rope.apply(found, model.rope_scaling, model.name)
     return found
 
 
+# Where the text part of a larger model lies in its checkpoint, in files of transformers 4 and 5.
+TEXT_PART = {r"^(model\.)?language_model\.model\.": "model.", r"^language_model\.lm_head\.": "lm_head.",
+             r"^model\.language_model\.": "model."}  # fmt: skip
+
+
 def load_weights(model: ModelConfig, network: Any, **options: Any) -> PreTrainedModel:
+    config = read_json(sources.config_file(model))
+    part = config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if part:
+        options["key_mapping"] = TEXT_PART
     loaded, info = AutoModelForCausalLM.from_pretrained(
         sources.weights(model), config=network, revision=sources.hub_revision(model), trust_remote_code=False,
         output_loading_info=True, ignore_mismatched_sizes=True, **options,
     )  # fmt: skip
+    if "vision_config" in config or "audio_config" in config:  # what the text part of the checkpoint does without
+        info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not OTHER_SENSES.search(key)]
     check_loading(info, model.name)
+    if part:  # stock from here on: what is saved has the names of the text model
+        own = [c for c in loaded._weight_conversions if not {*c.source_patterns} & {*TEXT_PART}]
+        loaded._weight_conversions = own
+    if not hasattr(loaded, loaded.base_model_prefix) and hasattr(loaded, "model"):
+        # Llama4ForCausalLM says "language_model" and has "model"; trl looks for it under the name that is said.
+        loaded.base_model_prefix = "model"
     return loaded

@@ -19,7 +19,11 @@ from finetune.errors import UserError
 from finetune.recipe.sections import ModelConfig
 
 MOST_UNQUANTIZED = 0.2  # share of the block weights that may stay unquantized
-HEADS = ["lm_head", "score", "embed_out", "output_layer"]
+HEADS = ["lm_head", "score", "embed_out", "output_layer", "output_projection"]
+# Layers whose weights transformers reads past the layer: Mamba's mixers, Gemma 3n's AltUp.
+READ_DIRECTLY = [
+    "x_proj", "dt_proj", "mixer.out_proj", "mamba.out_proj", "correction_coefs", "prediction_coefs",
+]  # fmt: skip
 # quant_method of a checkpoint -> the package that reads it
 LIBRARIES = {
     "bitsandbytes": "bitsandbytes", "gptq": "gptqmodel", "awq": "gptqmodel", "hqq": "hqq", "aqlm": "aqlm",
@@ -32,7 +36,7 @@ def config_for(model: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | N
     if model.quantization is None:
         return None
     if model.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS + READ_DIRECTLY)
     from finetune.models.experts import METHOD
 
     found = BitsAndBytesConfig(
@@ -40,7 +44,7 @@ def config_for(model: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | N
         bnb_4bit_quant_type=model.quantization_type,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=HEADS,  # its name notwithstanding, 4-bit loading reads it, too
+        llm_int8_skip_modules=HEADS + READ_DIRECTLY,  # its name notwithstanding, 4-bit loading reads it, too
     )
     found.quant_method = METHOD
     return found
@@ -139,6 +143,12 @@ def after_loading(model: Any, name: str) -> None:
     import bitsandbytes as bnb
 
     check_shapes(model, name)
+    head = model.get_output_embeddings()
+    if head is not None and is_quantized(head):
+        raise UserError(
+            "its output head has a name of its own and would be held as integers", path=name,
+            key="model.quantization", fix="leave it out: this kind of model is not quantized here",
+        )  # fmt: skip
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             # On CPUs with AVX512-BF16 an evaluation forward repacks the weights for a kernel without autograd, for

@@ -19,6 +19,9 @@ AGAIN = "download or copy it again"
 # Derived while building the network; old checkpoints stored them as well.
 DERIVED = re.compile(r"rotary_(pos_)?emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
 
+# Parts of a checkpoint that read images or sounds.
+OTHER_SENSES = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal_projector|embed_vision|embed_audio)[^.]*\.")
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds one mapping. UserError for anything else."""

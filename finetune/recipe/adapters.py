@@ -22,7 +22,7 @@ class FullAdapter(AdapterSection):
 class TargetedAdapter(AdapterSection):
     target_modules: Annotated[str | list[str], Names] = "all-linear"
     """Module names (one, or a list), a regular expression for full names, or all-linear (every linear layer but the
-    output head)."""
+    output head, and those that would pass an adapter over: docs/models.md)."""
     modules_to_save: Annotated[list[str] | None, OptionalNames] = None
     """Further modules that are trained and saved whole."""
 

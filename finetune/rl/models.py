@@ -119,6 +119,8 @@ def build(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None) 
         no_dropout(network)
     if recipe.train.gradient_checkpointing:
         for network in models.trained():
+            if not network.supports_gradient_checkpointing:
+                continue
             network.gradient_checkpointing_enable({"use_reentrant": False})
             network.enable_input_require_grads()
     return models

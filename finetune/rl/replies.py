@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from finetune.adapters.methods import active, is_before_text
+from finetune.adapters.methods import active, sees_padding
 from finetune.evaluation.generation import Settings, answer, batches, left_pad, up_to_stop
 from finetune.models.hardware import input_device
 
@@ -80,7 +80,7 @@ def sample(
     """One reply per prompt, in order, drawn from torch's global generator. The model is left in eval mode."""
     model.eval()
     replies: list[list[int]] = [[] for _ in prompts]
-    for rows in batches(prompts, batch_size, equal_length=is_before_text(model)):
+    for rows in batches(prompts, batch_size, equal_length=sees_padding(model)):
         ids, mask = left_pad([prompts[i] for i in rows], pad, input_device(model))
         output = answer(model, ids, mask, sampling.max_new_tokens, stops, pad, sampling.settings)
         for row, sequence in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):

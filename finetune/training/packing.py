@@ -11,6 +11,8 @@ from finetune.adapters.methods import METHODS, active
 from finetune.recipe.stages import Recipe
 from finetune.terminal.progress import task
 
+ROUNDED = 1e-5  # of the largest logit, in float32
+
 
 @torch.no_grad()
 def documents_isolated(model: PreTrainedModel, ids: list[int]) -> bool:
@@ -31,7 +33,11 @@ def documents_isolated(model: PreTrainedModel, ids: list[int]) -> bool:
             a, b = (model(input_ids=row, position_ids=positions, use_cache=False).logits for row in rows)
     finally:
         model.train(was_training)
-    return bool(a.shape[1] == len(ids)) and bool(torch.equal(a[:, half:], b[:, half:]))
+    if a.shape[1] != len(ids):
+        return False
+    # Experts round otherwise where they are given other numbers of tokens: 4e-7 of the largest logit, a leak 0.1 to 1.
+    allowed = ROUNDED * float(a.abs().max()) if a.dtype == torch.float32 else 0.0
+    return float((a[:, half:] - b[:, half:]).abs().max()) <= allowed
 
 
 SHARED_TOKENS = "packing is off: documents in one row would share the virtual tokens and see each other"

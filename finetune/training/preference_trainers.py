@@ -11,13 +11,23 @@ from typing import Any
 import torch
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 
+from finetune.errors import UserError
 from finetune.recipe.stages import REFERENCE_FREE, DpoConfig
+from finetune.training.loss_parts import scores_are_its_own
 from finetune.training.preference import orpo_loss, simpo_loss
 from finetune.training.reference import NoReference, as_measured
 from finetune.training.trainers import Extras, RowMeans
 
 SORTED = ("aot", "aot_unpaired")
 """Losses between the sorted margins of all pairs that are in a pass."""
+
+
+def check_scores(model: Any) -> None:
+    """UserError for a model whose log-probabilities trl gets wrong."""
+    if not scores_are_its_own(model):
+        kind = model.config.model_type
+        what = f"trl computes other log-probabilities for {kind} than the model does itself"
+        raise UserError(what, key="stage", fix="use ft sft, which takes them from the logits, or another base")
 
 
 class _PairLoss(DPOTrainer):
@@ -77,6 +87,7 @@ class Dpo(Extras, RowMeans, _PairLoss):
 
     def __init__(self, *, dpo: DpoConfig, **kwargs: Any) -> None:
         super().__init__(ref_model=NoReference(kwargs["model"].config), **kwargs)
+        check_scores(self.model)
         self.recipe_dpo, self.precompute_ref_logps = dpo, True
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -107,6 +118,7 @@ class Kto(Extras, RowMeans, KTOTrainer):
         args = kwargs["args"]
         args.loss_type = "apo_zero_unpaired"  # with the loss that has a KL term trl asks for two rows in a pass
         super().__init__(ref_model=NoReference(kwargs["model"].config), **kwargs)
+        check_scores(self.model)
         args.loss_type = self.loss_type = "kto"
         self.calculate_KL = self.precompute_ref_logps = True
 

@@ -28,7 +28,7 @@ from finetune.adapters.methods import check, check_targets
 from finetune.base import Base
 from finetune.data import thinking
 from finetune.data.rows import Rows
-from finetune.errors import RunError
+from finetune.errors import RunError, UserError
 from finetune.models import attach, hardware, loading, sources
 from finetune.models.config import read_config
 from finetune.models.quantization import check_network, is_held_quantized, planned_bytes
@@ -188,6 +188,9 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
             check(base.skeleton, recipe.adapter, is_held_quantized(recipe.model, base.config))
     if recipe.eval.thinking is not None and recipe.stage != "pretrain":
         thinking.asked(base.encoder, thinking.switched(recipe.eval.thinking), "eval.thinking")
+        if raw.train.gradient_checkpointing and not base.skeleton.supports_gradient_checkpointing:
+            what = f"transformers cannot recompute the activations of {base.config['model_type']}"
+            raise UserError(what, key="train.gradient_checkpointing", fix="leave it out, or set it to false")
     return Session(recipe, base, machine, resume)
 
 

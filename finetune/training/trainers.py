@@ -28,6 +28,7 @@ from finetune.errors import RunError
 from finetune.metrics import ratio_interval
 from finetune.recipe.sections import TrainConfig
 from finetune.run.checkpoints import complete, damage, known_of, rotate
+from finetune.training.loss_parts import balances, scores_are_its_own
 from finetune.training.optim import MuonWithAdamW, decayed, faster_b, muon_split
 from finetune.training.sampler import OrderedSampler
 from finetune.training.weight_check import check_finite, trained
@@ -56,7 +57,11 @@ class Extras:
     _total_train_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.batches = []
+        self.batches, given = [], kwargs["args"]
+        if hasattr(given, "router_aux_loss_coef") and not balances(kwargs["model"]):
+            given.router_aux_loss_coef = 0.0
+        if not kwargs["model"].supports_gradient_checkpointing:  # who asks for it was told (session.prepare)
+            given.activation_checkpointing = given.gradient_checkpointing = False
         with unrounded(kwargs["model"]):
             super().__init__(*args, **kwargs)
 
@@ -285,19 +290,24 @@ class Collator(DataCollatorForLanguageModeling):
 
 
 class _WeightedSft(SFTTrainer):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.own_scores = scores_are_its_own(self.model)
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """trl's loss; with weights the sum of weight x negative log-likelihood over the number of trained tokens.
 
-        Label smoothing is done here with and without weights: trl's own takes no weights, and no virtual tokens.
+        Label smoothing is done here with and without weights: trl's own takes no weights, and no virtual tokens. So is
+        all loss of a model whose log-probabilities trl gets wrong, from its logits.
         """
         weights, smoothing = inputs.pop("weights", None), self.args.label_smoothing_factor
-        if weights is None and not smoothing:
+        if weights is None and not smoothing and self.own_scores:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"][:, 1:]
         trained = labels != -100
-        if smoothing:
+        if smoothing or not self.own_scores:
             given = {key: value for key, value in inputs.items() if key != "labels"}
             outputs = model(**given, use_cache=False)
             logits = outputs.logits[:, -labels.shape[1] - 1 : -1].float()

@@ -175,9 +175,7 @@ UNPROMPTED = {
     "deepseek_r1_distill": set(CASES),
     "deepseekv3": set(CASES) - {"call_turns"},
     # A reply without thinking beside one with it: the prompt opens thinking with a line break, the record has none.
-    **dict.fromkeys(
-        (name for name in NAMES if name.startswith("nemotron")), {"think_both", "think_last", "think_first"}
-    ),
+    **{name: {"think_both", "think_last", "think_first"} for name in NAMES if name.startswith("nemotron")},
     # The prompt opens thinking, which earlier turns are recorded without.
     **dict.fromkeys(("qwen3_5_think", "qwen3_5_nothink", "qwen3_6"), EARLIER),
     # What is said or thought before a call is shown until the final reply, and then no more.

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import families_tiny as tiny
+import family_checks
 import pytest
 import torch
+from family_checks import Checkpoint, damaged
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from finetune import families
 from finetune.adapters.load import apply
-from finetune.adapters.merge import largest_difference, logits_of, merge_in_float32
-from finetune.data.chat import make_encoder
 from finetune.errors import UserError
-from finetune.evaluation.generation import generate, left_pad
-from finetune.models import attach, loading, tokenizers
+from finetune.models import attach
 from finetune.models.config import read_config
 from finetune.recipe.adapters import LoraAdapter
 from finetune.recipe.sections import ModelConfig
-
-TEXTS = ["say 7", "tell me about the weather 天气", "a", "订单号 A7301 在哪里？"]
 
 
 @pytest.fixture(scope="module", params=tiny.NETWORKS)
@@ -33,93 +29,29 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def config_of(folder: Path, **keys: Any) -> ModelConfig:
-    return ModelConfig(name=str(folder), **{"sanity_check": False, **keys})
+    return Checkpoint(folder).config(**keys)
 
 
 def load(folder: Path, **keys: Any) -> Any:
-    return loading.load_model(config_of(folder, **keys), torch.float32)
-
-
-def samples_of(folder: Path) -> tuple[Any, list[list[int]]]:
-    config = config_of(folder)
-    encoder = make_encoder(tokenizers.load_tokenizer(config), families.family(read_config(config)["model_type"]))
-    return encoder, [encoder.prompt_ids([{"role": "user", "content": text}]) for text in TEXTS]
+    return Checkpoint(folder).load(**keys)
 
 
 def test_weights_arrive_bit_for_bit(checkpoint: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    ours, plain = load(checkpoint), AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    assert type(ours) is type(plain)
-    state = ours.state_dict()
-    assert state.keys() == plain.state_dict().keys()
-    assert all(torch.equal(state[key], value) for key, value in plain.state_dict().items())
-    assert not ours.training
+    family_checks.arrives(Checkpoint(checkpoint))
 
 
-def test_lora_learns_is_saved_and_merges(checkpoint: Path, tmp_path: Path) -> None:
-    _, samples = samples_of(checkpoint)
-    model = apply(load(checkpoint), LoraAdapter(r=4, lora_alpha=8))
-    ids = torch.tensor([samples[1]])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model.train()
-    losses = []
-    for _ in range(6):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.05, losses
-    unmerged = logits_of(model, samples)
-    model.save_pretrained(tmp_path)
-
-    again = attach.attach_adapter(load(checkpoint), tmp_path, config_of(checkpoint))
-    assert largest_difference(unmerged, logits_of(again, samples))[0] == 0.0
-    with again.disable_adapter():
-        assert largest_difference(logits_of(load(checkpoint), samples), logits_of(again, samples))[0] == 0.0
-    difference, _ = largest_difference(unmerged, logits_of(merge_in_float32(again), samples))
-    assert difference < 1e-4
-    assert largest_difference(unmerged, logits_of(load(checkpoint), samples))[0] > 100 * difference
+def test_lora_learns_is_saved_and_merges(checkpoint: Path) -> None:
+    family_checks.learns(Checkpoint(checkpoint))
 
 
 def test_batched_generation_equals_one_by_one(checkpoint: Path) -> None:
-    encoder, samples = samples_of(checkpoint)
-    model = load(checkpoint)
-    together = generate(model, encoder, samples, max_new_tokens=12, batch_size=4)
-    assert together == generate(model, encoder, samples, max_new_tokens=12, batch_size=1)
-    # A random model may say the same to everything; the logits of padded rows may not.
-    ids, mask = left_pad(samples, encoder.tokenizer.pad_token_id, model.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # as generate makes them
-    kinds = {"position_ids": positions} if "position_ids" in inspect.signature(model.forward).parameters else {}
-    with torch.inference_mode():
-        padded = model(input_ids=ids, attention_mask=mask, **kinds).logits[:, -1]
-    alone = torch.stack([rows[-1] for rows in logits_of(model, samples)])
-    assert (padded - alone).abs().max() < 1e-4 * alone.abs().max()
-
-
-def damaged(checkpoint: Path, folder: Path, kind: str) -> Path:
-    """A copy with one matrix of the first block taken away, cut, or added."""
-    folder.mkdir()
-    for file in checkpoint.iterdir():
-        if file.suffix != ".safetensors":
-            (folder / file.name).write_bytes(file.read_bytes())
-    state = load_file(checkpoint / "model.safetensors")
-    name = next(key for key, value in state.items() if value.ndim == 2 and ".0." in key and "expert" not in key)
-    if kind == "missing":
-        state.pop(name)
-    elif kind == "misshapen":
-        state[name] = state[name][:-1].contiguous()
-    else:
-        state[name.replace(".0.", ".7.")] = state[name].clone()
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    return folder
+    family_checks.writes_alike(Checkpoint(checkpoint))
+    family_checks.pads(Checkpoint(checkpoint))
 
 
 @pytest.mark.parametrize("kind", ["missing", "unexpected", "misshapen"])
-def test_wrong_weights_are_an_error(checkpoint: Path, tmp_path: Path, kind: str) -> None:
-    with pytest.raises(UserError, match=kind):
-        load(damaged(checkpoint, tmp_path / "damaged", kind))
+def test_wrong_weights_are_an_error(checkpoint: Path, kind: str) -> None:
+    family_checks.refuses(Checkpoint(checkpoint), [kind])
 
 
 @pytest.mark.parametrize("quantization", ["int4", "int8"])

@@ -72,10 +72,15 @@ class BottleneckLayer(WrappedLayer):
     def unmerge(self) -> None:
         raise ValueError("bottleneck adapters are never merged")
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         out = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return out
+        if isinstance(out, tuple):  # the experts of some families return what their router said, too
+            return (self.added(x, out[0]), *out[1:])
+        return self.added(x, out)
+
+    def added(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         result = out
         for name in self.active_adapters:
             if name in self.bottleneck_down:

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import dequantize_bnb_weight
 from peft.utils.peft_types import register_peft_method
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from finetune.adapters.targets import blocks, final_norm, leaves_with_weights
 from finetune.adapters.tuners.base import Tuner, TunerConfig, WrappedLayer, add_type
@@ -43,6 +44,11 @@ def trainable_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).float().requires_grad_(True)
 
 
+def in_dtype(values: Any, dtype: torch.dtype) -> Any:
+    """The same with all floating-point tensors in `dtype`; routers and attention take and give several things."""
+    return tree_map(lambda x: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x, values)
+
+
 class LastLayersLayer(WrappedLayer):
     """A module with a trainable copy that stands in for it."""
 
@@ -55,15 +61,17 @@ class LastLayersLayer(WrappedLayer):
         self.last_layers_copy[adapter_name] = trainable_copy(self.get_base_layer())
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         active = [name for name in self.active_adapters if name in self.last_layers_copy]
         if self.disable_adapters or self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
         module = self.last_layers_copy[active[-1]]
-        if torch.is_autocast_enabled(x.device.type):
-            return module(x, *args, **kwargs)
+        given = next(x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x))
+        if torch.is_autocast_enabled(given.device.type):
+            return module(*args, **kwargs)
         # Outside of training's autocast: float32 inside, the base's precision outside.
-        return module(x.to(next(module.parameters()).dtype), *args, **kwargs).to(x.dtype)
+        args, kwargs = in_dtype((args, kwargs), next(module.parameters()).dtype)
+        return in_dtype(module(*args, **kwargs), given.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         for name in check_adapters_to_merge(self, adapter_names):
