@@ -18,7 +18,7 @@ from finetune import hub
 from finetune.errors import UserError
 from finetune.families import Refused, refused, refused_name
 from finetune.models.gguf import cache, packaged
-from finetune.models.gguf.header import is_gguf, refuse_other
+from finetune.models.gguf.header import NO_GGUF, is_gguf, refuse_other
 from finetune.places import read_json
 from finetune.recipe.sections import ModelConfig
 from finetune.resources import BUILTIN_MODELS
@@ -111,7 +111,7 @@ def what_is(reference: str) -> Literal["adapter", "model"]:
     try:
         place(ModelConfig(name=reference))
     except UserError as error:
-        if error.problems[0].message != "no such model":
+        if error.problems[0].message not in ("no such model", NO_GGUF):
             raise
         fix = f"give a run, an adapter's folder, a model's, a hub id or a built-in base ({', '.join(known_names())})"
         what = "is neither a run nor an adapter nor a model" if path.exists() else "no such run, adapter or model"
@@ -205,9 +205,8 @@ def check(model: ModelConfig) -> None:
     if model.gguf_file is not None:
         _check_gguf_file(model)
     if model.revision is not None and is_local and model.source != "modelscope":
-        raise UserError(
-            "lies on this machine, and has no revisions", path=model.name, key="model.revision", fix="leave it out"
-        )
+        what = f"is a local {'folder' if Path(place(model)).is_dir() else 'file'}, which has no revisions"
+        raise UserError(what, path=model.name, key="model.revision", fix="leave it out")
 
 
 def _check_gguf_file(model: ModelConfig) -> None:

@@ -21,6 +21,7 @@ from finetune.errors import UserError
 MAGIC = b"GGUF"
 KEY = "model.name"
 AGAIN = "download it again"
+NO_GGUF = "is a file, and no GGUF file"
 INSTALL = "pip install 'ft-recipes[real]' (or gguf)"
 VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct's codes
 STRING, ARRAY = 8, 9
@@ -78,7 +79,7 @@ def refuse_other(path: Path) -> NoReturn:
         pointer = file.read(19) == b"version https://git"
     if pointer:
         raise UserError("is a Git LFS pointer, not the model", path=path, key=KEY, fix="git lfs pull")
-    raise UserError("is a file, and no GGUF file", path=path, key=KEY, fix="give a model's folder or a GGUF file")
+    raise UserError(NO_GGUF, path=path, key=KEY, fix="give a model's folder or a GGUF file")
 
 
 def read_header(path: Path) -> Header:
