@@ -47,7 +47,7 @@ def test_debug_shows_the_traceback() -> None:
 def test_version_and_help() -> None:
     assert ft_process("--version").stdout == f"ft {__version__}\n"
     helped = ft("--help")
-    for command in ("pretrain", "sft", "merge", "eval", "chat", "doctor", "recipes"):
+    for command in ("pretrain", "sft", "merge", "eval", "generate", "chat", "doctor", "recipes"):
         assert f"\n  {command}" in helped.stdout
 
 

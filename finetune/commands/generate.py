@@ -27,11 +27,12 @@ from finetune.evaluation.answering import COLUMN, ERRORS, Wishes, Writer, answer
 from finetune.evaluation.generation import not_followed, notice
 from finetune.evaluation.options import overridden
 from finetune.evaluation.targets import Target, model_target, plain_target, run_target
-from finetune.models import adapter_files, hardware, tokenizers
+from finetune.models import adapter_files, hardware, sources, tokenizers
 from finetune.models.identity import check_identity
 from finetune.models.layouts import layout_of
 from finetune.models.rope import context
 from finetune.recipe.resolve import compute_dtype
+from finetune.recipe.sections import ModelConfig
 from finetune.run import appending
 from finetune.run.writing import strict
 from finetune.terminal.progress import note, say_json
@@ -109,7 +110,7 @@ def targets_of(runs: Sequence[str], model: str | None, adapters: dict[str, str])
         if target.adapter is None:
             what = "is no adapter, and only adapters of one base answer together"
             raise UserError(what, path=target.name, fix=fix)
-        if target.model.model_copy(update={"adapter": None}) != one.model.model_copy(update={"adapter": None}):
+        if held_as(target.model) != held_as(one.model):
             raise UserError(f"has another base, or holds it otherwise, than {one.name}", path=target.name, fix=fix)
         kinds.add(adapter_files.described(target.adapter)["peft_type"])
         check_shares(target)
@@ -117,6 +118,11 @@ def targets_of(runs: Sequence[str], model: str | None, adapters: dict[str, str])
         what = f"adapters of different kinds ({', '.join(sorted(kinds))}) cannot stand on one base in memory"
         raise UserError(what, key="--adapter", fix="run ft generate once for each")
     return found
+
+
+def held_as(model: ModelConfig) -> tuple[Any, ...]:
+    """What must be equal for two to share a base in memory."""
+    return sources.folder(model).resolve(), model.quantization, model.quantization_type, model.rope_scaling
 
 
 def check_shares(target: Target) -> None:

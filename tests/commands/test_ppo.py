@@ -307,6 +307,8 @@ def test_full_and_separate(tmp_path: Path, base: Path) -> None:
     )
     assert logged(found, "kl")[0] == pytest.approx(0, abs=1e-7)
     assert (found.model / "config.json").exists()
+    said = result(found)["generation"]
+    assert (said["temperature"], said["top_k"], said["not_followed"]) == (1.0, 0, {})
 
 
 # --- it learns ---
