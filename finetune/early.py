@@ -196,7 +196,7 @@ def chat(
 
 def generated(
     runs: Sequence[str], model: str | None, adapters: Sequence[str], data: str, output: str, overwrite: bool,
-    resume: bool, settings: dict[str, Any], n: int, system: str | None, raw: bool,
+    resume: bool, settings: dict[str, Any], n: int, system: str | None, raw: bool, thinking: str | None = None,
 ) -> tuple[list[str], str | None, dict[str, str]]:  # fmt: skip
     """(runs, --model, adapters by name) of `ft generate`. UserError for what is not there, or cannot be written."""
     listed = list(runs)
@@ -209,6 +209,7 @@ def generated(
         raise UserError("no model to answer", fix="write ft generate RUN --data FILE --output FILE, or give --model")
     checks: list[Callable[[], object]] = [
         lambda: answers_file(output, data, overwrite, resume), lambda: options.written(settings, n, system, raw),
+        lambda: options.check_thinking(thinking),
     ]  # fmt: skip
     if data != "-":
         checks.append(lambda: rows(absolute_data(data), "--data", held_out=True))

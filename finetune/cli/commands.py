@@ -188,6 +188,7 @@ def generate(
     limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Only go on with what is there.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew what ft generate wrote there.")] = False,
+    thinking: shared.Thinking = None,
 ) -> None:
     """Answer the rows of a file or a pipe: each row whole, with its `prediction`, as JSON lines in the same order."""
     usage = "ft generate RUN --data FILE --output FILE"
@@ -202,13 +203,13 @@ def generate(
         "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
     found, model, adapters = early.generated(
-        runs or [], model, adapter, data, output, overwrite, resume, settings, n, system, raw
+        runs or [], model, adapter, data, output, overwrite, resume, settings, n, system, raw, thinking
     )
     shared.quiet()
     shared.module("generate").run(
         found, data=data, output=output, model=model, adapters=adapters, options=settings, n=n, system=system, raw=raw,
         max_new_tokens=max_new_tokens, batch_size=batch_size, columns=renamed, limit=limit, resume=resume,
-        overwrite=overwrite,
+        overwrite=overwrite, thinking=thinking,
     )  # fmt: skip
 
 

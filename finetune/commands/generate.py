@@ -21,9 +21,10 @@ from finetune.adapters.multiple import POLICY, ActiveAdapter, add_adapter
 from finetune.base import Base
 from finetune.data import asking
 from finetune.data.asking import STDIN, Prompter
+from finetune.data.thinking import switched
 from finetune.data.types import Row
 from finetune.errors import UserError
-from finetune.evaluation.answering import COLUMN, ERRORS, Wishes, Writer, answer_all
+from finetune.evaluation.answering import COLUMN, ERRORS, THINKING, Wishes, Writer, answer_all
 from finetune.evaluation.generation import not_followed, notice
 from finetune.evaluation.options import overridden
 from finetune.evaluation.targets import Target, model_target, plain_target, run_target
@@ -42,7 +43,7 @@ def run(
     runs: Sequence[str], *, data: str, output: str, model: str | None = None, adapters: dict[str, str] | None = None,
     options: dict[str, Any] | None = None, max_new_tokens: int | None = None, batch_size: int | None = None, n: int = 1,
     system: str | None = None, raw: bool = False, columns: dict[str, str] | None = None, limit: int | None = None,
-    resume: bool = False, overwrite: bool = False,
+    resume: bool = False, overwrite: bool = False, thinking: str | None = None,
 ) -> None:  # fmt: skip
     """
     Args:
@@ -57,7 +58,7 @@ def run(
         how, max_new_tokens or first.eval.max_new_tokens, batch_size or first.eval.batch_size, n, system, raw,
         {**(first.data.columns or {}), **(columns or {})} or None, limit,
     )  # fmt: skip
-    writers = [writer_of(target, wishes) for target in targets]
+    writers = [writer_of(target, wishes, thinking) for target in targets]
     note(f"answers: {how}, at most {wishes.max_new_tokens} tokens")
     for other in targets[1:]:
         if other.eval.generation != first.eval.generation:
@@ -137,11 +138,13 @@ def check_shares(target: Target) -> None:
     check_identity(target.adapter, base.folder, target.model.name)
 
 
-def writer_of(target: Target, wishes: Wishes) -> Writer:
-    base = Base.open(target.model, target.adapter or target.template)  # in the chat format that was trained
+def writer_of(target: Target, wishes: Wishes, thinking: str | None) -> Writer:
+    # In the chat format that was trained.
+    base = Base.open(target.model, target.adapter or target.template, target.treatment)
+    encoder = base.asking(switched(thinking or target.eval.thinking), "--thinking" if thinking else "eval.thinking")
     longest = context(base.config, target.model)
     forged = target.data.on_forged_marker == "allow"
-    return Writer(target, base, Prompter(base.encoder, wishes.system, wishes.raw, longest, forged))
+    return Writer(target, base, Prompter(encoder, wishes.system, wishes.raw, longest, forged))
 
 
 def load(writers: Sequence[Writer]) -> None:
@@ -171,6 +174,7 @@ def settings_of(writers: Sequence[Writer], wishes: Wishes) -> dict[str, Any]:
             "model": target.model.name, "quantization": target.model.quantization, "base": writer.base.fingerprint,
             "adapter": None if adapter is None else digest(adapter_files.weights(adapter).read_bytes()),
             "template": digest(str(writer.prompter.encoder.template).encode()),
+            "thinking": writer.prompter.encoder.asks,
         }  # fmt: skip
     asked = {"max_new_tokens": wishes.max_new_tokens, "n": wishes.n, "system": wishes.system, "raw": wishes.raw}
     return {"models": models, **wishes.how.chosen, **asked, "columns": wishes.columns}
@@ -192,7 +196,11 @@ def behind(path: Path, rows: Iterator[tuple[int, Row]], data: str) -> tuple[int,
         if entry is None:
             raise UserError(f"holds more rows than {data}", **where)
         given = appending.jsonable(entry[1].data)
-        if {key: line.get(key) for key in given} != strict(given) or line.keys() - given.keys() - {COLUMN, *ERRORS}:
+        if {key: line.get(key) for key in given} != strict(given) or line.keys() - given.keys() - {
+            COLUMN,
+            THINKING,
+            *ERRORS,
+        }:
             raise UserError(f"holds another row than {data} has here", **where)
         done, size = done + 1, size + length
     return done, size

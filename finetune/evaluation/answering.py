@@ -19,13 +19,15 @@ from finetune.data.asking import STDIN, WINDOW, Converter, Prompter
 from finetune.data.samples import expected_rows
 from finetune.data.types import Row, RowProblem
 from finetune.errors import Problem, UserError
-from finetune.evaluation.generation import Settings, decode, stop_ids, written
+from finetune.evaluation.generation import Settings, behind_thinking, decode, stop_ids, written
 from finetune.evaluation.targets import Target
 from finetune.recipe.sections import DataConfig
 from finetune.run.appending import jsonable
 from finetune.terminal.progress import note, task, warn
 
 COLUMN = "prediction"
+THINKING = "prediction_thinking"
+"""What a thinking model thought before it, in the same shape; only in rows where there is some."""
 ERRORS = ("error", "prediction_error")
 """Where it is said why there is no prediction; the second in rows that have a column `error` of their own."""
 SHOWN = 5  # bad rows that are told one by one
@@ -65,6 +67,8 @@ class Asked:
     row: Row
     texts: list[list[str]]
     """[models, n]"""
+    thoughts: list[list[str]]
+    """[models, n]; what was thought before them, mostly nothing."""
     prompts: list[list[int]] = field(default_factory=list)
     """Of each model; none where the row cannot be asked."""
     continues: bool = False
@@ -77,8 +81,14 @@ class Asked:
         row: dict[str, Any] = jsonable(self.row.data)
         if self.problem is not None:
             return {**row, COLUMN: None, ERRORS[ERRORS[0] in row]: str(problem_of(self.row, self.problem))}
-        each = [texts[0] if len(texts) == 1 else texts for texts in self.texts]
-        return {**row, COLUMN: each[0] if len(each) == 1 else dict(zip(names, each, strict=True))}
+        thoughts = {THINKING: together(self.thoughts, names)} if any(map(any, self.thoughts)) else {}
+        return {**row, COLUMN: together(self.texts, names), **thoughts}
+
+
+def together(texts: Sequence[Sequence[str]], names: Sequence[str]) -> Any:
+    """[models, n] as it is written: a text, a list of several, of several models by name."""
+    each = [of[0] if len(of) == 1 else of for of in texts]
+    return each[0] if len(each) == 1 else dict(zip(names, each, strict=True))
 
 
 def problem_of(row: Row, problem: RowProblem) -> Problem:
@@ -127,8 +137,8 @@ class Session:
         """The rows with their prompts. UserError when none has a known format, or a column of ours."""
         readable = [row for _, row in window if row.problem is None]
         for row in readable:
-            if COLUMN in row.data:
-                raise UserError(f"has a column {COLUMN!r} already", path=row.file, row=row.row, fix="rename it")
+            if taken := next((name for name in (COLUMN, THINKING) if name in row.data), None):
+                raise UserError(f"has a column {taken!r} already", path=row.file, row=row.row, fix="rename it")
         if self.converter is None and readable:
             self.converter = Converter(readable, self.wishes.columns, self.data)
             self.tell_format(self.converter)
@@ -148,7 +158,7 @@ class Session:
 
     def one(self, number: int, row: Row) -> Asked:
         n = self.wishes.n
-        made = Asked(number, row, [[""] * n for _ in self.writers])
+        made = Asked(number, row, [[""] * n for _ in self.writers], [[""] * n for _ in self.writers])
         self.rows += 1
         try:
             if row.problem is not None:
@@ -198,7 +208,9 @@ class Session:
                             ended = ids[:-1] if ids and ids[-1] in stops else ids
                             one.texts[which][k] = writer.prompter.continuation(prompts[i], ended)
                         else:
-                            one.texts[which][k] = decode(encoder, ids, stops)
+                            found = behind_thinking(encoder, prompts[i], decode(encoder, ids, stops))
+                            one.texts[which][k] = found["prediction"]
+                            one.thoughts[which][k] = found.get("thinking", "")
                         one.left -= 1
                     yield
 

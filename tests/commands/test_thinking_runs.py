@@ -16,9 +16,10 @@ from conftest import ft, train, write_rows
 from rich.console import Console
 
 from finetune.base import Base
-from finetune.commands import chat, evaluate, ppo
+from finetune.commands import chat, evaluate, generate, ppo
 from finetune.data import prompts, thinking
-from finetune.evaluation import generation
+from finetune.errors import UserError
+from finetune.evaluation import answering, generation
 from finetune.recipe.file import with_settings
 from finetune.recipe.sections import ModelConfig
 from finetune.terminal.progress import PLAIN
@@ -94,6 +95,30 @@ def test_eval_asks_as_it_was_trained_and_looks_behind_the_thinking(
     assert all(prompt.endswith("assistant\n") for prompt in seen)
     said = " ".join(capsys.readouterr().err.split())
     assert "thinking is on, and training only showed it off (data.thinking: empty)" in said
+
+
+def test_generate_asks_the_same_and_keeps_thinking_apart(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
+    write_rows(data, [{"prompt": "say 0"}, {"prompt": "say 1"}])
+    replies, seen = ["<think>\nhm\n</think>\n\n0", "1"], []
+
+    def written(model: Any, prompts: list[list[int]], *_: Any) -> Any:
+        seen.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return [[(i, tokenizer.encode(reply, add_special_tokens=False)) for i, reply in enumerate(replies)]]
+
+    tokenizer = Base.open(ModelConfig(name=str(folder / "base"))).tokenizer
+    monkeypatch.setattr(answering, "written", written)
+    for word, end in ((None, BLOCK), ("off", BLOCK), ("on", "assistant\n")):
+        seen.clear()
+        generate.run([str(folder / "run")], data=str(data), output=str(output), thinking=word, overwrite=True)
+        assert all(prompt.endswith(end) for prompt in seen) and len(seen) == 2
+        found = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [row["prediction"] for row in found] == ["0", "1"]
+        assert [row.get("prediction_thinking") for row in found] == ["hm", None]
+    with pytest.raises(UserError, match="holds answers"):
+        generate.run([str(folder / "run")], data=str(data), output=str(output), thinking="off")
 
 
 def test_the_recipe_says_it_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
