@@ -189,15 +189,25 @@ def compared(layer: Any, plain: torch.nn.Module, call: Call) -> tuple[float, flo
     """Largest absolute values in the layer's output, computed in float64: of what `plain` misses of base + adapter, of
     what the adapter changes, and of the output itself. Turns `plain` into float64."""
     args, kwargs = tree_map(lambda x: x.double() if torch.is_tensor(x) and x.is_floating_point() else x, call)
-    exact = copy.deepcopy(layer).double()
+    exact = in_float64(copy.deepcopy(layer))
     together = first(exact(*args, **kwargs))
     for module in exact.modules():
         if isinstance(module, WRAPPERS):
             module.enable_adapters(False)
     alone = first(exact(*args, **kwargs))
-    found = first(plain.double()(*args, **kwargs))
+    found = first(in_float64(plain)(*args, **kwargs))
     miss, effect, size = (x.detach().abs().max().item() for x in (found - together, together - alone, together))
     return miss, effect, size
+
+
+def in_float64(layer: Any) -> Any:
+    """The same layer, widened. Its experts compute one by one, as torch multiplies no groups in float64. Their config
+    is the layer's own: `layer` is a copy."""
+    for module in layer.modules():
+        if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+            module.config = copy.deepcopy(module.config)
+            module.config._experts_implementation = "eager"
+    return layer.double()
 
 
 def first(output: Any) -> torch.Tensor:
