@@ -96,6 +96,9 @@ IN_THE_SOURCE: dict[str, tuple[Any, str, str]] = {
     "_can_checkpoint_with_cache": (
         GradientCheckpointingLayer, r"if not self\._can_checkpoint_with_cache", "prefixes live in the cache",
     ),
+    "_experts_implementation": (
+        moe, r"get_interface\(self\.config\._experts_implementation, original_forward\)", "merging, in float64",
+    ),
     "_apply_gate": (
         moe, r"experts_class\._apply_gate = _default_apply_gate", "what experts compute between their two products",
     ),

@@ -33,6 +33,7 @@ METHOD = "bitsandbytes_4bit_with_experts"
 """Name of `Quantizer` among those of transformers; models say bitsandbytes, as ever."""
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 BLOCK = 64  # weights that share a scale
+RANKS = 8  # torch's grouped_mm takes rows of whole 16 bytes
 AT_ONCE = 1 << 28  # weights that are unpacked at a time: 0.5 GB in bfloat16
 
 
@@ -101,8 +102,10 @@ class Update:
 
     def __call__(self, x: Tensor, ends: Tensor) -> Tensor:
         """ends: the row behind each expert's last one."""
-        low = grouped_linear(x, self.down.to(x.dtype), ends)
-        return grouped_linear(low, self.up.to(x.dtype), ends) * self.scale
+        more = -self.down.shape[1] % RANKS  # of zeros
+        down, up = nn.functional.pad(self.down, (0, 0, 0, more)), nn.functional.pad(self.up, (0, more))
+        low = grouped_linear(x, down.to(x.dtype), ends)
+        return grouped_linear(low, up.to(x.dtype), ends) * self.scale
 
 
 class Product(torch.autograd.Function):

@@ -113,11 +113,12 @@ def test_generate_asks_the_same_and_keeps_thinking_apart(
     for word, end in ((None, BLOCK), ("off", BLOCK), ("on", "assistant\n")):
         seen.clear()
         generate.run([str(folder / "run")], data=str(data), output=str(output), thinking=word, overwrite=True)
-        assert all(prompt.endswith(end) for prompt in seen) and len(seen) == 2
+        assert all(prompt.endswith(end) for prompt in seen)
+        assert len(seen) == 2
         found = [json.loads(line) for line in output.read_text().splitlines()]
         assert [row["prediction"] for row in found] == ["0", "1"]
         assert [row.get("prediction_thinking") for row in found] == ["hm", None]
-    with pytest.raises(UserError, match="holds answers"):
+    with pytest.raises(UserError, match="models.run.thinking: False now, and True"):
         generate.run([str(folder / "run")], data=str(data), output=str(output), thinking="off")
 
 

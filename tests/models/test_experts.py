@@ -13,7 +13,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.adapters.load import apply
-from finetune.adapters.merge import largest_difference, logits_of, merge_in_float32
+from finetune.adapters.merge import (
+    adapted_layers,
+    inputs_of,
+    largest_difference,
+    logits_of,
+    merge_in_float32,
+    prove_sums,
+)
 from finetune.adapters.methods import check
 from finetune.errors import UserError
 from finetune.models import attach, experts, loading, quantization
@@ -130,10 +137,29 @@ def test_learns_is_saved_and_merges(checkpoint: Path, tmp_path: Path) -> None:
     with again.disable_adapter():
         assert largest_difference(logits_of(load(checkpoint), samples), logits_of(again, samples))[0] == 0.0
     unpacked = attach.attach_adapter(load(checkpoint).dequantize(), tmp_path, config_of(checkpoint))
+    sums = prove_sums(unpacked, inputs_of(unpacked, samples[0]), torch.float32)
+    assert sums.layers == len(adapted_layers(unpacked)) > 0
+    assert 0 < sums.largest_miss < 1e-3
     assert largest_difference(unmerged, logits_of(merge_in_float32(unpacked), samples))[0] < 1e-4
     original = attach.attach_adapter(load(checkpoint, None), tmp_path, config_of(checkpoint))
     both = logits_of(original, samples)
     assert largest_difference(both, logits_of(merge_in_float32(original), samples))[0] < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_any_rank_in_any_precision(qwen: Path, dtype: torch.dtype) -> None:
+    """torch multiplies groups in rows of 16 bytes only."""
+    model = apply(load(qwen, dtype=dtype), LoraAdapter(r=3))
+    before = model(IDS).logits
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if "experts" in name and "lora_B" in name}
+    assert grads
+    assert all(bool(grad.any()) and bool(grad.isfinite().all()) for grad in grads.values())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in grads:
+                parameter += 0.01
+    assert not torch.equal(before, model(IDS).logits)
 
 
 def test_second_adapters_and_checkpointing(qwen: Path) -> None:
