@@ -90,14 +90,12 @@ IN_THE_SOURCE: dict[str, tuple[Any, str, str]] = {
     "_weight_conversions": (
         core_model_loading, r'getattr\(model, "_weight_conversions", None\)', "what is converted is saved as stock",
     ),
-    "_experts_implementation": (
-        moe, r"self\.config\._experts_implementation", "experts are summed in float64, which grouped products lack",
-    ),
     "_can_checkpoint_with_cache": (
         GradientCheckpointingLayer, r"if not self\._can_checkpoint_with_cache", "prefixes live in the cache",
     ),
     "_experts_implementation": (
-        moe, r"get_interface\(self\.config\._experts_implementation, original_forward\)", "merging, in float64",
+        moe, r"get_interface\(self\.config\._experts_implementation, original_forward\)",
+        "experts are summed in float64, which grouped products lack",
     ),
     "_apply_gate": (
         moe, r"experts_class\._apply_gate = _default_apply_gate", "what experts compute between their two products",
