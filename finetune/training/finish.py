@@ -84,7 +84,8 @@ def write_card(recipe: Recipe, run: Run, result: dict[str, Any], base: Base) -> 
     values = yaml.safe_load(to_yaml(recipe))
     row = family(config["model_type"])
     original = row.name if row.layout else None
-    text = model_card.card(values, result, name, licence, place=place, original_layout=original)
+    gguf = not recipe.model.is_new and sources.is_gguf_base(recipe.model)
+    text = model_card.card(values, result, name, licence, place=place, original_layout=original, gguf=gguf)
     write_atomically(weights / "README.md", text)
     places.as_umask(weights)
 

@@ -36,7 +36,7 @@ def licence_of(base: str, folder: Path) -> str | None:
 
 def card(
     recipe: dict[str, Any], result: dict[str, Any], base: str | None, licence: str | None, *,
-    place: str | None = None, original_layout: str | None = None,
+    place: str | None = None, original_layout: str | None = None, gguf: bool = False,
 ) -> str:  # fmt: skip
     """The model card of a run's weights.
 
@@ -45,6 +45,7 @@ def card(
         base: name of the base, None for a new model; licence: the base's, None when unknown.
         place: where the base is loaded from, seen from the card's folder; the name when unset.
         original_layout: family whose own layout the base (or model) is in, which plain transformers does not read.
+        gguf: whether the base is a GGUF file.
     """
     stage, method, model = recipe["stage"], recipe["adapter"]["method"], recipe["model"]
     kind = "A reward model" if stage == "reward" else "A model" if method == "full" else "An adapter"
@@ -63,6 +64,7 @@ def card(
     rows = [
         ("base", name or "none: a new model"),
         ("revision of the base", model.get("revision")),
+        ("GGUF file of the base", model.get("gguf_file")),
         ("licence of the base", licence or (name and UNKNOWN_LICENCE)),
         ("goes on from", model.get("adapter") and shown_name(model["adapter"])),
         ("stage", f"`ft {stage}`"),
@@ -81,7 +83,7 @@ def card(
         f"{kind} made by `ft {stage}` (package ft-recipes); `recipe.yaml` in the run directory makes it again.", "",
         *table(rows), "", "## Metrics", "", *table(metrics.items()), "",
         "All but the training loss on the held-out data; in brackets 95% intervals. `ft eval` measures answers.", "",
-        "## Use", "", *usage(stage, method, place or name, original_layout, model.get("revision")), "",
+        "## Use", "", *usage(stage, method, place or name, original_layout, model.get("revision"), gguf), "",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -171,8 +173,9 @@ def _split(recipe: dict[str, Any]) -> str | None:
 
 
 def usage(
-    stage: str, method: str, base: str | None, original_layout: str | None, revision: str | None = None
-) -> list[str]:
+    stage: str, method: str, base: str | None, original_layout: str | None, revision: str | None = None,
+    gguf: bool = False,
+) -> list[str]:  # fmt: skip
     """How to load it, as Markdown lines; the Python runs in the card's folder."""
     if original_layout:
         what = ["--model", "."] if method == "full" or base is None else ["--model", base, "--adapter", "."]
@@ -180,6 +183,9 @@ def usage(
             f"In {original_layout}'s original layout, which plain transformers does not read:", "",
             "```bash", command("chat", *what), "```",
         ]  # fmt: skip
+    if gguf and method != "full":
+        said = "Its base is a GGUF file, of which ft makes a folder that transformers loads:"
+        return [said, "", "```bash", command("chat", "--adapter", "."), "```"]
     auto = "AutoModelForSequenceClassification" if stage == "reward" else "AutoModelForCausalLM"
     if method == "full" or base is None:
         return python(

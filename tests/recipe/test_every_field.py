@@ -107,6 +107,7 @@ def second_value(field: Any) -> Any:
 VALUES: dict[str, Any] = {
     "version": 2, "stage": "other", "output.dir": "{tmp}/elsewhere", "train.save_steps": 3, "train.eval_steps": 2,
     "model.name": "{other}", "model.adapter": "{adapter}", "model.source": "hub", "model.revision": "v2",
+    "model.gguf_file": "x.gguf",
     "model.rope_scaling": {"rope_type": "linear", "factor": 2.0}, "model.rope_scaling.rope_type": "dynamic",
     "model.sanity_check": False, "model.device_map": "auto", "model.max_memory": {"cpu": "8GB"},
     "model.offload_folder": "{tmp}/offload", "model.dtype": "bfloat16", "model.attn_implementation": "eager",
@@ -521,7 +522,8 @@ def probe_hub_model(stage: str, key: str, files: dict[str, Any], monkeypatch: An
     assert asked == [("owner/base", "v2")]
     with pytest.raises(UserError, match="no such model"):
         read_config(ModelConfig(name="owner/base", source="local"))
-    for settings, said in (({"model.source": "hub"}, "model.source"), ({"model.revision": "v2"}, "model.revision")):
+    for settings in ({"model.source": "hub"}, {"model.revision": "v2"}, {"model.gguf_file": "x.gguf"}):
+        (said,) = settings
         assert said in outcome(stage, settings, files, SimpleNamespace(seen={}), tmp)  # type: ignore[arg-type]
 
 
@@ -563,7 +565,7 @@ def probe_cache(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, t
 PROBES: dict[str, Callable[..., None]] = {
     "data.cache": probe_cache,
     **dict.fromkeys(("eval.data", "eval.max_new_tokens", "eval.batch_size", "eval.limit"), probe_eval),
-    **dict.fromkeys(("model.source", "model.revision"), probe_hub_model),
+    **dict.fromkeys(("model.source", "model.revision", "model.gguf_file"), probe_hub_model),
     **dict.fromkeys(("data.streaming", "source.source", "source.name", "source.split", "source.revision"),
                     probe_hub_data),
 }  # fmt: skip

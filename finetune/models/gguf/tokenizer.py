@@ -1,0 +1,67 @@
+"""The tokenizer of a GGUF file, through transformers, with what that leaves out. Compared with llama.cpp itself in
+tests/models/test_gguf_tokenizer.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.integrations.gguf import read_gguf_metadata
+
+from finetune.errors import UserError
+from finetune.models.gguf.checks import DIGIT_SPLITS
+from finetune.models.gguf.header import KEY, Header
+
+# Pre-tokenizers of vocabularies that take a known word whole, and begin a text with a token unless the file denies it.
+WHOLE_WORDS = {
+    "llama3",
+    "llama-v3",
+    "llama-bpe",
+    "falcon3",
+    "falcon-h1",
+    "pixtral",
+    "midm-2.0",
+    "lfm2",
+    "tekken",
+    "jina-v5-nano",
+}
+TOKENS = "tokenizer.ggml.tokens"
+
+
+def rebuild(where: dict[str, Any], header: Header) -> Any:
+    """UserError when a token does not come back with its id."""
+    pre, more = header.values.get("tokenizer.ggml.pre"), {}
+    whole = header.values["tokenizer.ggml.model"] == "gpt2" and pre in WHOLE_WORDS
+    if whole and "tokenizer.ggml.add_bos_token" not in header.values:
+        more["add_bos_token"] = True
+    tokenizer = AutoTokenizer.from_pretrained(**where, **more)
+    if whole:
+        tokenizer.backend_tokenizer.model.ignore_merges = True
+    if pre in DIGIT_SPLITS:  # every digit alone, then as GPT-2 does
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    check_ids(tokenizer, header)
+    return tokenizer
+
+
+def check_ids(tokenizer: Any, header: Header) -> None:
+    tokens = read_gguf_metadata(str(header.path), (TOKENS,))[0][TOKENS]
+    ours = {number: token for token, number in tokenizer.get_vocab().items()}
+    repeated, byte = len(tokens) - len(set(tokens)), bytes_to_unicode()
+    wrong = [
+        token for number, token in enumerate(tokens)
+        if ours.get(number) not in (token, token.replace(" ", "▁"), "".join(byte[b] for b in token.encode()))
+    ]  # fmt: skip
+    if len(wrong) > repeated:  # of tokens that a file lists twice, one has an id
+        shown = ", ".join(map(repr, wrong[:3]))
+        what = f"{len(wrong)} tokens of its vocabulary do not come back with their ids ({shown})"
+        raise UserError(what, path=header.path, key=KEY, fix="use the model's folder of safetensors")
+
+
+def ends_of(tokenizer: Any, header: Header) -> list[int]:
+    """Ids that end an answer: of the text, and of the turn where the file names it apart."""
+    named = [tokenizer.eos_token_id, *(header.values.get(f"tokenizer.ggml.{k}_token_id") for k in ("eot", "eom"))]
+    return list(dict.fromkeys(found for found in named if found is not None))
