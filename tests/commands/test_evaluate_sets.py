@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import ft, train, write_rows
 
-from finetune.cache import cache_folder
 from finetune.commands import evaluate
 from finetune.errors import UserError
 from finetune.evaluation import generation, kept
@@ -168,6 +167,7 @@ def test_an_interrupted_evaluation_goes_on_from_its_answers(
     options["named"] = ["exact_match"]
 
     short(monkeypatch)
+    monkeypatch.setattr(kept, "cache_folder", lambda: tmp_path)
     batches: list[int] = []
     real = generation.answer
 
@@ -195,7 +195,7 @@ def test_an_interrupted_evaluation_goes_on_from_its_answers(
     assert sum(batches) == 5
     assert lines.read_text() == whole.read_text()
     assert "tokens_per_second" not in found["runs"][0]["metrics"], "some of the answers took no time"
-    assert not list((cache_folder() / kept.FOLDER).glob("*.jsonl"))
+    assert not list((tmp_path / kept.FOLDER).glob("*.jsonl"))
     batches[:] = []
     measured(file, **options)
     assert sum(batches) == 9, "without --resume nothing is taken over"
@@ -203,13 +203,14 @@ def test_an_interrupted_evaluation_goes_on_from_its_answers(
         evaluate.run([], **{**options, "temperature": None, "seed": None, "named": ["loss"]}, resume=True)
 
 
-def test_what_is_cut_off_or_of_another_seed_is_not_taken_over(tmp_path: Path) -> None:
+def test_what_is_cut_off_or_of_another_seed_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "cache_folder", lambda: tmp_path)
     first = kept.Kept()
     answers = first.of({"seed": 1, "temperature": 1.0})
     answers.add([1, 2], 0, "a")
     answers.add([1, 2], 1, "b")
     first.close(done=False)
-    (path,) = (cache_folder() / kept.FOLDER).glob("*.jsonl")
+    (path,) = (tmp_path / kept.FOLDER).glob("*.jsonl")
     path.write_bytes(path.read_bytes()[:-4])
     again = kept.Kept(resume=True)
     assert again.of({"seed": 2, "temperature": 1.0}).known == {}
