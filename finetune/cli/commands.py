@@ -119,8 +119,11 @@ def evaluate(
     model: shared.Model = None,
     adapter: shared.AdapterOption = None,
     data: Annotated[
-        str | None,
-        typer.Option(help="Held-out data; by default the run's eval.data, or what data.eval_split held out."),
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE",
+            help="Held-out data; repeats. By default the run's eval.data, or what data.eval_split held out.",
+        ),
     ] = None,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Base and tuned side by side.")] = False,
     metrics: Annotated[
@@ -138,6 +141,10 @@ def evaluate(
         str | None, typer.Option(metavar="FILE", help="Every row with its answer, as JSON lines.")
     ] = None,
     show: Annotated[int, typer.Option(metavar="N", help="Print so many wrong answers.", min=0)] = 3,
+    show_changes: Annotated[
+        int, typer.Option("--show-changes", metavar="N", help="So many rows that became wrong, and right.", min=0)
+    ] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted evaluation's answers.")] = False,
     thinking: shared.Thinking = None,
 ) -> None:
     """Held-out metrics: of answers exact match (also per value of a column `group`), per-field accuracy, loss and
@@ -153,7 +160,8 @@ def evaluate(
     shared.module("evaluate").run(
         runs or [], recipe=recipe, model=model, adapter=adapter, data=data, compare_base=compare_base, limit=limit,
         json_file=json_, quantization=quantization, temperature=temperature, seed=seed, reward=reward,
-        predictions=predictions, show=show, thinking=thinking, named=named, shots=shots,
+        predictions=predictions, show=show, thinking=thinking, named=named, shots=shots, show_changes=show_changes,
+        resume=resume,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from finetune.models.config import read_config
 from finetune.recipe import effects, file
 from finetune.recipe.adapters import ADAPTERS, OtherAdapter
 from finetune.recipe.resolve import Hardware, a_step, batch_layout, resolve
-from finetune.recipe.sections import DRAWING, DataConfig, GenerationConfig, ModelConfig, SourceConfig
+from finetune.recipe.sections import DRAWING, DataConfig, EvalSet, GenerationConfig, ModelConfig, SourceConfig
 from finetune.recipe.stages import RECIPES
 from finetune.rl.ppo import Ppo
 from finetune.run.directory import Run
@@ -72,6 +72,9 @@ def keys(stage: str) -> Iterator[tuple[str, Any]]:
                 yield f"{at}{name}", field
                 if f"{at}{name}" == "data.train":
                     yield from walk(SourceConfig, "source.")
+            elif below and set(below) == {EvalSet}:
+                yield f"{at}{name}", field
+                yield from walk(EvalSet, f"{at}{name}.")
             elif below:
                 if not field.is_required() and field.default is None:
                     yield f"{at}{name}", field
@@ -484,8 +487,9 @@ def evaluated(stage: str, settings: dict[str, Any], files: dict[str, Any], monke
     """What `ft eval RUN` does with the recipe that a run left behind."""
     seen: dict[str, Any] = {}
 
-    def stop(target: Any, held: Any, _: Any, chosen: Any, shots: int) -> None:
+    def stop(target: Any, held: Any, _: Any, chosen: Any, shots: int, *__: Any) -> None:
         seen.update(
+            first=target.name,
             metrics=[metric.name for metric in chosen],
             shots=shots,
             limits=(target.eval.max_new_tokens, target.eval.batch_size, str(target.eval.generation)),
@@ -525,6 +529,15 @@ def probe_eval(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, tm
         data |= BESIDE[key]
     after = evaluated(stage, {**data, key: value}, files, monkeypatch, tmp)
     assert (isinstance(after, str) and key in after) or after != evaluated(stage, data, files, monkeypatch, tmp)
+
+
+def probe_set(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, tmp: Path) -> None:
+    """Of a set that is watched the base is measured, too; a reward model has none, which is said."""
+    kind = "pairs" if stage == "reward" else "sft"
+    plain = {"path": files[f"{kind} rows"]}
+    flipped = {"path": files[f"{kind} fewer"]} if key == "eval.data.path" else {**plain, "general": True}
+    before, after = (evaluated(stage, {"eval.data": one}, files, monkeypatch, tmp) for one in (plain, flipped))
+    assert after != before or (stage, key) == ("reward", "eval.data.general")
 
 
 def probe_hub_model(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, tmp: Path) -> None:
@@ -585,6 +598,7 @@ PROBES: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("eval.data", "eval.max_new_tokens", "eval.batch_size", "eval.limit", "eval.thinking",
                      "eval.metrics", "eval.shots"), probe_eval),
     **{f"eval.generation.{key}": probe_eval for key in GenerationConfig.model_fields},
+    **{f"eval.data.{key}": probe_set for key in EvalSet.model_fields},
     **dict.fromkeys(("model.source", "model.revision", "model.gguf_file"), probe_hub_model),
     **dict.fromkeys(("data.streaming", "source.source", "source.name", "source.split", "source.revision"),
                     probe_hub_data),
