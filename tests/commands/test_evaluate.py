@@ -175,7 +175,7 @@ def test_groups_and_sampling_stand_in_the_table(base: Path, tmp_path: Path, caps
     printed = capsys.readouterr().out
     assert "n=3, temperature 0.7, seed 3" in printed
     assert re.search(r"exact match/no +│ +0.000 \[0.000, 0.793\] n=1 ", printed)  # wilson(0, 1)
-    assert re.search(r"exact match/yes +│ 0.000 \[0.000, 0.658\]", printed)  # wilson(0, 2)
+    assert re.search(r"exact match/yes +│ +0.000 \[0.000, 0.658\] n=2 ", printed)  # wilson(0, 2)
 
 
 def test_a_group_may_be_named_by_another_column(tmp_path: Path) -> None:
