@@ -89,6 +89,7 @@ def checks_of(recipe: Recipe) -> list[Callable[[], object]]:
         lambda: rows(recipe.data.train, "data.train"),
         lambda: rows(recipe.eval.data, "eval.data", held_out=True),
         lambda: asked.check(recipe.eval.metrics or (), "eval.metrics"),
+        lambda: asked.check(getattr(recipe.eval.during, "metrics", None) or (), "eval.during.metrics"),
         lambda: rows(getattr(reward, "train", None), "reward.train"),
         lambda: file(model.chat_template, "model.chat_template", "give a Jinja file"),
     ]

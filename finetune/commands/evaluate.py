@@ -149,16 +149,7 @@ def metrics_for(
 ) -> list[Metric]:
     """What is measured: what --metrics or eval.metrics names, else what suits the rows, which is said. UserError for
     what cannot be measured on them."""
-    rows: list[dict[str, Any]] = []
-    for row in held.rows if held.kind == "answers" else ():
-        text = row.sample.reference
-        loss = {
-            "loss": None if text is None else 0.0,
-            "loss_tokens": 1,
-            "token_accuracy": None if text is None else 0.0,
-        }
-        place = {"file": row.file, "row": row.row, "columns": row.columns}
-        rows.append({**place, **loss, "reference": text, "prediction": text or ""})
+    rows = evaluators.with_references(held.rows) if held.kind == "answers" else []
     key = "eval.metrics" if named is None else "--metrics"
     named = targets[0].eval.metrics if named is None else named
     if named is None:
