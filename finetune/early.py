@@ -21,7 +21,7 @@ from finetune.models.export import FORMATS
 from finetune.recipe.file import load
 from finetune.recipe.reading import find, recipe_text
 from finetune.recipe.resolve import Hardware, absolute_data, resolve
-from finetune.recipe.sections import ModelConfig, as_list
+from finetune.recipe.sections import ModelConfig, as_list, held_sets
 from finetune.recipe.stages import RECIPES, ROWS, Recipe
 from finetune.run import appending
 from finetune.run.directory import Run, read_recipe
@@ -87,9 +87,10 @@ def checks_of(recipe: Recipe) -> list[Callable[[], object]]:
     model, reward = recipe.model, getattr(recipe, "reward", None)
     checks: list[Callable[[], object]] = [
         lambda: rows(recipe.data.train, "data.train"),
-        lambda: rows(recipe.eval.data, "eval.data", held_out=True),
+        lambda: rows(recipe.eval.paths, "eval.data", held_out=True),
         lambda: asked.check(recipe.eval.metrics or (), "eval.metrics"),
         lambda: asked.check(getattr(recipe.eval.during, "metrics", None) or (), "eval.during.metrics"),
+        lambda: rows(recipe.eval.shots_from, "eval.shots_from"),
         lambda: rows(getattr(reward, "train", None), "reward.train"),
         lambda: file(model.chat_template, "model.chat_template", "give a Jinja file"),
     ]
@@ -247,9 +248,9 @@ def answers_file(output: str, data: str, overwrite: bool, resume: bool) -> None:
 
 
 def evaluated(
-    runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None, data: str | None,
+    runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None, data: str | Sequence[str] | None,
     reward: str | None, json_file: str | None, quantization: str | None, predictions: str | None,
-    named: Sequence[str] | None = None, thinking: str | None = None,
+    named: Sequence[str] | None = None, thinking: str | None = None, shots_from: str | None = None,
 ) -> None:  # fmt: skip
     """UserError for options of `ft eval` that cannot be, and for runs, recipes, models, adapters and data that are not
     there."""
@@ -263,19 +264,26 @@ def evaluated(
         if named is None:
             checks.append(lambda: asked.check(loaded.eval.metrics or (), "eval.metrics"))
         if data is None:
-            checks.append(lambda: rows(loaded.eval.data, "eval.data", held_out=True))
+            checks.append(lambda: rows(loaded.eval.paths, "eval.data", held_out=True))
     for name in (*runs, *([adapter] if adapter is not None else ())):
         checks.append(lambda name=name: evaluated_one(name, model, name == adapter, data))  # type: ignore[misc]
     if model is not None and not runs and adapter is None:
         checks.append(lambda: there(ModelConfig(name=model)))
     if data is not None:
-        checks.append(lambda: rows(absolute_data(data), "--data", held_out=True))
+        checks.append(lambda: held_out_files(data))
+    if shots_from is not None:
+        checks.append(lambda: rows(absolute_data(shots_from), "--shots-from"))
     if reward is not None:
         checks.append(lambda: reward_model(reward))
     together(*checks)
 
 
-def evaluated_one(name: str, model: str | None, is_adapter: bool, data: str | None) -> None:
+def held_out_files(data: str | Sequence[str]) -> None:
+    """UserError for sets of --data that are not there."""
+    rows([absolute_data(one.path) for one in options.named_sets(data)], "--data", held_out=True)
+
+
+def evaluated_one(name: str, model: str | None, is_adapter: bool, data: str | Sequence[str] | None) -> None:
     """A run, with its base and its data; an adapter, or a model."""
     try:
         values = read_recipe(Path(name)) or {}
@@ -283,7 +291,7 @@ def evaluated_one(name: str, model: str | None, is_adapter: bool, data: str | No
         values = {}
     said = (values.get("eval") or {}).get("data") if isinstance(values, dict) else None
     if data is None and said is not None:
-        rows(said, "eval.data", held_out=True)
+        rows([one.path for one in held_sets(said)], "eval.data", held_out=True)
     if is_adapter or sources.what_is(name) == "adapter":
         adapter_and_base(name, model)
     elif not (Path(name).expanduser() / "model").is_dir():

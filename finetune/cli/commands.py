@@ -119,15 +119,19 @@ def evaluate(
     model: shared.Model = None,
     adapter: shared.AdapterOption = None,
     data: Annotated[
-        str | None,
-        typer.Option(help="Held-out data; by default the run's eval.data, or what data.eval_split held out."),
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE",
+            help="Held-out data; repeats. By default the run's eval.data, or what data.eval_split held out.",
+        ),
     ] = None,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Base and tuned side by side.")] = False,
     metrics: Annotated[
         list[str] | None,
         typer.Option(help="What is measured, separated by commas: names, file.py:function, and last regex:PATTERN."),
     ] = None,
-    shots: Annotated[int | None, typer.Option(help="Examples before each question of multiple choice.", min=0)] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples with their answers before each row.", min=0)] = None,
+    shots_from: Annotated[str | None, typer.Option(help="File of them; by default the run's training data.")] = None,
     quantization: Annotated[str | None, typer.Option(help="Kinds to compare: none,int8,int4.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
     temperature: shared.Temperature = None,
@@ -138,6 +142,10 @@ def evaluate(
         str | None, typer.Option(metavar="FILE", help="Every row with its answer, as JSON lines.")
     ] = None,
     show: Annotated[int, typer.Option(metavar="N", help="Print so many wrong answers.", min=0)] = 3,
+    show_changes: Annotated[
+        int, typer.Option("--show-changes", metavar="N", help="So many rows that became wrong, and right.", min=0)
+    ] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted evaluation's answers.")] = False,
     thinking: shared.Thinking = None,
 ) -> None:
     """Held-out metrics: of answers exact match (also per value of a column `group`), per-field accuracy, loss and
@@ -148,12 +156,16 @@ def evaluate(
     from finetune.recipe.sections import metric_names
 
     named = metric_names(metrics) if metrics else None
-    early.evaluated(runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions, named, thinking)
+    early.evaluated(
+        runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions, named, thinking, shots_from
+    )  # fmt: skip
     shared.quiet()
     shared.module("evaluate").run(
         runs or [], recipe=recipe, model=model, adapter=adapter, data=data, compare_base=compare_base, limit=limit,
         json_file=json_, quantization=quantization, temperature=temperature, seed=seed, reward=reward,
         predictions=predictions, show=show, thinking=thinking, named=named, shots=shots,
+        shots_from=shots_from, show_changes=show_changes,
+        resume=resume,
     )  # fmt: skip
 
 

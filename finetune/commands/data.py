@@ -108,7 +108,7 @@ class LookedAt(NamedTuple):
     base: ModelConfig | None
     kind: str | None
     """Of rows; None where nothing says it."""
-    held_out: str | None
+    held_out: list[str] | None
 
 
 def looked_at(
@@ -122,10 +122,17 @@ def looked_at(
     if recipe is None:
         if data is None:
             raise UserError("nothing to look at", fix="give --recipe R, or --data D")
-        return LookedAt(data_settings(stage, data, overrides), base, ROWS[stage] if stage else None, eval_data)
+        return LookedAt(
+            data_settings(stage, data, overrides),
+            base,
+            ROWS[stage] if stage else None,
+            [eval_data] if eval_data else None,
+        )
     loaded = load(recipe, None, overrides)
     config = loaded.data if data is None else loaded.data.model_copy(update={"train": absolute_source(data)})
-    return LookedAt(config, base or loaded.model, ROWS[stage or loaded.stage], eval_data or loaded.eval.data)
+    return LookedAt(
+        config, base or loaded.model, ROWS[stage or loaded.stage], [eval_data] if eval_data else loaded.eval.paths
+    )
 
 
 def data_settings(stage: str | None, data: str, overrides: Sequence[str]) -> DataConfig:

@@ -23,7 +23,7 @@ def run(raw: DpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
     session = prepare(raw, resume)
     recipe = session.recipe
     check_start(recipe)
-    rows = pairs.load_pairs(recipe.data, session.base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
+    rows = pairs.load_pairs(recipe.data, session.base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.paths)
     session.during = during.prepare(recipe, session.base)
     session.plan(rows, longest_row(rows.train))
     check_sorted(recipe, session.layout)

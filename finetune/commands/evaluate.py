@@ -1,102 +1,193 @@
 """`ft eval`: held-out metrics of runs, recipes or models, with the base beside them on request.
 
 What is measured follows the rows that are found: conversations, preference pairs, labelled answers, raw text. They are
-those of --data, else of the run's eval.data, else those that its data.eval_split held out.
+those of --data, else of the run's eval.data, else those that its data.eval_split held out; of several sets each has a
+table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+import xxhash
 
 from finetune import metrics
 from finetune.adapters.multiple import ActiveAdapter, activated
 from finetune.base import Base
 from finetune.data.chat_glm import glm_version
-from finetune.data.held_out import SPLIT, HeldOut, rows_of, split_off, trained_on
+from finetune.data.held_out import SPLIT, HeldOut, rows_of, split_off
 from finetune.data.thinking import switched
 from finetune.data.types import Conversation
 from finetune.errors import UserError
 from finetune.evaluation import choices, evaluators, options
+from finetune.evaluation import shots as few_shot
 from finetune.evaluation.generation import Evaluation, notice
+from finetune.evaluation.kept import Kept
 from finetune.evaluation.options import overridden, quantizations, refuse
-from finetune.evaluation.report import compare, report, write_predictions
+from finetune.evaluation.report import report, write_predictions
 from finetune.evaluation.rewards import RewardModel
+from finetune.evaluation.sets import Once, Part, bases_by_target, found_in, leaks_of
 from finetune.evaluation.targets import Target, bases_of, find_targets, quantized, reference_of
 from finetune.metrics import Metric, asked
 from finetune.metrics.metric import always
-from finetune.models import hardware, sources
+from finetune.models import adapter_files, hardware, sources
 from finetune.models.quantization import weight_bytes
 from finetune.models.rope import context
 from finetune.recipe.resolve import absolute_data, compute_dtype
-from finetune.terminal.progress import note, warn
+from finetune.recipe.sections import HeldSet
+from finetune.terminal.progress import note, shown_name, warn
 
 
 def run(
     runs: Sequence[str], *, recipe: str | None = None, model: str | None = None, adapter: str | None = None,
-    data: str | None = None, compare_base: bool = False, limit: int | None = None, json_file: str | None = None,
-    quantization: str | None = None, temperature: float | None = None, seed: int | None = None,
-    reward: str | None = None, predictions: str | None = None, show: int = 3, thinking: str | None = None,
-    named: Sequence[str] | None = None, shots: int | None = None,
+    data: str | Sequence[str] | None = None, compare_base: bool = False, limit: int | None = None,
+    json_file: str | None = None, quantization: str | None = None, temperature: float | None = None,
+    seed: int | None = None, reward: str | None = None, predictions: str | None = None, show: int = 3,
+    thinking: str | None = None, named: Sequence[str] | None = None, shots: int | None = None, show_changes: int = 0,
+    resume: bool = False, shots_from: str | None = None,
 ) -> None:  # fmt: skip
     options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions, named)
     kinds = quantizations(quantization)
     written = {"temperature": temperature, "seed": seed}
-    targets = [with_settings(t, written) for t in find_targets(runs, recipe, model, adapter, compare_base)]
+    targets = [with_settings(t, written, shots) for t in find_targets(runs, recipe, model, adapter, compare_base)]
     given = {"--model": model, "--compare-base": compare_base, "--quantization": quantization, "--reward": reward}
     scorer = only_scores(targets, given)
-    held = held_out(targets[0], data, limit)
-    if scorer is not None and held.kind != "pairs":
-        raise UserError("a reward model is measured on preference pairs", path=held.name, fix="give pairs with --data")
-    drawn: dict[str, Any] = {"--temperature": temperature, "--seed": seed, "--thinking": thinking}
-    if scorer is not None or held.kind != "answers":
-        refuse({**drawn, "--reward": reward}, f"on {held.kind if scorer is None else 'pairs'} nothing is answered")
-    number = shots_for(held, shots, targets[0])
-    chosen = metrics_for(held, named, targets, scorer, reward)
-    if held.kind == "answers" and not any(metric.needs in ("prediction", "reward") for metric in chosen):
+    found = [(one, held_out(targets[0], one, limit)) for one in sets_of(targets[0], data)]
+    for _, held in found if scorer is not None else ():
+        if held.kind != "pairs":
+            what = "a reward model is measured on preference pairs"
+            raise UserError(what, path=held.name, fix="give pairs with --data")
+    drawn: dict[str, Any] = {"--temperature": temperature, "--seed": seed, "--thinking": thinking, "--resume": resume}
+    there = list(dict.fromkeys(held.kind for _, held in found))
+    if scorer is not None or "answers" not in there:
+        why = f"on {' and '.join(there) if scorer is None else 'pairs'} nothing is answered"
+        refuse({**drawn, "--reward": reward}, why)
+    parts = parts_of(found, targets, named, shots, shots_from, scorer, reward)
+    wanted = {metric.needs for part in parts if part.held.kind == "answers" for metric in part.chosen}
+    if "answers" in there and not wanted & {"prediction", "reward"}:
+        if any("shots_seed" in part.asked_with for part in parts):
+            del drawn["--seed"]  # shots are drawn by it
         refuse(drawn, "none of the metrics needs answers, and none are written")
-    split = targets[0].recipe
+    plain, bases = targets, bases_by_target(targets, compare_base or any(part.general for part in parts))
     if compare_base:
         targets = [*bases_of(targets), *targets]
-    if held.kind not in ("text", "choices"):
-        held = with_few_groups(held)
+    if show_changes and len(targets) * max(1, len(kinds)) < 2:
+        refuse({"--show-changes": show_changes}, "there is one model, and nothing to compare it with (--compare-base)")
 
-    variants = [[quantized(target, kind) for kind in kinds] for target in targets] if kinds else [[t] for t in targets]
-    measured = [[evaluate_target(t, held, thinking, chosen, number) for t in part] for part in variants]
-    results = [result for part in measured for result in part]
-    for target, part in zip(targets, measured, strict=True):
-        same = split is not None and target.recipe is not None and target.recipe.data == split.data
-        known = trained_on(target.data, held.samples, apart=held.hashes if same else None) if target.trained else None
-        for result in part if known is not None else ():
-            result.metrics["trained_on"] = known
-    tell(results)
-    if reward is not None:
-        add_rewards(reward, results, held.samples, chosen)
+    kept = Kept(resume)
+    done = False
+    try:
+        measured: dict[str, list[dict[str, Evaluation]]] = {}  # by model: of each of its kinds the sets by name
+        beside = [base for base in bases.values() if base.name not in {target.name for target in targets}]
+        for target in [*beside, *targets]:
+            watched = parts if target in targets else [part for part in parts if part.general]
+            variants = [quantized(target, kind) for kind in kinds] or [target]
+            measured[target.name] = [evaluate_sets(each, watched, thinking, kept) for each in variants]
+        leaked = leaks_of(plain, parts)
+        sets = []
+        for part in parts:
+            results = [[each[part.name] for each in measured[target.name]] for target in targets]
+            for target, each in zip(targets, results, strict=True):
+                for result in each if target.name in leaked else ():
+                    result.metrics |= leaked[target.name][part.name]
+            before = {
+                name: [each[part.name] for each in measured[base.name]] for name, base in bases.items() if part.general
+            }
+            every = {id(result): result for each in (*results, *before.values()) for result in each}.values()
+            tell(list(every))
+            if reward is not None and part.held.kind == "answers":
+                add_rewards(reward, list(every), part.held.samples, part.chosen)
+            sets.append(found_in(part, targets, results, before, bool(kinds), show_changes))
+        if predictions is not None:
+            write_predictions(predictions, sets)
+        report(sets, json_file, show)
+        done = True
+    finally:
+        kept.close(done)
 
-    # With quantizations each model is compared with its first kind, otherwise every model with the first one.
-    groups = measured if kinds else [results]
-    in_these = metrics.compared(held.kind, [result.metrics for result in results], chosen)
-    if held.kind == "text" and len({tuple(row["tokens"] for row in result.rows) for result in results}) > 1:
-        note("the models read other tokens: their losses per token cannot be compared")
-        in_these = []
-    comparisons = [compare(part[0], other, *one) for part in groups for other in part[1:] for one in in_these]
-    if held.kind == "choices":
-        in_these = [(metric, group) for metric, group in in_these if group is None]  # there may be 67 subjects
-    tuned = [part[0] for target, part in zip(targets, measured, strict=True) if target.trained]
-    if predictions is not None:
-        write_predictions(predictions, results)
-    about = {metric.name: metric.normalises for metric in chosen if metric.normalises}
-    asked_with = {"shots": number} if held.kind == "choices" else {}
-    report(held.name, results, comparisons, json_file, asked_with, tuned or results[:1], show, about)
+
+# --- what is measured ---
 
 
-def with_settings(target: Target, options: dict[str, Any]) -> Target:
-    """The target whose answers are written as its recipe and these options say."""
-    how = overridden(target.eval.generation, options)
+def sets_of(target: Target, data: str | Sequence[str] | None) -> list[HeldSet | None]:
+    """Those of --data, else of eval.data; None stands for what data.eval_split holds out."""
+    return [*(options.named_sets(data) or target.eval.sets)] or [None]
+
+
+def parts_of(
+    found: Sequence[tuple[HeldSet | None, HeldOut]], targets: Sequence[Target], named: Sequence[str] | None,
+    shots: int | None, shots_from: str | None, scorer: Target | None, reward: str | None,
+) -> list[Part]:  # fmt: skip
+    """Each set with what is measured on it. UserError for a metric that is of none of them, and a set that has none."""
+    key = "eval.metrics" if named is None else "--metrics"
+    named = targets[0].eval.metrics if named is None else named
+    failed: dict[str, list[UserError]] = {name: [] for name in named or ()}
+    able = {held.kind for _, held in found} & {"answers", "choices"}
+    if shots_from is not None and "answers" not in able:
+        why = "multiple choice has its shots in the dev files" if able else "shots are before answers"
+        refuse({"--shots-from": shots_from}, why)
+    parts: list[Part] = []
+    for one, held in found:
+        # They mean nothing to the other sets beside these.
+        number = shots_for(held, shots, targets[0]) if held.kind in able or not able else 0
+        usable = named
+        if named is not None and len(found) > 1:
+            usable = []
+            for name in named:
+                try:
+                    metrics_for(held, [name], key, targets, scorer, reward)
+                    usable.append(name)
+                except UserError as error:
+                    failed[name].append(error)
+            if not usable:
+                raise failed[named[0]][-1]
+        chosen = metrics_for(held, usable, key, targets, scorer, reward if held.kind == "answers" else None)
+        if held.kind not in ("text", "choices"):
+            held = with_few_groups(held)
+        name = shown_name(one.name) if one is not None else held.name
+        if name in [part.name for part in parts] and one is not None:
+            name = one.name
+        asked_with = {"shots": number} if held.kind == "choices" else {}
+        if held.kind == "answers" and (number or shots_from is not None):
+            held, asked_with = with_shots(held, number, shots_from, targets[0])
+        parts.append(Part(name, held, one is not None and one.general, number, chosen, asked_with))
+    for errors in failed.values():
+        if len(errors) == len(found):
+            raise errors[0]
+    return parts
+
+
+def evaluate_sets(target: Target, parts: Sequence[Part], thinking: str | None, kept: Kept) -> dict[str, Evaluation]:
+    """Of one model the figures of each set, by its name; it is loaded once."""
+    once = Once()
+    return {
+        part.name: evaluate_target(target, part.held, thinking, part.chosen, part.shots, once, kept) for part in parts
+    }
+
+
+def with_shots(held: HeldOut, number: int, path: str | None, target: Target) -> tuple[HeldOut, dict[str, Any]]:
+    """(the rows with their shots, what is said of them). UserError where there are none to be had."""
+    if not number:
+        raise UserError("has no effect: no shots are given", key="--shots-from", fix="add --shots N")
+    named, seed = path or target.eval.shots_from, target.eval.generation.seed
+    config = target.data if target.recipe is not None else None
+    found = few_shot.find(number, held, named and absolute_data(named), config, seed)
+    said = {"shots": number, "shots_from": path or found.source, "shots_seed": seed}
+    return replace(held, rows=[row._replace(shots=tuple(found.of(row))) for row in held.rows]), said
+
+
+def with_settings(target: Target, options: dict[str, Any], shots: int | None = None) -> Target:
+    """The target whose answers are written as its recipe and these options say. The seed is also that of shots."""
+    how, seed = target.eval.generation, options["seed"]
+    if seed is not None and (target.eval.shots if shots is None else shots):
+        how = how.model_copy(update={"seed": seed})
+        drawn = how.drawn if options["temperature"] is None else options["temperature"] > 0
+        options = options if drawn else {**options, "seed": None}
+    how = overridden(how, options)
     return replace(target, eval=target.eval.model_copy(update={"generation": how}))
 
 
@@ -113,12 +204,11 @@ def only_scores(targets: Sequence[Target], given: dict[str, Any]) -> Target | No
     return scorers[0]
 
 
-def held_out(target: Target, data: str | None, limit: int | None) -> HeldOut:
-    """The rows to measure on. UserError when there are none."""
+def held_out(target: Target, one: HeldSet | None, limit: int | None) -> HeldOut:
+    """The rows of a set. UserError when there are none."""
     limit = limit or target.eval.limit
-    named = data or target.eval.data
-    if named is not None:
-        return rows_of(absolute_data(named), target.data, limit)
+    if one is not None:
+        return rows_of(absolute_data(one.path), target.data, limit)
     recipe = target.recipe
     if recipe is None or recipe.data.eval_split is None:
         fix = "set it or data.eval_split in the recipe, or give --data FILE"
@@ -139,19 +229,20 @@ def shots_for(held: HeldOut, shots: int | None, target: Target) -> int:
     wanted = target.eval.shots if shots is None else shots
     if held.kind == "choices":
         return choices.shots_of(held, wanted)
+    if held.kind == "answers":
+        return wanted or 0
     key = "eval.shots" if shots is None else "--shots"
-    refuse({key: wanted}, f"shots are for multiple choice, and these rows are {held.kind}")
+    refuse({key: wanted}, f"shots are before answers or multiple choice, and these rows are {held.kind}")
     return 0
 
 
 def metrics_for(
-    held: HeldOut, named: Sequence[str] | None, targets: Sequence[Target], scorer: Target | None, reward: str | None
-) -> list[Metric]:
+    held: HeldOut, named: Sequence[str] | None, key: str, targets: Sequence[Target], scorer: Target | None,
+    reward: str | None,
+) -> list[Metric]:  # fmt: skip
     """What is measured: what --metrics or eval.metrics names, else what suits the rows, which is said. UserError for
     what cannot be measured on them."""
     rows = evaluators.with_references(held.rows) if held.kind == "answers" else []
-    key = "eval.metrics" if named is None else "--metrics"
-    named = targets[0].eval.metrics if named is None else named
     if named is None:
         found = metrics.by_itself(held.kind, rows)
         special = [m.name for m in found if m.unasked is not always and m.kinds == ("answers",)]
@@ -177,11 +268,17 @@ def metrics_for(
 
 def evaluate_target(
     target: Target, held: HeldOut, thinking: str | None = None, chosen: Sequence[Metric] | None = None, shots: int = 0,
+    once: Callable[[Callable[[], Any]], Any] = lambda make: make(), kept: Kept | None = None,
 ) -> Evaluation:  # fmt: skip
-    """The metrics of one model on these rows."""
+    """The metrics of one model on these rows.
+
+    Args:
+        once: what the model is loaded through. kept: the answers of before.
+    """
     size, longest = target.eval.batch_size, target.data.max_length
     if target.scores is not None:
-        scorer = reward_model(target.scores, target.model.dtype)
+        place, dtype = target.scores, target.model.dtype
+        scorer = once(lambda: reward_model(place, dtype))
         return evaluators.scores(target.name, scorer, held.rows, longest, chosen)
     # In the chat format that was trained.
     base = Base.open(target.model, target.adapter or target.template, target.treatment)
@@ -189,7 +286,7 @@ def evaluate_target(
     if held.kind == "answers":
         key = "eval.thinking" if thinking is None else "--thinking"
         encoder = base.asking(switched(thinking or target.eval.thinking), key)
-    model = load_model(target, base)
+    model = once(lambda: load_model(target, base))
     if held.kind == "choices":
         limit, which = (
             context(base.config, target.model),
@@ -203,7 +300,11 @@ def evaluate_target(
         result = evaluators.text(target.name, model, base.tokenizer, texts, size, length, held.blocks, whole, chosen)
     elif held.kind == "answers":
         limits = (target.eval.max_new_tokens, size)
-        result = evaluators.answers(target.name, model, encoder, held.rows, *limits, target.eval.generation, chosen)
+        before = None if kept is None else kept.of(way_of_asking(target, base, encoder))
+        how = target.eval.generation
+        rows, said = few_shot.asked(held.rows, encoder, limits[0], context(base.config, target.model))
+        result = evaluators.answers(target.name, model, encoder, rows, *limits, how, chosen, before)
+        result.notes += [f"{target.name}: {line}" for line in said]
     elif held.kind == "pairs":
         train_on = "last" if target.data.train_on == "last" else "assistant"
         ref = reference(target, model)
@@ -213,6 +314,15 @@ def evaluate_target(
         result = evaluators.unpaired(target.name, model, encoder, held.rows, size, longest, ref, chosen)
     result.metrics["weights_gb"] = weight_bytes(model) / 1e9
     return result
+
+
+def way_of_asking(target: Target, base: Base, encoder: Any) -> dict[str, Any]:
+    """All that an answer depends on but the prompt; batches are none of it."""
+    adapter = None if target.adapter is None else target.adapter.resolve()
+    weights = None if adapter is None else xxhash.xxh3_128_hexdigest(adapter_files.weights(adapter).read_bytes())
+    of_model = target.model.model_dump(exclude={"name", "adapter", "revision", "source"})
+    how = {"max_new_tokens": target.eval.max_new_tokens, **target.eval.generation.chosen}
+    return {"base": base.fingerprint, "adapter": weights, "model": of_model, "stops": encoder.stop_ids, **how}
 
 
 def chats(base: Base) -> bool:

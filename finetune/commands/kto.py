@@ -26,7 +26,7 @@ def run(raw: KtoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         what = "KTO measures its KL term on other prompts' answers, and with `all` a prompt is part of the answer"
         raise UserError(what, key="data.train_on", fix="leave it out")
     check_start(recipe)
-    rows = pairs.load_unpaired(recipe.data, session.base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
+    rows = pairs.load_unpaired(recipe.data, session.base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.paths)
     session.during = during.prepare(recipe, session.base)
     session.plan(rows, longest_row(rows.train))
     check_others(session.layout, rows.train)

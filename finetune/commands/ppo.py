@@ -39,13 +39,13 @@ def run(raw: PpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
     encoder = base.asking(of_prompts(recipe, base.encoder), "ppo.thinking")
     models.check(recipe)
     rules = {name: load_rule(spec) for name, spec in names_of(recipe.reward.functions).items()}
-    rows = prompts.load_prompts(recipe.data, encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
+    rows = prompts.load_prompts(recipe.data, encoder, seed=recipe.train.seed, eval_data=recipe.eval.paths)
     if len(rows.train) < recipe.ppo.num_mini_batches:
         what = f"{len(rows.train)} prompts are too few for {recipe.ppo.num_mini_batches} minibatches"
         raise UserError(what, key="ppo.num_mini_batches", fix="lower it, or give more prompts")
     held_out = []
-    if recipe.eval.data is not None:
-        section = held_out_section(recipe.eval.data, recipe.data)
+    if recipe.eval.paths is not None:
+        section = held_out_section(recipe.eval.paths[0], recipe.data)
         held_out = prompts.load_prompts(section, encoder).train[: recipe.eval.limit]
     chosen = [] if recipe.eval.during is None else of_replies(recipe.eval, answered_rows(held_out))
     folder = Run.of(recipe)

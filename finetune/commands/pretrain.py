@@ -61,7 +61,7 @@ def run(raw: PretrainRecipe, *, resume: bool = False, overwrite: bool = False, d
     recipe = session.recipe
     steps = recipe.train.max_steps
     rows = text.load_blocks(
-        recipe.data, session.base.tokenizer, seed=recipe.train.seed, eval_data=recipe.eval.data,
+        recipe.data, session.base.tokenizer, seed=recipe.train.seed, eval_data=recipe.eval.paths,
         wanted=steps and steps * recipe.train.effective_batch_size, is_new=recipe.model.is_new,
     )  # fmt: skip
     session.plan(rows, recipe.data.max_length)

@@ -26,7 +26,7 @@ def run(raw: RewardRecipe, *, resume: bool = False, overwrite: bool = False, dry
         what = "has no effect in ft reward: an answer is scored at its end"
         raise UserError(what, key="data.train_on", fix="leave it out")
     rows = pairs.load_pairs(
-        recipe.data, session.base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.data, to_score=True
+        recipe.data, session.base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.paths, to_score=True
     )
     session.plan(rows, longest_row(rows.train))
     if dry_run:

@@ -20,7 +20,7 @@ from finetune.training.trainers import Collator, Sft
 def run(raw: SftRecipe, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
     session = prepare(raw, resume)
     recipe, base = session.recipe, session.base
-    rows = conversations.load_sft(recipe.data, base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.data)
+    rows = conversations.load_sft(recipe.data, base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.paths)
     session.during = during.prepare(recipe, session.base)
     session.plan(rows, longest_row(rows.train), also=packing_outlook(recipe) if dry_run else None)
     if dry_run:

@@ -39,6 +39,7 @@ class HeldRow(NamedTuple):
     sample: Any  # a Sample
     group: str | None = None  # what its column `group` says
     columns: Mapping[str, Any] = {}
+    shots: Sequence[Conversation] = ()  # examples before it: see `evaluation.shots`
 
 
 @dataclass(frozen=True)
@@ -194,11 +195,21 @@ def texts_split_off(data: DataConfig, seed: int) -> HeldOut:
 # --- what a run was trained on ---
 
 
-def trained_on(
+class Leak(NamedTuple):
+    """What of a run's training rows is most like an evaluated row."""
+
+    similarity: float
+    """Of the prompts: 1 is the same up to case and spacing, 0 the same question under another system turn."""
+    file: str
+    row: int
+
+
+def leaks(
     config: DataConfig, rows: Sequence[Sample], seed: int = 42, apart: Collection[int] | None = None
-) -> int | None:
-    """How many of `rows` stand in the training rows of a run's data section: with the same prompt, nearly the same, or
-    the same question under another system turn. None where that data cannot be read here (gone, remote, endless).
+) -> list[Leak | None] | None:
+    """For each of `rows` whether it stands in the training rows of a run's data section: with the same prompt, with
+    nearly the same, or with the same question under another system turn. None where that data cannot be read here
+    (gone, remote, endless).
 
     Args:
         apart: the content hashes of what data.eval_split holds out, where they are known; else they are found here.
@@ -207,19 +218,50 @@ def trained_on(
     if raw.is_endless(config) or any(map(sources.is_remote, listed)):
         return None
     index = leakage.Index([row.prompt_text for row in rows], [row.questions for row in rows])
-    hashes, matches = array("Q"), []  # of every training row; (its number, evaluated row)
+    hashes = array("Q")  # of every training row
+    found: list[tuple[int, int, Leak]] = []  # (its number, evaluated row, what it is)
     try:
         items = (item for spec in listed for item in read_samples(spec, config, None, seed=seed))
-        for batch in batched((item.sample for item in items if item.sample is not None), BATCH):
-            matches += [(len(hashes) + row, match) for row, (match, _) in index.matches(batch).items()]
-            hashes.extend([sample.content_hash for sample in batch])
+        for batch in batched((item for item in items if item.sample is not None), BATCH):
+            samples = [item.usable for item in batch]
+            for row, match, share in index.every(samples):
+                found.append((len(hashes) + row, match, Leak(share, batch[row].file, batch[row].row)))
+            hashes.extend([sample.content_hash for sample in samples])
     except UserError:
         return None
     if apart is None:
         held = eval_mask(np.asarray(hashes, np.uint64), config.eval_split)
     else:
         held = np.asarray([mark in apart for mark in hashes], bool)
-    known = {match for row, match in matches if not held[row]}
-    prompts = {leakage.folded(rows[i].prompt_text) for i in known}
-    questions = {rows[i].questions for i in known} - {""}
-    return sum(leakage.folded(row.prompt_text) in prompts or row.questions in questions for row in rows)
+    best: dict[int, Leak] = {}
+    for number, match, leak in found:
+        if not held[number] and (match not in best or best[match].similarity < leak.similarity):
+            best[match] = leak
+    prompts = {leakage.folded(rows[i].prompt_text): leak for i, leak in best.items() if leak.similarity}
+    questions = {rows[i].questions: leak._replace(similarity=0.0) for i, leak in best.items()}
+    questions.pop("", None)
+    return [
+        best.get(i) or prompts.get(leakage.folded(row.prompt_text)) or questions.get(row.questions)
+        for i, row in enumerate(rows)
+    ]
+
+
+EXAMPLES = 3
+
+
+def leakage_figures(rows: Sequence[tuple[HeldRow, Leak | None]]) -> dict[str, Any]:
+    """`trained_on`, how many of these rows stand in a run's training data, and `leakage`: how, and where the first."""
+    known = [(row, leak) for row, leak in rows if leak is not None]
+    kinds = {
+        "exact": sum(leak.similarity == 1 for _, leak in known),
+        "near": sum(0 < leak.similarity < 1 for _, leak in known),
+        "question": sum(leak.similarity == 0 for _, leak in known),
+    }
+    examples = [
+        {"file": one.file, "row": one.row, "train_file": at.file, "train_row": at.row, "similarity": at.similarity}
+        for one, at in known[:EXAMPLES]
+    ]
+    return {
+        "trained_on": len(known),
+        "leakage": {"n": len(rows), "near_from": leakage.NEAR, **kinds, "examples": examples},
+    }

@@ -2,7 +2,8 @@
 
 Nearly means that most of a held-out prompt's passages stand in one training prompt. A passage is a window of 24 bytes
 (8 Chinese characters, about 5 English words) after case, spacing and ASCII punctuation are taken away; one in two is
-kept, chosen by its hash, so that both sides keep the same. Windows are computed for whole batches with numpy.
+kept, chosen by its hash, so that both sides keep the same. Passages that stand in more than 50 held-out prompts are a
+template's and count for nothing. Windows are computed for whole batches with numpy, and the time grows with the rows.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ WINDOW = 24
 KEPT = 2  # one window in this many
 NEAR = 0.8  # share of a held-out prompt's windows that must stand in one training prompt
 SIEVE = 1 << 20
+COMMON = 50  # held-out prompts: a window that stands in more says nothing, and would be compared with all of them
 FEWEST = 4  # windows a prompt needs to be compared by them; shorter ones only exactly
 
 _FOLD = np.zeros(256, np.uint8)  # byte -> itself in lower case, 0 for what is left out
@@ -59,6 +61,17 @@ def windows(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return hashes[kept], owner[: len(hashes)][kept]
 
 
+def without_common(hashes: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The windows that stand in few texts, sorted by hash."""
+    order = np.lexsort((owners, hashes))
+    hashes, owners = hashes[order], owners[order]
+    other = np.ones(len(hashes), bool)  # than the one before it: a text counts once for a window
+    other[1:] = (hashes[1:] != hashes[:-1]) | (owners[1:] != owners[:-1])
+    distinct, texts = np.unique(hashes[other], return_counts=True)
+    rare = ~np.isin(hashes, distinct[texts > COMMON])
+    return hashes[rare], owners[rare]
+
+
 class Index:
     def __init__(self, prompts: Sequence[str], questions: Sequence[str] = ()) -> None:
         """questions: `Sample.questions` of the same rows."""
@@ -69,10 +82,9 @@ class Index:
         self.exact: dict[int, int] = {}
         for row, prompt in enumerate(prompts):
             self.exact.setdefault(folded(prompt), row)
-        hashes, owners = windows(prompts)
+        hashes, owners = without_common(*windows(prompts))
         self.sizes = np.bincount(owners, minlength=len(prompts))
-        order = np.argsort(hashes, kind="stable")
-        self.hashes, self.owners = hashes[order], owners[order]
+        self.hashes, self.owners = hashes, owners
         self.sieve = np.zeros(SIEVE, bool)  # most windows of most rows are in no held-out row: seen without a search
         self.sieve[hashes & np.uint64(SIEVE - 1)] = True
 
@@ -83,23 +95,40 @@ class Index:
             for row, prompt in enumerate(prompts)
             if (match := self.exact.get(folded(prompt))) is not None
         }
+        for row, match, similarity in self.near(prompts):
+            if found.get(row, (0, 0.0))[1] < similarity:
+                found[row] = (match, similarity)
+        return [(row, match, similarity) for row, (match, similarity) in sorted(found.items())]
+
+    def near(self, prompts: Sequence[str]) -> list[tuple[int, int, float]]:
+        """(row of `prompts`, held-out row, similarity, at most 0.99) of all that are nearly the same."""
         hashes, rows = windows(prompts)
         likely = self.sieve[hashes & np.uint64(SIEVE - 1)]
         hashes, rows = hashes[likely], rows[likely]
         first = np.searchsorted(self.hashes, hashes, "left")
         count = np.searchsorted(self.hashes, hashes, "right") - first
         hit = count > 0
-        if hit.any():
-            rows, first, count = rows[hit], first[hit], count[hit]
-            at = np.repeat(first - np.concatenate([[0], np.cumsum(count)[:-1]]), count) + np.arange(count.sum())
-            pairs = np.unique(np.stack([np.repeat(rows, count), self.owners[at], at]), axis=1)
-            (train, held), matches = np.unique(pairs[:2], axis=1, return_counts=True)
-            share = matches / self.sizes[held]
-            for row, match, similarity in zip(train, held, share, strict=True):
-                near = similarity >= NEAR and self.sizes[match] >= FEWEST
-                if near and found.get(int(row), (0, 0.0))[1] < similarity:
-                    found[int(row)] = (int(match), min(float(similarity), 0.99))
-        return [(row, match, similarity) for row, (match, similarity) in sorted(found.items())]
+        if not hit.any():
+            return []
+        rows, first, count = rows[hit], first[hit], count[hit]
+        at = np.repeat(first - np.concatenate([[0], np.cumsum(count)[:-1]]), count) + np.arange(count.sum())
+        pairs = np.unique(np.stack([np.repeat(rows, count), self.owners[at], at]), axis=1)
+        (train, held), matches = np.unique(pairs[:2], axis=1, return_counts=True)
+        share = np.minimum(matches / self.sizes[held], 0.99)
+        near = (share >= NEAR) & (self.sizes[held] >= FEWEST)
+        return list(zip(train[near].tolist(), held[near].tolist(), share[near].tolist(), strict=True))
+
+    def every(self, samples: Sequence[Sample]) -> list[tuple[int, int, float]]:
+        """(row of `samples`, held-out row, similarity) of all pairs, of held-out rows with equal prompts the first;
+        similarities as in `matches`."""
+        prompts = [sample.prompt_text for sample in samples]
+        found = {(row, match): share for row, match, share in self.near(prompts)}
+        for row, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
+            if (match := self.questions.get(sample.questions)) is not None:
+                found.setdefault((row, match), 0.0)
+            if (match := self.exact.get(folded(prompt))) is not None:
+                found[row, match] = 1.0
+        return [(row, match, share) for (row, match), share in found.items()]
 
     def matches(self, samples: Sequence[Sample]) -> dict[int, tuple[int, float]]:
         """{row of `samples`: (held-out row, similarity)}; 0.0 where only the question is the same, under another system

@@ -19,7 +19,7 @@ from finetune.data.encoder import Encoder
 from finetune.data.held_out import HeldOut, HeldRow
 from finetune.data.types import IGNORED, Conversation
 from finetune.errors import UserError
-from finetune.evaluation.generation import Evaluation, by_length, right_pad
+from finetune.evaluation.generation import WINDOW, Evaluation, by_length, right_pad, windows
 from finetune.metrics import Metric, measure
 from finetune.models.hardware import input_device
 from finetune.terminal.progress import task
@@ -218,22 +218,24 @@ def evaluate(
     fewer = 0
     needs = {metric.needs for metric in which}
     for kind in [kind for kind in ("letter", "full") if kind in needs]:
-        listed, asked = kind == "letter", []
-        for row in held.rows:
-            one, shots = row.sample, held.shots[str(row.group)][:number]
-
-            def encode(shots: Sequence[Choice], one: Choice = one, listed: bool = listed) -> Asked:
-                if encoder is None:
-                    return as_published(tokenizer, one, shots, listed)
-                return as_conversation(encoder, one, shots, listed)
-
-            found, given = fitting(encode, shots, limit, row)
-            asked.append(found)
-            fewer += given < len(shots)
+        listed = kind == "letter"
         with task(f"{name}: {'letters' if listed else 'options'}", len(rows), "questions") as advance:
-            scores = log_likelihoods(model, asked, tokenizer.pad_token_id, batch_size, advance)
-        for values, row, totals in zip(rows, held.rows, scores, strict=True):
-            note_scores(values, row.sample, totals, kind)
+            for start in windows(rows):
+                part, asked = held.rows[start : start + WINDOW], []
+                for row in part:
+                    one, shots = row.sample, held.shots[str(row.group)][:number]
+
+                    def encode(shots: Sequence[Choice], one: Choice = one, listed: bool = listed) -> Asked:
+                        if encoder is None:
+                            return as_published(tokenizer, one, shots, listed)
+                        return as_conversation(encoder, one, shots, listed)
+
+                    found, given = fitting(encode, shots, limit, row)
+                    asked.append(found)
+                    fewer += given < len(shots)
+                scores = log_likelihoods(model, asked, tokenizer.pad_token_id, batch_size, advance)
+                for values, row, totals in zip(rows[start : start + WINDOW], part, scores, strict=True):
+                    note_scores(values, row.sample, totals, kind)
     notes = [f"{fewer} questions are asked with fewer shots: with {number} they have over {limit} tokens"] * bool(fewer)
     how = {"shots": number, "prompt": "as published" if encoder is None else "chat template"}
     return Evaluation(name, len(rows), measure("choices", rows, which), rows, "choices", how, notes)

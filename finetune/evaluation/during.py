@@ -9,16 +9,18 @@ from typing import Any
 from finetune import metrics
 from finetune.base import Base
 from finetune.data.encoder import Encoder
-from finetune.data.held_out import HeldRow, rows_of, split_off
+from finetune.data.held_out import HeldOut, HeldRow, rows_of, split_off
 from finetune.data.thinking import switched
 from finetune.data.types import Conversation, Preference, Unpaired
 from finetune.errors import UserError
+from finetune.evaluation import shots
 from finetune.evaluation.evaluators import with_references
 from finetune.evaluation.generation import evaluate
 from finetune.metrics import Metric, asked
+from finetune.models.rope import context
 from finetune.recipe.sections import EvalConfig
 from finetune.recipe.stages import Recipe
-from finetune.terminal.progress import note
+from finetune.terminal.progress import note, warn
 
 KEY = "eval.during.metrics"
 
@@ -67,16 +69,27 @@ def prepare(recipe: Recipe, base: Base) -> During | None:
     rows = held_out(recipe, base.encoder, wanted.limit)
     chosen = metrics_of(recipe, rows)
     encoder = base.asking(switched(recipe.eval.thinking), "eval.thinking")
+    if number := recipe.eval.shots:
+        pool = shots.find(number, HeldOut("", rows), recipe.eval.shots_from, recipe.data, recipe.eval.generation.seed)
+        given = [row._replace(shots=tuple(pool.of(row))) for row in rows]
+        limit = context(base.config, base.model)
+        rows, said = shots.asked(given, encoder, recipe.eval.max_new_tokens, limit)
+        for line in said:
+            warn(line)
     how = f"{len(rows)} held-out rows, {', '.join(metric.name for metric in chosen)}, {recipe.eval.generation}"
     note(f"answered while training: {how}")
     return During(rows, chosen, encoder, recipe.eval, wanted.steps)
 
 
 def held_out(recipe: Recipe, encoder: Encoder, limit: int) -> list[HeldRow]:
-    """The first rows of eval.data, otherwise those of data.eval_split."""
+    """The first rows of eval.data (of several sets the first that is not general), otherwise those of
+    data.eval_split."""
     limit = min(limit, recipe.eval.limit or limit)
-    if recipe.eval.data is not None:
-        found = rows_of(recipe.eval.data, recipe.data, None)
+    if recipe.eval.sets:
+        first = next((one for one in recipe.eval.sets if not one.general), recipe.eval.sets[0])
+        if len(recipe.eval.sets) > 1:
+            note(f"of the sets in eval.data {first.name} is answered while training")
+        found = rows_of(first.path, recipe.data, None)
     else:
         found = split_off(recipe, encoder, None)
     if found.kind in ("text", "choices"):

@@ -22,6 +22,7 @@ from finetune.evaluation.generation import (
     negative_log_likelihoods,
     per_token,
 )
+from finetune.evaluation.kept import Answers
 from finetune.evaluation.rewards import RewardModel, score_rows, scored_reply
 from finetune.metrics import Metric, measure
 from finetune.terminal.progress import task
@@ -34,14 +35,14 @@ Reference = tuple[Callable[[], AbstractContextManager[Any]], float]
 
 def answers(
     name: str, model: Any, encoder: Encoder, rows: Sequence[HeldRow], max_new_tokens: int, batch_size: int,
-    how: Settings = GREEDY, which: Sequence[Metric] | None = None,
+    how: Settings = GREEDY, which: Sequence[Metric] | None = None, kept: Answers | None = None,
 ) -> Evaluation:  # fmt: skip
     """The metrics of answers, and of the references' losses: see `evaluation.evaluate`."""
     samples = [row.sample for row in rows]
     known = [{"place": i, "file": r.file, "row": r.row, "columns": r.columns} for i, r in enumerate(rows)]
     limits = (max_new_tokens, batch_size)
     with task(f"{name}: answering", len(rows)) as advance:
-        return evaluate(name, model, encoder, samples, *limits, advance, how, which, known)
+        return evaluate(name, model, encoder, samples, *limits, advance, how, which, known, kept)
 
 
 def with_references(rows: Sequence[HeldRow]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from finetune.adapters.methods import is_before_text
 from finetune.data import thinking
 from finetune.data.encoder import Encoder
 from finetune.data.types import Conversation
+from finetune.evaluation.kept import Answers
 from finetune.evaluation.sampling import Drawn, Repeated, uniforms
 from finetune.metrics import Metric
 from finetune.models.hardware import input_device
@@ -80,15 +81,28 @@ def batches(prompts: Sequence[Sequence[int]], batch_size: int, equal_length: boo
 
 def generate(
     model: PreTrainedModel, encoder: Encoder, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int,
-    on_batch: Callable[[int], None] = lambda n: None, how: Settings = GREEDY,
+    on_batch: Callable[[int], None] = lambda n: None, how: Settings = GREEDY, first: int = 0,
+    kept: Answers | None = None,
 ) -> list[str]:  # fmt: skip
-    """Answers as they were written, in the order of `prompts` (token ids that end where the answer begins)."""
-    stops, answers = stop_ids(model, encoder), [""] * len(prompts)
-    for batch in written(model, prompts, max_new_tokens, batch_size, stops, encoder.tokenizer.pad_token_id, how):
-        for i, ids in batch:
-            answers[i] = as_written(encoder, ids, stops)
+    """Answers as they were written, in the order of `prompts` (token ids that end where the answer begins).
+
+    Args:
+        first: number of the first prompt; drawn answers depend on theirs. kept: those of before, which are not written
+            again.
+    """
+    stops, pad = stop_ids(model, encoder), encoder.tokenizer.pad_token_id
+    answers = [None if kept is None else kept.get(prompt, first + i) for i, prompt in enumerate(prompts)]
+    left = [i for i, text in enumerate(answers) if text is None]
+    on_batch(len(prompts) - len(left))
+    asked, names = [prompts[i] for i in left], [first + i for i in left]
+    for batch in written(model, asked, max_new_tokens, batch_size, stops, pad, how, names):
+        for at, ids in batch:
+            i = left[at]
+            answers[i] = text = as_written(encoder, ids, stops)
+            if kept is not None:
+                kept.add(prompts[i], first + i, text)
         on_batch(len(batch))
-    return answers
+    return [text or "" for text in answers]
 
 
 def written(
@@ -271,7 +285,7 @@ def negative_log_likelihoods(
 def evaluate(
     name: str, model: PreTrainedModel, encoder: Encoder, conversations: Sequence[Conversation], max_new_tokens: int,
     batch_size: int, on_batch: Callable[[int], None] = lambda n: None, how: Settings = GREEDY,
-    chosen: Sequence[Metric] | None = None, known: Sequence[dict[str, Any]] | None = None,
+    chosen: Sequence[Metric] | None = None, known: Sequence[dict[str, Any]] | None = None, kept: Answers | None = None,
 ) -> Evaluation:  # fmt: skip
     """The metrics of answers and of the references' losses, with their 95% intervals.
 
@@ -280,7 +294,7 @@ def evaluate(
 
     Args:
         chosen: only these metrics; what none of them needs is neither written nor computed. Unset: what suits the rows.
-        known: what else is known of each row (its place, its columns).
+        known: what else is known of each row (its place, its columns). kept: see `generate`.
     """
     rows: list[dict[str, Any]] = [
         {
@@ -291,20 +305,29 @@ def evaluate(
     ]  # fmt: skip
     chosen = metrics.by_itself("answers", rows) if chosen is None else chosen
     needs = {metric.needs for metric in chosen}
-    seconds, predictions = 0.0, []
-    if needs & {"prediction", "reward"}:
-        prompts = [encoder.prompt_ids(c.asked, c.tools) for c in conversations]
+    seconds, tokens, predictions = 0.0, 0, 0
+    from_before = 0 if kept is None else len(kept.known)
+    for start in windows(rows) if needs & {"prediction", "reward"} else ():
+        prompts = [encoder.prompt_ids(c.asked, c.tools) for c in conversations[start : start + WINDOW]]
         begun = time.perf_counter()
-        predictions = generate(model, encoder, prompts, max_new_tokens, batch_size, on_batch, how)
-        seconds = time.perf_counter() - begun
-        answers = zip(prompts, predictions, strict=True)
-        judge(rows, [behind_thinking(encoder, prompt, text) for prompt, text in answers], chosen)
+        texts = generate(model, encoder, prompts, max_new_tokens, batch_size, on_batch, how, start, kept)
+        seconds += time.perf_counter() - begun
+        predictions += len(texts)
+        tokens += sum(len(encoder.tokenizer.encode(text, add_special_tokens=False)) + 1 for text in texts)
+        for row, prompt, text in zip(rows[start : start + WINDOW], prompts, texts, strict=True):
+            row.update(behind_thinking(encoder, prompt, text))
+    if predictions:
+        judge(rows, chosen)
     referred = [i for i, row in enumerate(rows) if row["reference"] is not None] if "loss" in needs else []
-    encoded = [encoder.encode(conversations[i], "last") for i in referred]
-    labelled = [(row.input_ids, row.labels) for row in encoded]
-    scored = negative_log_likelihoods(model, labelled, encoder.tokenizer.pad_token_id, batch_size)
-    for i, loss in zip(referred, scored, strict=True):
-        rows[i] |= per_token(loss)
+    missing = 0
+    for start in windows(referred):
+        part = referred[start : start + WINDOW]
+        encoded = [encoder.encode(conversations[i], "last") for i in part]
+        labelled = [(row.input_ids, row.labels) for row in encoded]
+        scored = negative_log_likelihoods(model, labelled, encoder.tokenizer.pad_token_id, batch_size)
+        missing += sum(not loss.tokens for loss in scored)
+        for i, loss in zip(part, scored, strict=True):
+            rows[i] |= per_token(loss)
     values = metrics.measure("answers", rows, chosen)
     columns: dict[str, list[float]] = {}
     for row in rows:
@@ -312,12 +335,14 @@ def evaluate(
             columns.setdefault(key, []).append(float(right))
     if columns:
         values["fields"] = {key: metrics.mean(column) for key, column in columns.items()}
-    if missing := sum(not count for _, count, _ in scored):  # the last turn is not trained
+        values["fields_ci"] = {key: [*metrics.wilson(int(sum(c)), len(c))] for key, c in columns.items()}
+        values["fields_n"] = {key: len(column) for key, column in columns.items()}
+    if missing:  # the last turn is not trained
         values["rows_without_loss"] = missing
     said: dict[str, Any] = {}
     if predictions:
-        count = sum(len(encoder.tokenizer.encode(p, add_special_tokens=False)) + 1 for p in predictions)
-        values["tokens_per_second"] = count / max(seconds, 1e-9)
+        if not from_before:
+            values["tokens_per_second"] = tokens / max(seconds, 1e-9)
         said = {"max_new_tokens": max_new_tokens, **how.chosen, "not_followed": not_followed(model)}
         if encoder.thinking.switch is not None:
             said["thinking"] = thinking.named(encoder.asks)
@@ -350,11 +375,17 @@ def said_of_thinking(name: str, rows: Sequence[dict[str, Any]], values: dict[str
     return lines
 
 
-def judge(rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]], chosen: Sequence[Metric]) -> None:
-    """Where answers meet metrics, and nowhere else: each row gets its prediction, what the metrics say of it, and
-    `correct`, the verdict of the first of them that has only right and wrong."""
-    for row, found in zip(rows, answers, strict=True):
-        row.update(found)
+WINDOW = 2048  # rows that are encoded and sorted by length together: what is held beside the rows does not grow
+
+
+def windows(rows: Sequence[Any]) -> range:
+    """Where each begins."""
+    return range(0, len(rows), WINDOW)
+
+
+def judge(rows: Sequence[dict[str, Any]], chosen: Sequence[Metric]) -> None:
+    """Where answers meet metrics, and nowhere else: each row gets what the metrics say of it, and `correct`, the
+    verdict of the first of them that has only right and wrong."""
     metrics.score(rows, chosen)
     for verdict in [m for m in chosen if m.needs == "prediction" and m.interval is metrics.share][:1]:
         for row in rows:

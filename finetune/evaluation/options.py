@@ -10,32 +10,51 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.metrics import asked
 from finetune.places import check_file, json_with
-from finetune.recipe.sections import DRAWING, GenerationConfig
+from finetune.recipe.sections import DRAWING, GenerationConfig, HeldSet, as_list
 from finetune.run.writing import read_lines
 
 
 def check(
-    runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None, data: str | None,
+    runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None, data: str | Sequence[str] | None,
     json_file: str | None, quantization: str | None, predictions: str | None, named: Sequence[str] | None = None,
     thinking: str | None = None,
 ) -> None:  # fmt: skip
     """UserError for options that exclude each other, and for files that cannot be written."""
     if json_file not in (None, "-"):
-        check_file(Path(str(json_file)), "--json", json_with("runs", "comparisons"))
+        check_file(Path(str(json_file)), "--json", is_report)
     if predictions is not None:
         check_file(Path(predictions), "--predictions", is_predictions)
-        for key, other in (("--json", json_file), ("--data", data)):
+        for key, other in (("--json", json_file), *(("--data", one.path) for one in named_sets(data))):
             if other not in (None, "-") and Path(str(other)).resolve() == Path(predictions).resolve():
                 raise UserError(f"is the file of {key}", path=predictions, key="--predictions", fix="name another file")
     if sum((bool(runs), recipe is not None, adapter is not None)) > 1:
         raise UserError("runs, --recipe and --adapter exclude each other", fix="give one of them")
     if not (runs or recipe is not None or adapter is not None or model is not None):
         raise UserError("nothing to evaluate", fix="give a run directory, --recipe, or --model")
+    named_sets(data)
     quantizations(quantization)
     if named is not None and not named:
         raise UserError("names no metric", key="--metrics", fix="leave it out, or name one")
     asked.check(named or (), "--metrics")
     check_thinking(thinking)
+
+
+def named_sets(data: str | Sequence[str] | None) -> list[HeldSet]:
+    """Those of --data: a file, or NAME=FILE. UserError for two of one name."""
+    found = []
+    for text in as_list(data if data is None or isinstance(data, str) else list(data)):
+        name, equals, path = text.partition("=")
+        is_named = equals and name and path and "/" not in name and not Path(text).expanduser().exists()
+        found.append(HeldSet(name, path) if is_named else HeldSet(text, text))
+    names = [one.name for one in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two sets are called {twice}", key="--data", fix="name them: --data NAME=FILE")
+    return found
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is one of --json, of one set or of several."""
+    return json_with("runs", "comparisons")(path) or json_with("sets")(path)
 
 
 def check_thinking(word: str | None) -> None:

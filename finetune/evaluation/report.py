@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,60 +11,93 @@ from rich.cells import cell_len, set_cell_size
 from rich.table import Table
 
 from finetune.errors import visible
+from finetune.evaluation.comparisons import show_changes
 from finetune.evaluation.generation import Evaluation
-from finetune.metrics import Metric, paired
+from finetune.metrics import Metric
 from finetune.recipe.sections import GenerationConfig
 from finetune.run.writing import write_json, write_lines
-from finetune.terminal.progress import note, output, row, say, say_json
+from finetune.terminal.progress import note, output, row, say, say_json, shown_name, warn
 from finetune.terminal.progress import show as show_table
 
 
-def compare(a: Evaluation, b: Evaluation, metric: Metric, group: str | None = None) -> dict[str, Any]:
-    """b against a on the rows, or those of a group, that both have."""
-    before, after = (column(result, metric, group) for result in (a, b))
-    places = [place for place in before if place in after]
-    found = paired([before[place] for place in places], [after[place] for place in places], metric.lower_is_better)
-    return {"a": a.name, "b": b.name, "metric": metric.named(group), **found}
+@dataclass
+class Found:
+    """What there is to say of one held-out set."""
+
+    name: str
+    data: str
+    results: Sequence[Evaluation]
+    comparisons: Sequence[dict[str, Any]]
+    chosen: Sequence[Metric]
+    shown: Sequence[Evaluation]
+    """Those whose wrong answers are shown."""
+    asked_with: dict[str, Any] = field(default_factory=dict)
+    changes: Sequence[dict[str, Any]] = ()
+    general: bool = False
+    forgotten: Sequence[dict[str, Any]] = ()
+    """The comparisons with a base in which something is lost."""
+
+    @property
+    def about(self) -> dict[str, str]:
+        """By name of a metric what does not count in it."""
+        texts = {metric.name: metric.normalises for metric in self.chosen if metric.normalises}
+        return {name: text for name, text in texts.items() if any(name in result.metrics for result in self.results)}
+
+    def as_json(self) -> dict[str, Any]:
+        runs = [
+            {"name": r.name, "n": r.n, "kind": r.kind, "metrics": r.metrics, "generation": r.generation}
+            for r in self.results
+        ]
+        first = self.results[0].generation
+        drawn = {key: first[key] for key in ("temperature", "seed")} if first.get("temperature") else {}
+        found = {"data": self.data, **drawn, **self.asked_with, "runs": runs, "comparisons": list(self.comparisons)}
+        found["normalises"] = self.about
+        if self.changes:
+            found["changes"] = list(self.changes)
+        if self.general:
+            found |= {"general": True, "forgotten": list(self.forgotten)}
+        return found
 
 
-def column(result: Evaluation, metric: Metric, group: str | None) -> dict[Any, float]:
-    """Place -> value of the rows that have one."""
-    rows = enumerate(result.rows)
-    found = {row.get("place", i): metric.function(row) for i, row in rows if group is None or row.get("group") == group}
-    return {place: float(value) for place, value in found.items() if value is not None}
-
-
-def report(
-    name: str, results: Sequence[Evaluation], comparisons: Sequence[dict[str, Any]], json_file: str | None,
-    asked_with: dict[str, Any], shown: Sequence[Evaluation], most: int, about: Mapping[str, str] | None = None,
-) -> None:  # fmt: skip
-    """As a table on stdout with `most` wrong answers of each of `shown`, as JSON there, or both.
-
-    about: by name of a metric what does not count in it.
-    """
-    about = {name: text for name, text in (about or {}).items() if any(name in result.metrics for result in results)}
-    runs = [
-        {"name": r.name, "n": r.n, "kind": r.kind, "metrics": r.metrics, "generation": r.generation} for r in results
-    ]
-    first = results[0].generation
-    drawn = {key: first[key] for key in ("temperature", "seed")} if first.get("temperature") else {}
-    same = {**drawn, **asked_with}
-    found = {"data": name, **same, "runs": runs, "comparisons": list(comparisons), "normalises": about}
+def report(sets: Sequence[Found], json_file: str | None, most: int) -> None:
+    """Each set as tables on stdout with `most` wrong answers of those that are shown, as JSON there, or both."""
+    single = len(sets) == 1
+    found = sets[0].as_json() if single else {"sets": [{"name": one.name, **one.as_json()} for one in sets]}
     if json_file == "-":
         say_json(found)
     else:
-        by_split = " by data.eval_split" if name == "data.eval_split" else ""
-        ways = list(dict.fromkeys(how_written(result) for result in results))
-        parts = [*([ways[0]] if len(ways) == 1 and ways[0] else []), *(f"{k} {v}" for k, v in asked_with.items())]
-        show(results, comparisons, by_split, "".join(f", {part}" for part in parts))
-        for result in results if len(ways) > 1 else ():
-            say(f"{result.name} answered {how_written(result)}")
-        show_about(results, about)
-        for result in shown if most else ():
-            show_rows(result, most)
+        for number, one in enumerate(sets):
+            if not single:
+                say(("\n" if number else "") + f"{one.name}:")
+            show_set(one, most)
+    for one in sets:
+        tell_forgotten(one, "" if single else f"{one.name}: ")
     if json_file and json_file != "-":
         write_json(Path(json_file), found)
         note(f"written to {json_file}")
+
+
+def show_set(one: Found, most: int) -> None:
+    results = one.results
+    by_split = " by data.eval_split" if one.data == "data.eval_split" else ""
+    ways = list(dict.fromkeys(how_written(result) for result in results))
+    parts = [*([ways[0]] if len(ways) == 1 and ways[0] else []), *(f"{k} {v}" for k, v in one.asked_with.items())]
+    show(results, one.comparisons, by_split, "".join(f", {part}" for part in parts))
+    for result in results if len(ways) > 1 else ():
+        say(f"{result.name} answered {how_written(result)}")
+    show_about(results, one.about)
+    for change in one.changes:
+        show_changes(change, label(change["metric"]))
+    for result in one.shown if most else ():
+        show_rows(result, most)
+
+
+def tell_forgotten(one: Found, start: str) -> None:
+    """What a general set says of forgetting."""
+    for item in one.forgotten:
+        low, high = item["ci"]
+        what = f"{label(item['metric'])} {item['difference']:+.3f} [{low:+.3f}, {high:+.3f}] against {item['a']}"
+        warn(f"{start}{item['b']} has lost something it is not trained for: {what} (n={item['n']})")
 
 
 def how_written(result: Evaluation) -> str:
@@ -80,7 +114,16 @@ def cell(result: Evaluation, name: str) -> str:
     if value is None:
         return "–"
     text = f"{value:.4g}" if name in ("weights_gb", "tokens_per_second") else f"{value:.3f}"
-    return text + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+    number = result.metrics.get(f"{name}_n", (result.metrics.get("groups") or {}).get(name.partition("/")[2]))
+    text += f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+    return text + (f" n={number}" if number is not None else "")
+
+
+def field_cell(result: Evaluation, name: str) -> str:
+    if name not in result.metrics.get("fields", {}):
+        return "–"
+    value, (low, high), n = (result.metrics[key][name] for key in ("fields", "fields_ci", "fields_n"))
+    return f"{value:.3f} [{low:.3f}, {high:.3f}] n={n}"
 
 
 def label(name: str) -> str:
@@ -123,17 +166,38 @@ def show(
     else:
         for name in names:
             row(table, label(name), *(cell(r, name) for r in results))
-        for field in fields:
-            row(table, f"  {field}", *(f"{r.metrics.get('fields', {}).get(field, 0.0):.3f}" for r in results))
+        for name in fields:
+            row(table, f"  {name}", *(field_cell(r, name) for r in results))
     show_table(table)
-    for name, count in seen.items():
-        what = "the texts" if results[0].kind == "text" else f"these {results[0].n} rows"
-        say(f"{name} was trained on {count} of {what}: its figures are not held-out")
+    for result in results:
+        for text in leakage_of(result):
+            say(text)
     for item in comparisons:
         low, high = item["ci"]
         counts = f"{item['wins']} better, {item['losses']} worse, {item['ties']} same"
         name = label(item["metric"])
-        say(f"{item['b']} - {item['a']}, {name}: {item['difference']:+.3f} [{low:+.3f}, {high:+.3f}], {counts}")
+        number = f"{counts} (n={item['n']})"
+        say(f"{item['b']} - {item['a']}, {name}: {item['difference']:+.3f} [{low:+.3f}, {high:+.3f}], {number}")
+
+
+def leakage_of(result: Evaluation) -> list[str]:
+    """What is said of the rows that the run was trained on; nothing where it is no run, or its data cannot be read."""
+    found = result.metrics.get("leakage")
+    if found is None:
+        return []
+    what = "the texts" if result.kind == "text" else f"these {found['n']} rows"
+    if not result.metrics["trained_on"]:
+        return [f"{result.name}: none of {what} stands in its training data, exactly or nearly"]
+    kinds = {"exact": "exactly", "near": f"nearly ({found['near_from']:.0%} of the prompt's passages or more)",
+             "question": "as the same question under another system turn"}  # fmt: skip
+    how = ", ".join(f"{found[kind]} {words}" for kind, words in kinds.items() if found[kind])
+    lines = [f"{result.name} was trained on {result.metrics['trained_on']} of {what}: its figures are not held-out"]
+    lines.append(f"  {how}; {', '.join(example(one) for one in found['examples'])}")
+    return lines
+
+
+def example(one: dict[str, Any]) -> str:
+    return f"row {one['row']} is {shown_name(one['train_file'])}, row {one['train_row']}"
 
 
 def show_rows(result: Evaluation, most: int) -> None:
@@ -209,12 +273,16 @@ def line(start: str, text: str) -> str:
 HIDDEN = ("place", "loss_tokens", "columns", "letter_right", "full_right")
 
 
-def write_predictions(path: str, results: Sequence[Evaluation]) -> None:
-    """A line for each row and model: run, row, what was asked, reference, prediction, correct, loss, …"""
+def write_predictions(path: str, sets: Sequence[Found]) -> None:
+    """A line for each row and model: (set,) run, row, what was asked, reference, prediction, correct, loss, …"""
     rows = [
-        {"run": result.name, **{k: v for k, v in values.items() if k not in HIDDEN and (k != "group" or v is not None)}}
-        for result in results
+        {
+            **({"set": one.name} if len(sets) > 1 else {}), "run": result.name,
+            **{k: v for k, v in values.items() if k not in HIDDEN and (k != "group" or v is not None)},
+        }
+        for one in sets
+        for result in one.results
         for values in result.rows
-    ]
+    ]  # fmt: skip
     write_lines(Path(path), rows)
     note(f"{len(rows)} rows written to {path}")

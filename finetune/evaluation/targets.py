@@ -13,7 +13,7 @@ from finetune.models.identity import configs_of
 from finetune.models.sources import builtin_names
 from finetune.places import read_json
 from finetune.recipe.file import check, load
-from finetune.recipe.resolve import absolute_data
+from finetune.recipe.resolve import absolute_eval
 from finetune.recipe.sections import DataConfig, EvalConfig, ModelConfig
 from finetune.recipe.stages import REFERENCE_FREE, Recipe
 from finetune.run.directory import read_recipe
@@ -74,8 +74,7 @@ def as_recipe_says(target: Target, recipe: Recipe) -> Target:
     """The run of a recipe that was edited since: what it now says about evaluation holds, and is told."""
     said = {key: getattr(recipe.eval, key) for key in recipe.eval.model_fields_set}
     now = target.eval.model_copy(update=said)
-    before = {**target.eval.model_dump(), "data": target.eval.data and absolute_data(target.eval.data)}
-    after = {**now.model_dump(), "data": now.data and absolute_data(now.data)}
+    before, after = absolute_eval(target.eval).model_dump(), absolute_eval(now).model_dump()
     for key in dict.fromkeys(key.partition(".")[0] for key in changed_keys(before, after)):
         note(f"eval.{key} {after[key]}, as the recipe says now; the run had {before[key]}")
     return replace(target, eval=now, data=recipe.data)

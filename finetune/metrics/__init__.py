@@ -28,7 +28,7 @@ from finetune.metrics.metric import (
     weighted_mean,
 )
 from finetune.metrics.scaling import doubling, fit_power_law
-from finetune.metrics.statistics import Z95, mean, paired, perplexity, ratio_interval, wilson
+from finetune.metrics.statistics import Z95, apart_interval, mean, paired, perplexity, ratio_interval, wilson
 from finetune.metrics.text import exact_match
 
 __all__ = [
@@ -58,20 +58,28 @@ BAD_LOSS = Metric(
 )  # fmt: skip
 
 
-def perplexity_of(rows: Sequence[Row]) -> float | None:
-    loss = LOSS.mean(rows)
-    return None if loss is None else perplexity(loss)
+def perplexity_of(rows: Sequence[Row]) -> Whole | None:
+    values, weights = LOSS.values(rows)
+    if not values:
+        return None
+    return Whole(perplexity(weighted_mean(values, weights)), [*map(perplexity, weighted(values, weights))])
 
 
-def margin_of_losses(rows: Sequence[Row]) -> float | None:
-    desired, undesired = LOSS.mean(rows), BAD_LOSS.mean(rows)
-    return None if desired is None or undesired is None else undesired - desired
+def margin_of_losses(rows: Sequence[Row]) -> Whole | None:
+    return _between(LOSS.values(rows), BAD_LOSS.values(rows))
 
 
-def margin_of_rewards(rows: Sequence[Row]) -> float | None:
+def margin_of_rewards(rows: Sequence[Row]) -> Whole | None:
     known = [row for row in rows if row["answer_reward"] is not None]
-    halves = [[row["answer_reward"] for row in known if row["label"] is side] for side in (True, False)]
-    return mean(halves[0]) - mean(halves[1]) if all(halves) else None
+    bad, good = ([row["answer_reward"] for row in known if row["label"] is side] for side in (False, True))
+    return _between((bad, [1.0] * len(bad)), (good, [1.0] * len(good)))
+
+
+def _between(a: tuple[list[float], list[float]], b: tuple[list[float], list[float]]) -> Whole | None:
+    """The mean of b minus that of a, both (values, weights) of other rows."""
+    if not (a[0] and b[0]):
+        return None
+    return Whole(weighted_mean(*b) - weighted_mean(*a), apart_interval(a, b))
 
 
 def won(row: Row) -> float | None:
@@ -152,11 +160,11 @@ METRICS: list[Metric] = [
         normalises="order and spacing of the JSON do not count; 1 is 1.0, true is not 1",
     ),
     of_all(
-        "bleu", ANSWERS, corpus.bleu, unasked=never, package="sacrebleu",
+        "bleu", ANSWERS, corpus.bleu.whole, against=corpus.bleu.against, unasked=never, package="sacrebleu",
         normalises="0 to 100; white space does not count, case does",
     ),
     of_all(
-        "chrf", ANSWERS, corpus.chrf, unasked=never, package="sacrebleu",
+        "chrf", ANSWERS, corpus.chrf.whole, against=corpus.chrf.against, unasked=never, package="sacrebleu",
         normalises="0 to 100; white space does not count, case does",
     ),
     *(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from finetune.metrics.statistics import paired, ratio_interval, weighted_mean, wilson
+from finetune.metrics.statistics import mean_interval, ratio_interval, weighted_mean, wilson
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
@@ -48,6 +48,8 @@ class Metric:
     """Whether models are compared in it, row by row."""
     of_all: Callable[[Sequence[Row]], Whole | None] | None = None
     """What is reported in place of the mean, of all rows."""
+    against: Callable[[Sequence[Row], Sequence[Row]], dict[str, Any]] | None = None
+    """Of such a figure: what `statistics.paired` says, of the same rows by a first and a second model."""
     normalises: str = ""
     """What of answer and reference does not count, printed with the figures."""
     needs: str = "prediction"
@@ -78,7 +80,8 @@ class Metric:
         return weighted_mean(values, weights) if values else None
 
     def figures(self, rows: Sequence[Row], group: str | None = None) -> dict[str, Any]:
-        """{NAME, NAME_ci, NAME_how}, of the rows of a group NAME/GROUP, …; {} where no row has it."""
+        """{NAME, NAME_ci, NAME_how}, of the rows of a group NAME/GROUP, …, and NAME_n where not all rows have it; {}
+        where none has."""
         name = self.named(group)
         if self.of_all is not None:
             whole = self.of_all(rows)
@@ -90,6 +93,8 @@ class Metric:
         found: dict[str, Any] = {name: weighted_mean(values, weights)}
         if self.interval is not None:
             found[f"{name}_ci"] = list(self.interval(values, weights))
+        if len(values) < len(rows):
+            found[f"{name}_n"] = len(values)
         return found
 
     def groups(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -108,13 +113,13 @@ def by_group(values: Sequence[T], groups: Sequence[str | None]) -> dict[str, lis
 
 
 def of_all(name: str, kinds: tuple[str, ...], function: Callable[[Sequence[Row]], Any], **more: Any) -> Metric:
-    """A figure of all rows together: a number, a Whole, or None."""
+    """A figure of all rows together: a number, a Whole, or None. Compared only where `against` says how."""
 
     def whole(rows: Sequence[Row]) -> Whole | None:
         found = function(rows)
         return found if found is None or isinstance(found, Whole) else Whole(found)
 
-    return Metric(name, kinds, lambda row: None, None, compared=False, of_all=whole, **more)
+    return Metric(name, kinds, lambda row: None, None, compared="against" in more, of_all=whole, **more)
 
 
 # --- intervals of means ---
@@ -129,8 +134,7 @@ def weighted(values: Sequence[float], weights: Sequence[float]) -> Sequence[floa
 
 
 def drawn_rows(values: Sequence[float], weights: Sequence[float]) -> Sequence[float]:
-    interval: Sequence[float] = paired([0.0] * len(values), values)["ci"]
-    return interval
+    return mean_interval(values)
 
 
 def share_or_mean(values: Sequence[float], weights: Sequence[float]) -> Sequence[float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from finetune.recipe.sections import DRAWING, DuringConfig, GenerationConfig, Section, SourceConfig, as_list
+from finetune.recipe.sections import DuringConfig, GenerationConfig, Section, SourceConfig, as_list
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,18 @@ IDLE: tuple[Idle, ...] = (
     Idle(("data.train_on",), in_stage("reward"), "an answer is scored once, at its end"),
     Idle(("data.cache",), in_stage("pretrain", *PREFERENCE), "only ft sft keeps tokenised rows on disk"),
     Idle(
-        (*keys("eval", "max_new_tokens", "batch_size", "thinking"),
+        (*keys("eval", "max_new_tokens", "batch_size", "thinking", "shots", "shots_from"),
          *keys("eval.generation", *GenerationConfig.model_fields)),
         in_stage("reward"), "a reward model scores and writes nothing"),
     Idle(DURING, in_stage("reward"), "a reward model scores and writes nothing"),
     Idle(DURING, in_stage("pretrain"), "raw text is not answered"),
     Idle(
-        keys("eval.generation", *DRAWING), lambda r: not r.eval.generation.drawn, "answers are greedy",
+        keys("eval.generation", "top_k", "top_p"), lambda r: not r.eval.generation.drawn, "answers are greedy",
         "set eval.generation.temperature above 0"),
+    Idle(
+        ("eval.generation.seed",), lambda r: not r.eval.generation.drawn and not r.eval.shots, "answers are greedy",
+        "set eval.generation.temperature above 0"),
+    Idle(("eval.shots_from",), lambda r: not r.eval.shots, "no shots are given", "set eval.shots"),
     Idle(
         ("eval.generation.num_beams",), lambda r: r.eval.generation.drawn, "beams are not drawn",
         "leave it out, or set eval.generation.temperature: 0"),

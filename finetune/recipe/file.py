@@ -100,7 +100,8 @@ def with_settings(
     unset(values, overridden)
     recipe = check(values, stage, path, lines, overridden)
     if ("data", "train") in overridden and ("eval", "data") not in overridden and _other_task(recipe):
-        say(f"eval.data is still {recipe.eval.data}: for rows like yours --set eval.data=FILE, or null and "
+        still = ", ".join(recipe.eval.paths or ())
+        say(f"eval.data is still {still}: for rows like yours --set eval.data=FILE, or null and "
             "--set data.eval_split=0.05")  # fmt: skip
     problem = placed(path, lines, overridden)
     if found := [problem(as_path(key), why, fix) for key, why, fix in effects.refused(recipe)]:
@@ -111,7 +112,8 @@ def with_settings(
 def _other_task(recipe: Recipe) -> bool:
     """The held-out rows are shipped ones, and the training data is the user's own."""
     paths = [source if isinstance(source, str) else source.path for source in as_list(recipe.data.train)]
-    return str(recipe.eval.data).startswith("builtin:") and not any(path.startswith("builtin:") for path in paths)
+    held = recipe.eval.paths or [""]
+    return held[0].startswith("builtin:") and not any(path.startswith("builtin:") for path in paths)
 
 
 def to_yaml(recipe: Recipe, header: str = "") -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from finetune.recipe.sections import EvalConfig, OutputConfig, SourceConfig, TrainConfig, as_list
+from finetune.recipe.sections import EvalConfig, EvalSet, OutputConfig, SourceConfig, TrainConfig, as_list
 from finetune.recipe.stages import PpoRecipe, R, Recipe, RewardSources
 
 
@@ -61,11 +61,22 @@ def absolute_rewards(reward: RewardSources) -> RewardSources:
 def absolute_eval(section: EvalConfig) -> EvalConfig:
     """The same, found from any folder."""
     names = section.metrics and [absolute_function(name) for name in section.metrics]
+    drawn = {"shots_from": section.shots_from and absolute_data(section.shots_from)}
     during = section.during
     if during is not None and during.metrics:
         during = during.model_copy(update={"metrics": [absolute_function(name) for name in during.metrics]})
-    data = section.data and absolute_data(section.data)
-    return section.model_copy(update={"data": data, "metrics": names, "during": during})
+    return section.model_copy(update={"data": absolute_sets(section.data), "metrics": names, "during": during, **drawn})
+
+
+def absolute_sets(data: Any) -> Any:
+    """eval.data in the shape that it has."""
+    if isinstance(data, EvalSet):
+        return data.model_copy(update={"path": absolute_data(data.path)})
+    if isinstance(data, list):
+        return [absolute_sets(one) for one in data]
+    if isinstance(data, dict):
+        return {name: absolute_sets(one) for name, one in data.items()}
+    return data and absolute_data(data)
 
 
 def absolute_function(name: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -330,7 +330,7 @@ class GenerationConfig(Section):
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """Scores of tokens that stand in the prompt or the answer already are divided by it (times it, below 0); 1: off."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the drawn answers: the same row and seed give the same answer, whatever the batch size."""
+    """Of the drawn answers (the same row and seed give the same answer, whatever the batch size), and of eval.shots."""
 
     @property
     def drawn(self) -> bool:
@@ -381,9 +381,70 @@ class DuringConfig(Section):
     """Only the first n held-out rows."""
 
 
+class EvalSet(Section):
+    path: str
+    """File, folder, glob, or `builtin:` name."""
+    general: bool = False
+    """Not what is trained for: what is lost on it against the base, beyond the interval, is warned of."""
+
+
+class HeldSet(NamedTuple):
+    """One of the held-out sets, as `held_sets` finds them."""
+
+    name: str
+    path: str
+    general: bool = False
+
+
+def held_sets(data: Any) -> list[HeldSet]:
+    """The sets of an eval.data, checked or as it stands in a file, in their order."""
+
+    def one(value: Any, name: str | None = None) -> HeldSet:
+        values = value.model_dump() if isinstance(value, EvalSet) else value
+        if isinstance(values, dict):
+            return HeldSet(name or str(values.get("path")), str(values.get("path")), bool(values.get("general")))
+        return HeldSet(name or str(values), str(values))
+
+    if isinstance(data, dict) and not _is_set(data):
+        return [one(value, str(name)) for name, value in data.items()]
+    return [one(value) for value in as_list(data)]
+
+
+def _sets(data: Any) -> Any:
+    """ValueError with one plain line for what no set can be; the union's own would be a line for each of its kinds."""
+    named = isinstance(data, dict) and not _is_set(data)
+    for name, one in data.items() if named else enumerate(data) if isinstance(data, list) else [("", data)]:
+        key = f"eval.data.{name}" if name != "" else "eval.data"
+        if isinstance(one, dict):
+            if unknown := next((part for part in one if part not in EvalSet.model_fields), None):
+                raise ValueError(f"{key}.{unknown}: unknown key, there are {', '.join(EvalSet.model_fields)}")
+            if not isinstance(one.get("path"), str) or not isinstance(one.get("general", False), bool):
+                raise ValueError(f"{key}: a path and, where it applies, general: true are wanted, not {one!r}")
+        elif not (isinstance(one, str | EvalSet) or data is None):
+            raise ValueError(f"{key}: {one!r} is no path")
+    names = [one.name for one in held_sets(data)]
+    if data is not None and not names:
+        raise ValueError("eval.data: names no set")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"eval.data: two sets are called {twice}")
+    return data
+
+
+def _is_set(values: dict[Any, Any]) -> bool:
+    """Whether a mapping is one set, and not several by name."""
+    return isinstance(values.get("path"), str) and values.keys() <= EvalSet.model_fields.keys()
+
+
+HeldOutData = Annotated[
+    str | EvalSet | list[str | EvalSet] | dict[str, str | EvalSet] | None,
+    Field(union_mode="left_to_right"), BeforeValidator(_sets),
+]  # fmt: skip
+
+
 class EvalConfig(Section):
-    data: str | None = None
-    """Held-out data with reference answers."""
+    data: HeldOutData = None
+    """Held-out data with reference answers; several sets as a list, or as a mapping NAME: PATH (or NAME: {path: PATH,
+    general: true}, which is watched for forgetting). Where one set is wanted it is the first."""
     max_new_tokens: Count = 256
     """Longest generated answer."""
     batch_size: Count = 32
@@ -398,10 +459,21 @@ class EvalConfig(Section):
     metrics: Annotated[list[str] | None, MetricNames] = None
     """What `ft eval` measures: names, regex:PATTERN, file.py:function; unset: what suits the rows."""
     shots: Annotated[int, Field(ge=0)] | None = None
-    """Examples with their answers before each question of multiple choice, from the subject's dev file; unset: 5, or as
-    many as there are."""
+    """Examples with their answers before each row, as earlier turns of the conversation: drawn for each row by
+    generation.seed, never the row itself; unset: none. Of multiple choice the first of the subject's dev file; unset:
+    5, or as many as there are."""
+    shots_from: str | None = None
+    """File that shots are drawn from; unset: data.train, or for a model without a run the other held-out rows."""
     during: DuringConfig | None = None
     """Answer held-out rows (of eval.data, otherwise of data.eval_split) while the run trains; {} with the defaults."""
+
+    @property
+    def sets(self) -> list[HeldSet]:
+        return held_sets(self.data)
+
+    @property
+    def paths(self) -> list[str] | None:
+        return [one.path for one in self.sets] or None
 
 
 class OutputConfig(Section):

@@ -12,12 +12,12 @@ import yaml
 
 from finetune import places
 from finetune.errors import Problem, UserError
-from finetune.recipe.sections import SourceConfig, as_list
+from finetune.recipe.sections import SourceConfig, as_list, held_sets
 from finetune.recipe.stages import Recipe
 from finetune.run.directory import ASIDE, CONTENTS, LOCK, MARK, Run, resumable
 
 WEIGHTS = ("", ".json", ".safetensors", ".jinja", ".model", ".bin", ".pt")  # what lies in adapter/ and model/
-DATA_KEYS = ("data.train", "eval.data", "reward.train")
+DATA_KEYS = ("data.train", "eval.data", "reward.train", "eval.shots_from")
 
 
 def check_output(
@@ -140,7 +140,7 @@ def data_inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key in DATA_KEYS:
         section, _, name = key.partition(".")
         value = getattr(getattr(recipe, section, None), name, None)
-        for source in as_list(value):
+        for source in [one.path for one in held_sets(value)] if key == "eval.data" else as_list(value):
             text = source.path if isinstance(source, SourceConfig) else source
             if isinstance(text, str) and "\0" not in text:
                 yield key, text

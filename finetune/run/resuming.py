@@ -18,6 +18,7 @@ from finetune.terminal.progress import command, shown_path
 # What a recipe may name by another path when a run goes on: it is the content that must be the same.
 PLACES = (
     "output.dir", "model.name", "model.adapter", "model.tokenizer", "model.chat_template", "data.train", "eval.data",
+    "eval.shots_from",
     "reward.model", "reward.train", "reward.functions",
 )  # fmt: skip
 
@@ -79,6 +80,8 @@ def without_places(values: dict[str, Any]) -> dict[str, Any]:
     def kept(value: Any) -> Any:
         if isinstance(value, list):
             return [kept(item) for item in value]
+        if isinstance(value, dict) and "path" not in value:  # sets by name
+            return {name: kept(item) for name, item in value.items()}
         return {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else bool(value)
 
     found = dict(values)

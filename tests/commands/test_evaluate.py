@@ -54,7 +54,8 @@ def test_run_and_base(recipe: Recipe, held_out: Path, tmp_path: Path) -> None:
     before, after = ([row["loss"] for row in rows if row["run"] == name] for name in ("base", "run"))
     lower = sum(b < a for a, b in zip(before, after, strict=True))
     assert (loss["wins"], loss["losses"], loss["ties"]) == (lower, 7 - lower, 0)
-    assert loss["difference"] == pytest.approx((sum(after) - sum(before)) / 7)
+    assert loss["difference"] == pytest.approx(tuned["loss"] - base["loss"]), "of the same tokens"
+    assert exact["n"] == loss["n"] == 7
 
 
 def test_json_to_stdout_is_only_json(recipe: Recipe, held_out: Path, base: Path) -> None:
@@ -173,7 +174,7 @@ def test_groups_and_sampling_stand_in_the_table(base: Path, tmp_path: Path, caps
     evaluate.run([], model=str(base), data=str(data), temperature=0.7, seed=3)
     printed = capsys.readouterr().out
     assert "n=3, temperature 0.7, seed 3" in printed
-    assert re.search(r"exact match/no +│ 0.000 \[0.000, 0.793\]", printed)  # wilson(0, 1)
+    assert re.search(r"exact match/no +│ +0.000 \[0.000, 0.793\] n=1 ", printed)  # wilson(0, 1)
     assert re.search(r"exact match/yes +│ 0.000 \[0.000, 0.658\]", printed)  # wilson(0, 2)
 
 

@@ -32,3 +32,19 @@ def test_leakage_in_batches_is_the_same_as_one_by_one() -> None:
     together = index.search(texts)
     assert together[:50] == [(i, i, 1.0) for i in range(50)]
     assert together == [(i, match, share) for i, t in enumerate(texts) for _, match, share in index.search([t])]
+
+
+def test_what_stands_in_every_prompt_says_nothing_and_costs_nothing() -> None:
+    """A long instruction around short questions: what is a row's own tells it apart from the others."""
+    frame = "You are the help desk of a large shop. Answer politely, briefly and in the language of the customer. " * 3
+
+    def prompt(n: int) -> str:
+        return f"{frame} {n * 7919 % 100_003} orders of kind {n * 104_729 % 99_991} are late, what now? {n * 31 % 9973}"
+
+    held = [prompt(n) for n in range(200)]
+    index = leakage.Index(held)
+    assert index.search([prompt(n) for n in range(200, 400)]) == []
+    assert max(index.sizes) < 60, "only what is a row's own is kept"
+    assert index.near([held[7] + " Please!"])[0][:2] == (0, 7)
+    few = leakage.Index(held[:30])
+    assert max(few.sizes) > 90, "of a few prompts nobody can say what is a template"

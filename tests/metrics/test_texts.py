@@ -38,7 +38,7 @@ def rows(pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("pairs", "tokenizer"), [(ENGLISH, "13a"), (CHINESE, "zh")])
 def test_bleu_and_chrf_are_sacrebleus(pairs: list[tuple[str, str]], tokenizer: str) -> None:
     predictions, references = [p for p, _ in pairs], [[r for _, r in pairs]]
-    bleu, chrf = corpus.bleu(rows(pairs)), corpus.chrf(rows(pairs))
+    bleu, chrf = corpus.bleu.whole(rows(pairs)), corpus.chrf.whole(rows(pairs))
     assert bleu is not None
     assert chrf is not None
     assert bleu.value == pytest.approx(sacrebleu.corpus_bleu(predictions, references, tokenize=tokenizer).score)
@@ -51,15 +51,15 @@ def test_bleu_and_chrf_are_sacrebleus(pairs: list[tuple[str, str]], tokenizer: s
 
 def test_corpus_figures_are_of_rows_with_a_reference() -> None:
     both = rows([("a b c d", "a b c d")])
-    assert corpus.bleu([*both, {"prediction": "x", "reference": None}]).value == pytest.approx(100)  # type: ignore[union-attr]
-    assert corpus.bleu([{"prediction": "x", "reference": None}]) is None
+    assert corpus.bleu.whole([*both, {"prediction": "x", "reference": None}]).value == pytest.approx(100)  # type: ignore[union-attr]
+    assert corpus.bleu.whole([{"prediction": "x", "reference": None}]) is None
 
 
 def test_the_interval_of_a_corpus_figure_is_that_of_drawn_rows() -> None:
     """As sacrebleu's own bootstrap has it, up to the draw."""
     words = [*"abcdefghijklmnopqr"]
     many = [(" ".join(words[: 5 + i % 11]), " ".join(words[i % 3 : 6 + i % 7])) for i in range(200)]
-    whole = corpus.bleu(rows(many))
+    whole = corpus.bleu.whole(rows(many))
     assert whole is not None
     assert whole.interval is not None
     theirs = sacrebleu.BLEU().corpus_score([p for p, _ in many], [[r for _, r in many]], n_bootstrap=1000)
@@ -277,3 +277,20 @@ def test_the_mean_of_subjects() -> None:
     none = metrics.measure("choices", [{**row, "letter_right": 0.0} for row in found])
     assert none["choice_accuracy_macro_ci"][1] > 0.1, "none of six right is not surely none"
     assert "choice_accuracy_macro" not in metrics.measure("choices", found[:4])
+
+
+def test_corpora_are_compared_on_the_same_drawn_rows() -> None:
+    """The interval of a difference is narrower than those of two figures apart, and its middle is the difference."""
+    words = "the boat was late again and nobody at the pier knew when one would leave for the far islands".split()  # noqa: SIM905
+    references = [" ".join(words[i : i + 9]) for i in range(12)]
+    a = rows([(" ".join(r.split()[:6]), r) for r in references])
+    b = rows([(r if i % 2 else " ".join(r.split()[:6]), r) for i, r in enumerate(references)])
+    found = corpus.bleu.against(a, b)
+    before, after = (corpus.bleu.whole(x) for x in (a, b))
+    assert before is not None
+    assert after is not None
+    assert found["difference"] == pytest.approx(after.value - before.value)
+    assert found["ci"][0] < found["difference"] < found["ci"][1]
+    assert (found["n"], found["wins"], found["losses"], found["ties"]) == (12, 6, 0, 6)
+    same = corpus.chrf.against(a, a)
+    assert (same["difference"], same["ci"]) == (0, [0, 0])

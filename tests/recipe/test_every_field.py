@@ -32,7 +32,7 @@ from finetune.models.config import read_config
 from finetune.recipe import effects, file
 from finetune.recipe.adapters import ADAPTERS, OtherAdapter
 from finetune.recipe.resolve import Hardware, a_step, batch_layout, resolve
-from finetune.recipe.sections import DRAWING, DataConfig, GenerationConfig, ModelConfig, SourceConfig
+from finetune.recipe.sections import DRAWING, DataConfig, EvalSet, GenerationConfig, ModelConfig, SourceConfig
 from finetune.recipe.stages import RECIPES
 from finetune.rl.ppo import Ppo
 from finetune.run.directory import Run
@@ -72,6 +72,9 @@ def keys(stage: str) -> Iterator[tuple[str, Any]]:
                 yield f"{at}{name}", field
                 if f"{at}{name}" == "data.train":
                     yield from walk(SourceConfig, "source.")
+            elif below and set(below) == {EvalSet}:
+                yield f"{at}{name}", field
+                yield from walk(EvalSet, f"{at}{name}.")
             elif below:
                 if not field.is_required() and field.default is None:
                     yield f"{at}{name}", field
@@ -123,6 +126,7 @@ VALUES: dict[str, Any] = {
     "train.logging_steps": 4, "train.metric_for_best_model": "mean_token_accuracy", "eval.during": {"steps": 2},
     "eval.during.steps": 2, "eval.during.metrics": ["token_f1"], "eval.during.limit": 1,
     "train.gradient_accumulation_steps": 4, "train.warmup_steps": 2.0, "eval.data": "{fewer}", "eval.limit": 1,
+    "eval.shots_from": "{fewer}",
     "reward.train": "{pairs}", "reward.model": "{tmp}/nothing", "reward.functions": ["{rule}:other"],
     "reward.weights": [2.0], "ppo.models": "separate", "dpo.loss_type": "ipo", "dpo.start": "merge",
     "kto.start": "merge", "ppo.max_kl": 1e-9, "ppo.max_update_kl": 1e-9, "ppo.log_samples_steps": 2,
@@ -153,6 +157,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     **{f"eval.generation.{key}": {"eval.generation.temperature": 0.7} for key in DRAWING},
     "train.metric_for_best_model": {"train.load_best_model_at_end": True},
     **{f"eval.during.{key}": {"eval.during": {"steps": 1}} for key in ("steps", "metrics", "limit")},
+    "eval.shots_from": {"eval.shots": 2},
     "dpo.simpo_gamma": {"dpo.loss_type": "simpo"}, "ppo.kl_horizon": {"ppo.kl_target": 0.001},
     "ppo.clip_rewards": {"ppo.clip_rewards": 0.01},
     **{f"reward.{key}": {"reward.train": "{pairs}"} for key in (
@@ -490,10 +495,12 @@ def evaluated(stage: str, settings: dict[str, Any], files: dict[str, Any], monke
     """What `ft eval RUN` does with the recipe that a run left behind."""
     seen: dict[str, Any] = {}
 
-    def stop(target: Any, held: Any, _: Any, chosen: Any, shots: int) -> None:
+    def stop(target: Any, held: Any, _: Any, chosen: Any, shots: int, *__: Any) -> None:
         seen.update(
+            first=target.name,
             metrics=[metric.name for metric in chosen],
             shots=shots,
+            before=[row.shots for row in held.rows],
             limits=(target.eval.max_new_tokens, target.eval.batch_size, str(target.eval.generation)),
             rows=len(held.rows),
             thinking=target.eval.thinking,
@@ -522,15 +529,28 @@ def probe_eval(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, tm
     values: dict[str, Any] = {
         "eval.data": fewer, "eval.limit": 1, "eval.thinking": "on",
         "eval.metrics": ["margin" if stage == "reward" else "loss"], "eval.shots": 2,
+        "eval.shots_from": fewer,
     }  # fmt: skip
     value = values.get(key, 7)
     if key in ("eval.generation.temperature", "eval.generation.top_p", "eval.generation.repetition_penalty"):
         value = 0.5
+    if key == "eval.shots_from":
+        assert key in evaluated(stage, {**data, key: value}, files, monkeypatch, tmp), "there are no shots"
+        data |= {"eval.shots": 2}
     if key.rpartition(".")[2] in DRAWING:
         assert key in evaluated(stage, {**data, key: value}, files, monkeypatch, tmp), "greedy answers need none"
         data |= BESIDE[key]
     after = evaluated(stage, {**data, key: value}, files, monkeypatch, tmp)
     assert (isinstance(after, str) and key in after) or after != evaluated(stage, data, files, monkeypatch, tmp)
+
+
+def probe_set(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, tmp: Path) -> None:
+    """Of a set that is watched the base is measured, too; a reward model has none, which is said."""
+    kind = "pairs" if stage == "reward" else "sft"
+    plain = {"path": files[f"{kind} rows"]}
+    flipped = {"path": files[f"{kind} fewer"]} if key == "eval.data.path" else {**plain, "general": True}
+    before, after = (evaluated(stage, {"eval.data": one}, files, monkeypatch, tmp) for one in (plain, flipped))
+    assert after != before or (stage, key) == ("reward", "eval.data.general")
 
 
 def probe_hub_model(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, tmp: Path) -> None:
@@ -588,8 +608,9 @@ def probe_cache(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, t
 PROBES: dict[str, Callable[..., None]] = {
     "data.cache": probe_cache,
     **dict.fromkeys(("eval.data", "eval.max_new_tokens", "eval.batch_size", "eval.limit", "eval.thinking",
-                     "eval.metrics", "eval.shots"), probe_eval),
+                     "eval.metrics", "eval.shots", "eval.shots_from", "eval.shots_from"), probe_eval),
     **{f"eval.generation.{key}": probe_eval for key in GenerationConfig.model_fields},
+    **{f"eval.data.{key}": probe_set for key in EvalSet.model_fields},
     **dict.fromkeys(("model.source", "model.revision"), probe_hub_model),
     **dict.fromkeys(("data.streaming", "source.source", "source.name", "source.split", "source.revision"),
                     probe_hub_data),

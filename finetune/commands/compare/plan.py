@@ -80,9 +80,11 @@ def check_recipe(recipe: SftRecipe) -> None:
     if recipe.eval.data is None and recipe.data.eval_split is None:
         fix = "set it or data.eval_split in the recipe"
         raise UserError("a comparison needs held-out data", key="eval.data", fix=fix)
-    if recipe.eval.data is not None and is_choices(recipe.eval.data):
+    if recipe.eval.paths is not None and is_choices(recipe.eval.paths[0]):
         what = "is multiple choice, and a comparison is measured on answers and their loss"
-        raise UserError(what, path=recipe.eval.data, key="eval.data", fix="give rows with answers; then ft eval RUN …")
+        raise UserError(
+            what, path=recipe.eval.paths[0], key="eval.data", fix="give rows with answers; then ft eval RUN …"
+        )
     if recipe.model.adapter is not None:
         what = "every method would train the adapter that it names"
         raise UserError(what, key="model.adapter", fix="leave it out")
@@ -98,8 +100,8 @@ def check_jobs(recipe: SftRecipe, jobs: Sequence[Job]) -> tuple[list[int], dict[
     sizes = {sum(share_of(counts, job.fraction)) for job in jobs}
     if len({job.fraction for job in jobs}) > len(sizes):
         raise UserError("several shares are the same number of rows", key="--data-fractions", fix="use fewer or larger")
-    if recipe.eval.data is not None:
-        held_out.load_eval_rows(recipe.eval.data, recipe.data)
+    if recipe.eval.paths is not None:
+        held_out.load_eval_rows(recipe.eval.paths[0], recipe.data)
     else:
         split_off(recipe)
 
