@@ -89,6 +89,8 @@ def checks_of(recipe: Recipe) -> list[Callable[[], object]]:
         lambda: rows(recipe.data.train, "data.train"),
         lambda: rows(recipe.eval.paths, "eval.data", held_out=True),
         lambda: asked.check(recipe.eval.metrics or (), "eval.metrics"),
+        lambda: asked.check(getattr(recipe.eval.during, "metrics", None) or (), "eval.during.metrics"),
+        lambda: rows(recipe.eval.shots_from, "eval.shots_from"),
         lambda: rows(getattr(reward, "train", None), "reward.train"),
         lambda: file(model.chat_template, "model.chat_template", "give a Jinja file"),
     ]
@@ -249,7 +251,7 @@ def answers_file(output: str, data: str, overwrite: bool, resume: bool) -> None:
 def evaluated(
     runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None, data: str | Sequence[str] | None,
     reward: str | None, json_file: str | None, quantization: str | None, predictions: str | None,
-    named: Sequence[str] | None = None, thinking: str | None = None,
+    named: Sequence[str] | None = None, thinking: str | None = None, shots_from: str | None = None,
 ) -> None:  # fmt: skip
     """UserError for options of `ft eval` that cannot be, and for runs, recipes, models, adapters and data that are not
     there."""
@@ -270,6 +272,8 @@ def evaluated(
         checks.append(lambda: there(ModelConfig(name=model)))
     if data is not None:
         checks.append(lambda: held_out_files(data))
+    if shots_from is not None:
+        checks.append(lambda: rows(absolute_data(shots_from), "--shots-from"))
     if reward is not None:
         checks.append(lambda: reward_model(reward))
     together(*checks)

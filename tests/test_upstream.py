@@ -41,6 +41,7 @@ METHODS: list[tuple[Any, str, tuple[Any, ...], str]] = [
     (TRAINER, "_load_best_model", ("self",), "the same, and a damaged best checkpoint is an error"),
     (TRAINER, "_run_epoch", ("self", ...), "a run whose steps are all taken takes no more"),
     (TRAINER, "_maybe_log_save_evaluate", ("self", "tr_loss", "grad_norm", ...), "a step that is no number is logged"),
+    (TRAINER, "_determine_best_metric", ("self", "metrics", "trial"), "the metric may not be due, or missing"),
     (TRAINER, "get_batch_samples", ("self", "epoch_iterator", "num_batches", "device"), "all rows of a step"),
     (TRAINER, "prediction_step", ("self", "model", "inputs", ...), "figures of each held-out batch"),
     (TRAINER, "evaluation_loop", ("self", "dataloader", ...), "figures over all held-out rows"),

@@ -130,7 +130,8 @@ def evaluate(
         list[str] | None,
         typer.Option(help="What is measured, separated by commas: names, file.py:function, and last regex:PATTERN."),
     ] = None,
-    shots: Annotated[int | None, typer.Option(help="Examples before each question of multiple choice.", min=0)] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples with their answers before each row.", min=0)] = None,
+    shots_from: Annotated[str | None, typer.Option(help="File of them; by default the run's training data.")] = None,
     quantization: Annotated[str | None, typer.Option(help="Kinds to compare: none,int8,int4.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
     temperature: shared.Temperature = None,
@@ -155,12 +156,15 @@ def evaluate(
     from finetune.recipe.sections import metric_names
 
     named = metric_names(metrics) if metrics else None
-    early.evaluated(runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions, named, thinking)
+    early.evaluated(
+        runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions, named, thinking, shots_from
+    )  # fmt: skip
     shared.quiet()
     shared.module("evaluate").run(
         runs or [], recipe=recipe, model=model, adapter=adapter, data=data, compare_base=compare_base, limit=limit,
         json_file=json_, quantization=quantization, temperature=temperature, seed=seed, reward=reward,
-        predictions=predictions, show=show, thinking=thinking, named=named, shots=shots, show_changes=show_changes,
+        predictions=predictions, show=show, thinking=thinking, named=named, shots=shots,
+        shots_from=shots_from, show_changes=show_changes,
         resume=resume,
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from trl import DPOConfig
 
 from finetune.data import pairs
 from finetune.errors import UserError
+from finetune.evaluation import during
 from finetune.recipe.stages import REFERENCE_FREE, DpoRecipe
 from finetune.training import reference
 from finetune.training.fit import finish_setup
@@ -23,6 +24,7 @@ def run(raw: DpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
     recipe = session.recipe
     check_start(recipe)
     rows = pairs.load_pairs(recipe.data, session.base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.paths)
+    session.during = during.prepare(recipe, session.base)
     session.plan(rows, longest_row(rows.train))
     check_sorted(recipe, session.layout)
     if dry_run:

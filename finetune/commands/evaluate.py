@@ -24,6 +24,7 @@ from finetune.data.thinking import switched
 from finetune.data.types import Conversation
 from finetune.errors import UserError
 from finetune.evaluation import choices, evaluators, options
+from finetune.evaluation import shots as few_shot
 from finetune.evaluation.generation import Evaluation, notice
 from finetune.evaluation.kept import Kept
 from finetune.evaluation.options import overridden, quantizations, refuse
@@ -47,12 +48,12 @@ def run(
     json_file: str | None = None, quantization: str | None = None, temperature: float | None = None,
     seed: int | None = None, reward: str | None = None, predictions: str | None = None, show: int = 3,
     thinking: str | None = None, named: Sequence[str] | None = None, shots: int | None = None, show_changes: int = 0,
-    resume: bool = False,
+    resume: bool = False, shots_from: str | None = None,
 ) -> None:  # fmt: skip
     options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions, named)
     kinds = quantizations(quantization)
     written = {"temperature": temperature, "seed": seed}
-    targets = [with_settings(t, written) for t in find_targets(runs, recipe, model, adapter, compare_base)]
+    targets = [with_settings(t, written, shots) for t in find_targets(runs, recipe, model, adapter, compare_base)]
     given = {"--model": model, "--compare-base": compare_base, "--quantization": quantization, "--reward": reward}
     scorer = only_scores(targets, given)
     found = [(one, held_out(targets[0], one, limit)) for one in sets_of(targets[0], data)]
@@ -65,9 +66,11 @@ def run(
     if scorer is not None or "answers" not in there:
         why = f"on {' and '.join(there) if scorer is None else 'pairs'} nothing is answered"
         refuse({**drawn, "--reward": reward}, why)
-    parts = parts_of(found, targets, named, shots, scorer, reward)
+    parts = parts_of(found, targets, named, shots, shots_from, scorer, reward)
     wanted = {metric.needs for part in parts if part.held.kind == "answers" for metric in part.chosen}
     if "answers" in there and not wanted & {"prediction", "reward"}:
+        if any("shots_seed" in part.asked_with for part in parts):
+            del drawn["--seed"]  # shots are drawn by it
         refuse(drawn, "none of the metrics needs answers, and none are written")
     tuned = targets
     if compare_base:
@@ -123,17 +126,20 @@ def sets_of(target: Target, data: str | Sequence[str] | None) -> list[HeldSet | 
 
 def parts_of(
     found: Sequence[tuple[HeldSet | None, HeldOut]], targets: Sequence[Target], named: Sequence[str] | None,
-    shots: int | None, scorer: Target | None, reward: str | None,
+    shots: int | None, shots_from: str | None, scorer: Target | None, reward: str | None,
 ) -> list[Part]:  # fmt: skip
     """Each set with what is measured on it. UserError for a metric that is of none of them, and a set that has none."""
     key = "eval.metrics" if named is None else "--metrics"
     named = targets[0].eval.metrics if named is None else named
     failed: dict[str, list[UserError]] = {name: [] for name in named or ()}
-    choosing = any(held.kind == "choices" for _, held in found)
+    able = {held.kind for _, held in found} & {"answers", "choices"}
+    if shots_from is not None and "answers" not in able:
+        why = "multiple choice has its shots in the dev files" if able else "shots are before answers"
+        refuse({"--shots-from": shots_from}, why)
     parts: list[Part] = []
     for one, held in found:
-        # Shots are of multiple choice, and mean nothing to the other sets beside it.
-        number = shots_for(held, shots, targets[0]) if held.kind == "choices" or not choosing else 0
+        # They mean nothing to the other sets beside these.
+        number = shots_for(held, shots, targets[0]) if held.kind in able or not able else 0
         usable = named
         if named is not None and len(found) > 1:
             usable = []
@@ -151,7 +157,10 @@ def parts_of(
         name = shown_name(one.name) if one is not None else held.name
         if name in [part.name for part in parts] and one is not None:
             name = one.name
-        parts.append(Part(name, held, one is not None and one.general, number, chosen))
+        asked_with = {"shots": number} if held.kind == "choices" else {}
+        if held.kind == "answers" and (number or shots_from is not None):
+            held, asked_with = with_shots(held, number, shots_from, targets[0])
+        parts.append(Part(name, held, one is not None and one.general, number, chosen, asked_with))
     for errors in failed.values():
         if len(errors) == len(found):
             raise errors[0]
@@ -166,9 +175,25 @@ def evaluate_sets(target: Target, parts: Sequence[Part], thinking: str | None, k
     }
 
 
-def with_settings(target: Target, options: dict[str, Any]) -> Target:
-    """The target whose answers are written as its recipe and these options say."""
-    how = overridden(target.eval.generation, options)
+def with_shots(held: HeldOut, number: int, path: str | None, target: Target) -> tuple[HeldOut, dict[str, Any]]:
+    """(the rows with their shots, what is said of them). UserError where there are none to be had."""
+    if not number:
+        raise UserError("has no effect: no shots are given", key="--shots-from", fix="add --shots N")
+    named, seed = path or target.eval.shots_from, target.eval.generation.seed
+    config = target.data if target.recipe is not None else None
+    found = few_shot.find(number, held, named and absolute_data(named), config, seed)
+    said = {"shots": number, "shots_from": path or found.source, "shots_seed": seed}
+    return replace(held, rows=[row._replace(shots=tuple(found.of(row))) for row in held.rows]), said
+
+
+def with_settings(target: Target, options: dict[str, Any], shots: int | None = None) -> Target:
+    """The target whose answers are written as its recipe and these options say. The seed is also that of shots."""
+    how, seed = target.eval.generation, options["seed"]
+    if seed is not None and (target.eval.shots if shots is None else shots):
+        how = how.model_copy(update={"seed": seed})
+        drawn = how.drawn if options["temperature"] is None else options["temperature"] > 0
+        options = options if drawn else {**options, "seed": None}
+    how = overridden(how, options)
     return replace(target, eval=target.eval.model_copy(update={"generation": how}))
 
 
@@ -210,8 +235,10 @@ def shots_for(held: HeldOut, shots: int | None, target: Target) -> int:
     wanted = target.eval.shots if shots is None else shots
     if held.kind == "choices":
         return choices.shots_of(held, wanted)
+    if held.kind == "answers":
+        return wanted or 0
     key = "eval.shots" if shots is None else "--shots"
-    refuse({key: wanted}, f"shots are for multiple choice, and these rows are {held.kind}")
+    refuse({key: wanted}, f"shots are before answers or multiple choice, and these rows are {held.kind}")
     return 0
 
 
@@ -221,16 +248,7 @@ def metrics_for(
 ) -> list[Metric]:  # fmt: skip
     """What is measured: what --metrics or eval.metrics names, else what suits the rows, which is said. UserError for
     what cannot be measured on them."""
-    rows: list[dict[str, Any]] = []
-    for row in held.rows if held.kind == "answers" else ():
-        text = row.sample.reference
-        loss = {
-            "loss": None if text is None else 0.0,
-            "loss_tokens": 1,
-            "token_accuracy": None if text is None else 0.0,
-        }
-        place = {"file": row.file, "row": row.row, "columns": row.columns}
-        rows.append({**place, **loss, "reference": text, "prediction": text or ""})
+    rows = evaluators.with_references(held.rows) if held.kind == "answers" else []
     if named is None:
         found = metrics.by_itself(held.kind, rows)
         special = [m.name for m in found if m.unasked is not always and m.kinds == ("answers",)]
@@ -290,7 +308,9 @@ def evaluate_target(
         limits = (target.eval.max_new_tokens, size)
         before = None if kept is None else kept.of(way_of_asking(target, base, encoder))
         how = target.eval.generation
-        result = evaluators.answers(target.name, model, encoder, held.rows, *limits, how, chosen, before)
+        rows, said = few_shot.asked(held.rows, encoder, limits[0], context(base.config, target.model))
+        result = evaluators.answers(target.name, model, encoder, rows, *limits, how, chosen, before)
+        result.notes += [f"{target.name}: {line}" for line in said]
     elif held.kind == "pairs":
         train_on = "last" if target.data.train_on == "last" else "assistant"
         ref = reference(target, model)

@@ -8,6 +8,7 @@ from trl import KTOConfig
 
 from finetune.data import pairs
 from finetune.errors import UserError
+from finetune.evaluation import during
 from finetune.recipe.stages import KtoRecipe
 from finetune.training import reference
 from finetune.training.fit import finish_setup
@@ -26,6 +27,7 @@ def run(raw: KtoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         raise UserError(what, key="data.train_on", fix="leave it out")
     check_start(recipe)
     rows = pairs.load_unpaired(recipe.data, session.base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.paths)
+    session.during = during.prepare(recipe, session.base)
     session.plan(rows, longest_row(rows.train))
     check_others(session.layout, rows.train)
     if dry_run:

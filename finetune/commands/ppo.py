@@ -13,13 +13,14 @@ from finetune.data import pairs, prompts
 from finetune.data.samples import held_out_section
 from finetune.data.thinking import of_prompts
 from finetune.errors import Interrupted, RunError, UserError
+from finetune.evaluation.during import of_replies
 from finetune.evaluation.rewards import load_rule
 from finetune.recipe.file import to_yaml
 from finetune.recipe.resolve import a_step, batch_layout
 from finetune.recipe.sections import OutputConfig, TrainConfig
 from finetune.recipe.stages import PpoRecipe, RewardModelConfig, RewardRecipe
 from finetune.rl import models
-from finetune.rl.ppo import Ppo, rollouts
+from finetune.rl.ppo import Ppo, answered_rows, rollouts
 from finetune.run.directory import Run, resumable
 from finetune.run.resuming import to_go_on
 from finetune.run.writing import write_atomically
@@ -46,12 +47,16 @@ def run(raw: PpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
     if recipe.eval.paths is not None:
         section = held_out_section(recipe.eval.paths[0], recipe.data)
         held_out = prompts.load_prompts(section, encoder).train[: recipe.eval.limit]
+    chosen = [] if recipe.eval.during is None else of_replies(recipe.eval, answered_rows(held_out))
     folder = Run.of(recipe)
     first = reward_recipe(recipe, folder) if recipe.reward.train is not None else None
     if first is not None and (overwrite or not trained(folder)):
         pairs.load_pairs(first.data, encoder, to_score=True)  # what is wrong with them is said now
     batch, per_epoch, total = rollouts(recipe, len(rows.train))
     check_schedule(recipe.train, total)
+    if recipe.eval.during is not None and (recipe.eval.during.steps or 0) > total:
+        what = f"{recipe.eval.during.steps} rollouts between evaluations, and the run has {total}: there would be none"
+        raise UserError(what, key="eval.during.steps", fix="lower it, or leave it out")
     fewer = f"{len(rows.train)} prompts: rollouts are of {batch}"
     session.plan(
         rows, longest=max(len(row.ids) for row in rows.train) + recipe.ppo.max_new_tokens,
@@ -71,7 +76,7 @@ def run(raw: PpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         seed_everything(recipe)  # the same replies however many models were drawn
         trainer = Ppo(
             recipe=recipe, models=built, encoder=encoder, prompts=rows.train, held_out=held_out, rules=rules,
-            arguments=session.arguments(), rows=session.layout.rows_per_pass,
+            arguments=session.arguments(), rows=session.layout.rows_per_pass, metrics=chosen,
         )  # fmt: skip
         session.train(trainer, fit=Ppo.fit, words=Words(gist))
 

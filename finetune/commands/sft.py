@@ -7,6 +7,7 @@ from typing import Any
 from trl import SFTConfig
 
 from finetune.data import conversations
+from finetune.evaluation import during
 from finetune.recipe.stages import SftRecipe
 from finetune.training.fit import finish_setup
 from finetune.training.packing import pack_if_isolated, packing_outlook
@@ -20,6 +21,7 @@ def run(raw: SftRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
     session = prepare(raw, resume)
     recipe, base = session.recipe, session.base
     rows = conversations.load_sft(recipe.data, base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.paths)
+    session.during = during.prepare(recipe, session.base)
     session.plan(rows, longest_row(rows.train), also=packing_outlook(recipe) if dry_run else None)
     if dry_run:
         session.show()

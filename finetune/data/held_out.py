@@ -39,6 +39,7 @@ class HeldRow(NamedTuple):
     sample: Any  # a Sample
     group: str | None = None  # what its column `group` says
     columns: Mapping[str, Any] = {}
+    shots: Sequence[Conversation] = ()  # examples before it: see `evaluation.shots`
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,18 @@ def answers(
         return evaluate(name, model, encoder, samples, *limits, advance, how, which, known, kept)
 
 
+def with_references(rows: Sequence[HeldRow]) -> list[dict[str, Any]]:
+    """Rows of which the reference stands as the answer, to look whether a metric is of them."""
+    found = []
+    for row in rows:
+        text = row.sample.reference
+        value = None if text is None else 0.0
+        place = {"file": row.file, "row": row.row, "columns": row.columns}
+        loss = {"loss": value, "loss_tokens": 1, "token_accuracy": value}
+        found.append({**place, **loss, "reference": text, "prediction": text or ""})
+    return found
+
+
 def pairs(
     name: str, model: Any, encoder: Encoder, rows: Sequence[HeldRow], batch_size: int, max_length: int | None,
     train_on: str = "assistant", reference: Reference | None = None, which: Sequence[Metric] | None = None,

@@ -24,7 +24,10 @@ class Part:
     held: HeldOut
     general: bool
     shots: int
+    """Of multiple choice."""
     chosen: list[Metric]
+    asked_with: dict[str, Any]
+    """What table and JSON say of how all models were asked."""
 
 
 def bases_of_each(tuned: Sequence[Target], there: Sequence[Target]) -> list[Target | None]:
@@ -103,8 +106,7 @@ def found_in(
     if show_changes and pairs and not changed:
         note(f"{part.name}: no metric of single rows is compared, and no row has changed in one")
     tuned = [each[0] for target, each in zip(targets, measured, strict=True) if target.trained]
-    asked_with = {"shots": part.shots} if part.held.kind == "choices" else {}
     return Found(
-        part.name, part.held.name, results, comparisons, part.chosen, tuned or results[:1], asked_with,
+        part.name, part.held.name, results, comparisons, part.chosen, tuned or results[:1], part.asked_with,
         [changes(*pair, metric, show_changes) for pair in pairs for metric in changed], part.general, lost,
     )  # fmt: skip

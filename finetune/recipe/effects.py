@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from finetune.recipe.sections import DRAWING, GenerationConfig, Section, SourceConfig, as_list
+from finetune.recipe.sections import DuringConfig, GenerationConfig, Section, SourceConfig, as_list
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,14 @@ MODEL = (
     "offload_folder", "quantization", "quantization_type", "attn_implementation",
 )  # fmt: skip
 
+DURING = ("eval.during", *keys("eval.during", *DuringConfig.model_fields))
+
 IDLE: tuple[Idle, ...] = (
     # stages
     Idle(
         keys("train", "neftune_noise_alpha", "label_smoothing_factor", "torch_compile", "eval_steps",
-             "early_stopping_patience", "load_best_model_at_end", "group_by_length", "per_device_eval_batch_size"),
+             "early_stopping_patience", "load_best_model_at_end", "metric_for_best_model", "group_by_length",
+             "per_device_eval_batch_size"),
         in_stage("ppo"), NO_PPO),
     Idle(("train.optim",), lambda r: r.stage == "ppo" and r.train.optim == "muon", NO_PPO),
     Idle(keys("data", "packing", "eval_split", "train_on", "cache"), in_stage("ppo"), NO_PPO),
@@ -79,12 +82,18 @@ IDLE: tuple[Idle, ...] = (
     Idle(("data.train_on",), in_stage("reward"), "an answer is scored once, at its end"),
     Idle(("data.cache",), in_stage("pretrain", *PREFERENCE), "only ft sft keeps tokenised rows on disk"),
     Idle(
-        (*keys("eval", "max_new_tokens", "batch_size", "thinking"),
+        (*keys("eval", "max_new_tokens", "batch_size", "thinking", "shots", "shots_from"),
          *keys("eval.generation", *GenerationConfig.model_fields)),
         in_stage("reward"), "a reward model scores and writes nothing"),
+    Idle(DURING, in_stage("reward"), "a reward model scores and writes nothing"),
+    Idle(DURING, in_stage("pretrain"), "raw text is not answered"),
     Idle(
-        keys("eval.generation", *DRAWING), lambda r: not r.eval.generation.drawn, "answers are greedy",
+        keys("eval.generation", "top_k", "top_p"), lambda r: not r.eval.generation.drawn, "answers are greedy",
         "set eval.generation.temperature above 0"),
+    Idle(
+        ("eval.generation.seed",), lambda r: not r.eval.generation.drawn and not r.eval.shots, "answers are greedy",
+        "set eval.generation.temperature above 0"),
+    Idle(("eval.shots_from",), lambda r: not r.eval.shots, "no shots are given", "set eval.shots"),
     Idle(
         ("eval.generation.num_beams",), lambda r: r.eval.generation.drawn, "beams are not drawn",
         "leave it out, or set eval.generation.temperature: 0"),
@@ -93,9 +102,18 @@ IDLE: tuple[Idle, ...] = (
         "dropout is off here: with it the policy would differ from its own reference before it has learned anything"),
     # held-out rows
     Idle(
-        keys("train", "eval_steps", "load_best_model_at_end", "early_stopping_patience", "per_device_eval_batch_size"),
-        lambda r: r.data.eval_split is None, "no rows are held out to measure a loss on",
+        DURING, lambda r: r.data.eval_split is None and r.eval.data is None, "no rows are held out to be answered",
+        "set data.eval_split, for example 5%, or eval.data"),
+    Idle(
+        keys("train", "eval_steps", "per_device_eval_batch_size"), lambda r: r.data.eval_split is None,
+        "no rows are held out to measure a loss on", "set data.eval_split, for example 5%"),
+    Idle(
+        keys("train", "load_best_model_at_end", "early_stopping_patience", "metric_for_best_model"),
+        lambda r: r.data.eval_split is None and r.eval.during is None, "no rows are held out to measure a loss on",
         "set data.eval_split, for example 5%"),
+    Idle(
+        ("train.metric_for_best_model",), lambda r: not r.keeps_best, "the last weights are kept",
+        "set train.load_best_model_at_end: true, or leave it out"),
     # optimisation
     Idle(
         ("train.lr_min_ratio",),

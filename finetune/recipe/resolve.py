@@ -63,7 +63,11 @@ def absolute_rewards(reward: RewardSources) -> RewardSources:
 def absolute_eval(section: EvalConfig) -> EvalConfig:
     """The same, found from any folder."""
     names = section.metrics and [absolute_function(name) for name in section.metrics]
-    return section.model_copy(update={"data": absolute_sets(section.data), "metrics": names})
+    drawn = {"shots_from": section.shots_from and absolute_data(section.shots_from)}
+    during = section.during
+    if during is not None and during.metrics:
+        during = during.model_copy(update={"metrics": [absolute_function(name) for name in during.metrics]})
+    return section.model_copy(update={"data": absolute_sets(section.data), "metrics": names, "during": during, **drawn})
 
 
 def absolute_sets(data: Any) -> Any:
@@ -124,7 +128,8 @@ def resolve(recipe: R, hardware: Hardware) -> R:
     """
     model, train, data = recipe.model, recipe.train, recipe.data
     micro, accumulation = batch_layout(*a_step(recipe), hardware)
-    best = train.load_best_model_at_end or train.early_stopping_patience is not None
+    best, during = recipe.keeps_best, recipe.eval.during
+    at_saves = train.save_steps if best and recipe.eval_every is None else None
     evaluates = data.eval_split is not None and not isinstance(recipe, PpoRecipe)
     places = {
         "name": model.name if model.source in REMOTE else absolute(model.name),
@@ -142,14 +147,16 @@ def resolve(recipe: R, hardware: Hardware) -> R:
         ),
         "load_best_model_at_end": best,
         # The best model can only be kept where it was evaluated.
-        "save_steps": train.save_steps or (train.eval_steps if best else None),
-        "eval_steps": train.eval_steps or (train.save_steps if best else None),
+        "save_steps": train.save_steps or (recipe.best_every if best else None),
+        "eval_steps": train.eval_steps or at_saves,
     }
+    if during is not None and at_saves:
+        during = during.model_copy(update={"steps": at_saves})
     sections: dict[str, Any] = {
         "model": model.model_copy(update={**places, "dtype": compute_dtype(model.dtype, hardware)}),
         "data": data.model_copy(update={"train": [absolute_source(s) for s in as_list(data.train)]}),
         "train": train.model_copy(update=steps),
-        "eval": absolute_eval(recipe.eval),
+        "eval": absolute_eval(recipe.eval.model_copy(update={"during": during})),
         "output": OutputConfig(dir=absolute(recipe.output.dir, exists_only=False)),
     }
     if isinstance(recipe, PpoRecipe):

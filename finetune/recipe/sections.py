@@ -298,16 +298,21 @@ class TrainConfig(Section):
     logging_steps: Count = 10
     """Steps between rows of metrics.jsonl."""
     eval_steps: Count | None = None
-    """Steps between evaluations of the held-out loss (data.eval_split); unset: at the end of every epoch."""
+    """Steps between evaluations of the held-out loss (data.eval_split); unset: as eval.during.steps, or at the end of
+    every epoch."""
     save_steps: Count | None = None
-    """Steps between checkpoints; unset: at the end of every epoch. With load_best_model_at_end a multiple of
-    eval_steps, and equal to it when unset."""
+    """Steps between checkpoints; unset: at the end of every epoch. With load_best_model_at_end a multiple of the steps
+    between evaluations, and equal to them when unset."""
     save_total_limit: Count = 2
     """Checkpoints kept (the best one beside them)."""
     load_best_model_at_end: bool = False
-    """Keep the checkpoint with the lowest held-out loss instead of the last."""
+    """Keep the checkpoint that is best in metric_for_best_model instead of the last."""
+    metric_for_best_model: str | None = None
+    """What the best checkpoint is best in: a held-out figure of the stage (loss, of pairs rewards/accuracies, …) or a
+    metric of eval.during; lower or higher is better as that metric has it. Unset: the held-out loss, or without
+    data.eval_split the first metric of eval.during."""
     early_stopping_patience: Count | None = None
-    """Stop after this many evaluations without a lower held-out loss; implies load_best_model_at_end."""
+    """Stop after this many evaluations without a better metric_for_best_model; implies load_best_model_at_end."""
 
 
 class GenerationConfig(Section):
@@ -325,7 +330,7 @@ class GenerationConfig(Section):
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """Scores of tokens that stand in the prompt or the answer already are divided by it (times it, below 0); 1: off."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the drawn answers: the same row and seed give the same answer, whatever the batch size."""
+    """Of the drawn answers (the same row and seed give the same answer, whatever the batch size), and of eval.shots."""
 
     @property
     def drawn(self) -> bool:
@@ -362,6 +367,18 @@ def metric_names(value: Any) -> Any:
 
 
 MetricNames = BeforeValidator(metric_names, json_schema_input_type=str | list[str] | None)
+
+
+class DuringConfig(Section):
+    """Held-out rows that are answered while the run trains, as `ft eval` would answer them."""
+
+    steps: Count | None = None
+    """Steps between the evaluations (of `ft ppo`: rollouts); unset: as train.eval_steps, or at the end of every
+    epoch. Beside train.eval_steps a multiple of it."""
+    metrics: Annotated[list[str] | None, MetricNames] = None
+    """What is measured of the answers, as in eval.metrics; unset: what suits the rows."""
+    limit: Count = 100
+    """Only the first n held-out rows."""
 
 
 class EvalSet(Section):
@@ -442,8 +459,13 @@ class EvalConfig(Section):
     metrics: Annotated[list[str] | None, MetricNames] = None
     """What `ft eval` measures: names, regex:PATTERN, file.py:function; unset: what suits the rows."""
     shots: Annotated[int, Field(ge=0)] | None = None
-    """Examples with their answers before each question of multiple choice, from the subject's dev file; unset: 5, or as
-    many as there are."""
+    """Examples with their answers before each row, as earlier turns of the conversation: drawn for each row by
+    generation.seed, never the row itself; unset: none. Of multiple choice the first of the subject's dev file; unset:
+    5, or as many as there are."""
+    shots_from: str | None = None
+    """File that shots are drawn from; unset: data.train, or for a model without a run the other held-out rows."""
+    during: DuringConfig | None = None
+    """Answer held-out rows (of eval.data, otherwise of data.eval_split) while the run trains; {} with the defaults."""
 
     @property
     def sets(self) -> list[HeldSet]:

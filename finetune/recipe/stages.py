@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, model_validator
@@ -21,9 +22,28 @@ from finetune.recipe.sections import (
 )
 
 
+def metric_name(name: str) -> str:
+    """What a metric is called in figures: of a function file.py:function without its folder."""
+    if name.startswith("regex:") or not re.search(r"\.py:\w*$", name):
+        return name
+    return name.replace("\\", "/").rpartition("/")[2]
+
+
 class PpoTrainConfig(TrainConfig):
     warmup_steps: Annotated[float, Field(ge=0)] = 0.0
     """Linear warm-up: a number of rollouts, or below 1 a fraction of all. The first of them learns nothing."""
+
+
+PAIR_FIGURES = {
+    "loss": False, "rewards/accuracies": True, "rewards/margins": True, "rewards/chosen": True,
+    "rewards/rejected": False,
+}  # fmt: skip
+HELD_OUT_FIGURES: dict[str, dict[str, bool]] = {
+    "pretrain": {"loss": False}, "sft": {"loss": False, "mean_token_accuracy": True},
+    "reward": {"loss": False, "accuracy": True, "margin": True}, "dpo": PAIR_FIGURES,
+    "kto": PAIR_FIGURES, "ppo": {},
+}  # fmt: skip
+"""stage -> what its trainer measures on the rows of data.eval_split, and whether higher is better."""
 
 
 class BaseRecipe(Section):
@@ -66,12 +86,65 @@ class BaseRecipe(Section):
 
     @model_validator(mode="after")
     def _best_on_disk(self) -> BaseRecipe:
-        train = self.train
-        best = train.load_best_model_at_end or train.early_stopping_patience is not None
-        if best and train.save_steps and train.eval_steps and train.save_steps % train.eval_steps:
-            what = f"{train.save_steps} is no multiple of eval_steps {train.eval_steps}"
+        train, during = self.train, self.eval.during
+        if during is not None and during.steps and train.eval_steps and during.steps % train.eval_steps:
+            what = f"{during.steps} is no multiple of train.eval_steps {train.eval_steps}"
+            raise ValueError(f"eval.during.steps: {what}; leave one of them out")
+        every = self.best_every
+        if self.keeps_best and train.save_steps and every and train.save_steps % every:
+            key = "eval_steps" if every == train.eval_steps else "eval.during.steps"
+            what = f"{train.save_steps} is no multiple of {key} {every}"
             raise ValueError(f"train.save_steps: {what}: the best model would not be on disk; leave one of them out")
         return self
+
+    @model_validator(mode="after")
+    def _best_known(self) -> BaseRecipe:
+        figures, during = HELD_OUT_FIGURES[self.stage], self.eval.during
+        if self.train.metric_for_best_model is None or not self.keeps_best or not figures:
+            return self
+        if self.best_in in figures:
+            if self.data.eval_split is None and during is not None:
+                what = f"{self.best_in} is measured on the rows of data.eval_split, and none are held out"
+                raise ValueError(f"train.metric_for_best_model: {what}; set it, or name a metric of eval.during")
+        elif during is None:
+            what = f"{self.best_in} is no held-out figure of ft {self.stage}"
+            answers = "" if self.stage in ("pretrain", "reward") else ", or set eval.during"
+            raise ValueError(f"train.metric_for_best_model: {what}; one of {', '.join(figures)}{answers}")
+        elif during.metrics is not None and self.best_in not in [*map(metric_name, during.metrics)]:
+            what = f"{self.best_in} is not in eval.during.metrics ({', '.join(during.metrics)})"
+            raise ValueError(f"train.metric_for_best_model: {what}; add it there, or name one of them")
+        return self
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best checkpoint is kept rather than the last."""
+        return self.train.load_best_model_at_end or self.train.early_stopping_patience is not None
+
+    @property
+    def best_in(self) -> str | None:
+        """train.metric_for_best_model without transformers' `eval_`; None for the first metric of eval.during."""
+        named = self.train.metric_for_best_model
+        if named is None:
+            return None if self.data.eval_split is None and self.eval.during is not None else "loss"
+        return metric_name(named.removeprefix("eval_"))
+
+    @property
+    def best_in_answers(self) -> bool:
+        """Whether that is a metric of eval.during."""
+        return self.eval.during is not None and self.best_in not in HELD_OUT_FIGURES[self.stage]
+
+    @property
+    def eval_every(self) -> int | None:
+        """Steps between evaluations of any kind; None at the end of every epoch."""
+        during = self.eval.during
+        loss = self.train.eval_steps if self.data.eval_split is not None else None
+        return loss or (None if during is None else during.steps)
+
+    @property
+    def best_every(self) -> int | None:
+        """Steps between evaluations of metric_for_best_model."""
+        during = self.eval.during
+        return (during.steps if self.best_in_answers and during is not None else None) or self.eval_every
 
     @property
     def _passes_may_differ(self) -> bool:

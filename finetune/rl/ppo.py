@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ import numpy as np
 from finetune.data.encoder import Encoder
 from finetune.data.prompts import Prompt
 from finetune.errors import Interrupted, RunError
-from finetune.evaluation.generation import not_followed, notice, seeded
+from finetune.evaluation.during import figures_of
+from finetune.evaluation.generation import behind_thinking, not_followed, notice, seeded
 from finetune.evaluation.rewards import Scorer
-from finetune.metrics import mean, paired
+from finetune.metrics import Metric, mean, paired
 from finetune.models.hardware import peak_memory_gb
 from finetune.recipe.stages import PpoRecipe
 from finetune.rl import arithmetic
@@ -63,6 +64,8 @@ class Ppo:
     encoder: Encoder
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt] = ()
+    metrics: Sequence[Metric] = ()
+    """Of replies to held-out prompts, measured as eval.during says."""
     rules: Mapping[str, Scorer]
     """By name, beside the reward model of `models`."""
     arguments: dict[str, Any]
@@ -74,7 +77,9 @@ class Ppo:
 
     def __post_init__(self) -> None:
         recipe, models = self.recipe, self.models
-        self.batch, _, self.total = rollouts(recipe, len(self.prompts))
+        self.batch, per_epoch, self.total = rollouts(recipe, len(self.prompts))
+        during = recipe.eval.during
+        self.every = None if during is None else during.steps or per_epoch
         minibatch = self.batch // recipe.ppo.num_mini_batches
         self.collector = Collector(recipe, models, self.encoder, self.rules, minibatch, self.rows)
         self.learner = Learner(recipe, models, self.collector.sampling, self.rows, self.total, self.arguments)
@@ -110,6 +115,8 @@ class Ppo:
         try:
             while state.step < self.total and not guard.stopped:
                 row = self.step(proof)
+                if self.every is not None and state.step % self.every == 0:
+                    row |= self.held_out_row()
                 state.losses.append(row["loss"])
                 state.seconds = time.perf_counter() - begun
                 self.log(row)
@@ -182,7 +189,7 @@ class Ppo:
         step = self.state.step
         row["tokens_per_second"] = self.progress.rate(row.pop("tokens"))
         self.progress.step(step)
-        logged = step % self.recipe.train.logging_steps == 0 or step in (1, self.total)
+        logged = step % self.recipe.train.logging_steps == 0 or step in (1, self.total) or "eval_reward_mean" in row
         if logged:
             self.run.append_metrics(row)
             self.progress.log(row)
@@ -207,11 +214,31 @@ class Ppo:
     # --- held-out prompts ---
 
     def held_out_scores(self) -> list[float]:
-        """Scores of replies to the held-out prompts, sampled with a seed of their own."""
-        what = task("answering held-out prompts", len(self.held_out), "replies")
-        with what as advance, seeded(self.recipe.train.seed + EVALUATION_SEED, self.models.device):
-            _, texts = self.collector.answer(self.held_out, advance)
-            return self.collector.score(self.held_out, texts)[0]
+        """Scores of replies to the held-out prompts."""
+        with task("answering held-out prompts", len(self.held_out), "replies") as advance:
+            return self.held_out_replies(self.held_out, advance)[1]
+
+    def held_out_replies(
+        self, prompts: Sequence[Prompt], on_batch: Callable[[int], None] = lambda n: None
+    ) -> tuple[list[str], list[float]]:
+        """(replies, their scores), sampled with a seed of their own."""
+        with seeded(self.recipe.train.seed + EVALUATION_SEED, self.models.device):
+            _, texts = self.collector.answer(prompts, on_batch)
+            return texts, self.collector.score(prompts, texts)[0]
+
+    def held_out_row(self) -> dict[str, Any]:
+        """What metrics.jsonl says of replies to the first held-out prompts: their scores and eval.during.metrics."""
+        assert self.recipe.eval.during is not None
+        prompts = self.held_out[: self.recipe.eval.during.limit]
+        self.progress.doing(f"answering {len(prompts):,} held-out prompts")
+        texts, scores = self.held_out_replies(prompts)
+        low, high = paired([0.0] * len(scores), scores)["ci"]
+        rows = [
+            {**row, **behind_thinking(self.encoder, prompt.ids, text)}
+            for row, prompt, text in zip(answered_rows(prompts), prompts, texts, strict=True)
+        ]
+        found = {"reward_mean": mean(scores), "reward_mean_ci": [low, high], **figures_of(self.metrics, rows)}
+        return {f"eval_{name}": value for name, value in found.items()}
 
     def compared(self) -> dict[str, Any]:
         before, after = self.state.before, self.held_out_scores()
@@ -220,6 +247,16 @@ class Ppo:
             "reward_before": mean(before), "reward_mean": mean(after), "reward_difference": difference["difference"],
             "reward_difference_ci": difference["ci"], "n": len(after),
         }  # fmt: skip
+
+
+def answered_rows(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """Rows for metrics, with the reference as the answer."""
+    found = []
+    for i, prompt in enumerate(prompts, 1):
+        text = prompt.columns["reference"]
+        place = {"file": "eval.data", "row": i, "columns": prompt.columns}
+        found.append({**place, "reference": text, "prediction": text or ""})
+    return found
 
 
 def repetition(ids: Sequence[int]) -> float:

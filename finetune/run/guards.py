@@ -17,7 +17,7 @@ from finetune.recipe.stages import Recipe
 from finetune.run.directory import ASIDE, CONTENTS, LOCK, MARK, Run, resumable
 
 WEIGHTS = ("", ".json", ".safetensors", ".jinja", ".model", ".bin", ".pt")  # what lies in adapter/ and model/
-DATA_KEYS = ("data.train", "eval.data", "reward.train")
+DATA_KEYS = ("data.train", "eval.data", "reward.train", "eval.shots_from")
 
 
 def check_output(

@@ -18,7 +18,7 @@ from finetune.terminal.progress import command, shown_path
 # What a recipe may name by another path when a run goes on: it is the content that must be the same.
 PLACES = (
     "output.dir", "model.name", "model.gguf_file", "model.adapter",
-    "model.tokenizer", "model.chat_template", "data.train", "eval.data",
+    "model.tokenizer", "model.chat_template", "data.train", "eval.data", "eval.shots_from",
     "reward.model", "reward.train", "reward.functions",
 )  # fmt: skip
 

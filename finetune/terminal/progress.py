@@ -165,13 +165,16 @@ class Progress:
                 parts.append(f"{name} {value:.3f}")
         if "reward_mean" in row:
             parts = [f"reward {row['reward_mean']:+.3f}", f"KL {row['kl']:.3f}", f"{row['response_length']:.0f} tokens"]
+        for key, value in row.items():
+            if f"{key}_ci" in row and key.startswith("eval_") and key != "eval_loss":
+                parts.append(f"held-out {key.removeprefix('eval_').replace('_', ' ')} {value:.3f}")
         if self.bar is None and "learning_rate" in row:
             parts.append(f"lr {row['learning_rate']:.2e}")
         if "tokens_per_second" in row:
             parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
         parts.append(f"{row['peak_memory_gb']:.1f} GB")
         if self.bar is not None:
-            if "eval_loss" in row:
+            if any(key.startswith("eval_") for key in row):
                 console.print(f"step {row['step']}: " + "  ".join(parts))
             else:
                 self.bar.update(self.task, status="  ".join(parts))

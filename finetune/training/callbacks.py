@@ -6,7 +6,7 @@ import math
 import signal
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from finetune.adapters import adalora
 from finetune.child import HANGUP, at_terminal, leave, stopping
@@ -108,6 +108,14 @@ def check_scale(scaler: Any, step: int) -> None:
             f"the gradients are not finite in float16 at step {step}, whatever the loss scale: "
             "set model.dtype: bfloat16 or float32"
         )
+
+
+class Patience(EarlyStoppingCallback):
+    """Counts the evaluations in which its metric is measured; others may come between them."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if args.metric_for_best_model in metrics:
+            super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
 class Ranks(TrainerCallback):

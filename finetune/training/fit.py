@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from finetune.adapters.methods import METHODS
 from finetune.errors import Interrupted, RunError
@@ -15,7 +15,7 @@ from finetune.run.checkpoints import known_of
 from finetune.run.directory import Run
 from finetune.run.resuming import to_go_on
 from finetune.terminal.progress import Progress
-from finetune.training.callbacks import Guard, Proven, Ranks, Recorder
+from finetune.training.callbacks import Guard, Patience, Proven, Ranks, Recorder
 from finetune.training.trainers import CountOn
 from finetune.training.weight_check import check_finite, trained
 
@@ -27,7 +27,7 @@ def callbacks(recipe: Recipe, run: Run, has_eval: bool) -> list[TrainerCallback]
     if METHODS[recipe.adapter.method].cuts_ranks:
         found.append(Ranks(recipe.adapter))
     if may_stop:
-        found.append(EarlyStoppingCallback(early_stopping_patience=recipe.train.early_stopping_patience))
+        found.append(Patience(early_stopping_patience=recipe.train.early_stopping_patience))
     return found
 
 
@@ -48,6 +48,7 @@ def fit(trainer: Any, run: Run, checkpoint: Path | None, inputs: dict[str, str])
     if checkpoint is not None:
         run.forget_after(int(checkpoint.name.rpartition("-")[2]))
     trainer.inputs = inputs
+    trainer.doing = next(c.progress.doing for c in trainer.callback_handler.callbacks if isinstance(c, Recorder))
     trainer.add_callback(CountOn(trainer, checkpoint))
     found = trainer.callback_handler.callbacks
     guard, proven, recorder = (next(c for c in found if isinstance(c, kind)) for kind in (Guard, Proven, Recorder))
@@ -76,11 +77,12 @@ def fit(trainer: Any, run: Run, checkpoint: Path | None, inputs: dict[str, str])
 
 def of_the_saved_weights(trainer: Any, run: Run) -> dict[str, float]:
     """The evaluation of the weights that the model holds now: the best or the last; {} without held-out rows."""
-    if trainer.eval_dataset is None:
+    wanted = trainer.measured()
+    if not wanted:
         return {}
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     step = int(best.rpartition("-")[2]) if best else trainer.state.global_step
-    rows = [row for row in run.read_metrics() if row.get("step") == step and "eval_loss" in row]
-    row = rows[-1] if rows else trainer.evaluate()
+    rows = [row for row in run.read_metrics() if row.get("step") == step and wanted <= row.keys()]
+    row = rows[-1] if rows else trainer.evaluate_all()
     timed = ("_runtime", "_per_second", "_time")
     return {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_") and not k.endswith(timed)}

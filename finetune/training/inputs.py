@@ -37,6 +37,8 @@ def known_inputs(
     found["data.train"] = digest(_rows(recipe.data.train))
     if recipe.eval.paths is not None:
         found["eval.data"] = digest(_rows([data_sources.held_out(path) for path in recipe.eval.paths]))
+    if recipe.eval.during is not None and recipe.eval.shots_from is not None:
+        found["eval.shots_from"] = digest(_rows(recipe.eval.shots_from))
     if isinstance(recipe, PpoRecipe):
         found |= _reward_inputs(recipe.reward)
     if resume:

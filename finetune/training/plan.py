@@ -46,12 +46,13 @@ def layout(recipe: Recipe, samples: int, rows: int, hardware: Hardware) -> Layou
     if METHODS[recipe.adapter.method].cuts_ranks and total < 2:
         what = "ranks are shared out between the first step and the last, and the run has one"
         raise UserError(what, key="train.max_steps", fix="take 2 steps or more")
-    every = train.eval_steps
-    if recipe.data.eval_split is not None and every is not None and every > total:
-        raise UserError(
-            f"{every} steps between evaluations, and the run has {total}: there would be none", key="train.eval_steps",
-            fix="lower it, or leave it out (then it is at the end of every epoch)",
-        )  # fmt: skip
+    during = recipe.eval.during
+    found = {"train.eval_steps": recipe.data.eval_split is not None and train.eval_steps,
+             "eval.during.steps": during is not None and during.steps}  # fmt: skip
+    for key, every in found.items():
+        if every and every > total:
+            what = f"{every} steps between evaluations, and the run has {total}: there would be none"
+            raise UserError(what, key=key, fix="lower it, or leave it out (then it is at the end of every epoch)")
     return Layout(micro, accumulation, per_epoch, total)
 
 
@@ -85,10 +86,15 @@ def other_devices(recipe: Recipe) -> str | None:
     return f"{count} GPUs are here and one is used (CUDA_VISIBLE_DEVICES chooses which)"
 
 
-def arguments(recipe: Recipe, run: Run, plan: Layout, hardware: Hardware, has_eval: bool) -> dict[str, Any]:
-    """transformers' TrainingArguments of a resolved recipe."""
+def arguments(
+    recipe: Recipe, run: Run, plan: Layout, hardware: Hardware, has_eval: bool, best: tuple[str, bool] = ("loss", False)
+) -> dict[str, Any]:
+    """transformers' TrainingArguments of a resolved recipe.
+
+    best: what the best checkpoint is best in, and whether higher is better.
+    """
     train = recipe.train
-    steps = "steps" if train.eval_steps else "epoch"
+    steps = "steps" if recipe.eval_every else "epoch"
     keep_best, fused = train.load_best_model_at_end and has_eval, train.optim == "adamw" and hardware.device == "cuda"
     return {
         "output_dir": str(run.checkpoints),
@@ -119,14 +125,14 @@ def arguments(recipe: Recipe, run: Run, plan: Layout, hardware: Hardware, has_ev
         "logging_steps": train.logging_steps,
         "logging_nan_inf_filter": False,  # a NaN must be seen, not averaged away
         "eval_strategy": steps if has_eval else "no",
-        "eval_steps": train.eval_steps,
+        "eval_steps": recipe.eval_every,
         "prediction_loss_only": True,  # accumulated logits are how evaluation runs out of memory
         "save_strategy": "steps" if train.save_steps else "epoch",
         "save_steps": train.save_steps or 500,
         "save_total_limit": None,  # `trainers.Extras` takes old ones away, once the new one is complete
         "load_best_model_at_end": keep_best,
-        "metric_for_best_model": "eval_loss" if keep_best else None,
-        "greater_is_better": False if keep_best else None,
+        "metric_for_best_model": f"eval_{best[0]}" if keep_best else None,
+        "greater_is_better": best[1] if keep_best else None,
         "remove_unused_columns": False,
         "disable_tqdm": True,
         "report_to": "none",

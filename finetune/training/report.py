@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finetune.metrics import METRICS
 from finetune.run.directory import Run
 from finetune.run.writing import write_atomically
 
@@ -18,7 +19,8 @@ PANELS: tuple[tuple[str, list[tuple[str, str, str]]], ...] = (
     (
         "reward",
         [("reward_mean", "score of the replies", "-"), ("rewards/chosen", "chosen", "-"),
-         ("rewards/rejected", "rejected", "-"), ("mean_reward", "mean score", "-")],
+         ("rewards/rejected", "rejected", "-"), ("mean_reward", "mean score", "-"),
+         ("eval_reward_mean", "score of held-out replies", "o-")],
     ),
     (
         "margin",
@@ -37,6 +39,23 @@ PANELS: tuple[tuple[str, list[tuple[str, str, str]]], ...] = (
 )  # fmt: skip
 
 
+def answered(rows: list[dict[str, Any]]) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Panels of the metrics of held-out answers: shares in one, anything else in one of its own."""
+    others = {key for _, lines in PANELS for key, _, _ in lines}
+    names = {metric.name for metric in METRICS if metric.needs == "prediction"}
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key.startswith("eval_")]
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for key in keys:
+        name = key.removeprefix("eval_")
+        if key in others or key.endswith("_ci") or not (name in names or ":" in name):
+            continue
+        values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
+        share = all(0 <= value <= 1 for value in values)
+        label = name if ":" in name else name.replace("_", " ")
+        found.setdefault("held-out answers" if share else label, []).append((key, label, "o-"))
+    return [*found.items()]
+
+
 LOG_FROM = 20.0  # a loss that falls by more than this shows nothing of its end on a linear axis
 
 
@@ -52,7 +71,8 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str = "") -> None:
         points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
         return [x for x, _ in points], [y for _, y in points]
 
-    drawn = [(axis, [line for line in lines if series(line[0])[0]]) for axis, lines in PANELS]
+    panels = (PANELS[0], *answered(rows), *PANELS[1:])
+    drawn = [(axis, [line for line in lines if series(line[0])[0]]) for axis, lines in panels]
     drawn = [(axis, lines) for axis, lines in drawn if lines] or [PANELS[0]]
     heights = [2.0, *[1.0] * (len(drawn) - 1)]
     figure, axes = pyplot.subplots(

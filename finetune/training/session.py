@@ -35,6 +35,7 @@ from finetune.models.quantization import check_network, is_held_quantized, plann
 from finetune.models.rope import check_length
 from finetune.recipe.file import to_yaml
 from finetune.recipe.resolve import Hardware, resolve
+from finetune.recipe.stages import HELD_OUT_FIGURES
 from finetune.run.directory import Run
 from finetune.run.opening import open_run
 from finetune.run.resuming import check_resumable
@@ -46,6 +47,7 @@ from finetune.training.fit import fit as fit_trainer
 from finetune.training.inputs import known_inputs
 from finetune.training.plan import Layout, arguments, few_rows, few_updates, layout, other_devices
 from finetune.training.start import seed_everything
+from finetune.training.trainers import During
 
 REPLIES = {"ppo": "ppo.max_new_tokens"}
 """stage -> the key of how long its replies may be, where it writes some."""
@@ -62,6 +64,8 @@ class Session(Generic[AnyRecipe]):
     layout: Layout = field(default_factory=lambda: Layout(0, 0, 0, 0))
     notes: list[str] = field(default_factory=list)
     """What was found and did not stop the run; they go to result.json."""
+    during: During | None = None
+    """Answers held-out rows while the run trains, where the recipe asks for it."""
     folder: Run = field(init=False)
     known: dict[str, str] = field(init=False)
     """What the run reads, by content."""
@@ -99,10 +103,19 @@ class Session(Generic[AnyRecipe]):
 
     @property
     def has_eval(self) -> bool:
-        return self.rows.eval is not None
+        return self.rows.eval is not None or self.during is not None
+
+    @property
+    def best(self) -> tuple[str, bool]:
+        """What the best checkpoint is best in, and whether higher is better."""
+        name = self.recipe.best_in
+        if self.during is None or not self.recipe.best_in_answers:
+            return str(name), HELD_OUT_FIGURES[self.recipe.stage].get(str(name), False)
+        metric = next(one for one in self.during.metrics if name in (None, one.name))
+        return metric.name, not metric.lower_is_better
 
     def arguments(self) -> dict[str, Any]:
-        return arguments(self.recipe, self.folder, self.layout, self.machine, self.has_eval)
+        return arguments(self.recipe, self.folder, self.layout, self.machine, self.has_eval, self.best)
 
     def callbacks(self) -> list[Any]:
         return callbacks(self.recipe, self.folder, self.has_eval)
@@ -159,6 +172,7 @@ class Session(Generic[AnyRecipe]):
         """
         base = base or self.base
         checkpoint = self.folder.usable_checkpoint() if self.resume else None
+        trainer.during = self.during
         outcome = (fit or fit_trainer)(trainer, self.folder, checkpoint, self.known)
         weights = save(self.recipe, self.folder, trainer.model, base, self.template)
         self.note(look(self.folder))

@@ -9,23 +9,26 @@ gives every row of a step the same weight, however the step is cut into passes.
 from __future__ import annotations
 
 import math
+import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetune.adapters import adalora
 from finetune.adapters.resume import load_state, save_state
 from finetune.errors import RunError
-from finetune.metrics import ratio_interval
+from finetune.metrics import Metric, ratio_interval
 from finetune.recipe.sections import TrainConfig
 from finetune.run.checkpoints import complete, damage, known_of, rotate
 from finetune.training.loss_parts import balances, scores_are_its_own
@@ -39,6 +42,7 @@ RESAMPLED = 10  # batches of held-out rows from which on they are resampled for 
 class Extras:
     """Mixed in before a transformers Trainer."""
 
+    recipe: Any
     recipe_train: TrainConfig
     loraplus_lr_ratio: float | None = None
     length_columns: tuple[str, ...] = ("input_ids",)
@@ -49,6 +53,7 @@ class Extras:
     control: Any
     state: Any
     train_dataset: Any
+    eval_dataset: Any
     callback_handler: Any
     current_gradient_accumulation_steps: int
     batches: list[Any]
@@ -57,13 +62,17 @@ class Extras:
     _total_train_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.batches, given = [], kwargs["args"]
-        if hasattr(given, "router_aux_loss_coef") and not balances(kwargs["model"]):
-            given.router_aux_loss_coef = 0.0
+        self.batches, settings = [], kwargs["args"]
+        if hasattr(settings, "router_aux_loss_coef") and not balances(kwargs["model"]):
+            settings.router_aux_loss_coef = 0.0
         if not kwargs["model"].supports_gradient_checkpointing:  # who asks for it was told (session.prepare)
-            given.activation_checkpointing = given.gradient_checkpointing = False
+            settings.activation_checkpointing = settings.gradient_checkpointing = False
+        strategy = settings.eval_strategy
+        if kwargs.get("eval_dataset") is None:
+            settings.eval_strategy = IntervalStrategy.NO  # transformers asks for rows otherwise
         with unrounded(kwargs["model"]):
             super().__init__(*args, **kwargs)
+        settings.eval_strategy = strategy
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -182,6 +191,58 @@ class Extras:
 
     # --- held-out rows ---
 
+    during: During | None = None
+    doing: Callable[[str], None] = staticmethod(lambda what: None)
+    """Is told what a long step is at."""
+    all_due = False
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The held-out loss, the answers' metrics, or both. What is trained afterwards is as it would be without."""
+        with undisturbed(self.model):
+            if self.eval_dataset is not None:
+                found: dict[str, float] = super().evaluate(*args, **kwargs)  # type: ignore[misc]
+                return found
+            self.model.eval()  # trl logs what it has of training otherwise
+            figures = self.answered()
+            self.log(figures)  # type: ignore[attr-defined]
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+            return figures
+
+    def evaluate_all(self) -> dict[str, float]:
+        """All of it, whatever the step."""
+        self.all_due = True
+        return self.evaluate()
+
+    def measured(self) -> set[str]:
+        """The keys of an evaluation in which nothing is left out."""
+        loss = {"eval_loss"} if self.eval_dataset is not None else set()
+        return loss | {f"eval_{metric.name}" for metric in (self.during.metrics if self.during else ())}
+
+    def answers_due(self) -> bool:
+        """At their own steps, and in the evaluation of the last one."""
+        step, last = self.state.global_step, self.state.max_steps
+        return self.during is not None and (self.all_due or step >= last or self.during.due(step))
+
+    def answered(self) -> dict[str, Any]:
+        """The metrics of answers to held-out rows, where they are due."""
+        if not self.answers_due():
+            return {}
+        assert self.during is not None
+        with self.accelerator.autocast():
+            figures = self.during.figures(self.model, self.doing)
+        return {f"eval_{name}": value for name, value in figures.items()}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """RunError where the metric was not measured; where it is not due, nothing is better."""
+        key, recipe = self.args.metric_for_best_model, self.recipe
+        if key is not None and key not in metrics:
+            if recipe.best_in_answers and not self.answers_due():
+                return False
+            found = ", ".join(k.removeprefix("eval_") for k, v in metrics.items() if isinstance(v, float))
+            raise RunError(f"train.metric_for_best_model: no {key.removeprefix('eval_')} was measured, but {found}")
+        best: bool = super()._determine_best_metric(metrics, trial)  # type: ignore[misc]
+        return best
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         found = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         logged = self._metrics["eval"]
@@ -207,6 +268,7 @@ class Extras:
             totals, weights = [value * weight for value, weight in parts], [weight for _, weight in parts]
             output.metrics[f"{prefix}_loss_ci"] = list(ratio_interval(totals, weights))
         self._metrics["eval"].update({key: [value] for key, value in figures.items()})
+        output.metrics.update({f"{prefix}_{key}": value for key, value in figures.items()} | self.answered())
         return output
 
     def figures(self) -> dict[str, float]:
@@ -221,6 +283,31 @@ class Extras:
                 total = sum(weight for _, weight in values)
                 found[key] = sum(value * weight for value, weight in values) / total if total else math.nan
         return found
+
+
+class During(Protocol):
+    """What answers held-out rows while a run trains: `evaluation.during`."""
+
+    metrics: Sequence[Metric]
+
+    def due(self, step: int) -> bool: ...
+
+    def figures(self, model: Any, doing: Callable[[str], None]) -> dict[str, Any]: ...
+
+
+@contextmanager
+def undisturbed(model: Any) -> Iterator[None]:
+    """Afterwards every module trains or not as before, and the same random numbers come as would have come."""
+    modes = [(module, module.training) for module in model.modules()]
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for module, training in modes:
+            module.training = training
 
 
 class CountOn(TrainerCallback):

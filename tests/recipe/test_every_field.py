@@ -124,8 +124,10 @@ VALUES: dict[str, Any] = {
     "source.max_samples": 9, "train.gradient_checkpointing": True, "train.label_smoothing_factor": 0.1,
     "train.lr_scheduler_type": "cosine", "train.optim": "sgd", "train.per_device_train_batch_size": 1,
     "train.save_total_limit": 1,
-    "train.logging_steps": 4,
+    "train.logging_steps": 4, "train.metric_for_best_model": "mean_token_accuracy", "eval.during": {"steps": 2},
+    "eval.during.steps": 2, "eval.during.metrics": ["token_f1"], "eval.during.limit": 1,
     "train.gradient_accumulation_steps": 4, "train.warmup_steps": 2.0, "eval.data": "{fewer}", "eval.limit": 1,
+    "eval.shots_from": "{fewer}",
     "reward.train": "{pairs}", "reward.model": "{tmp}/nothing", "reward.functions": ["{rule}:other"],
     "reward.weights": [2.0], "ppo.models": "separate", "dpo.loss_type": "ipo", "dpo.start": "merge",
     "kto.start": "merge", "ppo.max_kl": 1e-9, "ppo.max_update_kl": 1e-9, "ppo.log_samples_steps": 2,
@@ -154,6 +156,9 @@ BESIDE: dict[str, dict[str, Any]] = {
     "train.lr_decay_ratio": {"train.lr_scheduler_type": "warmup_stable_decay", "train.num_train_epochs": 9.0},
     "train.muon_momentum": MUON, "train.muon_adamw_learning_rate": MUON,
     **{f"eval.generation.{key}": {"eval.generation.temperature": 0.7} for key in DRAWING},
+    "train.metric_for_best_model": {"train.load_best_model_at_end": True},
+    **{f"eval.during.{key}": {"eval.during": {"steps": 1}} for key in ("steps", "metrics", "limit")},
+    "eval.shots_from": {"eval.shots": 2},
     "dpo.simpo_gamma": {"dpo.loss_type": "simpo"}, "ppo.kl_horizon": {"ppo.kl_target": 0.001},
     "ppo.clip_rewards": {"ppo.clip_rewards": 0.01},
     **{f"reward.{key}": {"reward.train": "{pairs}"} for key in (
@@ -286,6 +291,8 @@ def settings_of(key: str, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
         beside, value = {**beside, "data.max_length": 24}, 24 if key == "data.max_length" else value
     if stage == "ppo" and key == "data.max_length":
         beside = {}
+    if stage == "ppo" and key.startswith("eval.during"):
+        beside = {**beside, "eval.data": "{rows}"}
     return beside, {**beside, name: value}
 
 
@@ -354,6 +361,8 @@ class Watch:
         self.seen["order"] = list(trainer._get_train_sampler())
         self.seen["callbacks"] = [(type(c).__name__, getattr(c, "early_stopping_patience", None))
                                   for c in trainer.callback_handler.callbacks]  # fmt: skip
+        asked = trainer.during
+        self.seen["answered"] = asked and (asked.steps, len(asked.rows), [metric.name for metric in asked.metrics])
         self.seen["optimizer"] = groups(trainer.create_optimizer())
         trainer.create_scheduler(trainer.args.max_steps if trainer.args.max_steps > 0 else 40)
         self.seen["rates"] = [f(step) for f in trainer.lr_scheduler.lr_lambdas[:1] for step in range(40)]
@@ -492,6 +501,7 @@ def evaluated(stage: str, settings: dict[str, Any], files: dict[str, Any], monke
             first=target.name,
             metrics=[metric.name for metric in chosen],
             shots=shots,
+            before=[row.shots for row in held.rows],
             limits=(target.eval.max_new_tokens, target.eval.batch_size, str(target.eval.generation)),
             rows=len(held.rows),
             thinking=target.eval.thinking,
@@ -520,10 +530,14 @@ def probe_eval(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, tm
     values: dict[str, Any] = {
         "eval.data": fewer, "eval.limit": 1, "eval.thinking": "on",
         "eval.metrics": ["margin" if stage == "reward" else "loss"], "eval.shots": 2,
+        "eval.shots_from": fewer,
     }  # fmt: skip
     value = values.get(key, 7)
     if key in ("eval.generation.temperature", "eval.generation.top_p", "eval.generation.repetition_penalty"):
         value = 0.5
+    if key == "eval.shots_from":
+        assert key in evaluated(stage, {**data, key: value}, files, monkeypatch, tmp), "there are no shots"
+        data |= {"eval.shots": 2}
     if key.rpartition(".")[2] in DRAWING:
         assert key in evaluated(stage, {**data, key: value}, files, monkeypatch, tmp), "greedy answers need none"
         data |= BESIDE[key]
@@ -596,7 +610,7 @@ def probe_cache(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, t
 PROBES: dict[str, Callable[..., None]] = {
     "data.cache": probe_cache,
     **dict.fromkeys(("eval.data", "eval.max_new_tokens", "eval.batch_size", "eval.limit", "eval.thinking",
-                     "eval.metrics", "eval.shots"), probe_eval),
+                     "eval.metrics", "eval.shots", "eval.shots_from", "eval.shots_from"), probe_eval),
     **{f"eval.generation.{key}": probe_eval for key in GenerationConfig.model_fields},
     **{f"eval.data.{key}": probe_set for key in EvalSet.model_fields},
     **dict.fromkeys(("model.source", "model.revision", "model.gguf_file"), probe_hub_model),
