@@ -55,7 +55,7 @@ TESTED = {
     "layout": "random tiny checkpoint in the published layout computes bit for bit what its Llama does; missing, "
     "unexpected and misshapen weights refused; the tokenizer gives sentencepiece's ids",
 }
-"""How a family is tested. None of them has been run with its published weights or on a GPU; docs/models.md says so."""
+"""How a family is tested; which ran with published weights, docs/models.md says. None ran on a GPU."""
 
 SHARED = "all-linear adapters train attention and the shared expert; the other experts stay frozen; int4, no int8"
 QKV = ("q_proj", "k_proj", "v_proj")
