@@ -57,9 +57,13 @@ class Kept:
         path = cache_folder() / FOLDER / f"{digest}.jsonl"
         if path in self.opened:
             return self.opened[path]
-        path.parent.mkdir(exist_ok=True)
         drawn = bool(settings.get("temperature"))
-        file = path.open("ab", buffering=0)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("ab", buffering=0)
+        except OSError as error:  # an evaluation can do without
+            note(f"no answers can be kept in {path.parent}: {error.strerror}")
+            return Answers({}, None)
         try:
             appending.locked(file, path)
         except UserError:
@@ -68,18 +72,14 @@ class Kept:
             return Answers({}, None)
         known, size = lines_of(path) if self.resume else ({}, 0)
         file.truncate(size)
+        if self.resume:
+            note(
+                f"--resume: {len(known):,} answers are there"
+                if known
+                else "--resume: no answers are there to go on with"
+            )
         self.opened[path] = Answers(known, file, drawn)
         return self.opened[path]
-
-    def tell_known(self) -> None:
-        """What there is to go on with."""
-        if self.resume:
-            count = sum(len(answers.known) for answers in self.opened.values())
-            note(
-                f"{count:,} answers are there already"
-                if count
-                else "--resume: no answers are kept of such an evaluation"
-            )
 
     def close(self, done: bool) -> None:
         """done: everything is reported, and nothing needs to be kept."""
