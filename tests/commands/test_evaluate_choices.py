@@ -330,7 +330,6 @@ def test_token_accuracy_is_the_share_of_most_probable_tokens(base: Path) -> None
     [
         ({"named": ["reward"]}, "reward needs a reward model.*--reward RUN"),
         ({"named": ["loss"], "temperature": 0.5}, "--temperature: has no effect: none of the metrics needs answers"),
-        ({"shots": 3}, "--shots: has no effect: shots are for multiple choice"),
         ({"named": ["choice_accuracy"]}, "--metrics: choice_accuracy is measured on choices"),
         ({"named": ["field_accuracy"]}, "field_accuracy is of none of these rows"),
     ],

@@ -150,8 +150,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models without a recipe answer with at most 6 tokens."""
     plain = evaluate.with_settings
 
-    def limited(target: Any, options: dict[str, Any]) -> Any:
-        found = plain(target, options)
+    def limited(*arguments: Any) -> Any:
+        found = plain(*arguments)
         return evaluate.replace(found, eval=found.eval.model_copy(update={"max_new_tokens": 6}))
 
     monkeypatch.setattr(evaluate, "with_settings", limited)
