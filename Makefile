@@ -1,6 +1,6 @@
 # make quickstart   train, evaluate and merge the built-in base (about four minutes on 2 cores, no GPU)
 # make align        SFT, then DPO, and a reward model with PPO, on the built-in base (some 35 minutes on one core)
-# make real         SmolLM2-135M, a published chat model: SFT, merging, int8 and int4, DPO, PPO (about an hour on 2 cores)
+# make real         SmolLM2-135M, a published chat model: SFT, merging, int8 and int4, DPO, PPO (an hour or two on 2 cores)
 # make test         the test suite, a process per core
 # make lint         ruff and mypy
 PYTHON ?= python3
