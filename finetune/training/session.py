@@ -200,11 +200,11 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
             check_network(base.skeleton, recipe.model)
         if recipe.model.adapter is None:
             check(base.skeleton, recipe.adapter, is_held_quantized(recipe.model, base.config))
+    if raw.train.gradient_checkpointing and not base.skeleton.supports_gradient_checkpointing:
+        what = f"transformers cannot recompute the activations of {base.config['model_type']}"
+        raise UserError(what, key="train.gradient_checkpointing", fix="leave it out, or set it to false")
     if recipe.eval.thinking is not None and recipe.stage != "pretrain":
         thinking.asked(base.encoder, thinking.switched(recipe.eval.thinking), "eval.thinking")
-        if raw.train.gradient_checkpointing and not base.skeleton.supports_gradient_checkpointing:
-            what = f"transformers cannot recompute the activations of {base.config['model_type']}"
-            raise UserError(what, key="train.gradient_checkpointing", fix="leave it out, or set it to false")
     return Session(recipe, base, machine, resume)
 
 

@@ -112,7 +112,7 @@ def test_then_sft_takes_the_loss_from_the_logits(tmp_path: Path, recipe: Any) ->
     ).train
     model = Checkpoint(base).load()
     scored = negative_log_likelihoods(model, [*zip(rows["input_ids"], rows["labels"], strict=True)], 0, 64)
-    assert trained == pytest.approx(sum(total for total, _ in scored) / sum(n for _, n in scored), rel=1e-4)
+    assert trained == pytest.approx(sum(row.total for row in scored) / sum(row.tokens for row in scored), rel=1e-4)
 
 
 def test_and_dpo_refuses(tmp_path: Path) -> None:
