@@ -7,7 +7,7 @@ BIN = .venv/bin
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,real,eval]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,real,eval,bench]'
 	touch $@
 
 .PHONY: quickstart align test slow lint clean

@@ -23,14 +23,14 @@ from finetune.data.held_out import SPLIT, HeldOut, rows_of, split_off
 from finetune.data.thinking import switched
 from finetune.data.types import Conversation
 from finetune.errors import UserError
-from finetune.evaluation import choices, evaluators, options
+from finetune.evaluation import choices, evaluators, harness, options
 from finetune.evaluation import shots as few_shot
 from finetune.evaluation.generation import Evaluation, notice
 from finetune.evaluation.kept import Kept
 from finetune.evaluation.options import overridden, quantizations, refuse
 from finetune.evaluation.report import report, write_predictions
 from finetune.evaluation.rewards import RewardModel
-from finetune.evaluation.sets import Once, Part, bases_by_target, found_in, leaks_of
+from finetune.evaluation.sets import Once, Part, bases_of_each, found_in, leaks_of
 from finetune.evaluation.targets import Target, bases_of, find_targets, quantized, reference_of
 from finetune.metrics import Metric, asked
 from finetune.metrics.metric import always
@@ -48,9 +48,17 @@ def run(
     json_file: str | None = None, quantization: str | None = None, temperature: float | None = None,
     seed: int | None = None, reward: str | None = None, predictions: str | None = None, show: int = 3,
     thinking: str | None = None, named: Sequence[str] | None = None, shots: int | None = None, show_changes: int = 0,
-    resume: bool = False, shots_from: str | None = None,
+    resume: bool = False, shots_from: str | None = None, tasks: str | None = None,
 ) -> None:  # fmt: skip
     options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions, named)
+    if tasks is not None:
+        own = {"--data": data, "--metrics": named, "--reward": reward, "--predictions": predictions,
+               "--show-changes": show_changes, "--resume": resume, "--shots-from": shots_from, "--seed": seed,
+               "--temperature": temperature}  # fmt: skip
+        refuse(own, "--tasks hands over to lm-evaluation-harness, whose tasks say it")
+        asked_of, kinds = find_targets(runs, recipe, model, adapter, compare_base), quantizations(quantization)
+        measure_tasks(asked_of, tasks, compare_base, kinds, shots, limit, thinking, json_file)
+        return
     kinds = quantizations(quantization)
     written = {"temperature": temperature, "seed": seed}
     targets = [with_settings(t, written, shots) for t in find_targets(runs, recipe, model, adapter, compare_base)]
@@ -72,42 +80,71 @@ def run(
         if any("shots_seed" in part.asked_with for part in parts):
             del drawn["--seed"]  # shots are drawn by it
         refuse(drawn, "none of the metrics needs answers, and none are written")
-    plain, bases = targets, bases_by_target(targets, compare_base or any(part.general for part in parts))
+    tuned = targets
     if compare_base:
         targets = [*bases_of(targets), *targets]
-    if show_changes and len(targets) * max(1, len(kinds)) < 2:
+    bases = bases_of_each(tuned, targets) if any(part.general for part in parts) else [None] * len(tuned)
+    models = [*(base for base in bases if base is not None), *targets]
+    if show_changes and len(models) * max(1, len(kinds)) < 2:
         refuse({"--show-changes": show_changes}, "there is one model, and nothing to compare it with (--compare-base)")
 
     kept = Kept(resume)
     done = False
     try:
-        measured: dict[str, list[dict[str, Evaluation]]] = {}  # by model: of each of its kinds the sets by name
-        beside = [base for base in bases.values() if base.name not in {target.name for target in targets}]
-        for target in [*beside, *targets]:
-            watched = parts if target in targets else [part for part in parts if part.general]
-            variants = [quantized(target, kind) for kind in kinds] or [target]
-            measured[target.name] = [evaluate_sets(each, watched, thinking, kept) for each in variants]
-        leaked = leaks_of(plain, parts)
+        measured: dict[int, list[dict[str, Evaluation]]] = {}  # by a target's id: of each of its kinds the sets by name
+        for target in models:
+            if id(target) not in measured:
+                watched = [part for part in parts if part.general or target in targets]
+                variants = [quantized(target, kind) for kind in kinds] or [target]
+                measured[id(target)] = [evaluate_sets(each, watched, thinking, kept) for each in variants]
+        leaked = dict(zip(map(id, tuned), leaks_of(tuned, parts), strict=True))
         sets = []
         for part in parts:
-            results = [[each[part.name] for each in measured[target.name]] for target in targets]
+            results = [[each[part.name] for each in measured[id(target)]] for target in targets]
             for target, each in zip(targets, results, strict=True):
-                for result in each if target.name in leaked else ():
-                    result.metrics |= leaked[target.name][part.name]
+                for result in each:
+                    result.metrics |= leaked.get(id(target), {}).get(part.name, {})
             before = {
-                name: [each[part.name] for each in measured[base.name]] for name, base in bases.items() if part.general
+                id(target): [each[part.name] for each in measured[id(base)]]
+                for target, base in zip(tuned, bases, strict=True)
+                if part.general and base is not None
             }
-            every = {id(result): result for each in (*results, *before.values()) for result in each}.values()
-            tell(list(every))
+            every = list({id(r): r for each in (*results, *before.values()) for r in each}.values())
+            tell(every)
             if reward is not None and part.held.kind == "answers":
-                add_rewards(reward, list(every), part.held.samples, part.chosen)
-            sets.append(found_in(part, targets, results, before, bool(kinds), show_changes))
+                add_rewards(reward, every, part.held.samples, part.chosen)
+            sets.append(
+                found_in(part, targets, results, [before.get(id(t)) for t in targets], bool(kinds), show_changes)
+            )
         if predictions is not None:
             write_predictions(predictions, sets)
         report(sets, json_file, show)
         done = True
     finally:
         kept.close(done)
+
+
+def measure_tasks(
+    targets: Sequence[Target], tasks: str, compare_base: bool, kinds: Sequence[str], shots: int | None,
+    limit: int | None, thinking: str | None, json_file: str | None,
+) -> None:  # fmt: skip
+    """--tasks: lm-evaluation-harness on each model, loaded as everywhere."""
+    names = options.tasks(tasks)
+    if scorer := next((target for target in targets if target.scores is not None), None):
+        raise UserError(f"{scorer.name} is a reward model, and tasks are for models that write", key="--tasks")
+    harness.load(names)  # what is wrong with them is said before a model is loaded
+    measured = []
+    for target in [*(bases_of(targets) if compare_base else ()), *targets]:
+        for each in [quantized(target, kind) for kind in kinds] or [target]:
+            base = Base.open(each.model, each.adapter or each.template, each.treatment)
+            key = "eval.thinking" if thinking is None else "--thinking"
+            encoder = base.asking(switched(thinking or each.eval.thinking), key)
+            model = load_model(each, base)
+            note(f"{each.name}: {', '.join(names)} of lm-evaluation-harness")
+            loaded = harness.load(names)
+            size = each.eval.batch_size
+            measured.append(harness.measure(each.name, model, base, encoder, loaded, shots, limit, size))
+    harness.report(measured, json_file, limit)
 
 
 # --- what is measured ---

@@ -104,11 +104,10 @@ def show_changes(found: dict[str, Any], label: str) -> None:
         right, wrong = (a, b) if change == "worse" else (b, a)
         how = f"right with {right}, wrong with {wrong}" if binary else f"{change} with {b} than with {a}"
         title = f"{how} ({label}): {found[change]} of {n} rows"
+        say(title + (f", {len(rows)} of them" if rows and len(rows) < found[change] else ""))
         if not rows:
-            say(title)
             continue
-        more = f", {len(rows)} of them" if len(rows) < found[change] else ""
-        table = Table(title=visible(title + more), title_justify="left", show_lines=True)
+        table = Table(show_lines=True)
         for heading in ("row", "asked", "reference", a, b):
             table.add_column(visible(heading), overflow="fold")
         for one in rows:

@@ -192,12 +192,12 @@ def leakage_of(result: Evaluation) -> list[str]:
              "question": "as the same question under another system turn"}  # fmt: skip
     how = ", ".join(f"{found[kind]} {words}" for kind, words in kinds.items() if found[kind])
     lines = [f"{result.name} was trained on {result.metrics['trained_on']} of {what}: its figures are not held-out"]
-    lines.append(f"  {how}; {', '.join(example(one) for one in found['examples'])}")
+    lines.append(f"  {how}: {'; '.join(example(one) for one in found['examples'])}")
     return lines
 
 
 def example(one: dict[str, Any]) -> str:
-    return f"row {one['row']} is {shown_name(one['train_file'])}, row {one['train_row']}"
+    return f"row {one['row']} is row {one['train_row']} of {shown_name(one['train_file'])}"
 
 
 def show_rows(result: Evaluation, most: int) -> None:

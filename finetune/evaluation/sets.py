@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.data.held_out import HeldOut, leakage_figures, leaks
+from finetune.errors import UserError
 from finetune.evaluation.comparisons import changes, comparable, compare, forgotten
 from finetune.evaluation.generation import Evaluation
 from finetune.evaluation.report import Found
@@ -29,10 +30,18 @@ class Part:
     """What table and JSON say of how all models were asked."""
 
 
-def bases_by_target(targets: Sequence[Target], wanted: bool) -> dict[str, Target]:
-    """{name of a tuned model: its base}, where it has one."""
-    tuned = [target for target in targets if target.trained and target.base is not None] if wanted else []
-    return {target.name: base for target in tuned for base in bases_of(tuned) if base.model == target.base}
+def bases_of_each(tuned: Sequence[Target], there: Sequence[Target]) -> list[Target | None]:
+    """The base of each, that which is measured anyway where it is one of `there`; None where it is gone or there is
+    none, which is said."""
+    found: list[Target | None] = []
+    for target in tuned:
+        known = [one for one in (*there, *found) if one is not None and not one.trained and one.model == target.base]
+        try:
+            found.append(known[0] if known else bases_of([target])[0] if target.trained else None)
+        except UserError as error:
+            note(f"what {target.name} has forgotten is not known: {error.problems[0].message}")
+            found.append(None)
+    return found
 
 
 class Once:
@@ -47,57 +56,57 @@ class Once:
         return self.made
 
 
-def leaks_of(targets: Sequence[Target], parts: Sequence[Part]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By tuned model and set: `trained_on`, how many rows stand in its training data, and `leakage`, how and where."""
-    split, found = targets[0].recipe, {}
+def leaks_of(targets: Sequence[Target], parts: Sequence[Part]) -> list[dict[str, dict[str, Any]]]:
+    """Of each model by set: `trained_on`, how many rows stand in its training data, and `leakage`, how and where;
+    nothing where that is not known."""
+    split, found = targets[0].recipe, []
     rows = [(part.name, row) for part in parts for row in part.held.rows]
     apart = next((part.held.hashes for part in parts if part.held.hashes is not None), None)
     for target in targets:
         same = split is not None and target.recipe is not None and target.recipe.data == split.data
         samples = [row.sample for _, row in rows]
         known = leaks(target.data, samples, apart=apart if same else None) if target.trained else None
-        if known is not None:
-            pairs = list(zip(rows, known, strict=True))
-            found[target.name] = {
+        pairs = list(zip(rows, known or [], strict=known is not None))
+        found.append(
+            {
                 part.name: leakage_figures([(row, leak) for (name, row), leak in pairs if name == part.name])
-                for part in parts
+                for part in (parts if known is not None else ())
             }
+        )
     return found
 
 
 def found_in(
-    part: Part, targets: Sequence[Target], measured: Sequence[list[Evaluation]], before: dict[str, list[Evaluation]],
-    by_kind: bool, show_changes: int,
+    part: Part, targets: Sequence[Target], measured: Sequence[list[Evaluation]],
+    before: Sequence[list[Evaluation] | None], by_kind: bool, show_changes: int,
 ) -> Found:  # fmt: skip
     """What is said of a set.
 
     Args:
-        measured: of each target its kinds. before: of the tuned ones the bases, of sets that are watched. by_kind: each
+        measured: of each target its kinds. before: of each the base, where it is watched for forgetting. by_kind: each
             model is compared with its first kind, otherwise every model with the first one.
     """
     results = [result for each in measured for result in each]
-    also = [result for each in before.values() for result in each]
-    pairs = [(each[0], other) for each in (measured if by_kind else [results]) for other in each[1:]]
+    also = [result for each in before for result in each or ()]
     in_these = comparable([*results, *also], part.chosen)
     if not in_these and len(results) > 1 and part.held.kind == "text":
         note("the models read other tokens: their losses per token cannot be compared")
-    comparisons = [compare(*pair, *one) for pair in pairs for one in in_these]
     whole = [metric for metric, group in in_these if group is None]
-    changed = [m for m in whole if m.against is None][:1] if show_changes else []
-    if show_changes and not changed:
+    if part.held.kind == "choices":
+        in_these = [(metric, None) for metric in whole]  # there may be 67 subjects
+    pairs = [(each[0], other) for each in (measured if by_kind else [results]) for other in each[1:]]
+    watched = [
+        pair for base, each in zip(before, measured, strict=True) for pair in zip(base or (), each, strict=False)
+    ]
+    lost = [found for a, b in watched for found in forgotten([compare(a, b, m) for m in whole], part.chosen)]
+    there = {(id(a), id(b)) for a, b in pairs}
+    pairs += [(a, b) for a, b in watched if (id(a), id(b)) not in there]
+    comparisons = [compare(*pair, *one) for pair in pairs for one in in_these]
+    changed = [metric for metric in whole if metric.against is None][:1] if show_changes else []
+    if show_changes and pairs and not changed:
         note(f"{part.name}: no metric of single rows is compared, and no row has changed in one")
-    lost = []
-    for target, each in zip(targets, measured, strict=True):
-        if part.general and target.trained and target.name not in before:
-            note(f"{part.name}: {target.name} has no base here, and what it has forgotten is not known")
-        for base, result in zip(before.get(target.name, ()), each, strict=False):
-            lost += forgotten([compare(base, result, metric) for metric in whole], part.chosen)
     tuned = [each[0] for target, each in zip(targets, measured, strict=True) if target.trained]
-    held, asked_with = part.held, part.asked_with
-    if held.kind == "choices":
-        # There may be 67 subjects.
-        comparisons = [one for one in comparisons if one["metric"] in {metric.name for metric in whole}]
     return Found(
-        part.name, held.name, results, comparisons, part.chosen, tuned or results[:1], asked_with,
+        part.name, part.held.name, results, comparisons, part.chosen, tuned or results[:1], part.asked_with,
         [changes(*pair, metric, show_changes) for pair in pairs for metric in changed], part.general, lost,
     )  # fmt: skip

@@ -81,7 +81,8 @@ def mean_interval(
     """
     known = np.asarray(values, float)
     pool = np.concatenate([np.repeat(known, 2), [1.0, -1.0, 0.0, 0.0]]) if shares else known
-    return middle(drawn_sums(pool[:, None], resamples, seed, len(known))[:, 0] / len(known), len(known))
+    drawn = drawn_sums(pool[:, None], resamples, seed, len(known))[:, 0] / len(known)
+    return middle(drawn, None if shares else len(known))
 
 
 def apart_interval(a: Weights, b: Weights, resamples: int = 1000) -> tuple[float, float]:

@@ -11,6 +11,7 @@ import yaml
 
 from finetune.adapters.methods import METHODS
 from finetune.models.export import FORMATS
+from finetune.recipe.sections import held_sets
 from finetune.resources import BUILTIN_MODELS
 from finetune.terminal.progress import command, shown_name
 from finetune.training.report import shown, with_intervals
@@ -56,6 +57,7 @@ def card(
         "pipeline_tag": "text-classification" if stage == "reward" else "text-generation",
         "tags": ["ft", stage, method],
     }
+    held = [one.path for one in held_sets(recipe["eval"].get("data"))]
     section = {k: v for k, v in recipe["adapter"].items() if k != "method" and v is not None}
     settings = ", ".join(f"{k} {v}" for k, v in section.items())
     train = recipe["train"]
@@ -68,7 +70,7 @@ def card(
         ("stage", f"`ft {stage}`"),
         ("method", f"{method}{f' ({settings})' if settings else ''}"),
         ("data", ", ".join(names_of(recipe["data"]["train"]))),
-        ("held-out data", _split(recipe) or ", ".join(names_of(recipe["eval"].get("data")))),
+        ("held-out data", _split(recipe) or ", ".join(names_of(held))),
         ("trained", f"{shown(result['trainable_parameters'])} of {shown(result['total_parameters'])} parameters "
                     f"({share:.2%}), {shown(result['steps'])} steps, learning rate {train['learning_rate']:g}"),
         ("quantization of the base", model.get("quantization")),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from recipe_kit import GOOD, complaint, load
 
 from finetune.errors import UserError
 from finetune.recipe import file
+from finetune.recipe.sections import held_sets
 from finetune.recipe.stages import SftRecipe
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
@@ -89,3 +92,43 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
         file.load(str(tmp_path / "r.yaml"), SftRecipe)
+
+
+SETS: dict[str, tuple[Any, list[tuple[str, str, bool]]]] = {
+    "a path": ("a.jsonl", [("a.jsonl", "a.jsonl", False)]),
+    "a list": (["a", {"path": "b", "general": True}], [("a", "a", False), ("b", "b", True)]),
+    "by name": ({"zh": "a", "old": {"path": "b", "general": True}}, [("zh", "a", False), ("old", "b", True)]),
+    "one that is watched": ({"path": "b", "general": True}, [("b", "b", True)]),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_held_out_sets_of_every_shape(tmp_path: Path, name: str) -> None:
+    given, expected = SETS[name]
+    recipe = load(tmp_path, GOOD + yaml.safe_dump({"eval": {"data": given}}, sort_keys=False))
+    assert recipe.eval.sets == expected
+    assert recipe.eval.paths == [path for _, path, _ in expected]
+    assert held_sets(given) == expected, "as they stand in a file, too"
+    again = yaml.safe_load(file.to_yaml(recipe))["eval"]["data"]
+    assert held_sets(again) == expected
+    if isinstance(given, dict) and "zh" in given:
+        assert list(again) == ["zh", "old"], "the first one stays the first"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([], "eval.data: names no set"),
+        (["a", "a"], "eval.data: two sets are called a"),
+        ({"zh": {"path": "a", "genral": True}}, "eval.data.zh.genral: unknown key, there are path, general"),
+        ({"zh": {"general": True}}, "eval.data.zh: a path and"),
+        ([{"path": "a", "general": 1}], "eval.data.0: a path and"),
+        (3, "eval.data: 3 is no path"),
+        ({"zh": 3}, "eval.data.zh: 3 is no path"),
+    ],
+)
+def test_what_no_held_out_set_can_be_is_one_line(tmp_path: Path, given: Any, told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, GOOD + yaml.safe_dump({"eval": {"data": given}}, sort_keys=False))
+    (line,) = caught.value.lines()
+    assert told in line

@@ -63,6 +63,11 @@ def test_held_out_data_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     recipe = resolve(load(tmp_path, GOOD + "eval: {data: 'test*.jsonl'}\n"), Hardware())
     assert recipe.eval.data == str(tmp_path / "test*.jsonl")
+    (tmp_path / "a.jsonl").touch()
+    sets = "{own: a.jsonl, old: {path: a.jsonl, general: true}}"
+    again = resolve(load(tmp_path, GOOD + f"eval: {{data: {sets}}}\n"), Hardware())
+    assert again.eval.sets == [("own", str(tmp_path / "a.jsonl"), False), ("old", str(tmp_path / "a.jsonl"), True)]
+    assert resolve(again, Hardware()) == again
 
 
 def test_names_of_a_hub_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

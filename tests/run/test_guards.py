@@ -117,6 +117,10 @@ def test_inputs_are_never_replaced(tmp_path: Path, key: str, spelling: str) -> N
     with pytest.raises(UserError), open_run(read, overwrite=True):
         pass
     assert contents(tmp_path / "run") == before
+    if key == "eval.data":
+        for several in (["d", text], {"x": "d", "y": text}, {"y": {"path": text, "general": True}}):
+            with pytest.raises(UserError, match="would be deleted by --overwrite"):
+                check_inputs(reading(tmp_path / "run", key, several))
     check_inputs(reading(tmp_path / "other", key, value) if key != "eval.data" else recipe(tmp_path / "other"))
 
 

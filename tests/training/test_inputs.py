@@ -22,7 +22,7 @@ def test_a_digest_knows_where_parts_end() -> None:
 @pytest.fixture
 def known(tmp_path: Path) -> Any:
     """The digests of a recipe of PPO that names everything a recipe can name; all of it lies in tmp_path."""
-    for name in ("train", "eval", "pairs"):
+    for name in ("train", "eval", "eval 2", "pairs"):
         write_rows(tmp_path / f"{name}.jsonl", [{"prompt": name}])
     for name in ("policy", "reward"):
         (tmp_path / name).mkdir()
@@ -32,7 +32,8 @@ def known(tmp_path: Path) -> Any:
     recipe = PpoRecipe.model_validate(
         {
             "version": 1, "stage": "ppo", "model": {"name": "base", "adapter": str(tmp_path / "policy")},
-            "data": {"train": str(tmp_path / "train.jsonl")}, "eval": {"data": str(tmp_path / "eval.jsonl")},
+            "data": {"train": str(tmp_path / "train.jsonl")},
+            "eval": {"data": {"x": str(tmp_path / "eval.jsonl"), "y": str(tmp_path / "eval 2.jsonl")}},
             "output": {"dir": "out"},
             "reward": {"model": str(tmp_path / "reward"), "functions": [f"{tmp_path / 'rule.py'}:f"]},
         }
@@ -47,7 +48,8 @@ def known(tmp_path: Path) -> Any:
 @pytest.mark.parametrize(
     ("file", "key"),
     [
-        ("train.jsonl", "data.train"), ("eval.jsonl", "eval.data"), ("policy/adapter_config.json", "model.adapter"),
+        ("train.jsonl", "data.train"), ("eval.jsonl", "eval.data"), ("eval 2.jsonl", "eval.data"),
+        ("policy/adapter_config.json", "model.adapter"),
         ("policy/adapter_model.safetensors", "model.adapter"), ("pairs.jsonl", "reward.train"),
         ("reward/adapter_model.safetensors", "reward.model"), ("rule.py", "reward.functions"),
     ],

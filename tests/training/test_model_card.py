@@ -46,6 +46,12 @@ def test_card() -> None:
         assert wrong not in text
 
 
+def test_several_held_out_sets_are_named_without_somebody_s_home() -> None:
+    sets = {"zh": "/home/somebody/zh.jsonl", "old": {"path": "/home/somebody/mmlu", "general": True}}
+    data = {"train": "x.jsonl", "eval_split": None}
+    assert "| held-out data | zh.jsonl, mmlu |" in card(recipe(eval={"data": sets}, data=data), RESULT, "b", None)
+
+
 def test_a_licence_that_nobody_names_is_said_to_be_unknown() -> None:
     text = card(recipe(), RESULT, "owner/base", None)
     assert "not stated in the base's files" in text
