@@ -252,6 +252,7 @@ def evaluated(
     runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None, data: str | Sequence[str] | None,
     reward: str | None, json_file: str | None, quantization: str | None, predictions: str | None,
     named: Sequence[str] | None = None, thinking: str | None = None, shots_from: str | None = None,
+    tasks: str | None = None,
 ) -> None:  # fmt: skip
     """UserError for options of `ft eval` that cannot be, and for runs, recipes, models, adapters and data that are not
     there."""
@@ -272,6 +273,8 @@ def evaluated(
         checks.append(lambda: there(ModelConfig(name=model)))
     if data is not None:
         checks.append(lambda: held_out_files(data))
+    if tasks is not None:
+        checks.append(lambda: options.tasks(tasks))
     if shots_from is not None:
         checks.append(lambda: rows(absolute_data(shots_from), "--shots-from"))
     if reward is not None:

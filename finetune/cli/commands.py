@@ -132,6 +132,10 @@ def evaluate(
     ] = None,
     shots: Annotated[int | None, typer.Option(help="Examples with their answers before each row.", min=0)] = None,
     shots_from: Annotated[str | None, typer.Option(help="File of them; by default the run's training data.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="In place of --data: tasks of lm-evaluation-harness, or folders of some, with commas."),
+    ] = None,
     quantization: Annotated[str | None, typer.Option(help="Kinds to compare: none,int8,int4.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
     temperature: shared.Temperature = None,
@@ -157,14 +161,15 @@ def evaluate(
 
     named = metric_names(metrics) if metrics else None
     early.evaluated(
-        runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions, named, thinking, shots_from
+        runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions, named, thinking, shots_from,
+        tasks,
     )  # fmt: skip
     shared.quiet()
     shared.module("evaluate").run(
         runs or [], recipe=recipe, model=model, adapter=adapter, data=data, compare_base=compare_base, limit=limit,
         json_file=json_, quantization=quantization, temperature=temperature, seed=seed, reward=reward,
         predictions=predictions, show=show, thinking=thinking, named=named, shots=shots,
-        shots_from=shots_from, show_changes=show_changes,
+        shots_from=shots_from, tasks=tasks, show_changes=show_changes,
         resume=resume,
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ from finetune.data.held_out import SPLIT, HeldOut, rows_of, split_off
 from finetune.data.thinking import switched
 from finetune.data.types import Conversation
 from finetune.errors import UserError
-from finetune.evaluation import choices, evaluators, options
+from finetune.evaluation import choices, evaluators, harness, options
 from finetune.evaluation import shots as few_shot
 from finetune.evaluation.generation import Evaluation, notice
 from finetune.evaluation.kept import Kept
@@ -48,9 +48,17 @@ def run(
     json_file: str | None = None, quantization: str | None = None, temperature: float | None = None,
     seed: int | None = None, reward: str | None = None, predictions: str | None = None, show: int = 3,
     thinking: str | None = None, named: Sequence[str] | None = None, shots: int | None = None, show_changes: int = 0,
-    resume: bool = False, shots_from: str | None = None,
+    resume: bool = False, shots_from: str | None = None, tasks: str | None = None,
 ) -> None:  # fmt: skip
     options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions, named)
+    if tasks is not None:
+        own = {"--data": data, "--metrics": named, "--reward": reward, "--predictions": predictions,
+               "--show-changes": show_changes, "--resume": resume, "--shots-from": shots_from, "--seed": seed,
+               "--temperature": temperature}  # fmt: skip
+        refuse(own, "--tasks hands over to lm-evaluation-harness, whose tasks say it")
+        asked_of, kinds = find_targets(runs, recipe, model, adapter, compare_base), quantizations(quantization)
+        measure_tasks(asked_of, tasks, compare_base, kinds, shots, limit, thinking, json_file)
+        return
     kinds = quantizations(quantization)
     written = {"temperature": temperature, "seed": seed}
     targets = [with_settings(t, written, shots) for t in find_targets(runs, recipe, model, adapter, compare_base)]
@@ -114,6 +122,29 @@ def run(
         done = True
     finally:
         kept.close(done)
+
+
+def measure_tasks(
+    targets: Sequence[Target], tasks: str, compare_base: bool, kinds: Sequence[str], shots: int | None,
+    limit: int | None, thinking: str | None, json_file: str | None,
+) -> None:  # fmt: skip
+    """--tasks: lm-evaluation-harness on each model, loaded as everywhere."""
+    names = options.tasks(tasks)
+    if scorer := next((target for target in targets if target.scores is not None), None):
+        raise UserError(f"{scorer.name} is a reward model, and tasks are for models that write", key="--tasks")
+    harness.load(names)  # what is wrong with them is said before a model is loaded
+    measured = []
+    for target in [*(bases_of(targets) if compare_base else ()), *targets]:
+        for each in [quantized(target, kind) for kind in kinds] or [target]:
+            base = Base.open(each.model, each.adapter or each.template, each.treatment)
+            key = "eval.thinking" if thinking is None else "--thinking"
+            encoder = base.asking(switched(thinking or each.eval.thinking), key)
+            model = load_model(each, base)
+            note(f"{each.name}: {', '.join(names)} of lm-evaluation-harness")
+            loaded = harness.load(names)
+            size = each.eval.batch_size
+            measured.append(harness.measure(each.name, model, base, encoder, loaded, shots, limit, size))
+    harness.report(measured, json_file, limit)
 
 
 # --- what is measured ---

@@ -172,13 +172,14 @@ def answer(
 
 
 @contextmanager
-def only_as_told(model: Any) -> Iterator[None]:
-    """Without the base's generation_config.json, from which transformers fills in what it is not told."""
+def only_as_told(model: Any, ends: Sequence[int] | None = None) -> Iterator[None]:
+    """Without the base's generation_config.json, from which transformers fills in what it is not told; but for what
+    ends an answer, where nobody else says it."""
     owners = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
     before = [owner.generation_config for owner in owners]
     try:
         for owner in owners:
-            owner.generation_config = GenerationConfig()
+            owner.generation_config = GenerationConfig(eos_token_id=list(ends) if ends else None)
         yield
     finally:
         for owner, config in zip(owners, before, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,24 @@ def named_sets(data: str | Sequence[str] | None) -> list[HeldSet]:
 def is_report(path: Path) -> bool:
     """Whether a file is one of --json, of one set or of several."""
     return json_with("runs", "comparisons")(path) or json_with("sets")(path)
+
+
+HARNESS = "lm_eval"
+
+
+def tasks(text: str) -> list[str]:
+    """The names in --tasks. UserError for none, places that are not there, and where the harness is not installed."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UserError("names no task", key="--tasks", fix="name tasks of lm-evaluation-harness, or a task's folder")
+    if importlib.util.find_spec(HARNESS) is None:
+        fix = "pip install 'ft-recipes[bench]', or lm_eval alone"
+        raise UserError("lm-evaluation-harness is not installed", key="--tasks", fix=fix)
+    for name in names:
+        place = Path(name).expanduser()
+        if not place.exists() and ("/" in name or place.suffix in (".yaml", ".yml")):
+            raise UserError("no such task", path=name, key="--tasks", fix="name a task's folder or its YAML file")
+    return names
 
 
 def check_thinking(word: str | None) -> None:
