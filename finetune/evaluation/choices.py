@@ -104,14 +104,17 @@ def as_conversation(encoder: Encoder, asked: Choice, shots: Sequence[Choice], li
         turns.append({"role": "user", "content": ("" if turns else intro(asked, listed)) + block(one, listed)})
         if one is not asked:
             turns.append({"role": "assistant", "content": right_answer(one, listed)})
-    options = []
-    for answer in answers(asked, listed):
-        encoded = encoder.encode(Conversation([*turns, {"role": "assistant", "content": answer}]), "last")
-        start = next(i for i, label in enumerate(encoded.labels) if label != IGNORED)
-        ids, decode = encoded.input_ids, encoder.tokenizer.decode
-        ends = (end for end in range(start + 1, len(ids)) if answer.strip() in decode(ids[start:end]))
-        options.append(ids[: next(ends, len(ids))])
+    options = [through(encoder, turns, answer) for answer in answers(asked, listed)]
     return parted(encoder.prompt_ids(turns), options)
+
+
+def through(encoder: Encoder, turns: Sequence[dict[str, Any]], answer: str) -> Ids:
+    """The conversation up to the end of this answer, without the token that ends the turn."""
+    encoded = encoder.encode(Conversation([*turns, {"role": "assistant", "content": answer}]), "last")
+    start = next(i for i, label in enumerate(encoded.labels) if label != IGNORED)
+    ids, decode = encoded.input_ids, encoder.tokenizer.decode
+    ends = (end for end in range(start + 1, len(ids)) if answer.strip() in decode(ids[start:end]))
+    return ids[: next(ends, len(ids))]
 
 
 def parted(prompt: Ids, options: Sequence[Ids]) -> Asked:

@@ -7,6 +7,7 @@ for beside it, so that a folder works from everywhere and offline. The harness m
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from rich.table import Table
 
 from finetune.adapters.methods import is_before_text
 from finetune.base import Base
+from finetune.data.encoder import Encoder
 from finetune.errors import UserError
+from finetune.evaluation.choices import through
 from finetune.evaluation.generation import only_as_told, stop_ids
 from finetune.evaluation.options import HARNESS
 from finetune.metrics import paired
@@ -109,11 +112,35 @@ def whole(loaded: Mapping[str, Any]) -> list[Any]:
 
 
 def measure(
-    name: str, model: Any, base: Base, encoder: Any, tasks: Sequence[Any], shots: int | None, limit: int | None,
-    batch_size: int,
+    name: str, model: Any, base: Base, encoder: Encoder | None, tasks: Sequence[Any], shots: int | None,
+    limit: int | None, batch_size: int,
 ) -> Measured:  # fmt: skip
-    """One model on tasks of `load`, which are used once."""
+    """One model on tasks of `load`, which are used once.
+
+    Args:
+        encoder: asks as a conversation; None: as the tasks are published.
+    """
     from lm_eval import simple_evaluate
+
+    asks = {}
+    if encoder is not None and encoder.thinking.switch is not None and encoder.asks is not None:
+        asks = {encoder.thinking.switch: encoder.asks}
+    wrapped = adapter_of(encoder)(
+        pretrained=model, backend="causal", tokenizer=base.tokenizer,
+        max_length=context(base.config, base.model),
+        batch_size=1 if is_before_text(model) else batch_size,  # padding would come between them and the text
+        chat_template_args=asks,
+    )  # fmt: skip
+    with only_as_told(model, stop_ids(model, encoder or base.encoder)):
+        found: Any = simple_evaluate(
+            wrapped, tasks=list(tasks), num_fewshot=shots, limit=limit, apply_chat_template=encoder is not None,
+            batch_size=batch_size, bootstrap_iters=1000, log_samples=True,
+        )  # fmt: skip
+    return Measured(name, figures_of(found), rows_of(found), encoder is not None)
+
+
+def adapter_of(encoder: Encoder | None) -> Any:
+    """The harness's class for a model of transformers."""
     from lm_eval.models.huggingface import HFLM
 
     class Loaded(HFLM):
@@ -122,20 +149,41 @@ def measure(
             ids = arguments[0] if arguments else more["inps"]
             return super()._model_call(*arguments, **more)[:, -ids.shape[1] :]
 
-    templated = bool(base.tokenizer.chat_template)
-    asks = encoder.thinking.switch is not None and encoder.asks is not None
-    wrapped = Loaded(
-        pretrained=model, backend="causal", tokenizer=base.tokenizer,
-        max_length=context(base.config, base.model),
-        batch_size=1 if is_before_text(model) else batch_size,  # padding would come between them and the text
-        chat_template_args={encoder.thinking.switch: encoder.asks} if asks else None,
-    )  # fmt: skip
-    with only_as_told(model, stop_ids(model, encoder)):
-        found: Any = simple_evaluate(
-            wrapped, tasks=list(tasks), num_fewshot=shots, limit=limit, apply_chat_template=templated,
-            batch_size=batch_size, bootstrap_iters=1000, log_samples=True,
-        )  # fmt: skip
-    return Measured(name, figures_of(found), rows_of(found), templated)
+    return Loaded if encoder is None or encoder.template is not None else in_our_format(Loaded, encoder)
+
+
+def in_our_format(parent: Any, encoder: Encoder) -> Any:
+    """Where a chat format is no template of the tokenizer (ChatGLM's): prompts are our ids, found again by the text
+    that the harness was given for them."""
+    asked: dict[str, list[dict[str, Any]]] = {}
+
+    class Asked(parent):
+        def apply_chat_template(self, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            if not add_generation_prompt:
+                what = "a task begins the assistant's answer, which this chat format has no room for"
+                raise UserError(what, key="--tasks", fix="take gen_prefix out of it")
+            text = json.dumps(history, ensure_ascii=False)
+            asked[text] = history
+            return text
+
+        def tok_encode(self, string: str, *arguments: Any, **more: Any) -> list[int]:
+            known = asked.get(string)
+            return super().tok_encode(string, *arguments, **more) if known is None else encoder.prompt_ids(known)
+
+        def tok_batch_encode(
+            self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **more: Any
+        ) -> Any:
+            rows = [self.tok_encode(text)[-(left_truncate_len or 0) :] for text in strings]
+            found = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+            return found["input_ids"], found["attention_mask"]
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            if context not in asked:
+                return super()._encode_pair(context, continuation)
+            before = encoder.prompt_ids(asked[context])
+            return before, through(encoder, asked[context], continuation)[len(before) :]
+
+    return Asked
 
 
 def named(metric: str, way: str) -> str:

@@ -15,6 +15,8 @@ from conftest import CHATML, ft, train, write_rows
 
 from finetune.commands import evaluate
 from finetune.errors import UserError
+from finetune.evaluation import measuring, targets
+from finetune.evaluation.generation import Evaluation
 
 Recipe = Callable[..., Path]
 
@@ -69,10 +71,10 @@ def test_loss_equals_a_plain_forward_pass(base: Path, held_out: Path) -> None:
 
     from finetune.data.held_out import load_eval_rows, rows_of
 
-    (target,) = evaluate.find_targets([], None, str(base), None)
-    target = evaluate.Target("x", target.model.model_copy(update={"dtype": "float32"}), None, target.data, target.eval)
+    (target,) = targets.find_targets([], None, str(base), None)
+    target = targets.Target("x", target.model.model_copy(update={"dtype": "float32"}), None, target.data, target.eval)
     rows = load_eval_rows(str(held_out), target.data)
-    result = evaluate.evaluate_target(target, rows_of(str(held_out), target.data, None))
+    result = measuring.evaluate_target(target, rows_of(str(held_out), target.data, None))
     tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     total = count = 0.0
     for row in rows:
@@ -278,12 +280,12 @@ def test_rows_whose_last_turn_is_not_trained_have_no_loss(base: Path, tmp_path: 
         answer = {"role": "assistant", "content": f"answer {number}", **more}
         return {"messages": [{"role": "user", "content": f"q {number}"}, answer]}
 
-    (target,) = evaluate.find_targets([], None, str(base), None)
-    target = evaluate.Target("x", target.model, None, target.data, target.eval.model_copy(update={"max_new_tokens": 2}))
+    (target,) = targets.find_targets([], None, str(base), None)
+    target = targets.Target("x", target.model, None, target.data, target.eval.model_copy(update={"max_new_tokens": 2}))
 
-    def measured(*rows: dict[str, object]) -> evaluate.Evaluation:
+    def measured(*rows: dict[str, object]) -> Evaluation:
         path = write_rows(tmp_path / "rows.jsonl", list(rows))
-        return evaluate.evaluate_target(target, rows_of(str(path), target.data, None))
+        return measuring.evaluate_target(target, rows_of(str(path), target.data, None))
 
     alone, mixed = measured(row(1)), measured(row(1), row(2, train=False), row(3, weight=0))
     assert mixed.metrics["loss"] == pytest.approx(alone.metrics["loss"], rel=1e-4)

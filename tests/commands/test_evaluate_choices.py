@@ -16,7 +16,7 @@ from finetune.data import choices as files
 from finetune.data.chat import make_encoder
 from finetune.data.held_out import rows_of
 from finetune.errors import UserError
-from finetune.evaluation import choices, generation
+from finetune.evaluation import choices, generation, measuring
 from finetune.recipe.sections import DataConfig
 
 CEVAL = "id,question,A,B,C,D,answer,explanation\n"
@@ -337,7 +337,7 @@ def test_token_accuracy_is_the_share_of_most_probable_tokens(base: Path) -> None
 def test_what_cannot_be_measured_is_refused(
     base: Path, sums: Path, options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "load_model", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(measuring, "load_model", lambda *_: pytest.fail("a model is loaded"))
     with pytest.raises(UserError, match=said):
         evaluate.run([], model=str(base), data=str(sums), **options)
 

@@ -6,6 +6,7 @@ import gc
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from conftest import ft, train, write_rows
 
 from finetune.commands import evaluate
 from finetune.errors import UserError
-from finetune.evaluation import generation, kept
+from finetune.evaluation import generation, kept, measuring, parts, targets
+from finetune.recipe.sections import HeldSet
 
 Recipe = Callable[..., Path]
 
@@ -87,9 +89,9 @@ def test_a_general_set_without_a_base_says_what_is_missing(
 ) -> None:
     from finetune.evaluation.sets import bases_of_each
 
-    (target,) = evaluate.find_targets([str(run)], None, None, None)
+    (target,) = targets.find_targets([str(run)], None, None, None)
     assert [one and one.name for one in bases_of_each([target], [target])] == ["base"]
-    (bare,) = evaluate.find_targets([], None, str(base), None)
+    (bare,) = targets.find_targets([], None, str(base), None)
     assert bases_of_each([bare], [bare]) == [None]
     assert capsys.readouterr().err == ""
     import dataclasses
@@ -152,7 +154,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def limited(*arguments: Any) -> Any:
         found = plain(*arguments)
-        return evaluate.replace(found, eval=found.eval.model_copy(update={"max_new_tokens": 6}))
+        return replace(found, eval=found.eval.model_copy(update={"max_new_tokens": 6}))
 
     monkeypatch.setattr(evaluate, "with_settings", limited)
 
@@ -234,9 +236,9 @@ def held_bytes() -> int:
 def test_ten_times_the_rows_take_no_more_memory(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors at the most, and ids that are held at once: both are those of a window, however many there are."""
     monkeypatch.setattr(generation, "WINDOW", 8)
-    (target,) = evaluate.find_targets([], None, str(base), None)
+    (target,) = targets.find_targets([], None, str(base), None)
     evaluation = target.eval.model_copy(update={"max_new_tokens": 2, "batch_size": 4})
-    target = evaluate.replace(target, eval=evaluation)
+    target = replace(target, eval=evaluation)
     real, generate = generation.answer, generation.generate
     most: dict[str, int] = {}
 
@@ -255,9 +257,9 @@ def test_ten_times_the_rows_take_no_more_memory(base: Path, tmp_path: Path, monk
     peaks = []
     for count in (8, 80):
         most.update(tensors=0, prompts=0, batches=0)
-        rows = evaluate.HeldSet("x", str(sums(tmp_path / "rows.jsonl", range(10, 10 + count))))
+        rows = HeldSet("x", str(sums(tmp_path / "rows.jsonl", range(10, 10 + count))))
         gc.collect()
-        assert evaluate.evaluate_target(target, evaluate.held_out(target, rows, None)).n == count
+        assert measuring.evaluate_target(target, parts.held_out(target, rows, None)).n == count
         peaks.append(dict(most))
     assert [peak["batches"] for peak in peaks] == [2, 20]
     assert peaks[0]["prompts"] == peaks[1]["prompts"] == 8

@@ -33,11 +33,11 @@ def task(folder: Path, name: str, rows: list[dict[str, Any]], **config: Any) -> 
     return folder
 
 
-@pytest.fixture
-def run(recipe: Callable[..., Path]) -> Path:
-    """A run on the built-in base, far from it."""
+@pytest.fixture(params=["tiny-llama", "tiny-chatglm3"])
+def run(request: pytest.FixtureRequest, recipe: Callable[..., Path]) -> Path:
+    """A run on a built-in base, far from it. The chat format of one is a template, that of the other is none."""
     settings = {"max_steps": 2, "learning_rate": 0.02}
-    found: Path = train(recipe(model={"name": "tiny-llama", "dtype": "float32"}, train=settings)).path
+    found: Path = train(recipe(model={"name": request.param, "dtype": "float32"}, train=settings)).path
     return found
 
 

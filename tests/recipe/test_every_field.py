@@ -26,7 +26,7 @@ from finetune.base import Base
 from finetune.commands import dpo, evaluate, kto, ppo, pretrain, sft
 from finetune.data import conversations, pairs, prompts, text
 from finetune.errors import RunError, UserError
-from finetune.evaluation import targets
+from finetune.evaluation import measuring, targets
 from finetune.models import loading, quantization, sanity, tokenizers
 from finetune.models.config import read_config
 from finetune.recipe import effects, file
@@ -508,7 +508,7 @@ def evaluated(stage: str, settings: dict[str, Any], files: dict[str, Any], monke
         )
         raise Stop
 
-    monkeypatch.setattr(evaluate, "evaluate_target", stop)
+    monkeypatch.setattr(measuring, "evaluate_target", stop)
     run = Run(tmp / "evaluated")
     run.path.mkdir(exist_ok=True)
     monkeypatch.setattr(targets.sources, "adapter_folder", lambda _: run.path / "adapter")
