@@ -103,6 +103,9 @@ IN_THE_SOURCE: dict[str, tuple[Any, str, str]] = {
     ),
     "_disable_adapters": (BaseTunerLayer, r"self\._disable_adapters", "peft's state of a layer"),
     "_active_adapter": (BaseTunerLayer, r"self\._active_adapter", "peft's state of a layer"),
+    "_use_triton": (
+        trl.trainer.utils, r"compact = _use_triton\(hidden_states\.device\)", "only trained positions are scored",
+    ),
     "_fingerprint": (datasets.Dataset, r"self\._fingerprint", "packed rows are kept under the name of their content"),
 }  # fmt: skip
 
@@ -111,6 +114,23 @@ IN_THE_SOURCE: dict[str, tuple[Any, str, str]] = {
 def test_attributes(name: str) -> None:
     owner, pattern, why = IN_THE_SOURCE[name]
     assert re.search(pattern, inspect.getsource(inspect.getmodule(owner) or owner)), why
+
+
+def test_trl_asks_for_triton_only_to_leave_positions_out() -> None:
+    """`loss_parts.score_trained_positions` answers yes. Kernels that need Triton ask elsewhere."""
+    assert inspect.getsource(trl.trainer.utils).count("_use_triton(") == 1
+
+
+OF_THE_HARNESS = {
+    "_model_call": "logits of virtual tokens are left out",
+    "_encode_pair": "a chat format that is no template of the tokenizer",
+}
+
+
+def test_lm_evaluation_harness() -> None:
+    model = pytest.importorskip("lm_eval.models.huggingface").HFLM
+    assert tuple(inspect.signature(model._encode_pair).parameters) == ("self", "context", "continuation")
+    assert tuple(inspect.signature(model._model_call).parameters)[:2] == ("self", "inps")
 
 
 @pytest.mark.parametrize("trainer", OF_TRL)
@@ -237,7 +257,7 @@ def private_names() -> dict[str, list[str]]:
 
 def test_every_private_name_is_here() -> None:
     of_python = {"_exit", "_replace", "_name_", "_value_"}  # os, namedtuple, enum
-    known = of_python | {name for _, name, _, _ in METHODS} | set(IN_THE_SOURCE)
+    known = of_python | {name for _, name, _, _ in METHODS} | set(IN_THE_SOURCE) | set(OF_THE_HARNESS)
     known |= {"_metrics", "_total_train_tokens", "_member_map_", "_value2member_map_", "_member_names_"}
     assert {name: files for name, files in private_names().items() if name not in known} == {}
 

@@ -31,7 +31,7 @@ from finetune.errors import RunError
 from finetune.metrics import Metric, ratio_interval
 from finetune.recipe.sections import TrainConfig
 from finetune.run.checkpoints import complete, damage, known_of, rotate
-from finetune.training.loss_parts import balances, scores_are_its_own
+from finetune.training.loss_parts import balances, score_trained_positions, scores_are_its_own
 from finetune.training.optim import MuonWithAdamW, decayed, faster_b, muon_split
 from finetune.training.sampler import OrderedSampler
 from finetune.training.weight_check import check_finite, trained
@@ -62,6 +62,7 @@ class Extras:
     _total_train_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        score_trained_positions()
         self.batches, settings = [], kwargs["args"]
         if hasattr(settings, "router_aux_loss_coef") and not balances(kwargs["model"]):
             settings.router_aux_loss_coef = 0.0
