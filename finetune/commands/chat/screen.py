@@ -57,7 +57,7 @@ class OneByOne:
 
     def begin(self) -> None:
         if self.name is not None and not self.begun:
-            say(("\n" if self.below else "") + f"[{self.name}]", flush=True)
+            say(("\n\n" if self.below else "") + f"[{self.name}]", flush=True)
         self.begun = True
 
     def show(self, text: str, thinks: bool) -> None:
