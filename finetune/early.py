@@ -174,26 +174,36 @@ def there(config: ModelConfig) -> None:
 
 
 def chat(
-    plain: str | None, model: str | None, adapter: str | None, thinking: str | None = None
-) -> tuple[str | None, str | None]:
-    """(--model, --adapter) with the plain argument as what it is. UserError when there is nothing to talk to."""
+    listed: Sequence[str], model: str | None, adapters: Sequence[str], settings: dict[str, Any] | None = None,
+    system: str | None = None, thinking: str | None = None,
+) -> tuple[list[str], str | None, dict[str, str]]:  # fmt: skip
+    """(runs, --model, adapters by name) of `ft chat`. UserError when there is nothing to talk to."""
     options.check_thinking(thinking)
-    if plain is not None:
-        kind = "model" if adapter is not None else sources.what_is(plain)
-        given = {"model": model, "adapter": adapter}[kind]
-        if given is not None:
-            raise UserError(f"given twice: {plain} and --{kind} {given}", fix="give one of them")
-        model, adapter = (plain, adapter) if kind == "model" else (model, plain)
-    if model is None and adapter is None:
+    if settings is not None:
+        options.written(settings, 1, system, raw=False)
+    runs, named = list(listed), named_adapters(adapters)
+    if len(runs) == 1 and sources.what_is(runs[0]) == "model":
+        if model is not None:
+            raise UserError(f"given twice: {runs[0]} and --model {model}", fix="give one of them")
+        if named:
+            model, runs = runs[0], []  # ft chat MODEL --adapter A
+    if not (runs or named or model is not None):
         raise UserError("no model to talk to", fix="write ft chat RUN, or give --model or --adapter")
-    if adapter is None:
+    if not runs and not named:
         there(ModelConfig(name=str(model)))
-    else:
-        folder = adapter_and_base(adapter, model)
-        if places.read_json(folder / "adapter_config.json").get("task_type") == "SEQ_CLS":
-            what = "is a reward model: it scores answers and gives none"
-            raise UserError(what, path=adapter, fix="give a run of another stage; ft eval scores pairs with it")
-    return model, adapter
+    together(*(lambda name=name: talker(name, model, name in named.values()) for name in (*runs, *named.values())))
+    return runs, model, named
+
+
+def talker(name: str, model: str | None, is_adapter: bool) -> None:
+    """UserError for what is not there, and for a reward model."""
+    if not is_adapter and sources.what_is(name) == "model":
+        there(ModelConfig(name=name))
+        return
+    folder = adapter_and_base(name, model)
+    if places.read_json(folder / "adapter_config.json").get("task_type") == "SEQ_CLS":
+        what = "is a reward model: it scores answers and gives none"
+        raise UserError(what, path=name, fix="give a run of another stage; ft eval scores pairs with it")
 
 
 def generated(
@@ -204,9 +214,7 @@ def generated(
     listed = list(runs)
     if len(listed) == 1 and adapters and model is None and sources.find_adapter(listed[0]) is None:
         model, listed = listed[0], []  # ft generate MODEL --adapter A
-    named = dict(map(named_adapter, adapters))
-    if len(named) < len(adapters):
-        raise UserError("two adapters have one name", key="--adapter", fix="name them: --adapter NAME=PATH")
+    named = named_adapters(adapters)
     if not (listed or named or model is not None):
         raise UserError("no model to answer", fix="write ft generate RUN --data FILE --output FILE, or give --model")
     checks: list[Callable[[], object]] = [
@@ -221,6 +229,14 @@ def generated(
         checks.append(lambda: there(ModelConfig(name=model)))
     together(*checks)
     return listed, model, named
+
+
+def named_adapters(adapters: Sequence[str]) -> dict[str, str]:
+    """Name -> place. UserError for two of one name."""
+    named = dict(map(named_adapter, adapters))
+    if len(named) < len(adapters):
+        raise UserError("two adapters have one name", key="--adapter", fix="name them: --adapter NAME=PATH")
+    return named
 
 
 def named_adapter(text: str) -> tuple[str, str]:

@@ -168,13 +168,14 @@ def test_what_the_machine_decides_is_no_difference(said: dict[str, tuple[int, li
 def test_plain_arguments_are_known_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder_of_runs(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert early.chat("runs/near", None, None) == (None, "runs/near")
-    assert early.chat("runs/near/adapter", None, None) == (None, "runs/near/adapter")
-    assert early.chat("runs/near", "own", None) == ("own", "runs/near")
-    assert early.chat("runs/full", None, None) == ("runs/full", None)
-    assert early.chat("own", None, None) == ("own", None)
-    assert early.chat("own", None, "runs/near") == ("own", "runs/near")
-    assert early.chat("tiny-qwen", None, None) == ("tiny-qwen", None)
+    assert early.chat(["runs/near"], None, []) == (["runs/near"], None, {})
+    assert early.chat(["runs/near/adapter"], None, []) == (["runs/near/adapter"], None, {})
+    assert early.chat(["runs/near"], "own", []) == (["runs/near"], "own", {})
+    assert early.chat(["runs/full"], None, []) == (["runs/full"], None, {})
+    assert early.chat(["own"], None, []) == (["own"], None, {})
+    assert early.chat(["own"], None, ["runs/near"]) == ([], "own", {"near": "runs/near"})
+    assert early.chat([], "own", ["a=runs/near"]) == ([], "own", {"a": "runs/near"})
+    assert early.chat(["tiny-qwen"], None, []) == (["tiny-qwen"], None, {})
 
 
 def testrecipe_or_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

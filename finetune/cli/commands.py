@@ -269,25 +269,41 @@ def compare(
 
 @app.command()
 def chat(
-    plain: Annotated[
-        str | None, typer.Argument(metavar="[RUN|ADAPTER|MODEL]", help="What to talk to, known by its content.")
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN|ADAPTER|MODEL]...", help="What to talk to, known by its content."),
     ] = None,
     model: shared.Model = None,
-    adapter: shared.AdapterOption = None,
+    adapter: Annotated[
+        list[str],
+        typer.Option("--adapter", metavar="[NAME=]ADAPTER", help="Run or adapter; repeats, /adapter NAME switches."),
+    ] = [],  # noqa: B006
+    versus_base: Annotated[bool, typer.Option("--versus-base", help="The base answers beside it.")] = False,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     temperature: shared.Temperature = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that hold so much.", max=1.0)] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 from all.", min=0)] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 against repeating.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the drawn answers; another each time by default.", min=0)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
     thinking: shared.Thinking = None,
+    hide_thinking: Annotated[
+        bool, typer.Option("--hide-thinking", help="Show answers without their thinking.")
+    ] = False,
 ) -> None:
-    """Talk to a model; /reset forgets the conversation, /exit leaves."""
+    """Talk to a model: in the terminal, or a message a line from a pipe. /help lists what else can be typed."""
     shared.quiet(bars=False)
     from finetune import early
 
-    model, adapter = early.chat(plain, model, adapter, thinking)
+    options = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }  # fmt: skip
+    listed, model, adapters = early.chat(runs or [], model, adapter, options, system, thinking)
     shared.quiet()
     shared.module("chat").run(
-        model=model, adapter=adapter, system=system, temperature=temperature, max_new_tokens=max_new_tokens,
-        thinking=thinking,
+        listed, model=model, adapters=adapters, system=system, options=options, max_new_tokens=max_new_tokens,
+        thinking=thinking, hide_thinking=hide_thinking, versus_base=versus_base,
     )  # fmt: skip
 
 

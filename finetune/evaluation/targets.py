@@ -161,12 +161,12 @@ def check_there(base: ModelConfig, run: Any) -> None:
         raise UserError(what, path=run, key="--model", fix="give the base's place now")
 
 
-def bases_of(targets: Sequence[Target]) -> list[Target]:
+def bases_of(targets: Sequence[Target], key: str = "--compare-base") -> list[Target]:
     """The bases of runs and adapters, each once, asked with the chat template that was trained. UserError without."""
     found = {(t.base.name, t.base.quantization): t for t in targets if t.base is not None}
     if not found:
         fix = "give a run that started from a model, or --adapter"
-        raise UserError(f"{targets[0].name} has no base to compare with", key="--compare-base", fix=fix)
+        raise UserError(f"{targets[0].name} has no base to compare with", key=key, fix=fix)
     names = [f"base {Path(name).name}" for name, _ in found] if len(found) > 1 else ["base"]
     made = []
     for name, target in zip(names, found.values(), strict=True):
