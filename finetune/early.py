@@ -5,13 +5,15 @@ What needs weights or a tokenizer is checked by the commands.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from finetune import places
+from finetune import hub, places
+from finetune.adapters import weighted
 from finetune.data import sources as data_sources
 from finetune.errors import Problem, UserError
 from finetune.evaluation import options
@@ -302,13 +304,29 @@ def evaluated_one(name: str, model: str | None, is_adapter: bool, data: str | Se
         there(ModelConfig(name=name))
 
 
-def merged(adapter: str, target: Path, model: str | None, dtype: str | None, layout: str, overwrite: bool) -> None:
+def merged(
+    adapters: Sequence[str], target: Path, model: str | None, dtype: str | None, layout: str, overwrite: bool,
+    size: str = "5GB", kind: str | None = None, density: float | None = None, seed: int | None = None,
+    svd_rank: int | None = None, push: hub.Push | None = None,
+) -> None:  # fmt: skip
     """UserError for what is wrong with the arguments of `ft merge`."""
+
+    def these() -> None:
+        parts = weighted.parts_of(adapters)
+        if (how := weighted.combination(parts, kind, density, seed, svd_rank)) is not None:
+            weighted.check(parts, how)
+        for part in parts:
+            check_apart(target, adapter_and_base(str(part.folder), model))
+
     together(
-        lambda: check_target(target, overwrite),
-        lambda: check_options(dtype, layout),
-        lambda: check_apart(target, adapter_and_base(adapter, model)),
-    )
+        lambda: check_target(target, overwrite), lambda: check_options(dtype, layout), lambda: check_size(size), these,
+        lambda: check_pushed(push, layout),
+    )  # fmt: skip
+
+
+def check_pushed(push: hub.Push | None, layout: str) -> None:
+    if push is not None:
+        hub.check_push(push)
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -320,6 +338,15 @@ def check_options(dtype: str | None, layout: str) -> None:
         raise UserError(f"unknown dtype {dtype!r}", key="--dtype", fix=f"one of {', '.join(DTYPES)}")
     if layout not in FORMATS:
         raise UserError(f"unknown format {layout!r}", key="--format", fix=f"one of {', '.join(FORMATS)}")
+
+
+SIZE = re.compile(r"\d+(\.\d+)?\s*(KB|MB|GB|TB)", re.IGNORECASE)
+
+
+def check_size(text: str) -> None:
+    """UserError for a size of shards that is none, or nothing."""
+    if not SIZE.fullmatch(text.strip()) or not float(text.strip()[:-2]):
+        raise UserError(f"{text!r} is no size", key="--max-shard-size", fix="write 5GB, 500MB")
 
 
 def check_target(target: Path, overwrite: bool) -> None:
