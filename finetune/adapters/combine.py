@@ -122,13 +122,12 @@ def stacked(parts: Sequence[Part], model: ModelConfig) -> tuple[Any, list[str]]:
 
 def hollow(network: nn.Module) -> None:
     """Give the weights of a network on the meta device a place in memory: one number each, seen at its full shape."""
-    made: dict[int, nn.Parameter] = {}
+    made: dict[nn.Parameter, nn.Parameter] = {}
     for module in network.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                zero = torch.zeros((), dtype=torch.float32).expand(weight.shape)
-                made.setdefault(id(weight), nn.Parameter(zero, requires_grad=False))
-                module._parameters[name] = made[id(weight)]
+        for name, weight in list(module.named_parameters(recurse=False)):
+            zero = torch.zeros((), dtype=torch.float32).expand(weight.shape)
+            made.setdefault(weight, nn.Parameter(zero, requires_grad=False))
+            setattr(module, name, made[weight])
 
 
 def layers_of(adapted: Any) -> dict[str, Any]:

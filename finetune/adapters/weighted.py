@@ -94,7 +94,7 @@ def parts_of(adapters: Sequence[str]) -> list[Part]:
     found = []
     for text in adapters:
         place, weight = split(text)
-        found.append(Part(sources.adapter_folder(place, "--adapter"), weight))
+        found.append(Part(sources.adapter_folder(place), weight))
     for number, part in enumerate(found):
         if part.folder in [other.folder for other in found[:number]]:
             raise UserError("is given twice", path=part.folder, key="--adapter", fix="give it once, with both weights")

@@ -137,6 +137,30 @@ def merge(
     )  # fmt: skip
 
 
+@app.command()
+def export(
+    plain: Annotated[str | None, typer.Argument(metavar="[ADAPTER]", help="The same as --adapter.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Run directory or adapter folder.")] = None,
+    consumer: Annotated[
+        str | None, typer.Option("--for", metavar="NAME", help="Who is to load it: peft, vllm, llama.cpp or ollama.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the exported adapter.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base, for adapters that do not name it.")] = None,
+    overwrite: shared.Overwrite = False,
+) -> None:
+    """Write an adapter as another program loads it, or name what keeps that program from it."""
+    usage = "ft export ADAPTER --for vllm --output FOLDER"
+    adapter = shared.one_of(plain, adapter, "--adapter", usage)
+    consumer = shared.one_of(None, consumer, "--for", usage)
+    output = shared.one_of(None, output, "--output", usage)
+    shared.quiet(bars=False)
+    from finetune import early
+
+    early.exported(adapter, consumer, Path(output).expanduser(), model, overwrite)
+    shared.quiet()
+    shared.module("export").run(adapter, consumer, output, model=model, overwrite=overwrite)
+
+
 @app.command("eval")
 def evaluate(
     runs: Annotated[list[str] | None, typer.Argument(help="Runs, adapters or models.")] = None,

@@ -261,7 +261,7 @@ def write_report(job: Job, sums: Sums, figures: dict[str, float], out: Path, tit
     with suppress(UserError):  # a hub's snapshot may be without it, and the hub away by now
         sources.file(base.model, "README.md")
     licence = model_card.licence_of(base.model.name, base.folder)
-    runs = [trained_by(part.folder) for part in job.parts]
+    runs = [model_card.trained_by(part.folder) for part in job.parts]
     card = model_card.merged_card(report, base.model.name, licence, runs, title)
     write_atomically(out / "README.md", card)
     if base.trained:
@@ -278,17 +278,6 @@ def combined(job: Job) -> dict[str, Any]:
     if job.how.kind != "svd":
         del settings["svd_rank"]
     return {"combine": job.how.kind, **settings, "difference_to_weighted_sum": job.outcome.difference}
-
-
-def trained_by(adapter: Path) -> model_card.Trained:
-    """Recipe and result.json of the run that an adapter lies in."""
-    found = read_recipe(adapter.parent) if adapter.name == "adapter" else None
-    sections = {"stage", "model", "data", "adapter", "train", "eval", "output"}
-    if not (isinstance(found, dict) and sections <= found.keys()):
-        return None
-    result = places.read_json(adapter.parent / "result.json")
-    whole = {"trainable_parameters", "total_parameters", "steps", "train_loss"} <= result.keys()
-    return found, result if whole else None
 
 
 def tell(job: Job, sums: Sums, figures: dict[str, float], target: Path) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import yaml
 
-from finetune.adapters.methods import METHODS
+from finetune import places
+from finetune.adapters.methods import of
 from finetune.models.export import FORMATS
 from finetune.recipe.sections import held_sets
 from finetune.resources import BUILTIN_MODELS
+from finetune.run.directory import read_recipe
 from finetune.terminal.progress import command, shown_name
 from finetune.training.report import shown, with_intervals
 
@@ -143,6 +145,17 @@ def merged_card(report: dict[str, Any], base: str, licence: str | None, runs: li
     return "\n".join(lines)
 
 
+def trained_by(adapter: Path) -> Trained:
+    """Recipe and result.json of the run that an adapter lies in."""
+    found = read_recipe(adapter.parent) if adapter.name == "adapter" else None
+    sections = {"stage", "model", "data", "adapter", "train", "eval", "output"}
+    if not (isinstance(found, dict) and sections <= found.keys()):
+        return None
+    result = places.read_json(adapter.parent / "result.json")
+    whole = {"trainable_parameters", "total_parameters", "steps", "train_loss"} <= result.keys()
+    return found, result if whole else None
+
+
 def combined_by(report: dict[str, Any]) -> str:
     """cat, ties (density 0.5), …"""
     names = {"density": "density", "seed": "seed", "svd_rank": "rank"}
@@ -220,9 +233,13 @@ def _split(recipe: dict[str, Any]) -> str | None:
 
 def usage(
     stage: str, method: str, base: str | None, original_layout: str | None, revision: str | None = None,
-    gguf: bool = False,
+    gguf: bool = False, rows: int | None = None,
 ) -> list[str]:  # fmt: skip
-    """How to load it, as Markdown lines; the Python runs in the card's folder."""
+    """How to load it, as Markdown lines; the Python runs in the card's folder.
+
+    Args:
+        rows: embeddings that the adapter needs, where the base has another number.
+    """
     if original_layout:
         what = ["--model", "."] if method == "full" or base is None else ["--model", base, "--adapter", "."]
         return [
@@ -240,13 +257,14 @@ def usage(
     builtin = (BUILTIN_MODELS / base).is_dir()
     where = f'BUILTIN_MODELS / "{base}"' if builtin else json.dumps(base, ensure_ascii=False)
     where += f", revision={json.dumps(revision)}" if revision else ""
-    own = METHODS[method].own
+    own = of(method).own
     ours = ["import finetune"] if own else []
     ours += ["from finetune.resources import BUILTIN_MODELS"] if builtin else []
     return python(
         *ours, "from peft import PeftModel", f"from transformers import AutoTokenizer, {auto}", "",
         *([f"finetune.register()  # makes {method.upper()} known to peft"] if own else []), HERE,
         f"base = {auto}.from_pretrained({where}{', num_labels=1' if stage == 'reward' else ''})",
+        *([f"base.resize_token_embeddings({rows}, mean_resizing=False)"] if rows else []),
         "model = PeftModel.from_pretrained(base, folder)",
     )  # fmt: skip
 
