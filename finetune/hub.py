@@ -153,7 +153,7 @@ def why(error: BaseException, hub: str = "the hub") -> tuple[str, str]:
     found = list(chain(error))
     names = {kind.__name__ for e in found for kind in type(e).__mro__}
     codes = {getattr(getattr(e, "response", None), "status_code", None) for e in found}
-    words = without_token(next((line for line in str(error).splitlines() if line.strip()), "")) or type(error).__name__
+    words = words_of(error)
     ours = hub == "the hub"
     if "GatedRepoError" in names or 403 in codes or "gated dataset" in words:
         return f"is gated on {hub}: it is given to those who are logged in and were granted access", LOG_IN
@@ -192,6 +192,11 @@ class Push:
     public: bool = False
     again: bool = False
     """Whether a repository that is there gets a new commit."""
+
+
+def words_of(error: BaseException) -> str:
+    """Its first line, without a token."""
+    return without_token(next((line for line in str(error).splitlines() if line.strip()), "")) or type(error).__name__
 
 
 def without_token(text: str) -> str:
@@ -283,7 +288,7 @@ def push(folder: Path, files: Sequence[str], to: Push) -> str:
     except UserError:
         raise
     except Exception as error:
-        what, _ = why(error, HUBS[to.where])
+        what = f"{HUBS[to.where]} did not take it ({words_of(error)})"
     tool = f"modelscope upload {to.name}" if to.where == "modelscope" else f"hf upload {to.name}"
     fix = f"the merged model is whole: push it with {tool} {folder}"
     raise UserError(f"was not pushed: {what}", path=to.name, key="--push-to-hub", fix=fix)
