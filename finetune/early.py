@@ -5,13 +5,15 @@ What needs weights or a tokenizer is checked by the commands.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from finetune import places
+from finetune import hub, places
+from finetune.adapters import consumers, weighted
 from finetune.data import sources as data_sources
 from finetune.errors import Problem, UserError
 from finetune.evaluation import options
@@ -318,17 +320,51 @@ def evaluated_one(name: str, model: str | None, is_adapter: bool, data: str | Se
         there(ModelConfig(name=name))
 
 
-def merged(adapter: str, target: Path, model: str | None, dtype: str | None, layout: str, overwrite: bool) -> None:
+def merged(
+    adapters: Sequence[str], target: Path, model: str | None, dtype: str | None, layout: str, overwrite: bool,
+    size: str = "5GB", kind: str | None = None, density: float | None = None, seed: int | None = None,
+    svd_rank: int | None = None, push: hub.Push | None = None,
+) -> None:  # fmt: skip
     """UserError for what is wrong with the arguments of `ft merge`."""
+
+    def these() -> None:
+        parts = weighted.parts_of(adapters)
+        if (how := weighted.combination(parts, kind, density, seed, svd_rank)) is not None:
+            weighted.check(parts, how)
+        for part in parts:
+            check_apart(target, adapter_and_base(str(part.folder), model))
+
     together(
-        lambda: check_target(target, overwrite),
-        lambda: check_options(dtype, layout),
-        lambda: check_apart(target, adapter_and_base(adapter, model)),
-    )
+        lambda: check_target(target, overwrite), lambda: check_options(dtype, layout), lambda: check_size(size), these,
+        lambda: check_pushed(push, layout),
+    )  # fmt: skip
+
+
+def check_pushed(push: hub.Push | None, layout: str) -> None:
+    if push is not None:
+        hub.check_push(push)
+
+
+def exported(adapter: str, consumer: str, target: Path, model: str | None, overwrite: bool) -> None:
+    """UserError for what is wrong with the arguments of `ft export`, and for limits that an adapter's config meets."""
+
+    def these() -> None:
+        folder = adapter_and_base(adapter, model)
+        check_apart(target, folder, done="exported")
+        consumers.check(consumer, places.read_json(folder / "adapter_config.json"), folder, started_by(folder))
+
+    together(lambda: check_target(target, overwrite, EXPORT), lambda: consumers.consumer(consumer), these)
+
+
+def started_by(adapter: Path) -> str | None:
+    """init_lora_weights of the run that an adapter is of."""
+    found = read_recipe(adapter.parent) if adapter.name == "adapter" else None
+    section = found.get("adapter") if isinstance(found, dict) else None
+    return section.get("init_lora_weights") if isinstance(section, dict) else None
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-REPORT = "merge.json"
+REPORT, EXPORT = "merge.json", "export.json"
 
 
 def check_options(dtype: str | None, layout: str) -> None:
@@ -338,35 +374,44 @@ def check_options(dtype: str | None, layout: str) -> None:
         raise UserError(f"unknown format {layout!r}", key="--format", fix=f"one of {', '.join(FORMATS)}")
 
 
-def check_target(target: Path, overwrite: bool) -> None:
-    """UserError when something that no merge wrote stands at `target`, or a merge without `overwrite`."""
+SIZE = re.compile(r"\d+(\.\d+)?\s*(KB|MB|GB|TB)", re.IGNORECASE)
+
+
+def check_size(text: str) -> None:
+    """UserError for a size of shards that is none, or nothing."""
+    if not SIZE.fullmatch(text.strip()) or not float(text.strip()[:-2]):
+        raise UserError(f"{text!r} is no size", key="--max-shard-size", fix="write 5GB, 500MB")
+
+
+def check_target(target: Path, overwrite: bool, report: str = REPORT) -> None:
+    """UserError when something that no merge (or export) wrote stands at `target`, or one without `overwrite`."""
     places.check_folder(target, "--output", here=False)
     places.check_part(target, "--output")
     if not target.exists() or not any(target.iterdir()):
         return
-    made = places.read_json(target / REPORT)
+    made = places.read_json(target / report)
     ours = "adapter" in made and places.made_by_ft(made)
     if not (ours and overwrite):
         fix = "choose another folder" + (", or --overwrite" if ours else "")
         raise UserError("already holds files", path=target, key="--output", fix=fix)
 
 
-def written_names(target: Path, overwrite: bool) -> Collection[str]:
-    """What the merge at `target` wrote."""
-    check_target(target, overwrite)
-    files = places.read_json(target / REPORT).get("files")
+def written_names(target: Path, overwrite: bool, report: str = REPORT) -> Collection[str]:
+    """What the merge, or the export, at `target` wrote."""
+    check_target(target, overwrite, report)
+    files = places.read_json(target / report).get("files")
     if isinstance(files, list):
         return files
     kinds = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py")  # before it was noted
     return [path.name for path in target.iterdir() if path.suffix in kinds]
 
 
-def check_apart(target: Path, *inputs: Path) -> None:
+def check_apart(target: Path, *inputs: Path, done: str = "merged") -> None:
     """UserError when `target` is or holds something that is read."""
     full = target.resolve()
     for path in (path.resolve() for path in inputs):
         if full == path or full in path.parents:
-            what = f"is what is merged, or holds it ({path})"
+            what = f"is what is {done}, or holds it ({path})"
             raise UserError(what, path=target, key="--output", fix="choose a folder of its own")
 
 

@@ -18,7 +18,6 @@ OTHER_COMMANDS = {
     **dict.fromkeys(("train", "finetune"), "ft sft, ft pretrain, ft reward, ft dpo, ft kto or ft ppo"),
     "rlhf": "ft dpo, ft kto, ft reward or ft ppo",
     "rm": "ft reward",
-    "export": "ft merge",
     "evaluate": "ft eval",
     **dict.fromkeys(("infer", "inference"), "ft chat, or ft generate for a file"),
     "predict": "ft generate",

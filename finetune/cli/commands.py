@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -85,31 +85,80 @@ for _stage, _help in TRAINING.items():
 
 @app.command()
 def merge(
-    plain: Annotated[str | None, typer.Argument(metavar="[ADAPTER]", help="The same as --adapter.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Run directory or adapter folder.")] = None,
+    plain: Annotated[list[str] | None, typer.Argument(metavar="[ADAPTER[:WEIGHT]]…", help="As --adapter.")] = None,
+    adapter: Annotated[
+        list[str],
+        typer.Option("--adapter", metavar="ADAPTER[:WEIGHT]", help="Run directory or adapter folder; repeats."),
+    ] = [],  # noqa: B006
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the merged model.")] = None,
     model: Annotated[str | None, typer.Option(help="The base, for adapters that do not name it.")] = None,
+    combine: Annotated[
+        str | None,
+        typer.Option(help="Of several adapters: cat (the weighted sum, by default), svd, linear, ties or dare_ties."),
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Of ties and dare_ties: share of entries kept; 0.5.")] = None,
+    svd_rank: Annotated[
+        int | None, typer.Option(help="Of svd: the rank that is kept; the largest of them.", min=1)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what dare_ties draws; 0.", min=0)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the base's own by default.")] = None,
     base: Annotated[str, typer.Option(help="For quantized runs: original or dequantized weights.")] = "original",
     format_: Annotated[
         str, typer.Option("--format", help="hf, or chatglm: ChatGLM's original layout, for the published code.")
     ] = "hf",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Push the result to a private repository.")
+    ] = None,
+    hub: Annotated[str, typer.Option(help="Where to: hub, or modelscope.")] = "hub",
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
     overwrite: shared.Overwrite = False,
 ) -> None:
-    """Merge an adapter into its base and prove that the result computes the same."""
+    """Merge an adapter, or several with weights, into its base and prove that the result computes the same."""
     usage = "ft merge ADAPTER --output FOLDER"
+    adapters = [*(plain or []), *adapter]
+    if not adapters:
+        shared.one_of(None, None, "--adapter", usage)
+    output = shared.one_of(None, output, "--output", usage)
+    shared.quiet(bars=False)
+    from finetune import early
+    from finetune.hub import Push
+
+    push = Push(push_to_hub, hub, public, overwrite) if push_to_hub is not None else None
+    shared.needs(push is not None, "--push-to-hub", **{"--hub": hub != "hub", "--public": public})
+    how: dict[str, Any] = {"kind": combine, "density": density, "seed": seed, "svd_rank": svd_rank}
+    early.merged(
+        adapters, Path(output).expanduser(), model, dtype, format_, overwrite, max_shard_size, push=push, **how
+    )  # fmt: skip
+    shared.quiet()
+    shared.module("merge").run(
+        adapters, output, model=model, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, base=base,
+        layout=format_, push=push, **how,
+    )  # fmt: skip
+
+
+@app.command()
+def export(
+    plain: Annotated[str | None, typer.Argument(metavar="[ADAPTER]", help="The same as --adapter.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Run directory or adapter folder.")] = None,
+    consumer: Annotated[
+        str | None, typer.Option("--for", metavar="NAME", help="Who is to load it: peft, vllm, llama.cpp or ollama.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the exported adapter.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base, for adapters that do not name it.")] = None,
+    overwrite: shared.Overwrite = False,
+) -> None:
+    """Write an adapter as another program loads it, or name what keeps that program from it."""
+    usage = "ft export ADAPTER --for vllm --output FOLDER"
     adapter = shared.one_of(plain, adapter, "--adapter", usage)
+    consumer = shared.one_of(None, consumer, "--for", usage)
     output = shared.one_of(None, output, "--output", usage)
     shared.quiet(bars=False)
     from finetune import early
 
-    early.merged(adapter, Path(output).expanduser(), model, dtype, format_, overwrite)
+    early.exported(adapter, consumer, Path(output).expanduser(), model, overwrite)
     shared.quiet()
-    shared.module("merge").run(
-        adapter, output, model=model, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, base=base,
-        layout=format_,
-    )  # fmt: skip
+    shared.module("export").run(adapter, consumer, output, model=model, overwrite=overwrite)
 
 
 @app.command("eval")

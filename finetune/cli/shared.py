@@ -68,6 +68,13 @@ def one_of(plain: str | None, option: str | None, name: str, usage: str) -> str:
     return given
 
 
+def needs(there: bool, name: str, **given: bool) -> None:
+    """UserError for options that say something of the option `name`, which is not there."""
+    for option, said in given.items():
+        if said and not there:
+            raise UserError(f"has no effect without {name}", key=option, fix=f"leave it out, or give {name}")
+
+
 def pairs(listed: list[str], key: str) -> dict[str, str]:
     """NAME=VALUE, each; UserError for what is none."""
     found = {}

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import gc
 import math
-from contextlib import suppress
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetune import places
-from finetune.adapters import merge
+from finetune import hub, places
+from finetune.adapters import combine, merge, weighted
 from finetune.adapters.compatibility import check_merge
 from finetune.adapters.merge import Sums, largest_difference, logits_of
+from finetune.adapters.weighted import Combination, Part
 from finetune.base import Base
 from finetune.data import thinking
-from finetune.early import REPORT, check_apart, check_options, check_target, written_names
+from finetune.early import REPORT, check_apart, check_options, check_size, check_target, written_names
 from finetune.errors import UserError
 from finetune.evaluation.generation import stop_ids
 from finetune.models import attach, hardware, loading, sources
@@ -52,6 +55,12 @@ class Job:
     trained: ModelConfig
     """The same, quantized as it was in training."""
     adapter: Path
+    """What is added to the base: the adapter, or the combination of several."""
+    parts: list[Part]
+    """Those that were given."""
+    how: Combination | None
+    outcome: combine.Outcome | None
+    """Of the combination."""
     method: str
     """Its peft type."""
     weights: str
@@ -66,16 +75,24 @@ class Job:
 
 
 def run(
-    adapter: str, output: str, *, model: str | None = None, dtype: str | None = None, max_shard_size: str = "5GB",
-    overwrite: bool = False, base: str = "original", layout: str = "hf",
+    adapter: str | Sequence[str], output: str, *, model: str | None = None, dtype: str | None = None,
+    max_shard_size: str = "5GB", overwrite: bool = False, base: str = "original", layout: str = "hf",
+    kind: str | None = None, density: float | None = None, seed: int | None = None, svd_rank: int | None = None,
+    push: hub.Push | None = None,
 ) -> None:  # fmt: skip
+    """Args: adapter: PLACE[:WEIGHT], or several; kind, density, seed, svd_rank: of `weighted.combination`."""
     target = Path(output).expanduser()
     check_target(target, overwrite)
     check_options(dtype, layout)
-    job = opened(adapter, target, model, dtype, base, layout)
-    merged, sums, logits = summed(job)
-    # A failed merge leaves nothing that looks like a model, and the one before stays until this one is proven.
-    with places.built_beside(target, "--output", lambda: written_names(target, overwrite)) as part:
+    check_size(max_shard_size)
+    parts = weighted.parts_of([adapter] if isinstance(adapter, str) else adapter)
+    how = weighted.combination(parts, kind, density, seed, svd_rank)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        job = opened(parts, how, target, model, dtype, base, layout, scratch)
+        merged, sums, logits = summed(job)
+        # A failed merge leaves nothing that looks like a model, and the one before stays until this one is proven.
+        part = stack.enter_context(places.built_beside(target, "--output", lambda: written_names(target, overwrite)))
         device = merged.device
         write(job, merged, part, max_shard_size)
         del merged
@@ -87,13 +104,55 @@ def run(
         figures = measured(logits)
         write_report(job, sums, figures, part, target.name)
     tell(job, sums, figures, target)
+    if push is not None:
+        # What else lies there is the user's, and merge.json has this machine's paths.
+        files = set(places.read_json(target / REPORT)["files"]) - {REPORT}
+        note(f"pushed: {hub.push(target, sorted(files), push)}")
 
 
-def opened(adapter: str, target: Path, model: str | None, dtype: str | None, weights: str, layout: str) -> Job:
-    """Base and adapter. UserError, before any weights are loaded, for what cannot be merged."""
-    folder = sources.adapter_folder(adapter)
+def opened(
+    parts: list[Part], how: Combination | None, target: Path, model: str | None, dtype: str | None, weights: str,
+    layout: str, scratch: Path,
+) -> Job:  # fmt: skip
+    """Base and adapter. UserError, before any weights are loaded, for what cannot be merged.
+
+    Args:
+        scratch: folder for a combination of several.
+    """
+    folder = parts[0].folder
     config, trained = configs_of(folder, model)
-    check_apart(target, folder, sources.folder(config))
+    for part in parts:
+        check_apart(target, part.folder, sources.folder(config))
+        check_base_weights(part.folder, configs_of(part.folder, model)[1], weights)
+    base = Base.open(config, folder)
+    FORMATS[layout].check(config, base.config)
+    stored = described(folder)
+    outcome = None
+    if how is not None:
+        weighted.check(parts, how)
+        kinds = {configs_of(part.folder, model)[1].quantization for part in parts}
+        if len(kinds) > 1 and weights == "dequantized":
+            what = f"the adapters were trained on weights of several kinds ({', '.join(map(str, kinds))})"
+            raise UserError(what, key="--base", fix="merge into the original weights")
+        trained = trained if len(kinds) == 1 else config
+        outcome = combine.combine(parts, how, config, scratch)
+        note(outcome.said())
+        folder = scratch
+    check_merge(stored, base.config["model_type"], folder)
+    if (fitted := attach.check_adapter(folder, config)) is not None:
+        merge.check_layers(fitted, folder)
+    samples = [base.encoder.prompt_ids([{"role": "user", "content": text}]) for text in SAMPLES]
+    dtype = dtype or declared(base)
+    own = sources.file(config, "generation_config.json")
+    generation = {} if own is None else read_json(Path(own))
+    return Job(
+        base, trained, folder, parts, how, outcome, stored["peft_type"], weights, dtype, getattr(torch, dtype), layout,
+        generation, samples,
+    )  # fmt: skip
+
+
+def check_base_weights(folder: Path, trained: ModelConfig, weights: str) -> None:
+    """UserError for a --base that is none of this adapter's."""
     if weights not in ("original", "dequantized") or (weights == "dequantized" and trained.quantization is None):
         fix = "one of original, dequantized" if trained.quantization else "it was trained on the original weights"
         raise UserError(f"no {weights!r} base to merge into", path=folder, key="--base", fix=fix)
@@ -103,19 +162,6 @@ def opened(adapter: str, target: Path, model: str | None, dtype: str | None, wei
             "started by making up for what int4 rounds away (loftq), and the original weights are not rounded",
             path=folder, key="--base", fix="use --base dequantized",
         )  # fmt: skip
-    base = Base.open(config, folder)
-    FORMATS[layout].check(config, base.config)
-    stored = described(folder)
-    check_merge(stored, base.config["model_type"], folder)
-    if (fitted := attach.check_adapter(folder, config)) is not None:
-        merge.check_layers(fitted, folder)
-    samples = [base.encoder.prompt_ids([{"role": "user", "content": text}]) for text in SAMPLES]
-    dtype = dtype or declared(base)
-    own = sources.file(config, "generation_config.json")
-    generation = {} if own is None else read_json(Path(own))
-    return Job(
-        base, trained, folder, stored["peft_type"], weights, dtype, getattr(torch, dtype), layout, generation, samples
-    )
 
 
 def declared(base: Base) -> str:
@@ -206,14 +252,17 @@ def write_report(job: Job, sums: Sums, figures: dict[str, float], out: Path, tit
     base = job.base
     report = {
         "base": base.model.name, "base_weights": job.weights, "quantization": job.trained.quantization,
-        "format": job.layout, "adapter": str(job.adapter), "method": job.method, "dtype": job.dtype,
+        "format": job.layout, "adapter": str(job.parts[0].folder), "method": job.method, "dtype": job.dtype,
+        "adapters": [{"adapter": str(part.folder), "weight": part.weight} for part in job.parts],
+        **combined(job),
         "sum": {"layers": sums.layers, "largest_miss": sums.largest_miss, "tensors": len(sums.digests)},
         **{key: value if math.isfinite(value) else None for key, value in figures.items()},
     }  # fmt: skip
     with suppress(UserError):  # a hub's snapshot may be without it, and the hub away by now
         sources.file(base.model, "README.md")
     licence = model_card.licence_of(base.model.name, base.folder)
-    card = model_card.merged_card(report, base.model.name, licence, recipe_of(job.adapter), title)
+    runs = [model_card.trained_by(part.folder) for part in job.parts]
+    card = model_card.merged_card(report, base.model.name, licence, runs, title)
     write_atomically(out / "README.md", card)
     if base.trained:
         write_json(out / thinking.FILE, base.trained)
@@ -221,15 +270,20 @@ def write_report(job: Job, sums: Sums, figures: dict[str, float], out: Path, tit
     write_json(out / REPORT, {**report, "versions": versions(), "files": files})
 
 
-def recipe_of(adapter: Path) -> dict[str, Any] | None:
-    """The recipe of the run that an adapter lies in."""
-    found = read_recipe(adapter.parent) if adapter.name == "adapter" else None
-    return found if isinstance(found, dict) and {"stage", "model", "data", "output"} <= found.keys() else None
+def combined(job: Job) -> dict[str, Any]:
+    """For merge.json: how several adapters, or one with a weight, became one."""
+    if job.how is None or job.outcome is None:
+        return {}
+    settings = {"density": job.how.density, "seed": job.how.seed, "svd_rank": job.outcome.rank}
+    if job.how.kind != "svd":
+        del settings["svd_rank"]
+    return {"combine": job.how.kind, **settings, "difference_to_weighted_sum": job.outcome.difference}
 
 
 def tell(job: Job, sums: Sums, figures: dict[str, float], target: Path) -> None:
     """What was done and proven, and what to type next."""
-    note(f"merged {job.method} into {job.base.model.name} ({job.weights} weights, {job.dtype}): {target}")
+    count = f"{len(job.parts)} adapters of type " if len(job.parts) > 1 else ""
+    note(f"merged {count}{job.method} into {job.base.model.name} ({job.weights} weights, {job.dtype}): {target}")
     if "diff_to_trained_model" in figures:
         gap = figures["diff_to_trained_model"]
         note(f"difference to the {job.trained.quantization} model as trained: {gap:.3g} (measured, not a gate)")
@@ -252,7 +306,7 @@ def tell(job: Job, sums: Sums, figures: dict[str, float], target: Path) -> None:
         warn(f"by the chat template's default {said}: ask the merged model with {how}")
     shown = f"./{target}" if str(target).startswith("-") else str(target)
     lines = [("chat", "--model", shown)]
-    recipe = read_recipe(job.adapter.parent) or {}
+    recipe = read_recipe(job.parts[0].folder.parent) or {}
     if (recipe.get("eval") or {}).get("data") or (recipe.get("data") or {}).get("eval_split"):
         lines.insert(0, ("eval", shown, "--compare-base"))
     for number, parts in enumerate(lines):

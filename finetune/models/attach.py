@@ -44,10 +44,8 @@ def attach_adapter(
     register()
     check_identity(adapter, sources.folder(model), model.name)
     config = read_config(model)
-    with tempfile.TemporaryDirectory() as scratch, _as_adapter_error(adapter, model.name):
-        if (native := layout_of(config).adapter(adapter, config)) is not None:
-            save_adapter(*native, Path(scratch))
-            adapter = Path(scratch)
+    with tempfile.TemporaryDirectory() as scratch, as_adapter_error(adapter, model.name):
+        adapter = native(adapter, config, Path(scratch))
         if more:
             weights = dict(tensors(adapter_files.weights(adapter)))
             if adapter != Path(scratch):
@@ -63,8 +61,21 @@ def attach_adapter(
         return adapted
 
 
+def native(adapter: Path, config: dict[str, Any], scratch: Path) -> Path:
+    """The folder itself, or one in `scratch` with the same adapter for the native network of an original layout.
+
+    Args:
+        config: the base's config.json.
+    """
+    made = layout_of(config).adapter(adapter, config)
+    if made is None:
+        return adapter
+    save_adapter(*made, scratch)
+    return scratch
+
+
 @contextmanager
-def _as_adapter_error(adapter: Path, name: str) -> Iterator[None]:
+def as_adapter_error(adapter: Path, name: str) -> Iterator[None]:
     """What peft says about an adapter that it cannot put on this base, in one line."""
     try:
         with warnings.catch_warnings():

@@ -96,13 +96,17 @@ def test_the_card_of_a_reward_model(tmp_path: Path, base: Path, monkeypatch: pyt
 def test_the_card_of_a_merged_model(
     tmp_path: Path, recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, umask: int
 ) -> None:
-    run = train(recipe(model={"name": "tiny-llama"}, train={"max_steps": 2}))
+    settings = {"max_steps": 2, "per_device_eval_batch_size": 1}
+    run = train(recipe(model={"name": "tiny-llama"}, train=settings, data={"eval_split": 12}))
     target = tmp_path / "merged"
     merge.run(str(run.path), str(target))
     text = checked_card(target)
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "tiny-llama"
     assert "| adapter | run |" in text
-    assert "| method | lora |" in text
+    assert "| method | lora (" in text
+    assert "| data | rows.jsonl |" in text
+    assert re.search(r"\| loss \| [\d.]+ \[[\d.]+, [\d.]+\] \|", text)  # of the run, with its interval
+    assert "Of the adapter on its base, before the merge." in text
     assert "largest difference of a logit to base + adapter" in text
     made = loaded(target, monkeypatch)
     ids = made["tokenizer"]("say 3", return_tensors="pt")["input_ids"]

@@ -1,0 +1,187 @@
+"""`ft export`: an adapter as another program loads it, with the command that does; or what keeps that program from it.
+
+Nothing is written before every limit is known, and what is written computes what the adapter computed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from finetune import places
+from finetune.adapters import combine, consumers
+from finetune.adapters.uniform import deltas, uniform
+from finetune.base import Base
+from finetune.data import thinking
+from finetune.early import EXPORT, check_apart, check_target, started_by, written_names
+from finetune.errors import RunError, UserError
+from finetune.models import adapter_files, attach, sources, tokenizers
+from finetune.models.adapter_files import described
+from finetune.models.identity import IDENTITY_FILE, check_identity, configs_of, read_identity
+from finetune.models.weight_files import tensors
+from finetune.run.directory import versions
+from finetune.run.writing import write_atomically, write_json
+from finetune.terminal.progress import note, shown_name
+from finetune.training import model_card
+
+EXACT = 1e-6
+"""What the export of a layer may miss, of its size: one rounding to float32."""
+GGUF_FILE = "adapter.gguf"
+
+
+@dataclass(frozen=True)
+class Job:
+    adapter: Path
+    base: Base
+    consumer: str
+    stored: dict[str, Any]
+    """adapter_config.json"""
+
+    @property
+    def place(self) -> str:
+        """The base, as another program is told of it."""
+        name = self.base.model.name
+        return str(self.base.folder) if name in sources.known_names() or Path(name).expanduser().exists() else name
+
+
+def run(adapter: str, consumer: str, output: str, *, model: str | None = None, overwrite: bool = False) -> None:
+    target = Path(output).expanduser()
+    check_target(target, overwrite, EXPORT)
+    job = opened(adapter, consumer, target, model)
+    write = gguf_writer(job) if consumers.consumer(consumer).gguf else write_peft
+    with places.built_beside(target, "--output", lambda: written_names(target, overwrite, EXPORT)) as part:
+        said = write(job, part, target)
+        files = sorted({path.name for path in part.iterdir()} - {places.UNFINISHED} | {EXPORT})
+        report = {"adapter": str(job.adapter), "for": consumer, "base": job.base.model.name, "versions": versions()}
+        write_json(part / EXPORT, {**report, "files": files})
+    note(f"exported for {consumers.consumer(consumer).what}: {target}")
+    for line in said:
+        note(line)
+
+
+def opened(adapter: str, consumer: str, target: Path, model: str | None) -> Job:
+    """UserError, before anything is loaded or written, for what the consumer would not take."""
+    folder = sources.adapter_folder(adapter)
+    config, _ = configs_of(folder, model)
+    check_apart(target, folder, sources.folder(config), done="exported")
+    stored = described(folder)
+    consumers.check(consumer, stored, folder, started_by(folder))
+    base = Base.open(config, folder)
+    model_type = str(base.config["model_type"])
+    consumers.check_base(consumer, model_type, folder)
+    consumers.check_names(consumer, sorted(adapter_files.shapes(folder)), model_type, folder)
+    check_identity(folder, base.folder, config.name)
+    attach.check_adapter(folder, config)
+    return Job(folder, base, consumer, stored)
+
+
+def write_peft(job: Job, out: Path, target: Path) -> list[str]:
+    """In PEFT's format with safetensors, tokenizer, template and a card. What is said of it."""
+    weights = dict(tensors(adapter_files.weights(job.adapter)))
+    stored, said = job.stored, []
+    if job.consumer == "vllm" and (stored.get("rank_pattern") or stored.get("alpha_pattern")):
+        made, changed = uniform(dict(stored), weights)
+        check_same((stored, weights), (made, changed), job.adapter)
+        said.append(f"ranks and scales of single layers became one: r {made['r']}, lora_alpha {made['lora_alpha']:g}")
+        stored, weights = made, changed
+    written = {**stored, "base_model_name_or_path": job.base.model.name, "inference_mode": True}
+    (out / "adapter_config.json").write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_file({k: t.contiguous() for k, t in weights.items()}, out / "adapter_model.safetensors", {"format": "pt"})
+    job.base.tokenizer.save_pretrained(out)
+    for name in (IDENTITY_FILE, thinking.FILE):
+        if (job.adapter / name).is_file():
+            shutil.copyfile(job.adapter / name, out / name)
+    write_card(job, out, target.name, stored)
+    if job.consumer == "peft":
+        return [*said, consumers.in_python(stored, target.resolve())]
+    name = served_name(target)
+    said += [vllm_command(job, stored, job.place, name, target.resolve()), f'asked for with "model": "{name}"']
+    if kind := read_identity(job.adapter).get("quantization"):
+        said.append(f"it was trained on {kind} weights: on the original ones its answers may differ a little")
+    return said
+
+
+def check_same(before: Any, after: Any, folder: Path) -> None:
+    """RunError unless both compute the same in every layer."""
+    one, other = deltas(*before), deltas(*after)
+    for layer, (b, a) in one.items():
+        size = combine.values((b, a)).norm().item()
+        miss = combine.values(combine.beside([(b, a), (-other[layer][0], other[layer][1])])).norm().item()
+        if not miss <= EXACT * size:
+            raise RunError(f"the export of {folder} differs in {layer} by {miss:.3g}; nothing was written")
+
+
+def served_name(target: Path) -> str:
+    return re.sub(r"[^\w.-]", "-", target.resolve().name)
+
+
+def vllm_command(job: Job, stored: dict[str, Any], base: str, name: str, folder: Path) -> str:
+    """What serves the base with the adapter in `folder`, in the adapter's chat format."""
+    largest = max([int(stored["r"]), *(stored.get("rank_pattern") or {}).values()])
+    size = consumers.size_of(consumers.consumer("vllm"), largest)
+    parts = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", size, "--lora-modules", f"{name}={folder}"]
+    if job.base.tokenizer.chat_template != tokenizers.load_tokenizer(job.base.model).chat_template:
+        parts += ["--chat-template", folder / "chat_template.jinja"]
+    return shlex.join(map(str, parts))
+
+
+def write_card(job: Job, out: Path, title: str, stored: dict[str, Any]) -> None:
+    """README.md, whose lines work where it lies."""
+    base, name = job.base, shown_name(job.base.model.name)
+    licence = model_card.licence_of(base.model.name, base.folder)
+    method = str(job.stored["peft_type"]).lower()
+    stage = "reward" if job.stored.get("task_type") == "SEQ_CLS" else "sft"
+    rows = max(adapter_files.own_embeddings(job.adapter).values(), default=0)
+    have = int(base.config.get("vocab_size") or 0)
+    if job.consumer == "peft":
+        other = rows if rows != have else None
+        how = model_card.usage(stage, method, name, None, base.model.revision, sources.is_gguf_base(base.model), other)
+    else:
+        how = ["```bash", vllm_command(job, stored, name, served_name(out.with_name(title)), Path()), "```"]
+    recipe = model_card.trained_by(job.adapter)
+    table = model_card.recipe_rows(*recipe) if recipe else [("method", method)]
+    metrics = ["## Metrics", "", *model_card.metrics_of(recipe[1]), ""] if recipe and recipe[1] else []
+    head = {"base_model": name, **({"license": licence} if licence else {}),
+            "library_name": "peft", "tags": ["ft", method]}  # fmt: skip
+    unknown = model_card.UNKNOWN_LICENCE
+    lines = [
+        *model_card.front(head), f"# {title}", "",
+        f"An adapter, exported for {consumers.consumer(job.consumer).what} by `ft export` (package ft-recipes).", "",
+        *model_card.table([("base", name), ("licence of the base", licence or unknown), *table]),
+        "", *metrics, "## Use", "", *how, "",
+    ]  # fmt: skip
+    write_atomically(out / "README.md", "\n".join(lines))
+
+
+def gguf_writer(job: Job) -> Callable[[Job, Path, Path], list[str]]:
+    """UserError where there is nothing that writes adapters as GGUF files, and where Ollama has no base for them."""
+    what = consumers.consumer(job.consumer).what
+    try:
+        write = importlib.import_module("finetune.models.gguf.export").write_adapter
+    except (ImportError, AttributeError):
+        raise UserError(f"adapters for {what} are not written yet", key="--for", fix=consumers.MERGE) from None
+    gguf = sources.place(job.base.model) if sources.is_gguf_base(job.base.model) else None
+    if job.consumer == "ollama" and gguf is None:
+        raise UserError(
+            "Ollama puts an adapter on a GGUF base, and its base is none", path=job.adapter, key="--for",
+            fix="merge it: ft merge --format gguf writes the whole model with its Modelfile",
+        )  # fmt: skip
+
+    def written(job: Job, out: Path, target: Path) -> list[str]:
+        write(job.adapter, job.base.folder, out / GGUF_FILE)
+        file = target.resolve() / GGUF_FILE
+        if job.consumer == "ollama":
+            (out / "Modelfile").write_text(f"FROM {gguf}\nADAPTER ./{GGUF_FILE}\n", encoding="utf-8")
+            return [f"ollama create {target.resolve().name} -f {target.resolve() / 'Modelfile'}"]
+        return [f"llama-cli --model {gguf or 'BASE.gguf'} --lora {file}"]
+
+    return written
