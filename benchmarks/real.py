@@ -188,8 +188,8 @@ def another(path: Path, model: str, data: str) -> None:
     here = Folder(path, model)
     settings = (
         "data.eval_split=64", "data.max_length=192", "data.on_error=drop", "data.on_overlong=drop",
-        "data.max_dropped=0.9", "data.max_samples=600", "eval.data=null", "train.effective_batch_size=8", "train.max_steps=40",
-        "train.learning_rate=5.0e-4", f"data.train={data}",
+        "data.max_dropped=0.9", "data.max_samples=600", "eval.data=null", "train.effective_batch_size=8",
+        "train.max_steps=40", "train.learning_rate=5.0e-4", f"data.train={data}",
     )  # fmt: skip
     run = path / "sft"
     here.ft("sft", "sft", "--recipe", "smollm2_sft.yaml", *base(here), *(w for s in settings for w in ("--set", s)),

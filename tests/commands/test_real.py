@@ -94,7 +94,7 @@ def test_make_real(tmp_path: Path) -> None:
         assert tickets[f"merged, {kind}"]["loss"] < 2 * tickets["SFT"]["loss"] + 0.05
     answers = found["questions"]
     assert answers["SFT -> DPO"]["exact_match/unanswerable"] > answers["SFT"]["exact_match/unanswerable"] + 0.3
-    assert answers["SFT -> PPO"]["reward_difference_ci"][1] > 0, "not worse; with so weak a reward model it was no better"
+    assert answers["SFT -> PPO"]["reward_difference_ci"][1] > 0, "its reward model is weak"
 
 
 @pytest.fixture
