@@ -113,6 +113,20 @@ def test_attributes(name: str) -> None:
     assert re.search(pattern, inspect.getsource(inspect.getmodule(owner) or owner)), why
 
 
+# What the model of `ft eval --tasks` does itself: name -> its arguments in lm-evaluation-harness.
+HARNESS: dict[str, tuple[str, ...]] = {
+    "_model_call": ("self", "inps", "attn_mask", "labels"), "_encode_pair": ("self", "context", "continuation"),
+    "apply_chat_template": ("self", "chat_history", "add_generation_prompt"),
+    "tok_batch_encode": ("self", "strings", "padding_side", "left_truncate_len", "truncation"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARNESS)
+def test_the_harness_asks_through_these(name: str) -> None:
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    assert tuple(inspect.signature(getattr(huggingface.HFLM, name)).parameters) == HARNESS[name]
+
+
 @pytest.mark.parametrize("trainer", OF_TRL)
 def test_trl_counts_in_these(trainer: type) -> None:
     """`_metrics` and `_total_train_tokens` are read for the run's figures and kept in checkpoints."""
@@ -237,7 +251,7 @@ def private_names() -> dict[str, list[str]]:
 
 def test_every_private_name_is_here() -> None:
     of_python = {"_exit", "_replace", "_name_", "_value_"}  # os, namedtuple, enum
-    known = of_python | {name for _, name, _, _ in METHODS} | set(IN_THE_SOURCE)
+    known = of_python | {name for _, name, _, _ in METHODS} | set(IN_THE_SOURCE) | set(HARNESS)
     known |= {"_metrics", "_total_train_tokens", "_member_map_", "_value2member_map_", "_member_names_"}
     assert {name: files for name, files in private_names().items() if name not in known} == {}
 
