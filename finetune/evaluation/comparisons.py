@@ -54,10 +54,14 @@ def comparable(results: Sequence[Evaluation], chosen: Sequence[Metric]) -> list[
 # --- what was forgotten ---
 
 
+FEWEST = 6  # rows: of five all are worse by chance once in 32 times, and drawing from them shows nothing else
+
+
 def forgotten(found: Sequence[dict[str, Any]], chosen: Sequence[Metric]) -> list[dict[str, Any]]:
-    """The comparisons in which b is worse than a by more than the interval."""
+    """The comparisons, of FEWEST rows or more, in which b is worse than a by more than the interval."""
     lower = {metric.name for metric in chosen if metric.lower_is_better}
-    return [one for one in found if (one["ci"][0] > 0 if one["metric"] in lower else one["ci"][1] < 0)]
+    known = [one for one in found if one["n"] >= FEWEST]
+    return [one for one in known if (one["ci"][0] > 0 if one["metric"] in lower else one["ci"][1] < 0)]
 
 
 # --- what changed ---

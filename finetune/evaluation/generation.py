@@ -1,4 +1,4 @@
-"""Generation and scoring, shared by `ft eval`, `ft merge`, `ft chat` and mid-training evaluation."""
+"""How answers are written, for every command that lets a model write, and what is measured of them."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from finetune.data.held_out import rows_of
 from finetune.data.samples import read_samples
 from finetune.data.types import Conversation
 from finetune.errors import UserError
-from finetune.evaluation import generation, kept, measuring, parts, targets
+from finetune.evaluation import comparisons, generation, kept, measuring, parts, targets
 from finetune.evaluation.sets import Part, leaks_of
 from finetune.metrics import METRICS
 from finetune.recipe.file import load
@@ -202,6 +202,15 @@ def test_a_users_metric_is_asked_once_of_each_row(run: Path, base: Path, tmp_pat
     assert one["difference"] == pytest.approx(0.03)
     (row,) = found["changes"][0]["rows"]
     assert row["b"]["value"] - row["a"]["value"] == pytest.approx(0.03)
+
+
+def test_a_few_rows_prove_no_loss() -> None:
+    """Of the very same difference in each row: five may be chance."""
+    loss = [metric for metric in METRICS if metric.name == "loss"]
+    for n, proven in ((1, False), (5, False), (6, True)):
+        runs = [generation.Evaluation(name, n, {}, [{"loss": value, "loss_tokens": 3}] * n)
+                for name, value in (("base", 1.0), ("run", 1.5))]  # fmt: skip
+        assert bool(comparisons.forgotten([comparisons.compare(*runs, loss[0])], loss)) is proven
 
 
 def test_no_change_is_told_in_the_words_of_its_metric(
