@@ -34,7 +34,9 @@ class Folder:
     def __init__(self, path: Path, model: str) -> None:
         self.path, self.model = path, model
         path.mkdir(parents=True, exist_ok=True)
-        self.figures: dict[str, Any] = read(path / "figures.json") if (path / "figures.json").exists() else {}
+        self.figures = figures_in(path)
+        if self.figures.get("model") != model:  # those of another are none of this one
+            self.figures = {}
         self.figures |= {"model": model, "machine": f"{platform.machine()}, {threads()} threads"}
 
     def ft(self, name: str, *arguments: Any) -> None:
@@ -66,6 +68,12 @@ class Folder:
         path = self.path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         return path
+
+
+def figures_in(path: Path) -> dict[str, Any]:
+    """The figures of earlier calls."""
+    found: dict[str, Any] = read(path / "figures.json") if (path / "figures.json").exists() else {}
+    return found
 
 
 def read(path: Path) -> Any:
@@ -256,7 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run, in this order: " + ",".join(PARTS))
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--output", type=Path, default=Path("runs/real"))
+    parser.add_argument("--output", type=Path, help="runs/real, of --base runs/real-base")
     parser.add_argument("--rows", type=int, default=60, help="held-out tickets of each language")
     parser.add_argument("--base", help="another base: only its held-out loss, on --data")
     parser.add_argument("--data", help="training rows of --base")
@@ -264,18 +272,22 @@ def main() -> None:
     if (args.base is None) != (args.data is None):
         parser.error("--base and --data go together")
     if args.base is not None:
-        return another(args.output, args.base, args.data)
+        return another(args.output or Path("runs/real-base"), args.base, args.data)
+    output = args.output or Path("runs/real")
     parts = [part.strip() for part in args.only.split(",")]
     if unknown := set(parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))} (of {', '.join(PARTS)})")
     needs = {"merge": "sft", "dpo": "sft", "ppo": "sft", "quantization": "merged"}
     for part in parts:
         made = needs.get(part)
-        if made and not (args.output / made).exists() and {"sft": "sft", "merged": "merge"}[made] not in parts:
-            parser.error(
-                f"{part} needs {args.output / made}: run the part {'merge' if made == 'merged' else made} first"
-            )
-    here = Folder(args.output, args.model)
+        first = "merge" if made == "merged" else made
+        if (
+            made
+            and first not in parts
+            and not ((output / made).exists() and figures_in(output).get("model", args.model) == args.model)
+        ):
+            parser.error(f"{part} needs {output / made} of {args.model}: run the part {first} first")
+    here = Folder(output, args.model)
     run = {"sft": sft, "merge": merge, "quantization": quantization, "dpo": dpo, "ppo": ppo}
     for part in PARTS:
         if part in parts:

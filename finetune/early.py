@@ -226,7 +226,7 @@ def generated(
     if data != "-":
         checks.append(lambda: rows(absolute_data(data), "--data", held_out=True))
     for name in (*listed, *named.values()):
-        checks.append(lambda name=name: evaluated_one(name, model, name in named.values(), data))  # type: ignore[misc]
+        checks.append(lambda name=name: evaluated_one(name, model, name in named.values(), False))  # type: ignore[misc]
     if model is not None and not listed and not named:
         checks.append(lambda: there(ModelConfig(name=model)))
     together(*checks)
@@ -277,16 +277,17 @@ def evaluated(
     checks: list[Callable[[], object]] = [
         lambda: options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions, named, thinking)
     ]
+    own = data is None and tasks is None
     if recipe is not None:
         loaded = load(recipe, None)
         if not (Path(loaded.output.dir) / "result.json").exists() and model is None:
             checks.append(lambda: base(loaded.model))
         if named is None:
             checks.append(lambda: asked.check(loaded.eval.metrics or (), "eval.metrics"))
-        if data is None:
+        if own:
             checks.append(lambda: rows(loaded.eval.paths, "eval.data", held_out=True))
     for name in (*runs, *([adapter] if adapter is not None else ())):
-        checks.append(lambda name=name: evaluated_one(name, model, name == adapter, data))  # type: ignore[misc]
+        checks.append(lambda name=name: evaluated_one(name, model, name == adapter, own))  # type: ignore[misc]
     if model is not None and not runs and adapter is None:
         checks.append(lambda: there(ModelConfig(name=model)))
     if data is not None:
@@ -305,14 +306,14 @@ def held_out_files(data: str | Sequence[str]) -> None:
     rows([absolute_data(one.path) for one in options.named_sets(data)], "--data", held_out=True)
 
 
-def evaluated_one(name: str, model: str | None, is_adapter: bool, data: str | Sequence[str] | None) -> None:
-    """A run, with its base and its data; an adapter, or a model."""
+def evaluated_one(name: str, model: str | None, is_adapter: bool, own: bool) -> None:
+    """A run, with its base and, where it is measured on its own rows, its data; an adapter, or a model."""
     try:
         values = read_recipe(Path(name)) or {}
     except (yaml.YAMLError, UnicodeError):
         values = {}
     said = (values.get("eval") or {}).get("data") if isinstance(values, dict) else None
-    if data is None and said is not None:
+    if own and said is not None:
         rows([one.path for one in held_sets(said)], "eval.data", held_out=True)
     if is_adapter or sources.what_is(name) == "adapter":
         adapter_and_base(name, model)

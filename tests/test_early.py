@@ -328,3 +328,14 @@ def test_modelscope_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_error_of_the_checkpoint_is_none_of_the_hub() -> None:
     assert not hub.failed(ValueError("odd value"))
     assert hub.failed(error_of("GatedRepoError", 403))
+
+
+def test_tasks_need_none_of_a_runs_own_rows(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "config.json").write_text("{}")
+    text = RECIPE.format(stage="sft", model="tiny-llama", data=tmp_path / "rows.jsonl")
+    (run / "recipe.yaml").write_text(text + f"eval: {{data: {tmp_path / 'gone.jsonl'}}}\n")
+    early.evaluated_one(str(run), None, is_adapter=False, own=False)
+    with pytest.raises(UserError, match=r"gone\.jsonl: eval\.data: no such file"):
+        early.evaluated_one(str(run), None, is_adapter=False, own=True)

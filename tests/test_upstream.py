@@ -121,16 +121,18 @@ def test_trl_asks_for_triton_only_to_leave_positions_out() -> None:
     assert inspect.getsource(trl.trainer.utils).count("_use_triton(") == 1
 
 
-OF_THE_HARNESS = {
-    "_model_call": "logits of virtual tokens are left out",
-    "_encode_pair": "a chat format that is no template of the tokenizer",
-}
+# What the model of `ft eval --tasks` does itself: name -> its arguments in lm-evaluation-harness.
+HARNESS: dict[str, tuple[str, ...]] = {
+    "_model_call": ("self", "inps", "attn_mask", "labels"), "_encode_pair": ("self", "context", "continuation"),
+    "apply_chat_template": ("self", "chat_history", "add_generation_prompt"),
+    "tok_batch_encode": ("self", "strings", "padding_side", "left_truncate_len", "truncation"),
+}  # fmt: skip
 
 
-def test_lm_evaluation_harness() -> None:
-    model = pytest.importorskip("lm_eval.models.huggingface").HFLM
-    assert tuple(inspect.signature(model._encode_pair).parameters) == ("self", "context", "continuation")
-    assert tuple(inspect.signature(model._model_call).parameters)[:2] == ("self", "inps")
+@pytest.mark.parametrize("name", HARNESS)
+def test_the_harness_asks_through_these(name: str) -> None:
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    assert tuple(inspect.signature(getattr(huggingface.HFLM, name)).parameters) == HARNESS[name]
 
 
 @pytest.mark.parametrize("trainer", OF_TRL)
@@ -257,7 +259,7 @@ def private_names() -> dict[str, list[str]]:
 
 def test_every_private_name_is_here() -> None:
     of_python = {"_exit", "_replace", "_name_", "_value_"}  # os, namedtuple, enum
-    known = of_python | {name for _, name, _, _ in METHODS} | set(IN_THE_SOURCE) | set(OF_THE_HARNESS)
+    known = of_python | {name for _, name, _, _ in METHODS} | set(IN_THE_SOURCE) | set(HARNESS)
     known |= {"_metrics", "_total_train_tokens", "_member_map_", "_value2member_map_", "_member_names_"}
     assert {name: files for name, files in private_names().items() if name not in known} == {}
 

@@ -188,7 +188,7 @@ def evaluate(
     quantization: Annotated[str | None, typer.Option(help="Kinds to compare: none,int8,int4.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
     temperature: shared.Temperature = None,
-    seed: Annotated[int | None, typer.Option(help="Of the drawn answers.", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the drawn answers, and of shots.", min=0)] = None,
     reward: Annotated[str | None, typer.Option(help="Run of ft reward that scores the answers.")] = None,
     json_: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Also as JSON; - is stdout.")] = None,
     predictions: Annotated[

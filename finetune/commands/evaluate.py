@@ -37,7 +37,7 @@ def run(
     options.check(runs, recipe, model, adapter, data, json_file, quantization, predictions, named)
     if tasks is not None:
         own = {"--data": data, "--metrics": named, "--reward": reward, "--predictions": predictions,
-               "--show-changes": show_changes, "--resume": resume, "--shots-from": shots_from, "--seed": seed,
+               "--show-changes": show_changes or None, "--resume": resume, "--shots-from": shots_from, "--seed": seed,
                "--temperature": temperature}  # fmt: skip
         refuse(own, "--tasks hands over to lm-evaluation-harness, whose tasks say it")
         asked_of, kinds = find_targets(runs, recipe, model, adapter, compare_base), quantizations(quantization)

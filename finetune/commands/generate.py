@@ -62,7 +62,7 @@ def run(
     seen, done, size = path.stat().st_size if path.exists() else 0, 0, 0
     if seen and not overwrite:
         appending.check_settings(path, settings)
-        done, size = behind(path, rows, data)
+        done, size = behind(path, rows, data, limit)
         note(f"{done:,} rows are answered in {output} already")
     if (following := next(rows, None)) is None:
         note("nothing is left to answer")
@@ -99,14 +99,15 @@ def digest(content: bytes) -> str:
 # --- going on ---
 
 
-def behind(path: Path, rows: Iterator[tuple[int, Row]], data: str) -> tuple[int, int]:
+def behind(path: Path, rows: Iterator[tuple[int, Row]], data: str, limit: int | None = None) -> tuple[int, int]:
     """(rows that are answered, bytes of their lines); these are taken off `rows`. UserError where they are others."""
     done = size = 0
     for line, length in appending.done_in(path):
         entry = next(rows, None)
         where: dict[str, Any] = {"path": path, "line": done + 1, "key": appending.KEY, "fix": appending.ANEW}
         if entry is None:
-            raise UserError(f"holds more rows than {data}", **where)
+            what = f"holds more rows than are asked for of {data}"
+            raise UserError(what, **{**where, "fix": f"{appending.ANEW} (or raise --limit)" if limit else where["fix"]})
         given = appending.jsonable(entry[1].data)
         if {key: line.get(key) for key in given} != strict(given) or line.keys() - given.keys() - {
             COLUMN,

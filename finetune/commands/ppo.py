@@ -44,8 +44,8 @@ def run(raw: PpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         what = f"{len(rows.train)} prompts are too few for {recipe.ppo.num_mini_batches} minibatches"
         raise UserError(what, key="ppo.num_mini_batches", fix="lower it, or give more prompts")
     held_out = []
-    if recipe.eval.paths is not None:
-        section = held_out_section(recipe.eval.paths[0], recipe.data)
+    if recipe.eval.first is not None:
+        section = held_out_section(recipe.eval.first.path, recipe.data)
         held_out = prompts.load_prompts(section, encoder).train[: recipe.eval.limit]
     chosen = [] if recipe.eval.during is None else of_replies(recipe.eval, answered_rows(held_out))
     folder = Run.of(recipe)

@@ -192,6 +192,16 @@ def texts_split_off(data: DataConfig, seed: int) -> HeldOut:
     return HeldOut(SPLIT, rows, frozenset(row.sample.content_hash for row in rows))
 
 
+def held_hashes(config: DataConfig, seed: int) -> frozenset[int]:
+    """Content hashes of what data.eval_split holds out, of the rows as they stand: those that training leaves out for
+    another reason count, too. seed: train.seed."""
+    if config.eval_split is None:
+        return frozenset()
+    items = (item for spec in specs(config) for item in read_samples(spec, config, None, seed=seed))
+    every = np.fromiter((item.usable.content_hash for item in items if item.sample is not None), np.uint64)
+    return frozenset(every[eval_mask(every, config.eval_split)].tolist())
+
+
 # --- what a run was trained on ---
 
 
@@ -205,14 +215,15 @@ class Leak(NamedTuple):
 
 
 def leaks(
-    config: DataConfig, rows: Sequence[Sample], seed: int = 42, apart: Collection[int] | None = None
+    config: DataConfig, rows: Sequence[Sample], seed: int, apart: Collection[int] | None = None
 ) -> list[Leak | None] | None:
     """For each of `rows` whether it stands in the training rows of a run's data section: with the same prompt, with
     nearly the same, or with the same question under another system turn. None where that data cannot be read here
     (gone, remote, endless).
 
     Args:
-        apart: the content hashes of what data.eval_split holds out, where they are known; else they are found here.
+        seed: train.seed, by which data.max_samples rows were drawn. apart: the content hashes of what data.eval_split
+            holds out, where they are known; else they are found here.
     """
     listed = specs(config)
     if raw.is_endless(config) or any(map(sources.is_remote, listed)):

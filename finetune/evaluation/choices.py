@@ -7,7 +7,6 @@ texts are turns of a conversation, the shots as earlier turns.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any, NamedTuple
@@ -19,7 +18,8 @@ from finetune.data.encoder import Encoder
 from finetune.data.held_out import HeldOut, HeldRow
 from finetune.data.types import IGNORED, Conversation
 from finetune.errors import UserError
-from finetune.evaluation.generation import WINDOW, Evaluation, by_length, right_pad, windows
+from finetune.evaluation.generation import WINDOW, Evaluation, windows
+from finetune.evaluation.likelihood import ROOM, by_length, right_pad, room_of, takes
 from finetune.metrics import Metric, measure
 from finetune.models.hardware import input_device
 from finetune.terminal.progress import task
@@ -159,12 +159,15 @@ def log_likelihoods(
     left = [0] * len(asked)
     for row, _ in jobs:
         left[row] += 1
-    for batch in by_length([len(asked[row][0]) + len(read) for row, read in jobs], batch_size):
+    few = takes(model, "logits_to_keep")
+    for batch in by_length(
+        [len(asked[row][0]) + len(read) for row, read in jobs], batch_size, ROOM if few else room_of(model)
+    ):
         lines = [[*asked[jobs[i][0]][0], *jobs[i][1]] for i in batch]
         padded, mask = right_pad(lines, pad, device)
         first = min(len(asked[jobs[i][0]][0]) for i in batch) - 1  # before it nothing is compared
         kept = padded.shape[1] - first
-        more = {"logits_to_keep": kept} if keeps_few(model) else {}
+        more = {"logits_to_keep": kept} if few else {}
         logits = model(input_ids=padded, attention_mask=mask, use_cache=False, **more).logits[:, -kept:].float()
         for line, i in enumerate(batch):
             row, start = jobs[i][0], len(asked[jobs[i][0]][0]) - 1 - first
@@ -178,16 +181,10 @@ def log_likelihoods(
     return result
 
 
-def keeps_few(model: Any) -> bool:
-    """Whether the network can be asked for the last logits alone: all of them are as wide as the vocabulary."""
-    network = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(network.forward).parameters
-
-
 # --- the evaluation ---
 
 
-def shots_of(held: HeldOut, wanted: int | None) -> int:
+def shots_of(held: HeldOut, wanted: int | None, key: str = "eval.shots") -> int:
     """How many shots are given: as many as are wanted, unset five or as many as every subject has. UserError where a
     subject has fewer."""
     fewest = min(held.shots, key=lambda subject: len(held.shots[subject]))
@@ -197,7 +194,7 @@ def shots_of(held: HeldOut, wanted: int | None) -> int:
     if wanted > have:
         what = f"{fewest} has no dev file" if not have else f"the dev file of {fewest} has {have} questions"
         fix = f"lay {fewest}_dev.csv beside it or into dev/, or set fewer"
-        raise UserError(f"{what}, and {wanted} shots are wanted", path=held.name, key="eval.shots", fix=fix)
+        raise UserError(f"{what}, and {wanted} shots are wanted", path=held.name, key=key, fix=fix)
     return wanted
 
 
@@ -218,14 +215,14 @@ def evaluate(
         }
         for i, row in enumerate(held.rows)
     ]  # fmt: skip
-    fewer = 0
+    fewer: set[int] = set()
     needs = {metric.needs for metric in which}
     for kind in [kind for kind in ("letter", "full") if kind in needs]:
         listed = kind == "letter"
         with task(f"{name}: {'letters' if listed else 'options'}", len(rows), "questions") as advance:
             for start in windows(rows):
                 part, asked = held.rows[start : start + WINDOW], []
-                for row in part:
+                for at, row in enumerate(part, start):
                     one, shots = row.sample, held.shots[str(row.group)][:number]
 
                     def encode(shots: Sequence[Choice], one: Choice = one, listed: bool = listed) -> Asked:
@@ -235,13 +232,14 @@ def evaluate(
 
                     found, given = fitting(encode, shots, limit, row)
                     asked.append(found)
-                    fewer += given < len(shots)
+                    if given < len(shots):
+                        fewer.add(at)
                 scores = log_likelihoods(model, asked, tokenizer.pad_token_id, batch_size, advance)
                 for values, row, totals in zip(rows[start : start + WINDOW], part, scores, strict=True):
                     note_scores(values, row.sample, totals, kind)
-    notes = [f"{fewer} questions are asked with fewer shots: with {number} they have over {limit} tokens"] * bool(fewer)
+    what = f"{len(fewer)} questions are asked with fewer shots: with {number} they have over {limit} tokens"
     how = {"shots": number, "prompt": "as published" if encoder is None else "chat template"}
-    return Evaluation(name, len(rows), measure("choices", rows, which), rows, "choices", how, notes)
+    return Evaluation(name, len(rows), measure("choices", rows, which), rows, "choices", how, [what] * bool(fewer))
 
 
 def note_scores(values: dict[str, Any], asked: Choice, totals: Sequence[float], kind: str) -> None:

@@ -24,11 +24,9 @@ def compare(a: Evaluation, b: Evaluation, metric: Metric, group: str | None = No
     if metric.against is not None:
         both = in_both(a, b)
         return {**about, **metric.against([x for x, _ in both], [y for _, y in both])}
-    both = [
-        (x, y) for x, y in in_both(a, b, group) if metric.function(x) is not None and metric.function(y) is not None
-    ]
+    both = [(x, y) for x, y in in_both(a, b, group) if metric.of(x) is not None and metric.of(y) is not None]
     sides = [[pair[side] for pair in both] for side in (0, 1)]
-    values = [[float(value) for row in side if (value := metric.function(row)) is not None] for side in sides]
+    values = [[float(value) for row in side if (value := metric.of(row)) is not None] for side in sides]
     weights = [[metric.weight(row) for row in side] for side in sides]
     alike = len({weight for side in weights for weight in side}) < 2
     counts = None if alike else (weights[0], weights[1])
@@ -56,10 +54,14 @@ def comparable(results: Sequence[Evaluation], chosen: Sequence[Metric]) -> list[
 # --- what was forgotten ---
 
 
+FEWEST = 6  # rows: of five all are worse by chance once in 32 times, and drawing from them shows nothing else
+
+
 def forgotten(found: Sequence[dict[str, Any]], chosen: Sequence[Metric]) -> list[dict[str, Any]]:
-    """The comparisons in which b is worse than a by more than the interval."""
+    """The comparisons, of FEWEST rows or more, in which b is worse than a by more than the interval."""
     lower = {metric.name for metric in chosen if metric.lower_is_better}
-    return [one for one in found if (one["ci"][0] > 0 if one["metric"] in lower else one["ci"][1] < 0)]
+    known = [one for one in found if one["n"] >= FEWEST]
+    return [one for one in known if (one["ci"][0] > 0 if one["metric"] in lower else one["ci"][1] < 0)]
 
 
 # --- what changed ---
@@ -73,7 +75,7 @@ def changes(a: Evaluation, b: Evaluation, metric: Metric, most: int) -> dict[str
     each, the worse ones first; by how much, where a row is not only right or wrong."""
     sign, known = (-1 if metric.lower_is_better else 1), []
     for before, after in in_both(a, b):
-        x, y = metric.function(before), metric.function(after)
+        x, y = metric.of(before), metric.of(after)
         if x is not None and y is not None:
             known.append((sign * (y - x), x, y, before, after))
     halves = [sorted((one for one in known if one[0] * side > 0), key=lambda one: -abs(one[0])) for side in (-1, 1)]
@@ -95,10 +97,9 @@ def what_it_did(row: Row, kind: str) -> dict[str, Any]:
     return {name: row[name] for name in names.get(kind, ("loss",)) if row.get(name) is not None}
 
 
-def show_changes(found: dict[str, Any], label: str) -> None:
-    """Side by side, to stdout."""
+def show_changes(found: dict[str, Any], label: str, binary: bool) -> None:
+    """Side by side, to stdout. binary: a row is right or wrong."""
     a, b, n = found["a"], found["b"], found["n"]
-    binary = all(one[side]["value"] in (0, 1) for one in found["rows"] for side in ("a", "b"))
     for change in ("worse", "better"):
         rows = [one for one in found["rows"] if one["change"] == change]
         right, wrong = (a, b) if change == "worse" else (b, a)

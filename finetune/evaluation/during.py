@@ -66,11 +66,12 @@ def prepare(recipe: Recipe, base: Base) -> During | None:
     wanted = recipe.eval.during
     if wanted is None:
         return None
-    rows = held_out(recipe, base.encoder, wanted.limit)
+    held = held_out(recipe, base.encoder, wanted.limit)
+    rows: Sequence[HeldRow] = held.rows
     chosen = metrics_of(recipe, rows)
     encoder = base.asking(switched(recipe.eval.thinking), "eval.thinking")
     if number := recipe.eval.shots:
-        pool = shots.find(number, HeldOut("", rows), recipe.eval.shots_from, recipe.data, recipe.eval.generation.seed)
+        pool = shots.find(number, held, recipe.eval.shots_from, recipe, recipe.eval.generation.seed)
         given = [row._replace(shots=tuple(pool.of(row))) for row in rows]
         limit = context(base.config, base.model)
         rows, said = shots.asked(given, encoder, recipe.eval.max_new_tokens, limit)
@@ -81,12 +82,11 @@ def prepare(recipe: Recipe, base: Base) -> During | None:
     return During(rows, chosen, encoder, recipe.eval, wanted.steps)
 
 
-def held_out(recipe: Recipe, encoder: Encoder, limit: int) -> list[HeldRow]:
+def held_out(recipe: Recipe, encoder: Encoder, limit: int) -> HeldOut:
     """The first rows of eval.data (of several sets the first that is not general), otherwise those of
     data.eval_split."""
     limit = min(limit, recipe.eval.limit or limit)
-    if recipe.eval.sets:
-        first = next((one for one in recipe.eval.sets if not one.general), recipe.eval.sets[0])
+    if (first := recipe.eval.first) is not None:
         if len(recipe.eval.sets) > 1:
             note(f"of the sets in eval.data {first.name} is answered while training")
         found = rows_of(first.path, recipe.data, None)
@@ -99,7 +99,7 @@ def held_out(recipe: Recipe, encoder: Encoder, limit: int) -> list[HeldRow]:
     if not any(row.sample.reference is not None for row in rows):
         fix = "leave it out, or give rows with answers as eval.data"
         raise UserError("no row has a reference to measure answers by", path=found.name, key="eval.during", fix=fix)
-    return rows
+    return replace(found, rows=rows)
 
 
 def with_answers(rows: Sequence[HeldRow]) -> list[HeldRow]:

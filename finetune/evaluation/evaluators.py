@@ -13,16 +13,9 @@ from finetune.data.encoder import Encoder, cut
 from finetune.data.held_out import HeldRow
 from finetune.data.types import IGNORED, Encoded
 from finetune.errors import UserError
-from finetune.evaluation.generation import (
-    GREEDY,
-    Evaluation,
-    Likelihood,
-    Settings,
-    evaluate,
-    negative_log_likelihoods,
-    per_token,
-)
+from finetune.evaluation.generation import GREEDY, Evaluation, Settings, evaluate
 from finetune.evaluation.kept import Answers
+from finetune.evaluation.likelihood import Likelihood, negative_log_likelihoods, per_token
 from finetune.evaluation.rewards import RewardModel, score_rows, scored_reply
 from finetune.metrics import Metric, measure
 from finetune.terminal.progress import task

@@ -1,4 +1,4 @@
-"""Generation and scoring, shared by `ft eval`, `ft merge`, `ft chat` and mid-training evaluation."""
+"""How answers are written, for every command that lets a model write, and what is measured of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -18,6 +18,7 @@ from finetune.data import thinking
 from finetune.data.encoder import Encoder
 from finetune.data.types import Conversation
 from finetune.evaluation.kept import Answers
+from finetune.evaluation.likelihood import negative_log_likelihoods, per_token
 from finetune.evaluation.sampling import Drawn, Repeated, uniforms
 from finetune.metrics import Metric
 from finetune.models.hardware import input_device
@@ -42,10 +43,6 @@ class Evaluation:
     """What was left out or cut."""
 
     @property
-    def predictions(self) -> list[str]:
-        return [row["prediction"] or "" for row in self.rows]
-
-    @property
     def losses(self) -> list[float]:
         """Mean negative log-likelihood per token of each row's reference, where it is trained."""
         return [row["loss"] for row in self.rows if row["loss"] is not None]
@@ -56,14 +53,6 @@ def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> t
     longest = max(map(len, rows))
     ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
-
-
-def right_pad(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask), both [rows, longest], real tokens at the left end."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
     return ids, mask
 
 
@@ -233,58 +222,6 @@ def decode(encoder: Encoder, ids: list[int], stops: list[int]) -> str:
     return as_written(encoder, ids, stops).strip()
 
 
-ROOM = 8192  # tokens in a batch, padding included
-LOGITS = 1 << 27  # of a batch: 0.5 GB in float32, and cross entropy holds them three times; 512 tokens of Gemma 3
-
-
-def by_length(lengths: Sequence[int], batch_size: int, room: int = ROOM) -> Iterator[list[int]]:
-    """Numbers of the rows that are computed together, short ones first; fewer at once where they are long."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[i] > room):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-class Likelihood(NamedTuple):
-    """Of the labels of a row."""
-
-    total: float
-    """Summed negative log-likelihood in nats."""
-    tokens: int
-    right: int
-    """Tokens that are the most probable one at their place."""
-
-
-@torch.inference_mode()
-def negative_log_likelihoods(
-    model: PreTrainedModel, rows: Sequence[tuple[list[int], list[int]]], pad: int, batch_size: int,
-    on_batch: Callable[[int], None] = lambda n: None,
-) -> list[Likelihood]:  # fmt: skip
-    """Of the labels of each row (ids, labels)."""
-    model.eval()
-    device = input_device(model)
-    result = [Likelihood(0.0, 0, 0)] * len(rows)
-    room = min(ROOM, LOGITS // model.config.get_text_config().vocab_size)
-    for batch in by_length([len(ids) for ids, _ in rows], batch_size, room):
-        # Padded right: causal attention never looks there, and positions start at 0 as in training.
-        ids, mask = right_pad([rows[i][0] for i in batch], pad, device)
-        labels, _ = right_pad([rows[i][1] for i in batch], -100, device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -ids.shape[1] :]
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
-        )
-        counts = (labels[:, 1:] != -100).sum(1).tolist()
-        right = (logits[:, :-1].argmax(-1) == labels[:, 1:]).sum(1).tolist()
-        for row, *found in zip(batch, losses.double().sum(1).tolist(), counts, right, strict=True):
-            result[row] = Likelihood(*found)
-        on_batch(len(batch))
-    return result
-
-
 def evaluate(
     name: str, model: PreTrainedModel, encoder: Encoder, conversations: Sequence[Conversation], max_new_tokens: int,
     batch_size: int, on_batch: Callable[[int], None] = lambda n: None, how: Settings = GREEDY,
@@ -393,11 +330,3 @@ def judge(rows: Sequence[dict[str, Any]], chosen: Sequence[Metric]) -> None:
     for verdict in [m for m in chosen if m.needs == "prediction" and m.interval is metrics.share][:1]:
         for row in rows:
             row["correct"] = verdict.of(row) if row["reference"] is not None else None
-
-
-def per_token(scored: Likelihood) -> dict[str, float | None]:
-    """Nats per token of a row, how many these are, and the share of them that the model holds for the most probable;
-    None where no token is trained."""
-    total, count, right = scored
-    share = right / count if count else None
-    return {"loss": total / count if count else None, "loss_tokens": count, "token_accuracy": share}

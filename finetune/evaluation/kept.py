@@ -1,7 +1,7 @@
 """The answers of an evaluation that is not through, kept in the cache: `ft eval --resume` goes on from them.
 
-A file holds those of one model with one way of asking, a line for each: {prompt, text}. It is written while the answers
-come, and deleted when everything is reported.
+A file holds those of one model to one set of rows with one way of asking, a line for each: {prompt, text}. It is
+written while the answers come, and deleted when everything is reported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FOLDER = "answers"
 
 
 class Answers:
-    """Of one model, by prompt."""
+    """Of one model to one set, by prompt."""
 
     def __init__(self, known: dict[str, str], file: IO[bytes] | None, drawn: bool = False) -> None:
         self.known, self.file, self.drawn = known, file, drawn
@@ -52,7 +52,7 @@ class Kept:
         self.resume, self.opened = resume, dict[Path, Answers]()
 
     def of(self, settings: Mapping[str, Any]) -> Answers:
-        """Those of a model and a way of asking, from before where the command goes on."""
+        """Those of a model, a set and a way of asking, from before where the command goes on."""
         digest = xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode())
         path = cache_folder() / FOLDER / f"{digest}.jsonl"
         if path in self.opened:

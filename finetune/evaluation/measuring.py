@@ -73,7 +73,7 @@ def evaluate_target(
         result = evaluators.text(target.name, model, base.tokenizer, texts, size, length, held.blocks, whole, chosen)
     elif held.kind == "answers":
         limits = (target.eval.max_new_tokens, size)
-        before = None if kept is None else kept.of(way_of_asking(target, base, encoder))
+        before = None if kept is None else kept.of({"data": held.name, **way_of_asking(target, base, encoder)})
         how = target.eval.generation
         rows, said = few_shot.asked(held.rows, encoder, limits[0], context(base.config, target.model))
         result = evaluators.answers(target.name, model, encoder, rows, *limits, how, chosen, before)
@@ -129,19 +129,25 @@ def reference(target: Target, model: Any) -> evaluators.Reference | None:
 def add_rewards(
     path: str, results: Sequence[Evaluation], rows: Sequence[Any], chosen: Sequence[Metric] | None = None
 ) -> None:
-    """Add the mean reward of each model's answers, with a 95% interval, and how often it is above the reference's."""
+    """Add the mean reward of each model's answers, with a 95% interval, and how often it is above the reference's. Both
+    are read whole, with what was thought before them, as in `ft ppo`."""
     model = reward_model(path)
 
-    def scores(texts: Sequence[str], of: Sequence[Any]) -> list[float]:
-        """Of answers without white space at both ends, as in `ft ppo`."""
-        replies = [{"role": "assistant", "content": text.strip() or " "} for text in texts]
+    def scores(replies: Sequence[dict[str, Any]], of: Sequence[Any]) -> list[float]:
         return model.scores([Conversation([*c.asked, r], c.tools) for c, r in zip(of, replies, strict=True)])
 
     known = [i for i, row in enumerate(rows) if row.reference is not None]
-    references = scores([rows[i].reference for i in known], [rows[i] for i in known]) if known else []
+    references = scores([reply(rows[i].reference) for i in known], [rows[i] for i in known]) if known else []
     for result in results:
-        for row, value in zip(result.rows, scores(result.predictions, rows), strict=True):
+        said = [reply(row["prediction"], row.get("thinking")) for row in result.rows]
+        for row, value in zip(result.rows, scores(said, rows), strict=True):
             row["reward"] = value
         for i, value in zip(known, references, strict=True):
             result.rows[i]["reference_reward"] = value
         result.metrics |= metrics.measure(result.kind, result.rows, chosen)
+
+
+def reply(text: str | None, thought: str | None = None) -> dict[str, Any]:
+    """An answer as a turn, without white space at both ends, and what was thought before it."""
+    more = {"reasoning_content": thought} if thought else {}
+    return {"role": "assistant", "content": (text or "").strip() or " ", **more}

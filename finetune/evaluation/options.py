@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,9 @@ def quantizations(text: str | None) -> list[str]:
 
 
 def refuse(given: dict[str, Any], why: str) -> None:
-    """UserError that names an option without effect."""
+    """UserError that names an option without effect. None, False, "" and nothing listed are not given; 0 is."""
     for key, value in given.items():
-        if value:
+        if value or (value == 0 and value is not False):
             raise UserError(f"has no effect: {why}", key=key, fix="leave it out")
 
 
@@ -114,8 +115,11 @@ def overridden(settings: GenerationConfig, given: dict[str, Any]) -> GenerationC
     """A recipe's settings with what options say in their place; None says nothing. UserError for options that do
     nothing beside the rest."""
     told = {key: value for key, value in given.items() if value is not None}
-    found = GenerationConfig(**{**settings.model_dump(), **told})
     option = {key: f"--{key.replace('_', '-')}" for key in told}
+    for key, value in told.items():
+        if not math.isfinite(value):
+            raise UserError(f"{value} is no number to compute with", key=option[key], fix="give a finite one")
+    found = GenerationConfig(**{**settings.model_dump(), **told})
     for key in option.keys() & set(DRAWING) if not found.drawn else ():
         raise UserError("has no effect: answers are greedy", key=option[key], fix="give --temperature above 0")
     if found.drawn and found.num_beams > 1:

@@ -64,7 +64,7 @@ def parts_of(
             name = one.name
         asked_with = {"shots": number} if held.kind == "choices" else {}
         if held.kind == "answers" and (number or shots_from is not None):
-            held, asked_with = with_shots(held, number, shots_from, targets[0])
+            held, asked_with = with_shots(held, number, shots is not None, shots_from, targets[0])
         parts.append(Part(name, held, one is not None and one.general, number, chosen, asked_with))
     for errors in failed.values():
         if len(errors) == len(found):
@@ -72,13 +72,20 @@ def parts_of(
     return parts
 
 
-def with_shots(held: HeldOut, number: int, path: str | None, target: Target) -> tuple[HeldOut, dict[str, Any]]:
-    """(the rows with their shots, what is said of them). UserError where there are none to be had."""
+def with_shots(
+    held: HeldOut, number: int, told: bool, path: str | None, target: Target
+) -> tuple[HeldOut, dict[str, Any]]:
+    """(the rows with their shots, what is said of them). UserError where there are none to be had.
+
+    Args:
+        told: whether the number, and path: the file, are of the command line.
+    """
     if not number:
         raise UserError("has no effect: no shots are given", key="--shots-from", fix="add --shots N")
     named, seed = path or target.eval.shots_from, target.eval.generation.seed
-    config = target.data if target.recipe is not None else None
-    found = few_shot.find(number, held, named and absolute_data(named), config, seed)
+    file_told = path is not None or (told and target.eval.shots_from is None)
+    keys = ("--shots" if told else "eval.shots", "--shots-from" if file_told else "eval.shots_from")
+    found = few_shot.find(number, held, named and absolute_data(named), target.recipe, seed, keys)
     said = {"shots": number, "shots_from": path or found.source, "shots_seed": seed}
     return replace(held, rows=[row._replace(shots=tuple(found.of(row))) for row in held.rows]), said
 
@@ -105,13 +112,12 @@ def held_out(target: Target, one: HeldSet | None, limit: int | None) -> HeldOut:
 
 def shots_for(held: HeldOut, shots: int | None, target: Target) -> int:
     """How many shots there are. UserError where they have no effect."""
-    wanted = target.eval.shots if shots is None else shots
+    wanted, key = (target.eval.shots, "eval.shots") if shots is None else (shots, "--shots")
     if held.kind == "choices":
-        return choices.shots_of(held, wanted)
+        return choices.shots_of(held, wanted, key)
     if held.kind == "answers":
         return wanted or 0
-    key = "eval.shots" if shots is None else "--shots"
-    refuse({key: wanted}, f"shots are before answers or multiple choice, and these rows are {held.kind}")
+    refuse({key: wanted or None}, f"shots are before answers or multiple choice, and these rows are {held.kind}")
     return 0
 
 

@@ -87,7 +87,9 @@ def show_set(one: Found, most: int) -> None:
         say(f"{result.name} answered {how_written(result)}")
     show_about(results, one.about)
     for change in one.changes:
-        show_changes(change, label(change["metric"]))
+        metric = next(m for m in one.chosen if m.name == change["metric"])
+        values = [value for result in results for value in metric.values(result.rows)[0]]
+        show_changes(change, label(metric.name), set(values) <= {0.0, 1.0})
     for result in one.shown if most else ():
         show_rows(result, most)
 
@@ -114,7 +116,7 @@ def cell(result: Evaluation, name: str) -> str:
     if value is None:
         return "–"
     text = f"{value:.4g}" if name in ("weights_gb", "tokens_per_second") else f"{value:.3f}"
-    number = result.metrics.get(f"{name}_n", (result.metrics.get("groups") or {}).get(name.partition("/")[2]))
+    number = result.metrics.get(f"{name}_n")
     text += f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
     return text + (f" n={number}" if number is not None else "")
 

@@ -17,7 +17,7 @@ from finetune.data.encoder import Encoder, cut, scored_end, scored_ids
 from finetune.data.prompts import Prompt
 from finetune.data.types import Conversation, RowProblem, attempted
 from finetune.errors import RunError, UserError
-from finetune.evaluation.generation import by_length, right_pad
+from finetune.evaluation.likelihood import by_length, right_pad
 from finetune.families import ENCODER, refused
 from finetune.models import adapter_files, attach, loading, sources
 from finetune.models.config import read_config

@@ -13,6 +13,7 @@ from finetune.evaluation.generation import Evaluation
 from finetune.evaluation.report import Found
 from finetune.evaluation.targets import Target, bases_of
 from finetune.metrics import Metric
+from finetune.recipe.sections import DataConfig
 from finetune.terminal.progress import note
 
 
@@ -56,16 +57,23 @@ class Once:
         return self.made
 
 
+def drawn_by(recipe: Any) -> tuple[DataConfig, int]:
+    """What says which rows a run is trained on, and which are held out."""
+    return recipe.data, recipe.train.seed
+
+
 def leaks_of(targets: Sequence[Target], parts: Sequence[Part]) -> list[dict[str, dict[str, Any]]]:
     """Of each model by set: `trained_on`, how many rows stand in its training data, and `leakage`, how and where;
     nothing where that is not known."""
-    split, found = targets[0].recipe, []
+    found = []
     rows = [(part.name, row) for part in parts for row in part.held.rows]
     apart = next((part.held.hashes for part in parts if part.held.hashes is not None), None)
+    split = None if targets[0].recipe is None else drawn_by(targets[0].recipe)
     for target in targets:
-        same = split is not None and target.recipe is not None and target.recipe.data == split.data
-        samples = [row.sample for _, row in rows]
-        known = leaks(target.data, samples, apart=apart if same else None) if target.trained else None
+        samples, known = [row.sample for _, row in rows], None
+        if target.trained and target.recipe is not None:  # which says what was trained, whatever one says now
+            data, seed = drawn_by(target.recipe)
+            known = leaks(data, samples, seed, apart if (data, seed) == split else None)
         pairs = list(zip(rows, known or [], strict=known is not None))
         found.append(
             {

@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune.data import sources
 from finetune.data.encoder import Encoder
-from finetune.data.held_out import HeldOut, HeldRow
+from finetune.data.held_out import HeldOut, HeldRow, held_hashes
 from finetune.data.samples import held_out_section, read_samples, specs
 from finetune.data.text import is_endless
 from finetune.data.types import Conversation, Preference, Sample, Unpaired, folded
@@ -21,6 +21,7 @@ from finetune.recipe.sections import DataConfig
 
 MOST = 1000  # rows of a large file that shots are drawn from, themselves drawn at random
 OWN = "the other rows"
+KEYS = ("eval.shots", "eval.shots_from")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Shots:
     number: int
     pool: Sequence[Conversation]
     source: str
-    seed: int = 0
+    seed: int
+    keys: tuple[str, str]
+    """Where the number and the file are said."""
 
     def of(self, row: HeldRow) -> list[Conversation]:
         """UserError where there are too few whose questions are others than the row's."""
@@ -38,9 +41,8 @@ class Shots:
         others = [one for one in self.pool if question_of(one) != own]
         if len(others) < self.number:
             what = f"{self.number} shots are wanted, and {self.source} has {len(others)} other rows with answers"
-            raise UserError(
-                what, path=row.file, row=row.row, key="eval.shots", fix="set fewer, or name eval.shots_from"
-            )
+            fix = f"set fewer, or name another file with {self.keys[1]}"
+            raise UserError(what, path=row.file, row=row.row, key=self.keys[0], fix=fix)
         return random.Random(f"{self.seed} {row.sample.content_hash} {own}").sample(others, self.number)
 
 
@@ -49,21 +51,24 @@ def question_of(sample: Sample) -> str:
     return sample.questions or folded(sample.prompt_text)
 
 
-def find(number: int, held: HeldOut, path: str | None, config: DataConfig | None, seed: int = 0) -> Shots:
+def find(
+    number: int, held: HeldOut, path: str | None, recipe: Any = None, seed: int = 0, keys: tuple[str, str] = KEYS
+) -> Shots:
     """Of the file `path`, else of a run's training rows, else of the held-out rows themselves.
 
-    config: the data section of the run; None without one.
+    recipe: of the run; None without one.
     """
+    config: DataConfig | None = None if recipe is None else recipe.data
     if path is not None:
-        return Shots(number, read(held_out_section(path, config), seed), path, seed)
-    if config is not None and config.train != "-" and not is_endless(config):
-        apart = held.hashes or frozenset()
-        pool = [one for one in read(config, seed) if one.content_hash not in apart]
-        return Shots(number, pool, "data.train", seed)
-    return Shots(number, [one for row in held.rows for one in usable(row.sample)], OWN, seed)
+        return Shots(number, read(held_out_section(path, config), seed, keys[1]), path, seed, keys)
+    if config is not None and not is_endless(config):
+        apart = held_hashes(config, recipe.train.seed) if held.hashes is None else held.hashes
+        pool = [one for one in read(config, seed, keys[1]) if one.content_hash not in apart]
+        return Shots(number, pool, "data.train", seed, keys)
+    return Shots(number, [one for row in held.rows for one in usable(row.sample)], OWN, seed, keys)
 
 
-def read(config: DataConfig, seed: int) -> list[Conversation]:
+def read(config: DataConfig, seed: int, key: str) -> list[Conversation]:
     """What the rows of a data section, at most MOST of each source, can show. UserError when there are none."""
     found: list[Conversation] = []
     drawn = config.model_copy(update={"max_samples": MOST, "shuffle": True})
@@ -74,7 +79,7 @@ def read(config: DataConfig, seed: int) -> list[Conversation]:
             found += [] if item.sample is None else usable(item.sample)
     if not found:
         raise UserError(
-            "no row there has a question and an answer", path=str(specs(config)[0]["path"]), key="eval.shots_from",
+            "no row there has a question and an answer", path=str(specs(config)[0]["path"]), key=key,
             fix="name a file with conversations",
         )  # fmt: skip
     return found

@@ -216,7 +216,8 @@ def score(rows: Sequence[dict[str, Any]], chosen: Sequence[Metric]) -> None:
 
 
 def measure(kind: str, rows: Sequence[Row], chosen: Sequence[Metric] | None = None) -> dict[str, Any]:
-    """{NAME, NAME_ci, NAME/GROUP, NAME/GROUP_ci, …}, and `groups`: how many rows of each the first metric is of.
+    """{NAME, NAME_ci, NAME/GROUP, NAME/GROUP_ci, NAME/GROUP_n, …}, and `groups`: how many rows of each the first metric
+    is of.
 
     chosen: only these.
     """
@@ -224,7 +225,7 @@ def measure(kind: str, rows: Sequence[Row], chosen: Sequence[Metric] | None = No
     for metric in by_itself(kind, rows) if chosen is None else chosen:
         found |= metric.figures(rows)
         for group, members in metric.groups(rows).items():
-            found |= metric.figures(members, group)
+            found |= metric.figures(members, group) | {f"{metric.named(group)}_n": len(members)}
             found.setdefault("groups", {}).setdefault(group, len(members))
     return found
 

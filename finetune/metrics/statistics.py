@@ -98,12 +98,10 @@ def apart_interval(a: Weights, b: Weights, resamples: int = 1000) -> tuple[float
 def ratio_interval(
     totals: Sequence[float], counts: Sequence[float], resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """95% percentile bootstrap interval over rows of sum(totals) / sum(counts): of a loss per token."""
-    generator = np.random.default_rng(seed)
-    above, below = np.asarray(totals, float), np.maximum(np.asarray(counts, float), 1e-9)
-    drawn = [generator.integers(0, len(above), len(above)) for _ in range(resamples)]
-    low, high = np.quantile([above[i].sum() / below[i].sum() for i in drawn], (0.025, 0.975))
-    return float(low), float(high)
+    """95% bootstrap interval over rows of sum(totals) / sum(counts): of a loss per token."""
+    below = np.maximum(np.asarray(counts, float), 1e-9)
+    sums = drawn_sums(np.stack([np.asarray(totals, float), below], 1), resamples, seed)
+    return middle(sums[:, 0] / sums[:, 1], len(below))
 
 
 def drawn_sums(rows: np.ndarray, resamples: int = 1000, seed: int = 0, count: int | None = None) -> np.ndarray:

@@ -444,7 +444,7 @@ HeldOutData = Annotated[
 class EvalConfig(Section):
     data: HeldOutData = None
     """Held-out data with reference answers; several sets as a list, or as a mapping NAME: PATH (or NAME: {path: PATH,
-    general: true}, which is watched for forgetting). Where one set is wanted it is the first."""
+    general: true}, which is watched for forgetting). Where one set is wanted it is the first that is not general."""
     max_new_tokens: Count = 256
     """Longest generated answer."""
     batch_size: Count = 32
@@ -474,6 +474,11 @@ class EvalConfig(Section):
     @property
     def paths(self) -> list[str] | None:
         return [one.path for one in self.sets] or None
+
+    @property
+    def first(self) -> HeldSet | None:
+        """Where one set is wanted."""
+        return next((one for one in self.sets if not one.general), next(iter(self.sets), None))
 
 
 class OutputConfig(Section):

@@ -6,7 +6,6 @@ from 0. That holds for soft prompts, too, whose virtual tokens come first; the r
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from finetune.adapters.methods import active, sees_padding
 from finetune.evaluation.generation import Settings, answer, batches, left_pad, up_to_stop
+from finetune.evaluation.likelihood import takes
 from finetune.models.hardware import input_device
 
 
@@ -113,12 +113,6 @@ def rounded(length: int, most: int | None = None) -> int:
     """A multiple of 16, at most `most`: few different shapes, for which CPUs compile kernels."""
     up = -(-length // 16) * 16
     return up if most is None else min(up, most)
-
-
-def takes(model: Any, name: str) -> bool:
-    """Whether the network's forward has this argument."""
-    network = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return name in inspect.signature(network.forward).parameters
 
 
 def response_logits(model: Any, replies: Replies) -> torch.Tensor:

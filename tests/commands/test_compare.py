@@ -23,7 +23,7 @@ from finetune.commands.compare import jobs, measure, plan
 from finetune.errors import Interrupted, RunError, UserError
 from finetune.recipe.file import load, to_yaml
 from finetune.recipe.resolve import Hardware, resolve
-from finetune.recipe.sections import SourceConfig
+from finetune.recipe.sections import DuringConfig, SourceConfig
 from finetune.recipe.stages import SftRecipe
 
 Recipes = Callable[..., Path]
@@ -196,6 +196,9 @@ def test_what_cannot_be_and_what_fails_are_rows_with_reasons(
         (("lora", "none", 1.0), {"model": {"adapter": "runs/sft"}}, "every method would train"),
         (("lora", "none", 1.0), {"eval": {"data": None}}, "needs held-out data"),
         (("lora", "none", 1.0), {"eval": {"data": "missing.jsonl"}}, "missing.jsonl"),
+        (("lora", "none", 1.0), {"eval": {"shots": 2}}, "eval.shots: has no effect in ft compare"),
+        (("lora", "none", 1.0), {"eval": {"metrics": ["token_f1"]}}, "eval.metrics: has no effect"),
+        (("lora", "none", 1.0), {"eval": {"during": DuringConfig(steps=50)}}, "eval.during: has no effect"),
         (("lora", "none", 1.0), {"adapter": {"target_modules": ["q_projj"]}}, "q_projj"),
     ],
 )

@@ -16,8 +16,9 @@ from finetune.data import choices as files
 from finetune.data.chat import make_encoder
 from finetune.data.held_out import rows_of
 from finetune.errors import UserError
-from finetune.evaluation import choices, generation, measuring
-from finetune.recipe.sections import DataConfig
+from finetune.evaluation import choices, generation, likelihood, measuring, targets
+from finetune.metrics import METRICS
+from finetune.recipe.sections import DataConfig, ModelConfig
 
 CEVAL = "id,question,A,B,C,D,answer,explanation\n"
 CMMLU = ",Question,A,B,C,D,Answer\n"
@@ -210,8 +211,18 @@ def test_shots_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"_test\.csv, row 1: the question alone"):
         choices.fitting(encode, shots, 10, held.rows[0])
     assert (choices.shots_of(held, None), choices.shots_of(held, 2)) == (5, 2)
-    with pytest.raises(UserError, match=r"eval\.shots.*abstract_algebra has 5 questions, and 6 shots"):
-        choices.shots_of(held, 6)
+    with pytest.raises(UserError, match=r"--shots: .*abstract_algebra has 5 questions, and 6 shots"):
+        choices.shots_of(held, 6, "--shots")
+
+
+def test_questions_with_fewer_shots_are_counted_once(base: Path, tmp_path: Path) -> None:
+    """However many metrics ask for them: by letter and by text none of the four has room for five."""
+    base_of = measuring.Base.open(ModelConfig(name=str(base), dtype="float32"))
+    model = measuring.load_model(targets.model_target(str(base)))
+    held = rows_of(str(mmlu(tmp_path / "mmlu")), DataConfig(train="-"), None)
+    which = [m for m in METRICS if m.name in ("choice_accuracy", "choice_accuracy_full")]
+    found = choices.evaluate("x", model, base_of.tokenizer, base_of.encoder, held, 5, 8, 300, which)
+    assert found.notes == ["4 questions are asked with fewer shots: with 5 they have over 300 tokens"]
 
 
 @pytest.mark.parametrize(
@@ -317,11 +328,11 @@ def test_token_accuracy_is_the_share_of_most_probable_tokens(base: Path) -> None
     for ids, labels in rows:
         best = model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
         labels[1] = ids[1] = best[0]  # the next token is the most probable one
-    found = generation.negative_log_likelihoods(model, rows, 0, 2)
-    for (ids, labels), likelihood in zip(rows, found, strict=True):
+    found = likelihood.negative_log_likelihoods(model, rows, 0, 2)
+    for (ids, labels), scored in zip(rows, found, strict=True):
         best = model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
         right = sum(label == guess for label, guess in zip(labels[1:], best, strict=False))
-        assert (likelihood.right, likelihood.tokens) == (right, sum(label != -100 for label in labels))
+        assert (scored.right, scored.tokens) == (right, sum(label != -100 for label in labels))
         assert right
 
 

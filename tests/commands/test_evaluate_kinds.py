@@ -186,7 +186,7 @@ def test_long_pairs_are_cut_as_in_training(here: Path, base: Path, capsys: pytes
 
 
 def test_rows_are_computed_by_length_and_few_at_once_where_they_are_long() -> None:
-    from finetune.evaluation.generation import ROOM, by_length
+    from finetune.evaluation.likelihood import ROOM, by_length
 
     lengths = [5, ROOM * 2, 3, ROOM // 2, ROOM // 2, 4]
     assert list(by_length(lengths, 2)) == [[2, 5], [0, 3], [4], [1]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,14 @@ import torch
 from conftest import ft, train, write_rows
 
 from finetune.commands import evaluate
+from finetune.data.held_out import rows_of
+from finetune.data.samples import read_samples
+from finetune.data.types import Conversation
 from finetune.errors import UserError
-from finetune.evaluation import generation, kept, measuring, parts, targets
+from finetune.evaluation import comparisons, generation, kept, measuring, parts, targets
+from finetune.evaluation.sets import Part, leaks_of
+from finetune.metrics import METRICS
+from finetune.recipe.file import load
 from finetune.recipe.sections import HeldSet
 
 Recipe = Callable[..., Path]
@@ -145,6 +152,77 @@ def test_leakage_stands_beside_the_figures(
     assert f"2 exactly: row 1 is row 1 of {rows.name}; row 2 is row 2 of {rows.name}" in shown
 
 
+def test_what_a_run_was_trained_on_is_what_its_own_recipe_says(recipe: Recipe, tmp_path: Path) -> None:
+    """Eight of 64 rows drawn by the run's seed, whatever data an edited recipe names since."""
+    loaded = load(str(recipe(data={"max_samples": 8, "shuffle": True}, train={"seed": 7})), None)
+    drawn = {item.row for item in read_samples(loaded.data.train, loaded.data, seed=7)}
+    assert drawn != {item.row for item in read_samples(loaded.data.train, loaded.data)}
+    held = rows_of(str(loaded.data.train), loaded.data.model_copy(update={"max_samples": None}), None)
+    held = replace(held, rows=[row for row in held.rows if row.row in drawn])
+    edited = loaded.data.model_copy(update={"train": str(sums(tmp_path / "others.jsonl", range(100, 104)))})
+    target = targets.Target("run", loaded.model, None, edited, loaded.eval, recipe=loaded)
+    found = leaks_of([target], [Part("x", held, False, 0, [], {})])
+    assert found[0]["x"]["trained_on"] == 8
+
+
+def test_rewards_are_of_whole_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what was thought before them, as ft ppo has them scored."""
+    read: list[list[dict[str, Any]]] = []
+
+    class Scorer:
+        def scores(self, conversations: list[Any]) -> list[float]:
+            read.append([one.messages[-1] for one in conversations])
+            return [float(len(one.messages[-1]["content"])) for one in conversations]
+
+    monkeypatch.setattr(measuring, "reward_model", lambda *_: Scorer())
+    asked = [{"role": "user", "content": "what?"}]
+    samples = [Conversation([*asked, {"role": "assistant", "content": "<think>hm</think>so"}]), Conversation(asked)]
+    rows: list[dict[str, Any]] = [
+        {"prediction": " yes ", "thinking": "let me see", "reference": "so"}, {"prediction": "", "reference": None},
+    ]  # fmt: skip
+    result = generation.Evaluation("x", 2, {}, rows)
+    measuring.add_rewards("r", [result], samples, [m for m in METRICS if m.needs == "reward"])
+    assert read == [
+        [{"role": "assistant", "content": "<think>hm</think>so"}],
+        [{"role": "assistant", "content": "yes", "reasoning_content": "let me see"},
+         {"role": "assistant", "content": " "}],
+    ]  # fmt: skip
+    assert (result.metrics["reward"], result.metrics["win_rate"]) == (2.0, 0.0)
+
+
+def test_a_users_metric_is_asked_once_of_each_row(run: Path, base: Path, tmp_path: Path) -> None:
+    """Comparisons and changes take what was noted; it is tried on the first row before."""
+    (tmp_path / "own.py").write_text(
+        "calls = 0\ndef f(prediction, reference):\n    global calls\n    calls += 1\n    return calls / 100\n"
+    )
+    data = sums(tmp_path / "few.jsonl", range(3))
+    named = [f"{tmp_path / 'own.py'}:f"]
+    found = measured(tmp_path / "o.json", run, data=str(data), named=named, compare_base=True, show_changes=1)
+    (one,) = found["comparisons"]
+    assert one["difference"] == pytest.approx(0.03)
+    (row,) = found["changes"][0]["rows"]
+    assert row["b"]["value"] - row["a"]["value"] == pytest.approx(0.03)
+
+
+def test_a_few_rows_prove_no_loss() -> None:
+    """Of the very same difference in each row: five may be chance."""
+    loss = [metric for metric in METRICS if metric.name == "loss"]
+    for n, proven in ((1, False), (5, False), (6, True)):
+        runs = [generation.Evaluation(name, n, {}, [{"loss": value, "loss_tokens": 3}] * n)
+                for name, value in (("base", 1.0), ("run", 1.5))]  # fmt: skip
+        assert bool(comparisons.forgotten([comparisons.compare(*runs, loss[0])], loss)) is proven
+
+
+def test_no_change_is_told_in_the_words_of_its_metric(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = sums(tmp_path / "few.jsonl", range(3))
+    copied = shutil.copytree(base, tmp_path / "copy")
+    evaluate.run([str(base), str(copied)], data=str(data), named=["loss"], show_changes=1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "worse with copy than with random-llama (loss): 0 of 3 rows" in said
+
+
 # --- going on ---
 
 
@@ -222,6 +300,27 @@ def test_what_is_cut_off_or_of_another_seed_is_not_taken_over(tmp_path: Path, mo
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["a", "c"]
     again.close(done=True)
     assert not path.exists()
+
+
+def test_another_evaluation_leaves_the_answers_of_an_interrupted_one(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short(monkeypatch)
+    monkeypatch.setattr(kept, "cache_folder", lambda: tmp_path)
+    first, other = sums(tmp_path / "first.jsonl", range(3)), sums(tmp_path / "other.jsonl", range(7, 9))
+    plain = evaluate.report
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "report", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run([], model=str(base), data=str(first), named=["exact_match"])
+    monkeypatch.setattr(evaluate, "report", plain)
+    evaluate.run([], model=str(base), data=str(other), named=["exact_match"])
+    capsys.readouterr()
+    evaluate.run([], model=str(base), data=str(first), named=["exact_match"], resume=True)
+    assert "--resume: 3 answers are there" in capsys.readouterr().err
 
 
 # --- memory ---

@@ -161,7 +161,8 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_alone(base: Path, tmp_p
         (PROMPTS, {"options": {"temperature": 0.5}}, r"temperature: 0.5 now, and 0.0"),
         (PROMPTS, {"system": "Be short."}, "system: 'Be short.' now"),
         (changed, {}, r"out.jsonl, line 4: --output: holds another row than .*rows.jsonl has here"),
-        (PROMPTS[:5], {}, r"line 6: --output: holds more rows than"),
+        (PROMPTS[:5], {}, r"line 6: --output: holds more rows than are asked for .*another file$"),
+        (PROMPTS, {"limit": 5}, r"line 6: --output: holds more rows than are asked for .*or raise --limit"),
         (PROMPTS, {"resume": True, "overwrite": True}, "exclude each other"),
     ):
         with pytest.raises(UserError, match=expected):

@@ -5,6 +5,7 @@ The last result of the slow ones, with date and machine, stands in docs/real.md 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -114,3 +115,20 @@ def test_gemma_reads_chinese(tmp_path: Path, gemma: Path) -> None:
     found = figures(tmp_path / "gemma", "--base", gemma, "--data", data)
     assert found["after_ci"][1] < found["before"]
     assert found["sft"]["peak_memory_gb"] < 8, "rows per pass count the vocabulary"
+
+
+def test_figures_of_another_model_are_not_taken_over(tmp_path: Path) -> None:
+    """Nor are its runs gone on with, and another base has a folder of its own."""
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "figures.json").write_text('{"model": "one", "merge": {}}')
+    command = [sys.executable, str(REAL), "--output", str(tmp_path), "--only", "merge", "--model", "two"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert f"merge needs {tmp_path / 'sft'} of two: run the part sft first" in refused.stderr
+    spec = importlib.util.spec_from_file_location("real", REAL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.Folder(tmp_path, "one").figures["merge"] == {}
+    assert "merge" not in module.Folder(tmp_path, "two").figures

@@ -7,8 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import ft, train, write_rows
+from conftest import ft, make_tokenizer, train, write_rows
+
+from finetune.data.chat import make_encoder
+from finetune.data.held_out import rows_of
+from finetune.data.rows import eval_mask
+from finetune.data.samples import read_samples
+from finetune.evaluation import during, shots
+from finetune.recipe.file import load
 
 Recipe = Callable[..., Path]
 SETTINGS = {"max_new_tokens": 4, "batch_size": 8}
@@ -91,9 +99,9 @@ def test_shots_that_do_not_fit_are_left_out(base: Path, held: Path, tmp_path: Pa
     [
         (["--shots-from", "{held}"], "--shots-from: has no effect: no shots are given"),
         (["--shots", "2", "--shots-from", "{tmp}/nothing.jsonl"], "--shots-from"),
-        (["--shots", "6"], "eval.shots: 6 shots are wanted, and the other rows has 5 other rows with answers"),
+        (["--shots", "6"], "--shots: 6 shots are wanted, and the other rows has 5 other rows with answers"),
         (["--shots", "1", "--data", "{pairs}"], "--shots: has no effect: shots are before answers or multiple choice"),
-        (["--shots", "1", "--shots-from", "{bare}"], "no row there has a question and an answer"),
+        (["--shots", "1", "--shots-from", "{bare}"], "--shots-from: no row there has a question and an answer"),
     ],
 )
 def test_shots_that_cannot_be(base: Path, held: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
@@ -104,6 +112,22 @@ def test_shots_that_cannot_be(base: Path, held: Path, tmp_path: Path, arguments:
     found = ft("eval", "--model", base, *([] if "--data" in arguments else ["--data", held]), *arguments)
     assert found.returncode == 2
     assert said in found.stderr
+
+
+def test_no_row_that_training_holds_out_is_shown(recipe: Recipe, rows: Path, held: Path) -> None:
+    """Whatever is evaluated: rows of another file, or some of them while the run trains."""
+    found = load(str(recipe(data={"train": str(rows), "eval_split": 24})), None)
+    every = [item.usable for item in read_samples(str(rows), found.data)]
+    mask = eval_mask(np.asarray([one.content_hash for one in every], np.uint64), 24)
+    apart = {one.questions for one, kept in zip(every, mask, strict=True) if kept}
+    assert len(apart) == 24
+    others = rows_of(str(held), found.data, None)
+    pool = shots.find(40, others, None, found).pool
+    assert {one.questions for one in pool} == {one.questions for one in every} - apart
+    trained = load(str(recipe(data={"train": str(rows), "eval_split": 24}, eval={"during": {"limit": 2}})), None)
+    few = during.held_out(trained, make_encoder(make_tokenizer()), 2)
+    assert len(few.rows) == 2
+    assert {one.questions for one in shots.find(40, few, None, trained).pool} == {one.questions for one in pool}
 
 
 def test_recipes_name_what_does_something(recipe: Recipe, held: Path) -> None:

@@ -110,6 +110,8 @@ def test_generated_answers_are_ours(run: Path, tmp_path: Path) -> None:
     [
         (["--tasks", " , "], "--tasks: names no task"),
         (["--tasks", "x", "--data", "rows.jsonl"], "--data"),
+        (["--tasks", "x", "--seed", "0"], "--seed: has no effect: --tasks hands over"),
+        (["--tasks", "x", "--temperature", "0"], "--temperature: has no effect"),
         (["--tasks", "{tmp}/gone"], "--tasks: no such task"),
         (["--tasks", "{tmp}/empty"], "--tasks: defines no task"),
         (["--tasks", "{tmp}/broken"], "cannot be read"),

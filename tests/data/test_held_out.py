@@ -18,7 +18,7 @@ def samples(count: int, name: str = "x") -> list[Sample]:
 
 
 def trained_on(data: DataConfig, rows: list[Sample]) -> int | None:
-    found = leaks(data, rows)
+    found = leaks(data, rows, 42)
     return None if found is None else sum(leak is not None for leak in found)
 
 
@@ -71,7 +71,7 @@ def test_how_a_row_is_known_and_from_where(tmp_path: Path) -> None:
         Conversation([system("Be kind."), user("x question 1"), assistant("b")]),
         Conversation([user("What else did the fisherman of Hull say about the weather on the third day?")]),
     ]
-    found = leaks(data, rows)
+    found = leaks(data, rows, 42)
     assert found is not None
     same, near, asked, none = found
     assert same == Leak(1.0, str(file), 1)

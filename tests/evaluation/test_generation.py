@@ -4,6 +4,7 @@ is in the batch."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +148,8 @@ def test_options_stand_above_the_recipe() -> None:
         (GREEDY, {"seed": 3}, "--seed: has no effect: answers are greedy"),
         (GREEDY, {"top_k": 3}, "--top-k: has no effect"),
         (recipe, {"num_beams": 3}, "--num-beams: beams are not drawn"),
+        (recipe, {"temperature": math.inf}, "--temperature: inf is no number"),
+        (GREEDY, {"repetition_penalty": math.inf}, "--repetition-penalty: inf"),
     ):
         with pytest.raises(UserError, match=expected):
             overridden(settings, given)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from finetune import metrics
+from finetune.metrics.statistics import mean_interval
 
 
 def test_exact_match_ignores_outer_white_space_only() -> None:
@@ -178,6 +179,20 @@ def test_a_metric_is_the_weighted_mean_of_the_rows_that_have_it() -> None:
     assert replace(toy, by_group=True).groups(rows) == {"a": rows[:1]}
     assert toy.figures(rows[1:2]) == {}
     assert toy.mean([]) is None
+
+
+def test_each_figure_of_a_group_has_its_own_number_of_rows() -> None:
+    """Of two rows one has a number."""
+    rows = [{"prediction": text, "reference": text, "group": "g"} for text in ("7", "seven")]
+    chosen = [metric for metric in metrics.METRICS if metric.name in ("number_match", "exact_match")]
+    found = metrics.measure("answers", rows, chosen)
+    assert (found["number_match/g_n"], found["exact_match/g_n"], found["groups"]) == (1, 2, {"g": 1})
+
+
+def test_intervals_of_few_rows_are_widened_alike() -> None:
+    """Of a loss per token as of any mean: with rows of one length they are the same."""
+    values = [0.4, 1.3, 0.2, 2.5, 0.9]
+    assert metrics.ratio_interval([3 * v for v in values], [3] * 5) == pytest.approx(mean_interval(values, 1000))
 
 
 def test_what_is_measured_and_compared() -> None:

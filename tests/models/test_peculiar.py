@@ -20,7 +20,7 @@ from finetune.adapters.load import apply
 from finetune.adapters.methods import sees_padding
 from finetune.data import conversations
 from finetune.errors import UserError
-from finetune.evaluation.generation import negative_log_likelihoods
+from finetune.evaluation.likelihood import negative_log_likelihoods
 from finetune.models import native
 from finetune.recipe.adapters import LoraAdapter
 from finetune.recipe.sections import DataConfig, ModelConfig

@@ -98,6 +98,7 @@ SETS: dict[str, tuple[Any, list[tuple[str, str, bool]]]] = {
     "a path": ("a.jsonl", [("a.jsonl", "a.jsonl", False)]),
     "a list": (["a", {"path": "b", "general": True}], [("a", "a", False), ("b", "b", True)]),
     "by name": ({"zh": "a", "old": {"path": "b", "general": True}}, [("zh", "a", False), ("old", "b", True)]),
+    "the watched first": ([{"path": "b", "general": True}, "a"], [("b", "b", True), ("a", "a", False)]),
     "one that is watched": ({"path": "b", "general": True}, [("b", "b", True)]),
 }
 
@@ -108,6 +109,7 @@ def test_held_out_sets_of_every_shape(tmp_path: Path, name: str) -> None:
     recipe = load(tmp_path, GOOD + yaml.safe_dump({"eval": {"data": given}}, sort_keys=False))
     assert recipe.eval.sets == expected
     assert recipe.eval.paths == [path for _, path, _ in expected]
+    assert recipe.eval.first == expected[name == "the watched first"], "one that is trained for, where there is one"
     assert held_sets(given) == expected, "as they stand in a file, too"
     again = yaml.safe_load(file.to_yaml(recipe))["eval"]["data"]
     assert held_sets(again) == expected

@@ -38,8 +38,8 @@ def run(
     write_atomically(folder / plan.MARK, to_yaml(recipe))
     note(plan.search_in_words(recipes))
     measured_on = recipe
-    if len(recipe.eval.sets) > 1:
-        note(f"measured on {recipe.eval.sets[0].name} alone, the first set of eval.data")
+    if recipe.eval.first is not None and len(recipe.eval.sets) > 1:
+        note(f"measured on {recipe.eval.first.name} alone, of the sets in eval.data")
     if recipe.eval.data is None:
         measured_on = plan.held_apart(recipe, folder)
         counts = plan.count_rows(measured_on)

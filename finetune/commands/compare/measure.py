@@ -40,11 +40,11 @@ def measure(where: Path) -> dict[str, Any]:
     machine = hardware.detect()
     recipe = check(yaml.safe_load((where / "recipe.yaml").read_text(encoding="utf-8")), "sft")
     assert isinstance(recipe, SftRecipe)
-    assert recipe.eval.paths is not None
+    assert recipe.eval.first is not None
     trained = next((folder for folder in (where / "adapter", where / "model") if folder.is_dir()), None)
     opened = Base.open(recipe.model, trained, recipe.data.thinking)
     encoder = opened.asking(switched(recipe.eval.thinking), "eval.thinking")  # as it was trained
-    rows = held_out.load_eval_rows(recipe.eval.paths[0], recipe.data)[: recipe.eval.limit]
+    rows = held_out.load_eval_rows(recipe.eval.first.path, recipe.data)[: recipe.eval.limit]
     prompts = [encoder.prompt_ids(row.asked, row.tools) for row in rows[:PROMPTS]]
 
     kind = getattr(torch, compute_dtype(recipe.model.dtype, machine))  # `auto` as training resolves it

@@ -80,11 +80,14 @@ def check_recipe(recipe: SftRecipe) -> None:
     if recipe.eval.data is None and recipe.data.eval_split is None:
         fix = "set it or data.eval_split in the recipe"
         raise UserError("a comparison needs held-out data", key="eval.data", fix=fix)
-    if recipe.eval.paths is not None and is_choices(recipe.eval.paths[0]):
+    first = recipe.eval.first
+    if first is not None and is_choices(first.path):
         what = "is multiple choice, and a comparison is measured on answers and their loss"
-        raise UserError(
-            what, path=recipe.eval.paths[0], key="eval.data", fix="give rows with answers; then ft eval RUN …"
-        )
+        raise UserError(what, path=first.path, key="eval.data", fix="give rows with answers; then ft eval RUN …")
+    for key in ("during", "metrics", "shots"):
+        if getattr(recipe.eval, key):
+            what = "has no effect in ft compare, which measures exact match and loss of the bare rows at the end"
+            raise UserError(what, key=f"eval.{key}", fix=f"leave it out: --set eval.{key}=null")
     if recipe.model.adapter is not None:
         what = "every method would train the adapter that it names"
         raise UserError(what, key="model.adapter", fix="leave it out")
@@ -100,8 +103,8 @@ def check_jobs(recipe: SftRecipe, jobs: Sequence[Job]) -> tuple[list[int], dict[
     sizes = {sum(share_of(counts, job.fraction)) for job in jobs}
     if len({job.fraction for job in jobs}) > len(sizes):
         raise UserError("several shares are the same number of rows", key="--data-fractions", fix="use fewer or larger")
-    if recipe.eval.paths is not None:
-        held_out.load_eval_rows(recipe.eval.paths[0], recipe.data)
+    if recipe.eval.first is not None:
+        held_out.load_eval_rows(recipe.eval.first.path, recipe.data)
     else:
         split_off(recipe)
 
