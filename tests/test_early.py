@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from finetune import early, hub
 from finetune.errors import UserError
-from finetune.models import sources
+from finetune.models import modelscope, sources
 from finetune.recipe.file import load, to_yaml
 from finetune.recipe.resolve import Hardware, resolve
 from finetune.recipe.sections import ModelConfig
@@ -219,6 +220,21 @@ def test_downloads_are_announced(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr().err == ""
 
 
+def test_a_model_of_modelscope_is_announced_and_not_yet_fetched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def snapshot_download(name: str, **how: Any) -> str:
+        asked.append(how)
+        raise ValueError("not in the cache")
+
+    monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(snapshot_download=snapshot_download))
+    early.there(ModelConfig(name="Owner/Model", source="modelscope"))
+    assert "downloads Owner/Model from ModelScope (once)" in capsys.readouterr().err
+    assert [how.get("local_files_only") for how in asked] == [True]
+
+
 def test_what_is_in_the_cache_is_not_announced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,7 +251,7 @@ def test_what_is_in_the_cache_is_not_announced(
 HUB_PROGRAM = """
 import sys, time
 from finetune.errors import UserError
-from finetune.models import sources
+from finetune.models import modelscope, sources
 from finetune.recipe.sections import ModelConfig
 
 for name, call in {
@@ -314,15 +330,13 @@ def test_why(monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str) -
 
 
 def test_modelscope_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
-
     def fails(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route")
 
-    sources.modelscope_folder.cache_clear()
+    modelscope.folder.cache_clear()
     monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(snapshot_download=fails))
     with pytest.raises(UserError, match=r"owner/x: model.name: ModelScope cannot be reached \(no route\)"):
-        sources.modelscope_folder("owner/x", None, False)
+        modelscope.folder("owner/x", None)
 
 
 def test_an_error_of_the_checkpoint_is_none_of_the_hub() -> None:

@@ -55,7 +55,7 @@ def find_targets(
         loaded = load(recipe, None)
         if (Path(loaded.output.dir) / "result.json").exists():
             return [as_recipe_says(run_target(loaded.output.dir, model, compare_base), loaded)]
-        config = loaded.model if model is None else loaded.model.model_copy(update=elsewhere(model))
+        config = loaded.model if model is None else loaded.model.at(model)
         return [Target("base", config, None, loaded.data, loaded.eval, recipe=loaded, trained=False)]
     if runs:
         return [plain_target(path, model, compare_base) for path in runs]
@@ -64,10 +64,6 @@ def find_targets(
     if model is not None:
         return [model_target(model)]
     raise UserError("nothing to evaluate", fix="give a run directory, --recipe, or --model")
-
-
-def elsewhere(model: str) -> dict[str, Any]:
-    return {"name": model, "revision": None, "source": None}
 
 
 def as_recipe_says(target: Target, recipe: Recipe) -> Target:
@@ -117,11 +113,10 @@ def model_target(reference: str) -> Target:
 
 def base_model(recipe: Any, path: Path, model: str | None) -> ModelConfig:
     """What the run in `path` was trained on, without any adapter."""
-    moved = {} if model is None else elsewhere(model)
-    base: ModelConfig = recipe.model.model_copy(update={"adapter": None, **moved})
+    base: ModelConfig = recipe.model.model_copy(update={"adapter": None})
     if model is None and (path / "start").is_dir():  # dpo.start: merge made a base of its own
-        base = base.model_copy(update=elsewhere(str(path / "start")))
-    return base
+        model = str(path / "start")
+    return base if model is None else base.at(model)
 
 
 def run_target(reference: str, model: str | None = None, compare_base: bool = False) -> Target:
@@ -144,8 +139,7 @@ def run_target(reference: str, model: str | None = None, compare_base: bool = Fa
             what = "is a full fine-tuning, for which the base is only needed to compare with"
             raise UserError(what, path=path, key="--model", fix="leave it out, or add --compare-base")
         # What the saved config.json holds already, and what was locked when it was saved.
-        own = {**elsewhere(str(path / "model")), "rope_scaling": None, "chat_template": None, "quantization": None}
-        tuned = base.model_copy(update=own)
+        tuned = base.at(str(path / "model"), rope_scaling=None, chat_template=None, quantization=None)
         start = None if recipe.model.is_new else base  # random weights, which no folder holds
         return Target(name, tuned, None, recipe.data, recipe.eval, start, path / "model", recipe)
     folder = sources.adapter_folder(reference)

@@ -57,8 +57,7 @@ def load_in_layout(folder: Path, dtype: Any, base: ModelConfig) -> Any:
     """As the base itself is loaded."""
     from finetune.models.loading import load_model
 
-    here = {"name": str(folder), "source": None, "revision": None, "sanity_check": False}
-    return load_model(base.model_copy(update=here), dtype)
+    return load_model(base.at(str(folder), sanity_check=False), dtype)
 
 
 def check_chatglm(model: ModelConfig, config: dict[str, Any]) -> None:

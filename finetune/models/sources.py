@@ -6,8 +6,6 @@ Hub settings are the hub client's own: HF_ENDPOINT names a mirror, HF_HUB_OFFLIN
 from __future__ import annotations
 
 import difflib
-import functools
-import importlib
 import math
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -17,6 +15,7 @@ from safetensors import safe_open
 from finetune import hub
 from finetune.errors import UserError
 from finetune.families import Refused, refused, refused_name
+from finetune.models import modelscope
 from finetune.models.gguf import cache, packaged
 from finetune.models.gguf.header import NO_GGUF, is_gguf, refuse_other
 from finetune.places import read_json
@@ -25,8 +24,6 @@ from finetune.resources import BUILTIN_MODELS
 from finetune.terminal.progress import note
 
 HUB_HELP = "check the name, or download it first and give the folder (offline: HF_HUB_OFFLINE=1 uses the cache)"
-WEIGHTS = ("*.safetensors", "*.bin")
-NOT_NEEDED = ("*.py", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "consolidated*")
 
 
 def builtin_names() -> list[str]:
@@ -37,17 +34,21 @@ def locate(model: ModelConfig) -> str:
     """The folder of a built-in base or local model, or the hub id itself. A GGUF file is converted to a folder first.
     UserError if a path does not exist."""
     found = place(model)
-    if model.gguf_file is not None and not isinstance(found, Path):
-        found = _fetched_gguf(model)
+    if not isinstance(found, Path):
+        if model.gguf_file is not None:
+            found = _fetched_gguf(model)
+        elif model.source == "modelscope":
+            found = modelscope.folder(found, model.revision)
     return str(cache.folder(found)) if isinstance(found, Path) and found.is_file() else str(found)
 
 
 def place(model: ModelConfig) -> Path | str:
-    """The folder or GGUF file of a local model, or the id of one on a hub. UserError if a path does not exist."""
+    """The folder or GGUF file of a local model, or the id of one on a hub, of which nothing is downloaded. UserError if
+    a path does not exist."""
     name, source = model.name, model.source
     if source == "modelscope":
         _refuse_by_name(name)
-        return name if model.gguf_file is not None else modelscope_folder(name, model.revision, weights=False)
+        return name
     if source is None and name in builtin_names():
         return BUILTIN_MODELS / name
     if source is None and (packed := packaged.file(name)) is not None:
@@ -188,8 +189,8 @@ def announce(model: ModelConfig) -> None:
         if model.source == "modelscope" or not hub.has(found, model.gguf_file, model.revision):
             note(f"downloads {model.gguf_file} of {found} (once)")
     elif model.source == "modelscope":
-        if not _modelscope_has(model.name, model.revision):
-            note(f"downloads {model.name} from ModelScope (once)")
+        if not modelscope.has(found, model.revision):
+            note(f"downloads {found} from ModelScope (once)")
     elif hub.fetches(found, model.revision):
         note(f"downloads {found} from {hub.endpoint()} (once)")
 
@@ -297,7 +298,7 @@ def stored_dtype(model: ModelConfig) -> str | None:
 def weights(model: ModelConfig) -> str:
     """What `from_pretrained` is given: like `locate`, with the weights there for ModelScope."""
     if model.source == "modelscope" and model.gguf_file is None:
-        return str(modelscope_folder(model.name, model.revision, weights=True))
+        return str(modelscope.folder(model.name, model.revision, weights=True))
     return locate(model)
 
 
@@ -316,7 +317,7 @@ def _fetched_gguf(model: ModelConfig) -> Path:
     """The GGUF file of a repository on a hub, downloaded."""
     name, file = model.name, str(model.gguf_file)
     if model.source == "modelscope":
-        found: str | None = str(modelscope_folder(name, model.revision, weights=True, only=file) / file)
+        found: str | None = str(modelscope.folder(name, model.revision, only=file) / file)
     else:
         found = hub.file(name, file, model.revision)
     if found is None or not Path(found).is_file():
@@ -326,34 +327,3 @@ def _fetched_gguf(model: ModelConfig) -> Path:
     if not is_gguf(Path(found)):
         refuse_other(Path(found))
     return Path(found)
-
-
-@functools.lru_cache(maxsize=16)
-def modelscope_folder(name: str, revision: str | None, weights: bool, only: str | None = None) -> Path:
-    """Local folder of a ModelScope model, downloaded by its own client; its code and other formats are left out, or
-    everything but the file `only`."""
-    try:
-        client = importlib.import_module("modelscope")
-    except ImportError:
-        raise UserError(
-            "ModelScope's client is not installed", path=name, key="model.source", fix="pip install modelscope"
-        ) from None
-    chosen = (
-        {"ignore_patterns": [*NOT_NEEDED, *(() if weights else WEIGHTS)]}
-        if only is None
-        else {"allow_patterns": [only]}
-    )
-    try:
-        return Path(client.snapshot_download(name, revision=revision, **chosen))
-    except Exception as error:  # the client raises many kinds
-        what, fix = hub.why(error, "ModelScope")
-        raise UserError(what, path=name, key="model.name", fix=fix) from None
-
-
-def _modelscope_has(name: str, revision: str | None) -> bool:
-    """Whether the model is in ModelScope's cache; False without its client, which `modelscope_folder` reports."""
-    try:
-        client = importlib.import_module("modelscope")
-        return bool(client.snapshot_download(name, revision=revision, local_files_only=True))
-    except Exception:
-        return False

@@ -155,6 +155,10 @@ class ModelConfig(Section):
         """A network that pre-training makes, without a base's weights."""
         return False
 
+    def at(self, place: str, **changes: Any) -> ModelConfig:
+        """The same settings, with `changes`, for a model that lies elsewhere."""
+        return self.model_copy(update={"name": place, "source": None, "revision": None, "gguf_file": None, **changes})
+
 
 class PretrainModelConfig(ModelConfig):
     config: dict[str, Any] | None = None

@@ -84,5 +84,4 @@ def merged_start(recipe: DpoRecipe | KtoRecipe, run: Run) -> Base:
             raise KeyboardInterrupt
         if code:
             raise RunError(f"{command(*arguments)} failed: {said[-400:]}")
-    merged = {"name": str(target), "adapter": None, "revision": None, "source": None}
-    return Base.open(recipe.model.model_copy(update=merged), treatment=recipe.data.thinking)
+    return Base.open(recipe.model.at(str(target), adapter=None), treatment=recipe.data.thinking)

@@ -13,14 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ft, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune import early
 from finetune.errors import UserError
+from finetune.evaluation import targets
 from finetune.models import sources
 from finetune.models.gguf import cache, packaged
+from finetune.recipe.file import check
 from finetune.recipe.sections import ModelConfig
+from finetune.run.directory import Run
+from finetune.training.start import merged_start
 
 gguf = pytest.importorskip("gguf")
 from gguf_tiny import TINY, random_llama, write  # noqa: E402
@@ -279,3 +284,27 @@ def test_a_run_finds_its_base_again(here: Path, recipe: Any) -> None:
     assert ft("chat", run, "--model", here / "moved.gguf", stdin="hi\n").returncode == 0
     write(models / "tiny one.gguf", kind="Q8_0")
     assert "was trained on another base" in ft("chat", run, stdin="hi\n").stderr
+
+
+def test_what_is_made_of_a_file_in_a_folder_is_no_gguf_file(here: Path, recipe: Any) -> None:
+    """What full fine-tuning and dpo.start: merge write lies elsewhere: model.gguf_file says nothing of it."""
+    data = write_rows(here / "r.jsonl", [{"prompt": f"say {n}", "completion": f"{n}"} for n in range(8)])
+    models = here / "models"
+    models.mkdir()
+    write(models / "tiny.gguf")
+    model = {"name": "models", "gguf_file": "tiny.gguf", "sanity_check": False}
+    made = recipe(model=model, data={"train": str(data)}, train={"max_steps": 1})
+    values = yaml.safe_load(made.read_text()) | {"adapter": {"method": "full"}}
+    made.write_text(yaml.safe_dump(values))
+    trained = ft("sft", "--recipe", made)
+    assert trained.returncode == 0, trained.stderr
+    assert (target := targets.run_target(str(here / "run"))).model.gguf_file is None
+    assert Path(sources.locate(target.model)) == here / "run" / "model"
+    assert targets.run_target(str(here / "run"), str(models / "tiny.gguf"), compare_base=True).base is not None
+    run = Run(here / "aligned")
+    (run.path / "start").mkdir(parents=True)
+    shutil.copytree(folder(models / "tiny.gguf"), run.path / "start", dirs_exist_ok=True)
+    (run.path / "start" / "merge.json").write_text("{}")
+    dpo = check({"version": 1, "stage": "dpo", "model": {**model, "adapter": "a"}, "data": {"train": "d"},
+                 "dpo": {"start": "merge"}, "output": {"dir": str(run.path)}}, "dpo")  # fmt: skip
+    assert merged_start(dpo, run).folder == run.path / "start"  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from finetune.commands import chat, evaluate, merge
 from finetune.data.chat import make_encoder
 from finetune.errors import UserError
 from finetune.evaluation.generation import generate
-from finetune.models import loading, sources, tokenizers
+from finetune.models import loading, modelscope, sources, tokenizers
 from finetune.models.config import read_config
 from finetune.models.identity import configs_of, fingerprint, read_identity
 from finetune.recipe.adapters import LoraAdapter
@@ -107,7 +107,7 @@ def test_modelscope(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.Monkey
         calls.append((model_id, revision, "*.safetensors" in ignore_patterns))
         return str(checkpoint)
 
-    sources.modelscope_folder.cache_clear()
+    modelscope.folder.cache_clear()
     monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(snapshot_download=snapshot_download))
     keys = {"source": "modelscope", "revision": "v2"}
     read_config(config_of("Owner/Model", **keys))
@@ -116,11 +116,11 @@ def test_modelscope(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.Monkey
     model = load("Owner/Model", **keys)
     assert calls[1:] == [("Owner/Model", "v2", False)]
     assert torch.equal(logits_of(model, IDS)[0], logits_of(load(checkpoint), IDS)[0])
-    sources.modelscope_folder.cache_clear()
+    modelscope.folder.cache_clear()
 
 
 def test_modelscope_without_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    sources.modelscope_folder.cache_clear()
+    modelscope.folder.cache_clear()
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(UserError, match="pip install modelscope"):
         read_config(config_of("Owner/Model", source="modelscope"))

@@ -1,0 +1,42 @@
+"""Models of ModelScope (`model.source: modelscope`), by its own client. No torch."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+
+from finetune import hub
+from finetune.errors import UserError
+
+WEIGHTS = ("*.safetensors", "*.bin")
+NOT_NEEDED = ("*.py", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "consolidated*")
+
+
+@functools.lru_cache(maxsize=16)
+def folder(name: str, revision: str | None, weights: bool = False, only: str | None = None) -> Path:
+    """Local folder of a model, downloaded; its code and other formats are left out, and its weights without `weights`;
+    or everything but the file `only`."""
+    try:
+        client = importlib.import_module("modelscope")
+    except ImportError:
+        raise UserError(
+            "ModelScope's client is not installed", path=name, key="model.source", fix="pip install modelscope"
+        ) from None
+    wanted = {"ignore_patterns": [*NOT_NEEDED, *(() if weights else WEIGHTS)]}
+    if only is not None:
+        wanted = {"allow_patterns": [only]}
+    try:
+        return Path(client.snapshot_download(name, revision=revision, **wanted))
+    except Exception as error:  # the client raises many kinds
+        what, fix = hub.why(error, "ModelScope")
+        raise UserError(what, path=name, key="model.name", fix=fix) from None
+
+
+def has(name: str, revision: str | None) -> bool:
+    """Whether the model is in the client's cache; False without the client, which `folder` reports."""
+    try:
+        client = importlib.import_module("modelscope")
+        return bool(client.snapshot_download(name, revision=revision, local_files_only=True))
+    except Exception:
+        return False
