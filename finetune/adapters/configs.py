@@ -57,13 +57,13 @@ def with_targets(model: Any, values: dict[str, Any]) -> dict[str, Any]:
     """The same values; UserError for names that match nothing. peft knows what all-linear is, on every family."""
     names = find(model, values["target_modules"], accept=is_adaptable)
     passed = targets.passed_over(model)
-    if passed and values["target_modules"] == "all-linear":
-        values["exclude_modules"] = targets.as_pattern(passed)
-    elif lost := sorted({*names} & {*passed}):
+    if lost := sorted({*names} & {*passed}):
         raise UserError(
             f"an adapter on {lost[0]} would be passed over: what it computes is no product with its weight",
             key="adapter.target_modules", fix="leave it out, or use all-linear",
         )  # fmt: skip
+    if passed:
+        values["exclude_modules"] = targets.as_pattern(passed)
     head = model.get_output_embeddings()
     if any(model.get_submodule(name) is head for name in names):
         # trl computes log-probabilities from the head's weight, past any adapter on it.
@@ -136,7 +136,11 @@ def ia3(model: Any, section: Any) -> PeftConfig:
         if mlp:
             find(model, mlp, "adapter.feedforward_modules", accept=is_linear)
         attention = [name for name in section.target_modules if name not in mlp]
-    return IA3Config(task_type=CAUSAL, target_modules=attention + mlp, feedforward_modules=mlp)
+    away = targets.towers(model)
+    return IA3Config(
+        task_type=CAUSAL, target_modules=attention + mlp, feedforward_modules=mlp,
+        exclude_modules=targets.as_pattern(away) if away else None,
+    )  # fmt: skip
 
 
 def bitfit(model: Any, section: Any) -> PeftConfig:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from finetune.adapters import lora_init, soft_prompts
 from finetune.adapters.methods import METHODS, active, of
-from finetune.adapters.targets import linear_names
+from finetune.adapters.targets import linear_names, towers
 from finetune.errors import UserError
 from finetune.models.weight_files import read_json
 from finetune.recipe.adapters import Adapter
@@ -40,6 +40,8 @@ def apply(
     method = METHODS[section.method]
     if method.make_config is None:
         model.requires_grad_(True)
+        for name in towers(model):
+            model.get_submodule(name).requires_grad_(False)
         return model
     try:
         adapted = get_peft_model(model, adjust(method.make_config(model, section)))

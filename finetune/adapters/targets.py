@@ -35,10 +35,16 @@ def towers(model: nn.Module) -> list[str]:
     whole: Any = model
     if whole.config.get_text_config() is whole.config:
         return []
-    text, head = whole.get_decoder(), whole.get_output_embeddings()
-    inside = {id(m) for m in (*text.modules(), head)}
+    text, heads = whole.get_decoder(), (whole.get_output_embeddings(), getattr(whole, "score", None))
+    inside = {id(m) for m in (*text.modules(), *heads)}
     around = [n for n, m in model.named_modules() if any(id(part) in inside for part in m.modules())]
     return [n for n, m in model.named_modules() if n and id(m) not in inside and n not in around]
+
+
+def of_text(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(full name, module) of all modules but `towers`: no text reaches those, and what is trained there never moves."""
+    away = {*towers(model)}
+    return [(name, module) for name, module in model.named_modules() if name and name not in away]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -66,7 +72,7 @@ def as_pattern(names: list[str]) -> str:
 
 
 def linear_names(model: nn.Module) -> str:
-    names = {n.rpartition(".")[2] for n, m in model.named_modules() if is_linear(m)}
+    names = {n.rpartition(".")[2] for n, m in of_text(model) if is_linear(m)}
     return ", ".join(sorted(names)) or "none"
 
 
@@ -83,7 +89,7 @@ def linears(model: nn.Module) -> list[str]:
 
 
 def passed_over(model: nn.Module) -> list[str]:
-    """Full names of linear layers on which an adapter would be passed over, or that give something else than a product:
+    """Full names of modules on which an adapter would be passed over, or that give something else than a product:
 
     mixers of Mamba, known by their A and D    transformers gives their weights to kernels, past the layer (peft refuses
                                                some of them for some of the types)
@@ -100,11 +106,11 @@ def passed_over(model: nn.Module) -> list[str]:
             found += [f"{name}.{n}" for n, m in module.named_modules() if n and is_linear(m)]
         elif {"A_log", "D"} <= dict(module.named_parameters(recurse=False)).keys():
             found += [f"{name}.{n}" for n in ("x_proj", "dt_proj", "out_proj") if hasattr(module, n)]
-    return [*found, *(name for name in towers(model) if is_linear(model.get_submodule(name)))]
+    return [*found, *towers(model)]
 
 
 def norms(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if is_norm(module)]
+    return [name for name, module in of_text(model) if is_norm(module)]
 
 
 def _child(parent: nn.Module, names: tuple[str, ...]) -> str | None:
@@ -151,7 +157,7 @@ def find(
     UserError for a name that matches no module (peft is content if any one of a list matches), and for a module that
     is nothing for the method.
     """
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in of_text(model)]
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         return linears(model)
     if isinstance(wanted, str):
@@ -165,7 +171,9 @@ def find(
         missing = [w for w in wanted if not hits[w]] or ([] if wanted else ["an empty list"])
         found = [name for name in names if any(name in hit for hit in hits.values())]
     if missing:
-        raise UserError(f"matches no module: {', '.join(missing)}", key=key, fix=f"there are {linear_names(model)}")
+        where = " that text goes through" if towers(model) else ""
+        what = f"matches no module{where}: {', '.join(missing)}"
+        raise UserError(what, key=key, fix=f"there are {linear_names(model)}")
     wrong = next((name for name in found if not accept(model.get_submodule(name))), None)
     if wrong is not None:
         kind = type(model.get_submodule(wrong)).__name__
@@ -174,13 +182,16 @@ def find(
 
 
 def final_norm(model: nn.Module) -> str:
-    """Full name of the norm after the last block. UserError where none with weights is known there."""
-    inside = tuple(f"{name}." for name, _ in blocks(model))
+    """Full name of the norm after the last block: the first behind the blocks, as Gemma 3n and 4 have another, of what
+    goes into them, behind it; else the last before them. UserError where none with weights is known."""
+    names, listed = [name for name, _ in model.named_modules()], blocks(model)
+    inside = tuple(f"{name}." for name, _ in listed)
     found = [name for name in norms(model) if not name.startswith(inside)]
+    behind = [name for name in found if names.index(name) > names.index(listed[-1][0])]
     if not found:
         what = f"no norm with weights after the blocks of {type(model).__name__}"
         raise UserError(what, key="adapter.norm", fix="set it to false")
-    return found[-1]
+    return behind[0] if behind else found[-1]
 
 
 def head_name(model: nn.Module) -> str:

@@ -22,7 +22,7 @@ from finetune.data import conversations
 from finetune.errors import UserError
 from finetune.evaluation.likelihood import negative_log_likelihoods
 from finetune.models import native
-from finetune.recipe.adapters import LoraAdapter
+from finetune.recipe.adapters import BitFitAdapter, FullAdapter, Ia3Adapter, LnTuningAdapter, LoraAdapter
 from finetune.recipe.sections import DataConfig, ModelConfig
 from finetune.training import loss_parts
 
@@ -49,8 +49,29 @@ def test_all_linear_leaves_out_what_an_adapter_would_be_passed_over_on(kind: str
     }
     assert any(name.endswith(within) for name in trained)
     assert not any(name.endswith(out) for name in trained)
-    with pytest.raises(UserError, match="passed over"):
+    with pytest.raises(UserError, match=r"passed over|no module that text goes through"):
         apply(network(kind), LoraAdapter(r=2, target_modules=[out]))
+
+
+EVERY_WAY: dict[str, Any] = {
+    "lora": LoraAdapter(r=2, target_modules=["q_proj", "v_proj"]), "pattern": LoraAdapter(target_modules=".*q_proj"),
+    "ia3": Ia3Adapter(), "ln_tuning": LnTuningAdapter(), "bitfit": BitFitAdapter(bias="add", targets="all"),
+    "full": FullAdapter(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+def test_what_reads_images_stays_frozen(way: str) -> None:
+    """Its layers have the names of the text's; no text reaches them, and a run stops where no gradient does."""
+    trained = [n for n, p in apply(network("gemma3"), EVERY_WAY[way]).named_parameters() if p.requires_grad]
+    assert trained
+    assert [name for name in trained if "language_model" not in name and "lm_head" not in name] == []
+
+
+@pytest.mark.parametrize("kind", ["gemma4", "gemma4_text", "gemma3n_text", "modernbert-decoder", "bloom"])
+def test_the_norm_after_the_last_block(kind: str) -> None:
+    """Gemma's norm of the per-layer embeddings, which are what goes in, is registered after it."""
+    assert targets.final_norm(network(kind)).endswith((".norm", ".final_norm", ".ln_f"))
 
 
 def test_a_pattern_stands_for_every_layer() -> None:

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.peft_types import register_peft_method
 from torch import nn
 
-from finetune.adapters.targets import find, is_linear, is_norm, linears
+from finetune.adapters.targets import find, is_linear, is_norm, linears, of_text
 from finetune.adapters.tuners.base import Tuner, TunerConfig, WrappedLayer, add_type
 from finetune.errors import UserError
 from finetune.families import family
@@ -98,7 +98,7 @@ def has_bias(module: Any) -> bool:
 
 def with_bias(model: Any) -> list[str]:
     """Full names of the linear layers and norms that have a bias."""
-    return [name for name, module in model.named_modules() if has_bias(module)]
+    return [name for name, module in of_text(model) if has_bias(module)]
 
 
 def storable(model: Any) -> list[str]:
