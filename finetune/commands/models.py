@@ -169,9 +169,9 @@ programs that load the whole need the merged model.
 `adapter.target_modules: all-linear` takes every linear layer but the output head and, found in the network itself,
 those where an adapter would be passed over: the x, dt and out projections of Mamba's mixers and AltUp's layers, whose
 weights are read past the layer; indexers of sparse attention, which only choose positions; routers and grouped layers
-that are linear in name only; and what reads images or sounds. Naming one of them is refused. Experts are 3-D parameters
-and no layers: where peft knows how to reach them the tables say nothing, elsewhere “all-linear leaves the experts
-frozen”.
+that are linear in name only. Naming one of them is refused. What reads images or sounds stays frozen with every method:
+`[q_proj, v_proj]` means those of the text. Experts are 3-D parameters and no layers: where peft knows how to reach them
+the tables say nothing, elsewhere “all-linear leaves the experts frozen”.
 
 ## Longer contexts
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -80,9 +81,13 @@ def check_network(network: torch.nn.Module, model: ModelConfig) -> None:
             "mixture-of-experts models keep their experts as 3-D parameters in transformers 5, for which bitsandbytes "
             "has no int8", path=model.name, key="model.quantization", fix="use int4",
         )  # fmt: skip
-    share = 1 - (packed + sum(m.weight.numel() for m in linear_layers(network))) / max(1, matrices(network))
+    rest = matrices(network) - packed - sum(m.weight.numel() for m in linear_layers(network))
+    share = rest / max(1, matrices(network))
     if share > MOST_UNQUANTIZED:
-        kinds = sorted({type(m).__name__ for m in experts if not experts_of(m)})
+        own: Counter[str] = Counter()
+        for m in experts:
+            own[type(m).__name__] += 0 if experts_of(m) else sum(p.numel() for p in m.parameters(recurse=False))
+        kinds = [kind for kind, size in own.items() if size > rest / 2]
         where = f" ({', '.join(kinds)} keeps them in 3-D parameters and computes in its own way)" if kinds else ""
         raise UserError(
             f"{share:.0%} of the block weights would be left unquantized{where}", path=model.name,
@@ -100,9 +105,11 @@ def experts_of(module: torch.nn.Module) -> dict[str, torch.Size]:
 def linear_layers(network: torch.nn.Module) -> list[Any]:
     """Those that transformers replaces by quantized ones."""
     from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
-    found = ((name.rpartition(".")[2], module) for name, module in network.named_modules())
-    return [module for name, module in found if type(module) in (torch.nn.Linear, Conv1D) and name not in HEADS]
+    kept = HEADS + READ_DIRECTLY
+    found = ((name, m) for name, m in network.named_modules() if type(m) in (torch.nn.Linear, Conv1D))
+    return [module for name, module in found if should_convert_module(name, kept)]
 
 
 def is_held_quantized(model: ModelConfig, config: dict[str, Any]) -> bool:

@@ -198,3 +198,15 @@ def write_config(folder: Path, config: Any, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def without_gradient(model: Any, ids: torch.Tensor) -> list[str]:
+    """The trained parameters that none reaches after an evaluation. LoRA's B, which begins at 0, is drawn first."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+        model.eval()(input_ids=ids)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    trained = [(name, p.grad) for name, p in model.named_parameters() if p.requires_grad]
+    return [name for name, grad in trained if grad is None or not grad.any()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import families_tiny as tiny
 import pytest
 import torch
 
@@ -77,21 +78,26 @@ def test_gradients_after_an_evaluation_forward(folder: Path, kind: str, dtype: t
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(load(folder, dtype, **KINDS[kind]), LoraConfig(r=4, target_modules="all-linear"))
-    ids = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
-        model.eval()(input_ids=ids)
-    model.train()(input_ids=ids, labels=ids).loss.backward()
-    dead = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    assert dead == []
+    assert tiny.without_gradient(model, torch.arange(3, 40)[None]) == []
 
 
 def test_half_quantized_is_an_error(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "HEADS", ["lm_head", "gate_proj", "up_proj", "down_proj"])
     with pytest.raises(UserError, match=r"% of the block weights would be left unquantized"):
         load(base, quantization="int4")
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "mamba2"])
+def test_what_is_read_past_its_layer_is_not_counted_as_packed(name: str, tmp_path: Path) -> None:
+    """Projections of Mamba's mixers: transformers leaves them as they are, in the plan as in what is held."""
+    config = ModelConfig(name=str(tiny.write_config(tmp_path, tiny.shrunk(name))), quantization="int4")
+    empty = loading.skeleton(config)
+    if name == "mamba2":
+        with pytest.raises(UserError, match="32% of the block weights would be left unquantized → leave it out"):
+            quantization.check_network(empty, config)
+    else:
+        held = load(tmp_path, quantization="int4")
+        assert quantization.planned_bytes(empty, "int4", torch.float32) == quantization.weight_bytes(held)
 
 
 def test_already_quantized_is_refused() -> None:
