@@ -34,14 +34,11 @@ class PpoTrainConfig(TrainConfig):
     """Linear warm-up: a number of rollouts, or below 1 a fraction of all. The first of them learns nothing."""
 
 
-PAIR_FIGURES = {
-    "loss": False, "rewards/accuracies": True, "rewards/margins": True, "rewards/chosen": True,
-    "rewards/rejected": False,
-}  # fmt: skip
+PREFERENCE_FIGURES = {"loss": False, "rewards/margins": True, "rewards/chosen": True, "rewards/rejected": False}
 HELD_OUT_FIGURES: dict[str, dict[str, bool]] = {
     "pretrain": {"loss": False}, "sft": {"loss": False, "mean_token_accuracy": True},
-    "reward": {"loss": False, "accuracy": True, "margin": True}, "dpo": PAIR_FIGURES,
-    "kto": PAIR_FIGURES, "ppo": {},
+    "reward": {"loss": False, "accuracy": True, "margin": True},
+    "dpo": {**PREFERENCE_FIGURES, "rewards/accuracies": True}, "kto": PREFERENCE_FIGURES, "ppo": {},
 }  # fmt: skip
 """stage -> what its trainer measures on the rows of data.eval_split, and whether higher is better."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from finetune.models.config import embedding_rows
 from finetune.recipe.resolve import Hardware
@@ -22,7 +22,20 @@ NAMES = {
     "hidden": ("hidden_size", "n_embd", "d_model"),
     "layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
     "inner": ("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", "d_ff"),
+    "expert": ("moe_intermediate_size", "expert_ffn_hidden_size"),
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "chosen": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"),
 }
+
+
+class Sizes(NamedTuple):
+    hidden: int
+    layers: int
+    inner: int
+    """Of a mixture, of the experts that a token goes through."""
+    held: int
+    """The same of all experts."""
+    vocabulary: int
 
 
 def room(recipe: Recipe, config: Mapping[str, Any], machine: Hardware) -> int | None:
@@ -30,7 +43,7 @@ def room(recipe: Recipe, config: Mapping[str, Any], machine: Hardware) -> int | 
     sizes = _sizes(config)
     if sizes is None or not machine.memory_gb:
         return None
-    hidden, layers, inner, vocabulary = sizes
+    hidden, layers, inner, _, vocabulary = sizes
     train, full = recipe.train, recipe.adapter.method == "full"
     wide = 4 if recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and not machine.bf16) else 2
     block = (OF_HIDDEN * hidden + OF_INNER * inner) * wide
@@ -42,24 +55,33 @@ def room(recipe: Recipe, config: Mapping[str, Any], machine: Hardware) -> int | 
     return max(1, int(free / (kept + head) / sequences))
 
 
-def _weights(sizes: tuple[int, int, int, int], recipe: Recipe, wide: int) -> float:
+def _weights(sizes: Sizes, recipe: Recipe, wide: int) -> float:
     """Bytes of the base; with `wide` 16 also of its gradients and AdamW's moments."""
-    hidden, layers, inner, vocabulary = sizes
     in_blocks = {"int8": 1.0, "int4": 0.52}.get(recipe.model.quantization or "", wide)
-    return layers * (4 * hidden**2 + 3 * hidden * inner) * in_blocks + vocabulary * hidden * wide
+    block = 4 * sizes.hidden**2 + 3 * sizes.hidden * sizes.held
+    return sizes.layers * block * in_blocks + sizes.vocabulary * sizes.hidden * wide
 
 
-def _sizes(config: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
-    """(hidden, layers, inner, vocabulary); of a mixture the inner size of the experts that a token goes through."""
-    part = config.get("text_config") or config
-    found = {what: next((part[name] for name in names if part.get(name)), None) for what, names in NAMES.items()}
-    vocabulary = embedding_rows(dict(config))
-    if not found["hidden"] or not found["layers"] or not vocabulary:
+def _sizes(config: Mapping[str, Any]) -> Sizes | None:
+    part = config.get("text_config")
+    part = part if isinstance(part, dict) and part else config
+    found = {what: _number(part, names) for what, names in NAMES.items()}
+    hidden, layers, vocabulary = found["hidden"], found["layers"], embedding_rows({**config, "text_config": part})
+    if hidden is None or layers is None or not isinstance(vocabulary, int):
         return None
-    inner = found["inner"] or 4 * found["hidden"]
-    if isinstance(inner, list):  # one a layer
-        inner = max(inner)
-    experts = part.get("num_experts_per_tok") or part.get("num_experts_per_token")
-    if experts:
-        inner = experts * (part.get("moe_intermediate_size") or inner)
-    return int(found["hidden"]), int(found["layers"]), int(inner), int(vocabulary)
+    inner = held = found["inner"] or 4 * hidden
+    if found["chosen"] is not None:
+        inner = held = found["expert"] or inner
+        inner, held = inner * found["chosen"], held * max(found["experts"] or 0, found["chosen"])
+    return Sizes(hidden, layers, inner, held, vocabulary)
+
+
+def _number(part: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    """The first of these that the config has; the largest of a list with one for each layer. None for what is no
+    size: transformers will say what is wrong with it."""
+    for name in names:
+        value = part.get(name)
+        listed = [size for size in (value if isinstance(value, list) else [value]) if isinstance(size, int)]
+        if listed and max(listed) > 0:
+            return max(listed)
+    return None

@@ -402,9 +402,12 @@ class _WeightedSft(SFTTrainer):
             every = logits.log_softmax(-1)
             right = every.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
             logps = ((1 - smoothing) * right + smoothing * every.mean(-1)) * trained
+            likeliest = (logits.argmax(-1) == labels) & trained
         else:
             outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-            logps = outputs.log_probs[:, -labels.shape[1] :]
+            logps, likeliest = outputs.log_probs[:, -labels.shape[1] :], outputs.is_top1[:, -labels.shape[1] :]
+        accuracy = likeliest.sum() / trained.sum().clamp(min=1)
+        self._metrics["train" if self.model.training else "eval"]["mean_token_accuracy"].append(accuracy.item())
         losses = -logps if weights is None else -logps * weights[:, 1:].to(logps)
         if self.model.training:
             self._total_train_tokens += int(inputs["labels"].numel())

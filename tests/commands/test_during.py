@@ -16,6 +16,7 @@ from rl_kit import ppo_recipe, run_ppo
 from test_sft import logged
 
 from finetune.errors import UserError
+from finetune.recipe.stages import HELD_OUT_FIGURES
 from finetune.run.directory import Run
 from finetune.training.trainers import Extras
 
@@ -164,6 +165,7 @@ def test_pairs_and_labelled_answers(recipe: Recipe, tmp_path: Path, stage: str, 
         stage,
     )  # fmt: skip
     assert len(logged(run, "eval_token_f1")) == 3
+    assert all(logged(run, f"eval_{name}") for name in HELD_OUT_FIGURES[stage])
     figures = logged(run, f"eval_{best}")
     assert result(run)["best_checkpoint"].endswith(f"-{1 + figures.index((min if low else max)(figures))}")
     assert result(run)["eval"]["token_f1"] in logged(run, "eval_token_f1")

@@ -234,6 +234,32 @@ def test_early_stopping_keeps_the_best(recipe: Recipe) -> None:
     assert all(torch.equal(t, kept[k]) for k, t in tensors(run.adapter).items())
 
 
+def test_the_accuracy_is_measured_however_the_loss_is(recipe: Recipe, tmp_path: Path) -> None:
+    """train.metric_for_best_model may name it; the loss with smoothing or weights is not trl's."""
+    turns = [
+        [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} again"}] for i in range(24)
+    ]
+
+    def measured(name: str, weight: float, **settings: Any) -> Any:
+        said = [{"conversations": [asked, {**answer, "loss": weight}]} for asked, answer in turns]
+        return train(
+            recipe(
+                output={"dir": str(tmp_path / name)}, model={"adapter": start and str(start.path)},
+                data={"train": str(write_rows(tmp_path / f"{name}.jsonl", said)), "eval_split": 8},
+                train={"effective_batch_size": 64, "load_best_model_at_end": True,
+                       "metric_for_best_model": "mean_token_accuracy", **settings},
+            )
+        )  # fmt: skip
+
+    start = None
+    start = measured("start", 1, max_steps=8, logging_steps=8)
+    plain = logged(measured("plain", 1, max_steps=1), "mean_token_accuracy")
+    assert plain[0] > 0.1
+    for run in (measured("smoothed", 1, max_steps=1, label_smoothing_factor=0.1), measured("half", 0.5, max_steps=1)):
+        assert logged(run, "mean_token_accuracy") == pytest.approx(plain, abs=1e-6)  # before the only step
+        assert len(logged(run, "eval_mean_token_accuracy")) == 1
+
+
 def test_packing_leaves_the_loss_as_it_is(recipe: Recipe, tmp_path: Path) -> None:
     settings = {"max_steps": 1, "effective_batch_size": 64}
     plain = train(recipe(output={"dir": str(tmp_path / "plain")}, train=settings))

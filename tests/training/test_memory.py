@@ -72,6 +72,29 @@ def test_what_is_held_leaves_less_room() -> None:
     )
 
 
+def test_all_experts_are_held_and_few_are_computed() -> None:
+    """Of Qwen3-30B-A3B a token goes through 8 experts of 128; in int4 all of it takes 16 GB."""
+    mixture = {
+        "hidden_size": 2048, "num_hidden_layers": 48, "intermediate_size": 6144, "moe_intermediate_size": 768,
+        "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936,
+    }  # fmt: skip
+    int4 = recipe(model={"name": "m", "quantization": "int4"})
+    assert room(int4, mixture, CARD) == 1, "half of 24 GB is less"
+    large, dense = Hardware("cuda", True, 80.0), {**mixture, "num_experts_per_tok": None}
+    assert room(int4, mixture, large) < room(int4, dense, large)  # type: ignore[operator]
+    assert room(int4, mixture, large) > 1000  # type: ignore[operator]
+
+
+BROKEN = ({"text_config": ["x"]}, {"num_experts_per_tok": [2, 4]}, {"intermediate_size": [None, 8]}, {"d_ff": "x"})
+
+
+@pytest.mark.parametrize("more", BROKEN)
+def test_odd_values_are_not_its_own_to_refuse(more: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
+    assert room(recipe(), {**sizes, **more}, CARD) is not None
+    assert room(recipe(), {**sizes, "hidden_size": "many"}, CARD) is None
+
+
 @pytest.mark.parametrize("config", [{}, {"hidden_size": 64}, {"hidden_size": 64, "num_hidden_layers": 2}])
 def test_what_is_not_known(config: dict[str, Any]) -> None:
     assert room(recipe(), config, LAPTOP) is None
