@@ -175,6 +175,26 @@ def test_refused_by_its_header(case: str, here: Path) -> None:
     assert words in said(write(here / "x.gguf", random_llama(num_hidden_layers=1), **options))
 
 
+LONG = struct.pack("<IIQQ", 9, 8, 5000, 1 << 62)  # an array of texts, the first of which is longer than any file
+LIST = struct.pack("<IIQI", 9, 4, 1, 32)
+
+
+@pytest.mark.parametrize(("name", "value"), [("a", LONG), ("general.alignment", LIST), ("a", LONG[:12])])
+def test_a_damaged_header_is_no_traceback(name: str, value: bytes, here: Path) -> None:
+    start = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(name)) + name.encode()
+    (here / "x.gguf").write_bytes(start + value)
+    assert "is cut off or damaged in its header" in said("x.gguf")
+
+
+def test_a_file_that_may_not_be_read(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path, *_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (here / "x.gguf").touch()
+    monkeypatch.setattr(Path, "open", denied)
+    assert "cannot be read: Permission denied" in said("x.gguf")
+
+
 def test_refused_by_what_it_is(here: Path) -> None:
     path = write(here / "x.gguf", random_llama())
     content = path.read_bytes()

@@ -60,7 +60,8 @@ class Header:
     def vector(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         """A tensor of float32."""
         shape, kind, begin = self.tensors[name]
-        assert kind == 0
+        if kind != 0:
+            raise UserError(f"holds {name} in another precision than float32", path=self.path, key=KEY, fix=AGAIN)
         return np.fromfile(self.path, np.float32, math.prod(shape), offset=begin)
 
 
@@ -75,8 +76,12 @@ def is_gguf(path: Path) -> bool:
 
 def refuse_other(path: Path) -> NoReturn:
     """UserError for a file that is none."""
-    with path.open("rb") as file:
-        pointer = file.read(19) == b"version https://git"
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(19) == b"version https://git"
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}"
+        raise UserError(what, path=path, key=KEY, fix="check the file's permissions") from None
     if pointer:
         raise UserError("is a Git LFS pointer, not the model", path=path, key=KEY, fix="git lfs pull")
     raise UserError(NO_GGUF, path=path, key=KEY, fix="give a model's folder or a GGUF file")
@@ -101,9 +106,9 @@ def _header(path: Path, size: int, changed: int) -> Header:
                 raise UserError(f"is {kind}, which is not read", path=path, key=KEY, fix="convert it with llama.cpp")
             values = {_string(file): _value(file, _unpack(file, "I")) for _ in range(count)}
             table = dict(_tensor(file) for _ in range(tensors))
-        except (struct.error, UnicodeDecodeError, KeyError, MemoryError, OverflowError):
+            step = int(values.get("general.alignment", 32)) or 32
+        except (struct.error, OSError, ValueError, TypeError, KeyError, MemoryError, OverflowError):
             raise UserError("is cut off or damaged in its header", path=path, key=KEY, fix=AGAIN) from None
-        step = int(values.get("general.alignment", 32)) or 32
         begin = -(-file.tell() // step) * step
     if missing := next((k for _, k, _ in table.values() if k not in _sizes(path)), None):
         raise UserError(f"holds weights of an unknown kind ({missing})", path=path, key=KEY, fix="pip install -U gguf")
