@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.cli import groups, shared
-from finetune.errors import Interrupted
+from finetune.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from finetune.recipe.stages import Recipe
@@ -92,13 +92,23 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the base's own by default.")] = None,
     base: Annotated[str, typer.Option(help="For quantized runs: original or dequantized weights.")] = "original",
     format_: Annotated[
-        str, typer.Option("--format", help="hf, or chatglm: ChatGLM's original layout, for the published code.")
+        str,
+        typer.Option("--format", help="hf; gguf: a file for llama.cpp and Ollama; chatglm: ChatGLM's original layout."),
     ] = "hf",
+    gguf_type: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Of --format gguf: f32, f16, bf16 or q8_0; as the weights are.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     overwrite: shared.Overwrite = False,
 ) -> None:
     """Merge an adapter into its base and prove that the result computes the same."""
     usage = "ft merge ADAPTER --output FOLDER"
+    if format_ == "gguf":
+        options = [("--dtype", dtype), ("--base", base)]
+        _gguf(plain if plain is not None else adapter, model, output, gguf_type, overwrite, options)
+        return
+    if gguf_type is not None:
+        raise UserError("has no effect on other formats", key="--gguf-type", fix="add --format gguf, or leave it out")
     adapter = shared.one_of(plain, adapter, "--adapter", usage)
     output = shared.one_of(None, output, "--output", usage)
     shared.quiet(bars=False)
@@ -110,6 +120,23 @@ def merge(
         adapter, output, model=model, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, base=base,
         layout=format_,
     )  # fmt: skip
+
+
+def _gguf(
+    adapter: str | None, model: str | None, output: str | None, kind: str | None, overwrite: bool,
+    options: list[tuple[str, str | None]],
+) -> None:  # fmt: skip
+    """`ft merge --format gguf`; `options` are those of the merge that comes before it."""
+    if not adapter and not model:
+        raise UserError("no model to write", fix="write ft merge ADAPTER --format gguf --output NAME.gguf")
+    output = shared.one_of(None, output, "--output", "ft merge ADAPTER --format gguf --output NAME.gguf")
+    shared.quiet(bars=False)
+    from finetune import early
+
+    early.gguf(adapter, model, Path(output).expanduser(), kind, overwrite)
+    shared.quiet()
+    given = [word for name, value in options if value is not None for word in (name, value)]
+    shared.module("gguf").run(adapter, output, model=model, kind=kind, overwrite=overwrite, options=given)
 
 
 @app.command("eval")

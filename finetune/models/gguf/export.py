@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,18 +19,15 @@ from finetune.errors import UserError
 from finetune.models.gguf import layout
 from finetune.models.gguf.checks import stored_dtype
 from finetune.models.gguf.config import FREQUENCIES
-from finetune.models.gguf.header import INSTALL, read_header
+from finetune.models.gguf.header import check_package, read_header
+from finetune.models.gguf.places import MADE, TYPES, check_type
 from finetune.models.gguf.vocabulary import TEXTS, vocabulary
 from finetune.models.tokenizers import load_tokenizer
 from finetune.models.weight_files import DERIVED, read_json, shapes, tensors, weight_files
 from finetune.recipe.sections import ModelConfig
 from finetune.terminal.progress import task
 
-TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-"""--gguf-type -> how matrices are stored; vectors are always F32."""
 OF_DTYPE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-MADE = "ft.version"
-"""Key of the metadata by which a file of ours is known."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.bfloat16}
 """What a stored matrix is read as."""
 BLOCK = 32  # weights that share a scale in Q8_0
@@ -62,33 +58,28 @@ class Written:
 def check_folder(folder: Path, kind: str, path: Any) -> Any:
     """transformers' config. UserError, before any weights are read, for a model that cannot be written."""
     check_package(path)
-    if kind not in TYPES:
-        raise UserError(f"unknown type {kind!r}", key="--gguf-type", fix=f"one of {', '.join(TYPES)}")
+    check_type(kind)
     layout.check_type(read_json(folder / "config.json"), path)
     config = AutoConfig.from_pretrained(str(folder))
     layout.check(config, path)
     return config
 
 
-def check_package(path: Any) -> None:
-    try:
-        importlib.import_module("gguf")
-    except ImportError:
-        what = "the package gguf, which writes GGUF files, is not installed"
-        raise UserError(what, path=path, key="--format", fix=INSTALL) from None
-
-
 def write_model(
-    folder: Path, path: Path, kind: str, *, facts: dict[str, str] | None = None, stops: list[int] | None = None
-) -> Written:
+    folder: Path, path: Path, kind: str, *, facts: dict[str, str] | None = None, stops: list[int] | None = None,
+    template: str | None = None,
+) -> Written:  # fmt: skip
     """Write `path`, which must be nobody's, and prove it. UserError for what cannot be written as it is.
 
     Args:
-        kind: of TYPES; facts: more of the section general (name, license, …); stops: ids that end an answer.
+        kind: of TYPES; facts: more of the section general (name, license, …); stops: ids that end an answer;
+            template: the chat template, by default the tokenizer's own.
     """
     config = check_folder(folder, kind, folder)
     files = weight_files(folder)
     tokenizer = load_tokenizer(ModelConfig(name=str(folder)))
+    if template is not None:
+        tokenizer.chat_template = template
     rows = next(shape[0] for file in files for name, shape in shapes(file).items() if "embed_tokens" in name)
     words = vocabulary(tokenizer, rows, folder)
     begins, silenced = first_token(tokenizer)
@@ -187,7 +178,7 @@ def write_tensors(writer: Any, files: list[Path], config: Any, kind: str, folder
                 if name not in every:
                     continue
                 values = layout.stored(name, weight, config).float().contiguous().numpy()
-                if not np.isfinite(values.astype(np.float16) if kind == "f16" and weight.ndim > 1 else values).all():
+                if not fits(values, stored_as(every[name], kind)):
                     what = f"{name} holds numbers that {kind} has no place for"
                     raise UserError(what, path=folder, key="--gguf-type", fix="use bf16 or f32")
                 how = gguf.GGMLQuantizationType[stored_as(every[name], kind)]
@@ -206,6 +197,12 @@ def write_tensors(writer: Any, files: list[Path], config: Any, kind: str, folder
     if factors is not None:
         writer.write_tensor_data(factors)
     return expected, largest
+
+
+def fits(values: np.ndarray[Any, Any], how: str) -> bool:
+    """Whether all are numbers, also as they are stored."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(values.astype(np.float16) if how == "F16" else values).all())
 
 
 def stored_as(shape: tuple[int, ...], kind: str) -> str:
@@ -269,9 +266,8 @@ def chat_texts(tokenizer: Any) -> list[str]:
     return [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)]
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a file is a GGUF file that this module wrote."""
-    try:
-        return MADE in read_header(path).values
-    except (UserError, OSError, json.JSONDecodeError):
-        return False
+def write_adapter(adapter: Path, base: Path, path: Path) -> int:
+    """See adapter.write_adapter."""
+    from finetune.models.gguf.adapter import write_adapter
+
+    return write_adapter(adapter, base, path)

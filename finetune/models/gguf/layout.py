@@ -16,6 +16,7 @@ ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_t
 """model_type of config.json -> architecture in the file."""
 GEMMA_PERIOD = 6  # every sixth layer sees everything; llama.cpp takes it for granted
 GEMMA_LOCAL_THETA = 10000.0
+YARN_BOUNDS = {"beta_fast": 32, "beta_slow": 1}  # llama.cpp takes others from its command line, not from the file
 NO_SCALING = "default"
 HF = "use --format hf, of which vLLM and transformers read it"
 
@@ -101,11 +102,11 @@ def scaling(config: Any, path: Any) -> dict[str, Any]:
         return {}
     if kind == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(said["factor"])}
-    odd = [name for name in ("mscale", "mscale_all_dim") if said.get(name)] + ["truncate"] * (
-        not said.get("truncate", True)
-    )
+    odd = [name for name in ("mscale", "mscale_all_dim") if said.get(name)]
+    odd += [] if said.get("truncate", True) else ["truncate"]
+    odd += [name for name, usual in YARN_BOUNDS.items() if said.get(name) not in (None, usual)]
     if kind != "yarn" or odd:
-        what = f"scales its positions by {' with '.join([kind, *odd])}, which GGUF has no word for"
+        what = f"scales its positions by {' with '.join([kind, *odd])}, which llama.cpp does not take from a file"
         raise UserError(what, path=path, key="--format", fix=HF)
     factor = float(said["factor"])
     original = said.get("original_max_position_embeddings") or config.max_position_embeddings
@@ -114,8 +115,7 @@ def scaling(config: Any, path: Any) -> dict[str, Any]:
     }  # fmt: skip
     if (stretch := said.get("attention_factor")) is not None:  # llama.cpp's is on top of the usual one
         found["rope.scaling.attn_factor"] = float(stretch) / (0.1 * math.log(factor) + 1)
-    betas = {f"rope.scaling.yarn_{name}": said.get(name) for name in ("beta_fast", "beta_slow")}
-    return found | {name: float(value) for name, value in betas.items() if value is not None}
+    return found
 
 
 def frequencies(config: Any) -> np.ndarray[Any, Any] | None:
