@@ -99,7 +99,8 @@ IDS = torch.randint(4, 1000, (150,), generator=torch.Generator().manual_seed(1))
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
-    """Largest difference of a logit seen here: 6e-4, of logits up to 40 (float32)."""
+    """Largest difference of a logit seen here: 1e-4 of logits up to 10, for Gemma 4e-3: llama.cpp's GELU is a table in
+    float16. docs/gguf.md has the table."""
     folder = folder_of(name, tmp_path / "model")
     written = write_model(folder, tmp_path / "x.gguf", "f32")
     assert written.error == 0
@@ -244,7 +245,9 @@ QUESTIONS = [f"{word} {n}" for n, word in enumerate(["Say", "Count to", "What is
 
 
 def test_merge_for_ollama(tmp_path: Path, recipe: Any) -> None:
-    """Trained, merged, written: llama.cpp gives the greedy answers that transformers gives of the merged folder."""
+    """Trained, merged, written: llama.cpp gives the greedy answers that transformers gives of base and adapter."""
+    from peft import PeftModel
+
     llama_cpp = pytest.importorskip("llama_cpp")
     rows = [{"prompt": question, "completion": f"answer {n}"} for n, question in enumerate(QUESTIONS)]
     data = write_rows(tmp_path / "r.jsonl", rows)
@@ -263,10 +266,9 @@ def test_merge_for_ollama(tmp_path: Path, recipe: Any) -> None:
     again = ft("merge", tmp_path / "run", "--output", target, "--format", "gguf")
     assert again.returncode == 2
     assert "exists → choose another name, or --overwrite" in again.stderr
-    folder = ft("merge", tmp_path / "run", "--output", tmp_path / "merged", "--dtype", "float32")
-    assert folder.returncode == 0, folder.stderr
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter")).eval()
     other = llama_cpp.Llama(str(target), n_ctx=512, n_threads=1, verbose=False, type_k=0, type_v=0)
     for question in QUESTIONS:
         chat = [{"role": "user", "content": question}]
@@ -274,7 +276,9 @@ def test_merge_for_ollama(tmp_path: Path, recipe: Any) -> None:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert other.tokenize(text.encode(), add_bos=True, special=True) == ids
         with torch.no_grad():
-            answer = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+            answer = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=12, do_sample=False)[
+                0, len(ids) :
+            ].tolist()
         said = other.create_completion(ids, max_tokens=12, temperature=0)["choices"][0]["text"]
         assert said == tokenizer.decode(answer, skip_special_tokens=True)
 
