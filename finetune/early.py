@@ -368,6 +368,19 @@ def started_by(adapter: Path) -> str | None:
     return section.get("init_lora_weights") if isinstance(section, dict) else None
 
 
+def gguf(adapter: str | None, model: str | None, target: Path, kind: str | None, overwrite: bool) -> None:
+    """UserError for what is wrong with the arguments of `ft merge --format gguf`."""
+    from finetune.models.gguf.places import check_type, check_unwritten
+
+    def base_there() -> None:
+        if adapter is not None:
+            adapter_and_base(adapter, model)
+        else:
+            there(ModelConfig(name=str(model)))
+
+    together(lambda: check_unwritten(target, overwrite), lambda: check_type(kind), base_there)
+
+
 DTYPES = ("float32", "bfloat16", "float16")
 REPORT, EXPORT = "merge.json", "export.json"
 
