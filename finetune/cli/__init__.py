@@ -19,6 +19,7 @@ OTHER_COMMANDS = {
     "rlhf": "ft dpo, ft kto, ft reward or ft ppo",
     "rm": "ft reward",
     "export": "ft merge",
+    **dict.fromkeys(("api", "server"), "ft serve"),
     "evaluate": "ft eval",
     **dict.fromkeys(("infer", "inference"), "ft chat, or ft generate for a file"),
     "predict": "ft generate",
