@@ -312,7 +312,7 @@ def test_one_line_before_the_base_is_loaded(
     adapter = str(tmp_path / "a")
     commands: list[Callable[[], Any]] = [
         lambda: train(recipe(model={"adapter": adapter}, adapter={"lora_alpha": 10, "target_modules": ["q_proj"]})),
-        lambda: chat.run(model=str(base), adapter=adapter, max_new_tokens=1),
+        lambda: chat.run([adapter], model=str(base), max_new_tokens=1),
         lambda: merge.run(adapter, str(tmp_path / "merged"), model=str(base)),
         lambda: evaluate.run([], model=str(base), adapter=adapter, data=str(rows), limit=1),
     ]

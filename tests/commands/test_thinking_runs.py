@@ -17,9 +17,12 @@ from rich.console import Console
 
 from finetune.base import Base
 from finetune.commands import chat, evaluate, generate, ppo
+from finetune.commands.chat import screen, talk
 from finetune.data import prompts, thinking
+from finetune.data.types import Conversation
 from finetune.errors import UserError
 from finetune.evaluation import answering, generation
+from finetune.evaluation.streaming import Parts, Streamed, turn_of
 from finetune.recipe.file import with_settings
 from finetune.recipe.sections import ModelConfig
 from finetune.terminal.progress import PLAIN
@@ -161,16 +164,16 @@ def test_a_merged_model_remembers(folder: Path, tmp_path: Path, monkeypatch: pyt
     assert "thinking.json" in json.loads((tmp_path / "merged" / "merge.json").read_text())["files"]
     asked = []
 
-    def reply(model: Any, encoder: Any, prompt: list[int], *_: Any) -> dict[str, str]:
-        asked.append(encoder.tokenizer.decode(prompt))
-        return {"role": "assistant", "content": "yes", "reasoning_content": "why"}
+    def reply(writer: Any, messages: Any, *_: Any) -> Streamed:
+        asked.append(writer.prompter.encoder.tokenizer.decode(writer.prompter.ids(Conversation(messages))))
+        return Streamed({"role": "assistant", "content": "yes", "reasoning_content": "why"}, True)
 
-    monkeypatch.setattr(chat, "reply", reply)
+    monkeypatch.setattr(talk, "stream", reply)
     for thinks, end in ((None, BLOCK), ("off", BLOCK), ("on", "assistant\n")):
         lines = iter(["hello", "more", "/exit"])
         monkeypatch.setattr("builtins.input", lambda prompt: next(lines))  # noqa: B023
         asked.clear()
-        chat.run(model=str(tmp_path / "merged"), thinking=thinks)
+        chat.run([str(tmp_path / "merged")], thinking=thinks)
         assert [text.endswith(end) for text in asked] == [True, True]
         assert "assistant\nyes<|im_end|>" in asked[1], "without the thinking, as the template has it"
 
@@ -210,28 +213,30 @@ def test_thinking_is_dim_in_a_terminal_and_plain_in_a_pipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = ["<think>\n", "why \x1b[2J", "not</think>\n", "\nyes ", "sir"]
-    shown = chat.Shown(thinking.USUAL, False)
-    for part in parts:
-        shown.write(part)
+    with screen.Screen().answers(["one"]) as [show]:
+        shown = Parts(thinking.USUAL, show, False)
+        for part in parts:
+            shown.add(part)
     assert "\x1b" not in capsys.readouterr().out.replace("\\x1b", "")
     written = io.StringIO()
-    screen = Console(file=written, force_terminal=True, color_system="standard", **PLAIN)
-    monkeypatch.setattr(chat, "output", screen)
-    shown = chat.Shown(thinking.USUAL, False)
-    for part in parts:
-        shown.write(part)
+    terminal = Console(file=written, force_terminal=True, color_system="standard", **PLAIN)
+    monkeypatch.setattr(screen, "output", terminal)
+    with screen.Screen().answers(["one"]) as [show]:
+        shown = Parts(thinking.USUAL, show, False)
+        for part in parts:
+            shown.add(part)
     assert "\x1b[2mwhy " in written.getvalue()
     assert "\x1b[2J" not in written.getvalue()
     assert "yes" not in written.getvalue()
     assert "yes sir" in capsys.readouterr().out
-    opened = chat.Shown(thinking.USUAL, True)  # by the prompt
-    opened.write("why</think>yes")
+    with screen.Screen().answers(["one"]) as [show]:
+        Parts(thinking.USUAL, show, True).add("why</think>yes")  # opened by the prompt
     assert "\x1b[2mwhy</think>" in written.getvalue()
 
 
 def test_a_streamed_answer_becomes_a_turn(folder: Path) -> None:
     encoder = Base.open(ModelConfig(name=str(folder / "base"))).encoder
     turn = {"role": "assistant", "content": "yes", "reasoning_content": "why"}
-    assert chat.turn_of("<think>why</think>\n\nyes", encoder, False) == turn
-    assert chat.turn_of("why</think>yes", encoder, True) == turn
-    assert chat.turn_of("yes", encoder, False) == {"role": "assistant", "content": "yes"}
+    assert turn_of("<think>why</think>\n\nyes", encoder, False) == turn
+    assert turn_of("why</think>yes", encoder, True) == turn
+    assert turn_of("yes", encoder, False) == {"role": "assistant", "content": "yes"}

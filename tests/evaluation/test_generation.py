@@ -67,7 +67,7 @@ def test_what_a_base_asks_for_changes_no_answer(
         lines = iter(["abab", "/exit"])
         monkeypatch.setattr("builtins.input", lambda prompt: next(lines))  # noqa: B023
         monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
-        chat.run(model=str(folder), max_new_tokens=12)
+        chat.run([str(folder)], max_new_tokens=12)
         said = capsys.readouterr()
         model, encoder = opened(folder)
         assert set(stop_ids(model, encoder)) == {1, 2}

@@ -238,7 +238,7 @@ def test_every_meeting_of_adapter_and_base_is_checked(
         "sft": go_on,
         "eval": lambda m: evaluate.run([], model=m, adapter=str(run.path), data=str(tmp_path / "held.jsonl"), limit=1),
         "merge": lambda m: merge.run(str(run.path), str(tmp_path / "merged"), model=m),
-        "chat": lambda m: chat.run(model=m, adapter=str(run.path), max_new_tokens=1),
+        "chat": lambda m: chat.run([str(run.path)], model=m, max_new_tokens=1),
     }  # fmt: skip
     for name, meet in meetings.items():
         with pytest.raises(UserError, match="was trained on another base"):

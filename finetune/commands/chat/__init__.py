@@ -48,12 +48,12 @@ def run(
 
 
 def settings_of(target: Target, options: dict[str, Any]) -> GenerationConfig:
-    """How the run's recipe (eval.generation) and the options want answers; drawn anew each time without --seed."""
+    """How the run's recipe (eval.generation) and the options want answers; without a seed drawn anew."""
     how = overridden(target.eval.generation, options)
     if how.num_beams > 1:
         note(f"eval.generation.num_beams {how.num_beams} is not followed: an answer is shown while it is written")
-    seed = secrets.randbelow(1 << 31) if options.get("seed") is None else how.seed
-    return how.model_copy(update={"num_beams": 1, "seed": seed})
+    told = target.eval.generation.drawn or options.get("seed") is not None
+    return how.model_copy(update={"num_beams": 1, "seed": how.seed if told else secrets.randbelow(1 << 31)})
 
 
 def made(targets: Sequence[Target], versus_base: bool, thinking: str | None) -> Talk:
