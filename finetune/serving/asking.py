@@ -82,7 +82,7 @@ def chat(served: Served, body: ChatBody, put: Put) -> Asked:
     begun = thinking.begun(encoder.tokenizer, prompt, encoder.thinking)
     schema = wanted_schema(body, calling, begun)
     special = served.calls.special if calling and served.calls is not None else frozenset()
-    names = [tool["function"]["name"] for tool in tools]
+    names = [tool.function.name for tool in body.tools or ()]
     decode = partial(_decoded, encoder, special)
     return rows_of(
         served, body, [prompt], body.max_completion_tokens or body.max_tokens, put,
@@ -212,7 +212,7 @@ def rows_of(
         raise ApiError(what, "n")
     how, bias = settings(served.how, body), biases(served, body.logit_bias or {})
     rooms = [room(served, len(prompt), wanted) for prompt in prompts]
-    rows = []
+    rows: list[Row] = []
     for p, prompt in enumerate(prompts):
         for k in range(n):
             rows.append(

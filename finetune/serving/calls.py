@@ -15,7 +15,7 @@ from typing import Any
 
 from finetune.data import thinking
 from finetune.data.encoder import Encoder
-from finetune.data.types import IGNORED, Conversation, RowProblem
+from finetune.data.types import IGNORED, Conversation, Message, RowProblem
 from finetune.json_text import decode
 
 Call = dict[str, Any]
@@ -53,7 +53,10 @@ class CallFormat:
 
 def detected(encoder: Encoder) -> CallFormat | None:
     """How this chat format writes calls; None where it has none, or writes them in a way that is not read here."""
-    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    messages: list[Message] = [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    ]
     try:
         encoded = encoder.encode(Conversation(messages, [TOOL]), "last")
     except RowProblem:
