@@ -209,11 +209,14 @@ def without_nulls(value: Any) -> Any:
 
 def _told(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = [part for part in first["loc"] if not (isinstance(part, str) and _is_branch(part))]
+    *before, last = first["loc"] or ("",)
+    foreign = first["type"] == "extra_forbidden"  # the client's own word, whatever it is
+    place = [part for part in before if not _is_branch(part)]
+    place += [last] if foreign or not _is_branch(last) else []
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     name = next((part for part in reversed(place) if isinstance(part, str)), "")
     top = str(place[0]) if place else ""
-    if first["type"] == "extra_forbidden":
+    if foreign:
         what = f"{param} is not followed by this server: leave it out"
         return ApiError(what, param, code="unsupported_parameter")
     shape = next((SHAPES[key] for key in (name, top) if key in SHAPES), None)
@@ -226,6 +229,9 @@ def _told(error: ValidationError) -> ApiError:
     return ApiError(f"{param}: {first['msg'][0].lower()}{first['msg'][1:]}", param, code="invalid_value")
 
 
-def _is_branch(part: str) -> bool:
-    """pydantic's names for the branches of a union: `list[constrained-str]`, `str`, `function-after[…]`."""
-    return "[" in part or part in ("str", "int", "float", "bool")
+def _is_branch(part: str | int) -> bool:
+    """pydantic's names for the branches of a union: `list[constrained-str]`, `str`, `constrained-str`, `TextPart`."""
+    return isinstance(part, str) and not (part.islower() and part.replace("_", "").isalpha() and part not in BRANCHES)
+
+
+BRANCHES = ("str", "int", "float", "bool")

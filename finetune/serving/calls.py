@@ -131,6 +131,8 @@ def chatglm3_calls(text: str) -> Found | None:
         parsed = ast.parse(code, mode="eval").body
         if not (isinstance(parsed, ast.Call) and isinstance(parsed.func, ast.Name) and parsed.func.id == "tool_call"):
             return None
+        if parsed.args or any(word.arg is None for word in parsed.keywords):
+            return None
         arguments = {str(word.arg): ast.literal_eval(word.value) for word in parsed.keywords}
         json.dumps(arguments, allow_nan=False)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
