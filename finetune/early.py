@@ -122,12 +122,16 @@ def announce(model: Any) -> None:
         sources.announce(model)
 
 
-def reward_model(reference: str) -> None:
+def reward_model(reference: str, key: str = "reward.model") -> None:
     """A reward model: a run of `ft reward`, or a model."""
+    if (folder := sources.find_adapter(reference)) is not None:
+        if places.read_json(folder / "adapter_config.json").get("task_type") != "SEQ_CLS":
+            raise UserError("has no score head", path=reference, key=key, fix="give a run of `ft reward`")
+        return
     if (Path(reference).expanduser() / "model").is_dir() or sources.what_is(reference) == "adapter":
         return
     if sources.file(ModelConfig(name=reference), "config.json") is None:
-        raise UserError("has no config.json", path=reference, key="reward.model", fix="give a complete model")
+        raise UserError("has no config.json", path=reference, key=key, fix="give a complete model")
 
 
 def file(path: str | None, key: str, fix: str) -> None:
@@ -324,7 +328,7 @@ def evaluated(
     if shots_from is not None:
         checks.append(lambda: rows(absolute_data(shots_from), "--shots-from"))
     if reward is not None:
-        checks.append(lambda: reward_model(reward))
+        checks.append(lambda: reward_model(reward, "--reward"))
     together(*checks)
 
 

@@ -65,6 +65,7 @@ CASES: list[tuple[str, str]] = [
     ("eval --model own --data rowz.jsonl", "rowz.jsonl: --data: no such file → did you mean rows.jsonl?"),
     ("eval --recipe nome.yaml", "nome.yaml: no such recipe"),
     ("eval runs/near --reward runs/naer", "runs/naer: no such run, adapter or model → did you mean runs/near?"),
+    ("eval own --data rows.jsonl --reward runs/near", "runs/near: --reward: has no score head → give a run of"),
     ("compare mine.yaml --set model.name=tiny-lama", "tiny-lama: model.name: no such model → did you mean tiny-llama?"),
     ("compare mine.yaml --set eval.data=rowz.jsonl", "rowz.jsonl: eval.data: no such file → did you mean rows.jsonl?"),
     ("compare mine.yaml", "eval.data: a comparison needs held-out data"),

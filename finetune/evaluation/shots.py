@@ -37,7 +37,7 @@ class Shots:
         own = question_of(row.sample)
         others = [one for one in self.pool if question_of(one) != own]
         if len(others) < self.number:
-            what = f"{self.number} shots are wanted, and {self.source} has {len(others)} other rows with answers"
+            what = f"{self.number} shots are wanted, and of {self.source} {len(others)} others have answers"
             raise UserError(
                 what, path=row.file, row=row.row, key="eval.shots", fix="set fewer, or name eval.shots_from"
             )
@@ -60,7 +60,7 @@ def find(number: int, held: HeldOut, path: str | None, config: DataConfig | None
         apart = held.hashes or frozenset()
         pool = [one for one in read(config, seed) if one.content_hash not in apart]
         return Shots(number, pool, "data.train", seed)
-    return Shots(number, [one for row in held.rows for one in usable(row.sample)], OWN, seed)
+    return Shots(number, [one for sample in held.others or held.samples for one in usable(sample)], OWN, seed)
 
 
 def read(config: DataConfig, seed: int) -> list[Conversation]:
