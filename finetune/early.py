@@ -5,6 +5,7 @@ What needs weights or a tokenizer is checked by the commands.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from finetune.run import appending
 from finetune.run.directory import Run, read_recipe
 from finetune.run.guards import check_inputs, check_output
 from finetune.run.resuming import check_resumable
+from finetune.serving import address
 from finetune.terminal.progress import note, warn
 
 ENDLESS = "builtin:world"
@@ -181,9 +183,9 @@ def there(config: ModelConfig) -> None:
 
 def chat(
     listed: Sequence[str], model: str | None, adapters: Sequence[str], settings: dict[str, Any] | None = None,
-    system: str | None = None, thinking: str | None = None,
+    system: str | None = None, thinking: str | None = None, command: str = "ft chat",
 ) -> tuple[list[str], str | None, dict[str, str]]:  # fmt: skip
-    """(runs, --model, adapters by name) of `ft chat`. UserError when there is nothing to talk to."""
+    """(runs, --model, adapters by name) of `ft chat` and `ft serve`. UserError when there is nothing to talk to."""
     options.check_thinking(thinking)
     if settings is not None:
         options.written(settings, 1, system, raw=False)
@@ -194,11 +196,39 @@ def chat(
         if named:
             model, runs = runs[0], []  # ft chat MODEL --adapter A
     if not (runs or named or model is not None):
-        raise UserError("no model to talk to", fix="write ft chat RUN, or give --model or --adapter")
+        raise UserError("no model to talk to", fix=f"write {command} RUN, or give --model or --adapter")
     if not runs and not named:
         there(ModelConfig(name=str(model)))
     together(*(lambda name=name: talker(name, model, name in named.values()) for name in (*runs, *named.values())))
     return runs, model, named
+
+
+def served(
+    listed: Sequence[str], model: str | None, adapters: Sequence[str], host: str, port: int, api_key: str | None,
+    thinking: str | None = None,
+) -> tuple[list[str], str | None, dict[str, str]]:  # fmt: skip
+    """(runs, --model, adapters by name) of `ft serve`. UserError for what cannot be served, or not there."""
+    found: list[tuple[list[str], str | None, dict[str, str]]] = []
+    together(
+        server_extra,
+        lambda: found.append(chat(listed, model, adapters, None, None, thinking, "ft serve")),
+        lambda: address.check(host, port),
+        lambda: check_key(api_key),
+    )
+    return found[0]
+
+
+def server_extra() -> None:
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        what = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+        raise UserError(what, key="ft serve", fix="pip install 'ft-recipes[serve]'")
+
+
+def check_key(api_key: str | None) -> None:
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+        what = "must be printable ASCII without spaces around it" if api_key else "is empty"
+        raise UserError(what, key="--api-key", fix="give another one, or unset FT_API_KEY")
 
 
 def talker(name: str, model: str | None, is_adapter: bool) -> None:

@@ -395,6 +395,45 @@ def chat(
 
 
 @app.command()
+def serve(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN|ADAPTER|MODEL]...", help="What answers, known by its content."),
+    ] = None,
+    model: shared.Model = None,
+    adapter: Annotated[
+        list[str],
+        typer.Option("--adapter", metavar="[NAME=]ADAPTER", help="Run or adapter, asked by its name; repeats."),
+    ] = [],  # noqa: B006
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is reachable from outside.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="FT_API_KEY", help="What clients must send as their key.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Answers written together.", min=1)] = 16,
+    max_queue: Annotated[int, typer.Option(help="Answers that wait; more are told to come again.", min=1)] = 64,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Longest prompt; the model's by default.", min=1)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 1024,
+    max_body: Annotated[int, typer.Option(help="Largest request, in bytes.", min=1)] = 1 << 20,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.", min=0.1)] = 600,
+    thinking: shared.Thinking = None,
+) -> None:
+    """Answer over HTTP as OpenAI's API does; several adapters of one base by model name."""
+    shared.quiet(bars=False)
+    from finetune import early
+
+    listed, model, adapters = early.served(runs or [], model, adapter, host, port, api_key, thinking)
+    shared.quiet()
+    shared.module("serve").run(
+        listed, model=model, adapters=adapters, host=host, port=port, api_key=api_key, batch_size=batch_size,
+        max_queue=max_queue, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens, max_body=max_body,
+        timeout=timeout, thinking=thinking,
+    )  # fmt: skip
+
+
+@app.command()
 def doctor() -> None:
     """Versions, hardware, precision, and which extras are missing."""
     shared.quiet()
