@@ -205,7 +205,7 @@ def chat(
 
 def served(
     listed: Sequence[str], model: str | None, adapters: Sequence[str], host: str, port: int, api_key: str | None,
-    thinking: str | None = None,
+    thinking: str | None = None, timeout: float = 600,
 ) -> tuple[list[str], str | None, dict[str, str]]:  # fmt: skip
     """(runs, --model, adapters by name) of `ft serve`. UserError for what cannot be served, or not there."""
     found: list[tuple[list[str], str | None, dict[str, str]]] = []
@@ -214,6 +214,7 @@ def served(
         lambda: found.append(chat(listed, model, adapters, None, None, thinking, "ft serve")),
         lambda: address.check(host, port),
         lambda: check_key(api_key),
+        lambda: check_seconds(timeout),
     )
     return found[0]
 
@@ -223,6 +224,11 @@ def server_extra() -> None:
     if missing:
         what = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
         raise UserError(what, key="ft serve", fix="pip install 'ft-recipes[serve]'")
+
+
+def check_seconds(timeout: float) -> None:
+    if not 0 < timeout <= 1e6:  # nan, inf: no clock takes them
+        raise UserError("must be seconds, at most a million", key="--timeout", fix="leave it out for ten minutes")
 
 
 def check_key(api_key: str | None) -> None:

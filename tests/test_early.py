@@ -52,6 +52,7 @@ CASES: list[tuple[str, str]] = [
     ("serve", "no model to talk to → write ft serve RUN, or give --model or --adapter"),
     ("serve tiny-llama --host nowhere.invalid", "--host: no such host: 'nowhere.invalid'"),
     ("serve tiny-llama --port 0 --api-key=", "--api-key: is empty → give another one"),
+    ("serve tiny-llama --port 0 --timeout inf", "--timeout: must be seconds, at most a million"),
     ("serve tiny-llama --port 0 --thinking maybe", "--thinking: unknown word 'maybe' → one of on, off"),
     ("merge runs/naer -o out", "runs/naer: adapter: no such run or adapter → did you mean runs/near?"),
     ("merge own -o out", "own: adapter: is a model, not an adapter"),

@@ -424,7 +424,7 @@ def serve(
     shared.quiet(bars=False)
     from finetune import early
 
-    listed, model, adapters = early.served(runs or [], model, adapter, host, port, api_key, thinking)
+    listed, model, adapters = early.served(runs or [], model, adapter, host, port, api_key, thinking, timeout)
     shared.quiet()
     shared.module("serve").run(
         listed, model=model, adapters=adapters, host=host, port=port, api_key=api_key, batch_size=batch_size,

@@ -402,3 +402,18 @@ def test_kill_leaves_nothing(base: Path, tmp_path: Path) -> None:
 
     address.check("127.0.0.1", int(started.url.removesuffix("/v1").rpartition(":")[2]))
     started.kill()
+
+
+def test_a_base_that_its_adapter_rewrites_is_not_served(adapters: dict[str, Path], tmp_path: Path) -> None:
+    """PiSSA as peft saves it by itself: loading takes the start out of the base's weights."""
+    import shutil
+
+    from finetune.commands.serve import made
+    from finetune.evaluation.writers import targets_of
+
+    folder = tmp_path / "pissa"
+    shutil.copytree(adapters["a"] / "adapter", folder)
+    assert list(made(targets_of([str(folder)], None, {}), None)) == ["pissa", "tiny-llama"]
+    described = folder / "adapter_config.json"
+    described.write_text(json.dumps({**json.loads(described.read_text()), "init_lora_weights": "pissa"}))
+    assert list(made(targets_of([str(folder)], None, {}), None)) == ["pissa"]
