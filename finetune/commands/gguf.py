@@ -6,6 +6,8 @@ An adapter is merged by `ft merge` itself first, with all its proofs, into a fol
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -126,11 +128,13 @@ def tell(target: Path, written: Written, beside_it: Modelfile | None) -> None:
     )
     if written.silenced:
         note("chats of this model do not begin with its first token, so the file asks for none (add_bos_token: false)")
+    local = shlex.join(["llama-cli", "-m", str(target), "--jinja"])
     if beside_it is None:
         warn("no Modelfile: Ollama's Go templates cannot write what this model's chat template writes")
-        note(f"next    llama-cli -m {target} --jinja")
+        note(f"next    {local}")
         return
     if beside_it.missing:
         note(f"not in the Modelfile's template: {'; '.join(beside_it.missing)}")
-    note(f"next    ollama create {target.stem.lower()} -f {beside(target)}")
-    note(f"        llama-cli -m {target} --jinja")
+    name = re.sub(r"[^a-z0-9._-]+", "-", target.stem.lower()).strip("-") or "model"
+    note(f"next    {shlex.join(['ollama', 'create', name, '-f', str(beside(target))])}")
+    note(f"        {local}")
