@@ -244,7 +244,7 @@ def private_names() -> dict[str, list[str]]:
     of_self, of_others = [], []
     for file in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 own.add(node.name)
             elif isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
                 mine = isinstance(node.value, ast.Name) and node.value.id == "self"
