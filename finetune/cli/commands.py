@@ -85,7 +85,7 @@ for _stage, _help in TRAINING.items():
 
 @app.command()
 def merge(
-    plain: Annotated[list[str] | None, typer.Argument(metavar="[ADAPTER[:WEIGHT]]…", help="As --adapter.")] = None,
+    plain: Annotated[list[str] | None, typer.Argument(metavar="ADAPTER[:WEIGHT]", help="As --adapter.")] = None,
     adapter: Annotated[
         list[str],
         typer.Option("--adapter", metavar="ADAPTER[:WEIGHT]", help="Run directory or adapter folder; repeats."),
