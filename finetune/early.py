@@ -5,6 +5,7 @@ What needs weights or a tokenizer is checked by the commands.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from finetune.run import appending
 from finetune.run.directory import Run, read_recipe
 from finetune.run.guards import check_inputs, check_output
 from finetune.run.resuming import check_resumable
+from finetune.serving import address
 from finetune.terminal.progress import note, warn
 
 ENDLESS = "builtin:world"
@@ -122,12 +124,16 @@ def announce(model: Any) -> None:
         sources.announce(model)
 
 
-def reward_model(reference: str) -> None:
+def reward_model(reference: str, key: str = "reward.model") -> None:
     """A reward model: a run of `ft reward`, or a model."""
+    if (folder := sources.find_adapter(reference)) is not None:
+        if places.read_json(folder / "adapter_config.json").get("task_type") != "SEQ_CLS":
+            raise UserError("has no score head", path=reference, key=key, fix="give a run of `ft reward`")
+        return
     if (Path(reference).expanduser() / "model").is_dir() or sources.what_is(reference) == "adapter":
         return
     if sources.file(ModelConfig(name=reference), "config.json") is None:
-        raise UserError("has no config.json", path=reference, key="reward.model", fix="give a complete model")
+        raise UserError("has no config.json", path=reference, key=key, fix="give a complete model")
 
 
 def file(path: str | None, key: str, fix: str) -> None:
@@ -177,9 +183,9 @@ def there(config: ModelConfig) -> None:
 
 def chat(
     listed: Sequence[str], model: str | None, adapters: Sequence[str], settings: dict[str, Any] | None = None,
-    system: str | None = None, thinking: str | None = None,
+    system: str | None = None, thinking: str | None = None, command: str = "ft chat",
 ) -> tuple[list[str], str | None, dict[str, str]]:  # fmt: skip
-    """(runs, --model, adapters by name) of `ft chat`. UserError when there is nothing to talk to."""
+    """(runs, --model, adapters by name) of `ft chat` and `ft serve`. UserError when there is nothing to talk to."""
     options.check_thinking(thinking)
     if settings is not None:
         options.written(settings, 1, system, raw=False)
@@ -190,11 +196,45 @@ def chat(
         if named:
             model, runs = runs[0], []  # ft chat MODEL --adapter A
     if not (runs or named or model is not None):
-        raise UserError("no model to talk to", fix="write ft chat RUN, or give --model or --adapter")
+        raise UserError("no model to talk to", fix=f"write {command} RUN, or give --model or --adapter")
     if not runs and not named:
         there(ModelConfig(name=str(model)))
     together(*(lambda name=name: talker(name, model, name in named.values()) for name in (*runs, *named.values())))
     return runs, model, named
+
+
+def served(
+    listed: Sequence[str], model: str | None, adapters: Sequence[str], host: str, port: int, api_key: str | None,
+    thinking: str | None = None, timeout: float = 600,
+) -> tuple[list[str], str | None, dict[str, str]]:  # fmt: skip
+    """(runs, --model, adapters by name) of `ft serve`. UserError for what cannot be served, or not there."""
+    found: list[tuple[list[str], str | None, dict[str, str]]] = []
+    together(
+        server_extra,
+        lambda: found.append(chat(listed, model, adapters, None, None, thinking, "ft serve")),
+        lambda: address.check(host, port),
+        lambda: check_key(api_key),
+        lambda: check_seconds(timeout),
+    )
+    return found[0]
+
+
+def server_extra() -> None:
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        what = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+        raise UserError(what, key="ft serve", fix="pip install 'ft-recipes[serve]'")
+
+
+def check_seconds(timeout: float) -> None:
+    if not 0 < timeout <= 1e6:  # nan, inf: no clock takes them
+        raise UserError("must be seconds, at most a million", key="--timeout", fix="leave it out for ten minutes")
+
+
+def check_key(api_key: str | None) -> None:
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+        what = "must be printable ASCII without spaces around it" if api_key else "is empty"
+        raise UserError(what, key="--api-key", fix="give another one, or unset FT_API_KEY")
 
 
 def talker(name: str, model: str | None, is_adapter: bool) -> None:
@@ -297,7 +337,7 @@ def evaluated(
     if shots_from is not None:
         checks.append(lambda: rows(absolute_data(shots_from), "--shots-from"))
     if reward is not None:
-        checks.append(lambda: reward_model(reward))
+        checks.append(lambda: reward_model(reward, "--reward"))
     together(*checks)
 
 
@@ -362,6 +402,19 @@ def started_by(adapter: Path) -> str | None:
     found = read_recipe(adapter.parent) if adapter.name == "adapter" else None
     section = found.get("adapter") if isinstance(found, dict) else None
     return section.get("init_lora_weights") if isinstance(section, dict) else None
+
+
+def gguf(adapter: str | None, model: str | None, target: Path, kind: str | None, overwrite: bool) -> None:
+    """UserError for what is wrong with the arguments of `ft merge --format gguf`."""
+    from finetune.models.gguf.places import check_type, check_unwritten
+
+    def base_there() -> None:
+        if adapter is not None:
+            adapter_and_base(adapter, model)
+        else:
+            there(ModelConfig(name=str(model)))
+
+    together(lambda: check_unwritten(target, overwrite), lambda: check_type(kind), base_there)
 
 
 DTYPES = ("float32", "bfloat16", "float16")

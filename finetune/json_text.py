@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 DEPTH = 100  # what is nested deeper ends in a RecursionError somewhere: in a template, in json.dumps, in a comparison
@@ -23,8 +24,8 @@ def finite(digits: str) -> float:
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name in found if counts[name] > 1)
         raise json.JSONDecodeError(f"the key {twice!r} occurs twice", "", 0)
     return found
 

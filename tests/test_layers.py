@@ -23,7 +23,7 @@ LEVELS = [
     {"adapters"},
     {"training"},
     {"evaluation"},
-    {"rl"},
+    {"rl", "serving"},
     {"early"},
     {"commands"},
     {"cli"},
@@ -67,7 +67,8 @@ def test_imports_point_down(path: Path) -> None:
 TORCH_FREE = ["finetune.cli", "finetune.recipe", "finetune.recipe.file", "finetune.families", "finetune.errors",
               "finetune.run.opening",
               "finetune.metrics", "finetune.data.sources", "finetune.data.formats", "finetune.hub",
-              "finetune.models.sources", "finetune.evaluation.options", "finetune.early"]  # fmt: skip
+              "finetune.models.sources", "finetune.evaluation.options", "finetune.serving.address",
+              "finetune.early"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

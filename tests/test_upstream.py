@@ -18,6 +18,7 @@ import trl
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import other as peft_names
 from peft.utils.peft_types import PeftType
 from sacrebleu.metrics.base import Metric as SACREBLEU
 from transformers import core_model_loading
@@ -64,6 +65,7 @@ METHODS: list[tuple[Any, str, tuple[Any, ...], str]] = [
     (Bnb4BitHfQuantizer, "_process_model_before_weight_loading", ("self", "model", "device_map", ...), "4-bit experts"),
     (Bnb4BitHfQuantizer, "_dequantize", ("self", "model", "dtype"), "4-bit experts, unpacked for merging"),
     (BaseTunerLayer, "_cast_input_dtype", ("self", "x", "dtype"), "our layers compute in their own precision"),
+    (peft_names, "get_pattern_key", ("pattern_keys", "key_to_match"), "the rank and scale of a single layer, exported"),
     (gguf_loader, "get_gguf_hf_weights_map", ("hf_model", "processor", ...), "weights of a GGUF file without a place"),
     (gguf_reader, "read_gguf_metadata", ("gguf_path", "string_arrays"), "the vocabulary of a GGUF file"),
 ]  # fmt: skip
@@ -244,7 +246,7 @@ def private_names() -> dict[str, list[str]]:
     of_self, of_others = [], []
     for file in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 own.add(node.name)
             elif isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
                 mine = isinstance(node.value, ast.Name) and node.value.id == "self"

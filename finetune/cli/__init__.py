@@ -18,6 +18,7 @@ OTHER_COMMANDS = {
     **dict.fromkeys(("train", "finetune"), "ft sft, ft pretrain, ft reward, ft dpo, ft kto or ft ppo"),
     "rlhf": "ft dpo, ft kto, ft reward or ft ppo",
     "rm": "ft reward",
+    **dict.fromkeys(("api", "server"), "ft serve"),
     "evaluate": "ft eval",
     **dict.fromkeys(("infer", "inference"), "ft chat, or ft generate for a file"),
     "predict": "ft generate",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.cli import groups, shared
-from finetune.errors import Interrupted
+from finetune.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from finetune.recipe.stages import Recipe
@@ -85,7 +85,7 @@ for _stage, _help in TRAINING.items():
 
 @app.command()
 def merge(
-    plain: Annotated[list[str] | None, typer.Argument(metavar="[ADAPTER[:WEIGHT]]…", help="As --adapter.")] = None,
+    plain: Annotated[list[str] | None, typer.Argument(metavar="ADAPTER[:WEIGHT]", help="As --adapter.")] = None,
     adapter: Annotated[
         list[str],
         typer.Option("--adapter", metavar="ADAPTER[:WEIGHT]", help="Run directory or adapter folder; repeats."),
@@ -104,8 +104,12 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the base's own by default.")] = None,
     base: Annotated[str, typer.Option(help="For quantized runs: original or dequantized weights.")] = "original",
     format_: Annotated[
-        str, typer.Option("--format", help="hf, or chatglm: ChatGLM's original layout, for the published code.")
+        str,
+        typer.Option("--format", help="hf; gguf: a file for llama.cpp and Ollama; chatglm: ChatGLM's original layout."),
     ] = "hf",
+    gguf_type: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Of --format gguf: f32, f16, bf16 or q8_0; as the weights are.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     push_to_hub: Annotated[
         str | None, typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Push the result to a private repository.")
@@ -117,6 +121,23 @@ def merge(
     """Merge an adapter, or several with weights, into its base and prove that the result computes the same."""
     usage = "ft merge ADAPTER --output FOLDER"
     adapters = [*(plain or []), *adapter]
+    if format_ == "gguf":
+        given = {
+            "--push-to-hub": push_to_hub, "--hub": hub != "hub", "--public": public, "--combine": combine,
+            "--density": density, "--seed": seed, "--svd-rank": svd_rank, "--max-shard-size": max_shard_size != "5GB",
+        }  # fmt: skip
+        for key in (key for key, value in given.items() if value not in (None, False)):
+            raise UserError("has no effect on a GGUF file", key=key, fix="leave it out, or merge to a folder first")
+        if len(adapters) > 1:
+            raise UserError(
+                "a GGUF file is made of one adapter", key="--adapter",
+                fix="merge them to a folder, then ft merge --model FOLDER --format gguf",
+            )  # fmt: skip
+        options = [("--dtype", dtype), ("--base", base)]
+        _gguf(adapters[0] if adapters else None, model, output, gguf_type, overwrite, options)
+        return
+    if gguf_type is not None:
+        raise UserError("has no effect on other formats", key="--gguf-type", fix="add --format gguf, or leave it out")
     if not adapters:
         shared.one_of(None, None, "--adapter", usage)
     output = shared.one_of(None, output, "--output", usage)
@@ -159,6 +180,23 @@ def export(
     early.exported(adapter, consumer, Path(output).expanduser(), model, overwrite)
     shared.quiet()
     shared.module("export").run(adapter, consumer, output, model=model, overwrite=overwrite)
+
+
+def _gguf(
+    adapter: str | None, model: str | None, output: str | None, kind: str | None, overwrite: bool,
+    options: list[tuple[str, str | None]],
+) -> None:  # fmt: skip
+    """`ft merge --format gguf`; `options` are those of the merge that comes before it."""
+    if not adapter and not model:
+        raise UserError("no model to write", fix="write ft merge ADAPTER --format gguf --output NAME.gguf")
+    output = shared.one_of(None, output, "--output", "ft merge ADAPTER --format gguf --output NAME.gguf")
+    shared.quiet(bars=False)
+    from finetune import early
+
+    early.gguf(adapter, model, Path(output).expanduser(), kind, overwrite)
+    shared.quiet()
+    given = [word for name, value in options if value is not None for word in (name, value)]
+    shared.module("gguf").run(adapter, output, model=model, kind=kind, overwrite=overwrite, options=given)
 
 
 @app.command("eval")
@@ -353,6 +391,45 @@ def chat(
     shared.module("chat").run(
         listed, model=model, adapters=adapters, system=system, options=options, max_new_tokens=max_new_tokens,
         thinking=thinking, hide_thinking=hide_thinking, versus_base=versus_base,
+    )  # fmt: skip
+
+
+@app.command()
+def serve(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN|ADAPTER|MODEL]...", help="What answers, known by its content."),
+    ] = None,
+    model: shared.Model = None,
+    adapter: Annotated[
+        list[str],
+        typer.Option("--adapter", metavar="[NAME=]ADAPTER", help="Run or adapter, asked by its name; repeats."),
+    ] = [],  # noqa: B006
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is reachable from outside.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="FT_API_KEY", help="What clients must send as their key.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Answers written together.", min=1)] = 16,
+    max_queue: Annotated[int, typer.Option(help="Answers that wait; more are told to come again.", min=1)] = 64,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Longest prompt; the model's by default.", min=1)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 1024,
+    max_body: Annotated[int, typer.Option(help="Largest request, in bytes.", min=1)] = 1 << 20,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.", min=0.1)] = 600,
+    thinking: shared.Thinking = None,
+) -> None:
+    """Answer over HTTP as OpenAI's API does; several adapters of one base by model name."""
+    shared.quiet(bars=False)
+    from finetune import early
+
+    listed, model, adapters = early.served(runs or [], model, adapter, host, port, api_key, thinking, timeout)
+    shared.quiet()
+    shared.module("serve").run(
+        listed, model=model, adapters=adapters, host=host, port=port, api_key=api_key, batch_size=batch_size,
+        max_queue=max_queue, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens, max_body=max_body,
+        timeout=timeout, thinking=thinking,
     )  # fmt: skip
 
 

@@ -20,6 +20,8 @@ EXTRAS = {
     "sacrebleu": "BLEU and chrF in ft eval (pip install 'ft-recipes[eval]')",
     "jieba": "ROUGE of Chinese words in ft eval (pip install 'ft-recipes[eval]')",
     "gguf": "GGUF files as bases",
+    "fastapi": "ft serve (pip install 'ft-recipes[serve]')",
+    "llguidance": "answers of ft serve that follow a JSON schema (pip install 'ft-recipes[serve]')",
 }
 # What trains -> bytes per parameter of the base; a fifth of the memory is left to activations and the system.
 BYTES = {"LoRA on INT4": 0.7, "LoRA on bfloat16": 2.1, "all weights": 16.0}

@@ -44,7 +44,7 @@ def run(
         raise UserError(f"greedy answers are all the same, {n} of them, too", key="--n", fix="give --temperature")
     wishes = Wishes(
         how, max_new_tokens or first.eval.max_new_tokens, batch_size or first.eval.batch_size, n, system, raw,
-        {**(first.data.columns or {}), **(columns or {})} or None, limit,
+        {**(first.data.columns or {}), **(columns or {})} or None, limit, tuple((columns or {}).values()),
     )  # fmt: skip
     writers = [writer_of(target, wishes.system, wishes.raw, thinking) for target in targets]
     note(f"answers: {how}, at most {wishes.max_new_tokens} tokens")

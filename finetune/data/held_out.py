@@ -53,6 +53,8 @@ class HeldOut:
     """Of text: only so many of the blocks that it fills."""
     shots: Mapping[str, list[choices.Choice]] = field(default_factory=dict)
     """Of multiple choice: each subject's questions of its dev file, in their order."""
+    others: list[Any] | None = None
+    """All samples of the file, where `rows` are only the first of them."""
 
     @property
     def kind(self) -> str:
@@ -73,7 +75,10 @@ def rows_of(path: str, config: DataConfig, limit: int | None) -> HeldOut:
         return questions_of(path, limit)
     if split := sources.held_out(path).get("split"):
         note(f"{path}: its {split} split")
-    return HeldOut(path, load_held_out(path, config)[:limit])
+    rows = load_held_out(path, config)
+    if limit is None or limit >= len(rows):
+        return HeldOut(path, rows)
+    return HeldOut(path, rows[:limit], others=[row.sample for row in rows])
 
 
 def questions_of(path: str, limit: int | None) -> HeldOut:

@@ -100,10 +100,10 @@ def begun(tokenizer: Any, prompt: list[int], marks: Thinking) -> bool:
     return str(tokenizer.decode(prompt[-16:])).rstrip().endswith(marks.begin)
 
 
-def decoded(tokenizer: Any, ids: list[int], marks: Thinking) -> str:
-    """Text without special tokens, but with those that mark thinking."""
+def decoded(tokenizer: Any, ids: list[int], marks: Thinking, also: Collection[int] = ()) -> str:
+    """Text without special tokens, but with those that mark thinking. also: ids of others that stay."""
     special = {i: str(t) for i, t in zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)}
-    kept = {i for i, token in special.items() if token in marks.begin or token in marks.end}
+    kept = {i for i, token in special.items() if token in marks.begin or token in marks.end or i in also}
     if kept.isdisjoint(ids):
         return str(tokenizer.decode(ids, skip_special_tokens=True))
     parts = [tokenizer.decode(list(run), skip_special_tokens=not mark) for mark, run in groupby(ids, kept.__contains__)]

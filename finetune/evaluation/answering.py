@@ -45,6 +45,8 @@ class Wishes:
     raw: bool = False
     columns: dict[str, str] | None = None
     limit: int | None = None
+    named: tuple[str, ...] = ()
+    """Columns of the file that --columns names."""
 
 
 @dataclass
@@ -140,9 +142,18 @@ class Session:
             if taken := next((name for name in (COLUMN, THINKING) if name in row.data), None):
                 raise UserError(f"has a column {taken!r} already", path=row.file, row=row.row, fix="rename it")
         if self.converter is None and readable:
+            self.check_columns(readable)
             self.converter = Converter(readable, self.wishes.columns, self.data)
             self.tell_format(self.converter)
         return [self.one(number, row) for number, row in window]
+
+    def check_columns(self, head: Sequence[Row]) -> None:
+        """UserError for a column that --columns names and no row has; of a pipe there may be only the first row."""
+        have = dict.fromkeys(name for row in head for name in row.data)
+        for name in self.wishes.named if self.data != STDIN else ():
+            if name not in have:
+                fix = f"their columns: {', '.join(have)}"
+                raise UserError(f"no row has a column {name!r}", path=self.data, key="--columns", fix=fix)
 
     def tell_format(self, converter: Converter) -> None:
         """Once it is known, what is said of it. UserError for options that do nothing with it."""

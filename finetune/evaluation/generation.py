@@ -136,7 +136,7 @@ def generation_config(how: Settings, max_new_tokens: int, stops: Sequence[int], 
 
 def answer(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, stops: Sequence[int], pad: int,
-    how: Settings = GREEDY, draws: torch.Tensor | None = None, **more: Any,
+    how: Settings = GREEDY, draws: torch.Tensor | None = None, processors: Sequence[Any] = (), **more: Any,
 ) -> torch.Tensor:  # fmt: skip
     """Prompts and answers, [rows, …]. Whoever lets a model write comes through here: eval, generate, chat, PPO's
     rollouts, comparisons.
@@ -146,9 +146,10 @@ def answer(
 
     Args:
         draws: [rows, max_new_tokens] numbers in [0, 1) that tokens are drawn with; torch's global generator when None.
+        processors: of the caller's, before those of `how`.
     """
     config = generation_config(how, max_new_tokens, stops, pad)
-    processors: list[Any] = [] if how.repetition_penalty == 1 else [Repeated(how.repetition_penalty, mask)]
+    processors = [*processors, *([] if how.repetition_penalty == 1 else [Repeated(how.repetition_penalty, mask)])]
     if how.drawn and draws is not None:
         config = generation_config(GREEDY, max_new_tokens, stops, pad)  # greedy among the one token that is drawn
         exact = torch.float32 if ids.device.type == "mps" else torch.float64  # Apple's GPUs have no float64

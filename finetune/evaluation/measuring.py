@@ -14,7 +14,7 @@ from finetune import metrics
 from finetune.adapters.multiple import ActiveAdapter, activated
 from finetune.base import Base
 from finetune.data.chat_glm import glm_version
-from finetune.data.held_out import SPLIT, HeldOut
+from finetune.data.held_out import SPLIT, HeldOut, HeldRow
 from finetune.data.thinking import switched
 from finetune.data.types import Conversation
 from finetune.evaluation import choices, evaluators
@@ -75,7 +75,9 @@ def evaluate_target(
         limits = (target.eval.max_new_tokens, size)
         before = None if kept is None else kept.of({"data": held.name, **way_of_asking(target, base, encoder)})
         how = target.eval.generation
-        rows, said = few_shot.asked(held.rows, encoder, limits[0], context(base.config, target.model))
+        room = context(base.config, target.model)
+        rows, said = few_shot.asked(held.rows, encoder, limits[0], room)
+        said += beyond(rows, encoder, room)
         result = evaluators.answers(target.name, model, encoder, rows, *limits, how, chosen, before)
         result.notes += [f"{target.name}: {line}" for line in said]
     elif held.kind == "pairs":
@@ -87,6 +89,14 @@ def evaluate_target(
         result = evaluators.unpaired(target.name, model, encoder, held.rows, size, longest, ref, chosen)
     result.metrics["weights_gb"] = weight_bytes(model) / 1e9
     return result
+
+
+def beyond(rows: Sequence[HeldRow], encoder: Any, room: int | None) -> list[str]:
+    """What is to be said of prompts that are as long as what the model was made for: its figures there mean little."""
+    asked = [row.sample for row in rows] if room is not None else []
+    longer = sum(len(encoder.prompt_ids(one.asked, one.tools)) >= (room or 0) for one in asked)
+    what = f"{longer} of {len(rows)} prompts have {room} tokens or more, for which the model was not made"
+    return [f"{what}: shorten them, or set model.rope_scaling"] * bool(longer)
 
 
 def way_of_asking(target: Target, base: Base, encoder: Any) -> dict[str, Any]:

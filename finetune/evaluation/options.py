@@ -12,7 +12,7 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.metrics import asked
 from finetune.places import check_file, json_with
-from finetune.recipe.sections import DRAWING, GenerationConfig, HeldSet, as_list
+from finetune.recipe.sections import DRAWING, GenerationConfig, HeldSet
 from finetune.run.writing import read_lines
 
 
@@ -42,9 +42,11 @@ def check(
 
 
 def named_sets(data: str | Sequence[str] | None) -> list[HeldSet]:
-    """Those of --data: a file, or NAME=FILE. UserError for two of one name."""
+    """Those of --data: a file, or NAME=FILE. UserError for no name and for two of one name."""
     found = []
-    for text in as_list(data if data is None or isinstance(data, str) else list(data)):
+    for text in [data] if isinstance(data, str) else data or ():
+        if not text.strip():  # a variable of the shell that is not set; a path without a name is the working directory
+            raise UserError("names no file", key="--data", fix="name one, or leave it out")
         name, equals, path = text.partition("=")
         is_named = equals and name and path and "/" not in name and not Path(text).expanduser().exists()
         found.append(HeldSet(name, path) if is_named else HeldSet(text, text))

@@ -40,7 +40,7 @@ class Shots:
         own = question_of(row.sample)
         others = [one for one in self.pool if question_of(one) != own]
         if len(others) < self.number:
-            what = f"{self.number} shots are wanted, and {self.source} has {len(others)} other rows with answers"
+            what = f"{self.number} shots are wanted, and of {self.source} {len(others)} others have answers"
             fix = f"set fewer, or name another file with {self.keys[1]}"
             raise UserError(what, path=row.file, row=row.row, key=self.keys[0], fix=fix)
         return random.Random(f"{self.seed} {row.sample.content_hash} {own}").sample(others, self.number)
@@ -61,11 +61,12 @@ def find(
     config: DataConfig | None = None if recipe is None else recipe.data
     if path is not None:
         return Shots(number, read(held_out_section(path, config), seed, keys[1]), path, seed, keys)
-    if config is not None and not is_endless(config):
+    if config is not None and config.train != "-" and not is_endless(config):
         apart = held_hashes(config, recipe.train.seed) if held.hashes is None else held.hashes
         pool = [one for one in read(config, seed, keys[1]) if one.content_hash not in apart]
         return Shots(number, pool, "data.train", seed, keys)
-    return Shots(number, [one for row in held.rows for one in usable(row.sample)], OWN, seed, keys)
+    own = [one for sample in held.others or held.samples for one in usable(sample)]
+    return Shots(number, own, OWN, seed, keys)
 
 
 def read(config: DataConfig, seed: int, key: str) -> list[Conversation]:

@@ -58,12 +58,23 @@ def find_targets(
         config = loaded.model if model is None else loaded.model.at(model)
         return [Target("base", config, None, loaded.data, loaded.eval, recipe=loaded, trained=False)]
     if runs:
-        return [plain_target(path, model, compare_base) for path in runs]
+        return called_apart([plain_target(path, model, compare_base) for path in runs], runs)
     if adapter is not None:
         return [run_target(adapter, model, compare_base)]
     if model is not None:
         return [model_target(model)]
     raise UserError("nothing to evaluate", fix="give a run directory, --recipe, or --model")
+
+
+def called_apart(found: list[Target], references: Sequence[str]) -> list[Target]:
+    """Those of one name (runs/a/best, runs/b/best) by what was given. UserError for one that is given twice."""
+    if twice := next((one for one in references if references.count(one) > 1), None):
+        raise UserError("is given twice", path=twice, fix="name it once")
+    names = [target.name for target in found]
+    return [
+        replace(target, name=reference) if names.count(target.name) > 1 else target
+        for target, reference in zip(found, references, strict=True)
+    ]
 
 
 def as_recipe_says(target: Target, recipe: Recipe) -> Target:

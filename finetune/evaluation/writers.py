@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from finetune.adapters.lora_init import REWRITING
 from finetune.adapters.multiple import POLICY, ActiveAdapter, add_adapter
 from finetune.base import Base
 from finetune.data.asking import Prompter
@@ -65,14 +66,18 @@ def check_shares(target: Target) -> None:
     base = Base.open(target.model)
     assert target.adapter is not None
     if changes_base(target) or layout_of(base.config).adapter(target.adapter, base.config) is not None:
-        what = "has embeddings or a layout of its own, and cannot share its base with other adapters"
+        what = "has embeddings, a layout or a start of its own, and cannot share its base with other adapters"
         raise UserError(what, path=target.adapter, key="--adapter", fix="take it alone")
     check_identity(target.adapter, base.folder, target.model.name)
 
 
 def changes_base(target: Target) -> bool:
-    """Whether its base with the adapter off is another one than without it: there are embeddings of its own."""
+    """Whether its base with the adapter off is another one than without it: there are embeddings of its own, or a start
+    that peft takes out of the base's weights when it loads the adapter."""
     assert target.adapter is not None
+    begun = str(adapter_files.described(target.adapter).get("init_lora_weights"))
+    if begun.startswith(REWRITING):
+        return True
     native = layout_of(Base.open(target.model).config)
     grown = native.tokenizer is None and bool(tokenizers.added_tokens(target.model, target.adapter))
     return grown or bool(adapter_files.own_embeddings(target.adapter))

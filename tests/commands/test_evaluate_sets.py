@@ -378,3 +378,27 @@ def test_windows_change_no_figure(base: Path, tmp_path: Path, monkeypatch: pytes
         found.append([json.loads(line) for line in lines.read_text().splitlines()])
     assert [row["prediction"] for row in found[0]] == [row["prediction"] for row in found[1]]
     assert [row["loss"] for row in found[0]] == pytest.approx([row["loss"] for row in found[1]], abs=1e-5)
+
+
+def test_what_is_given_twice_or_is_no_name(base: Path, tmp_path: Path) -> None:
+    """An unset variable of the shell is not the working directory; runs of one name are told apart by their places."""
+    rows = sums(tmp_path / "rows.jsonl", range(2))
+    for arguments, said in {
+        ("--data", ""): "--data: names no file",
+        (base, "--data", rows): "is given twice → name it once",
+    }.items():
+        done = ft("eval", base, *arguments, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert said in " ".join(done.stderr.split())
+    places = [str(tmp_path / name / "best") for name in ("a", "b")]
+    for place in places:
+        shutil.copytree(base, place)
+    found = targets.find_targets([*places, str(base)], None, None, None)
+    assert [target.name for target in found] == [*places, base.name]
+
+
+def test_prompts_beyond_what_the_model_was_made_for_are_told(base: Path, tmp_path: Path) -> None:
+    """512 tokens, and its tokens are bytes."""
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "ab" * n, "answer": "c"} for n in (1, 200, 250)])
+    said = " ".join(ft("eval", base, "--data", rows, "--metrics", "loss", "--show", "0").stderr.split())
+    assert f"{base.name}: 1 of 3 prompts have 512 tokens or more, for which the model was not made" in said

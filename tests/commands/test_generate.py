@@ -403,3 +403,5 @@ def test_a_column_of_ours_and_options_of_a_run(base: Path, tmp_path: Path) -> No
         answered(base, PROMPTS, tmp_path, n=2)
     with pytest.raises(UserError, match="no known format has the columns"):
         answered(base, [{"nothing": 1}], tmp_path)
+    with pytest.raises(UserError, match="--columns: no row has a column 'nothing' → their columns: id, prompt"):
+        answered(base, PROMPTS, tmp_path, columns={"prompt": "nothing"})

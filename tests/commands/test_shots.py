@@ -76,6 +76,8 @@ def test_a_row_is_never_its_own_shot(base: Path, held: Path, tmp_path: Path) -> 
     assert found["shots_from"] == "the other rows"
     for row in rows:
         assert texts(row)[-1] not in texts(row)[:-1]
+    limited = asked(tmp_path, "--model", base, "--data", held, "--shots", "5", "--limit", "1")[1]
+    assert limited == rows[:1], "the others are those of the whole file"
     chosen = [{"prompt": f"say {i}", "chosen": f"{i} yes", "rejected": "no"} for i in range(5)]
     pairs = write_rows(tmp_path / "with, pairs.jsonl", chosen)
     found, rows = asked(tmp_path, "--model", base, "--data", held, "--shots", "4", "--shots-from", pairs)
@@ -99,7 +101,7 @@ def test_shots_that_do_not_fit_are_left_out(base: Path, held: Path, tmp_path: Pa
     [
         (["--shots-from", "{held}"], "--shots-from: has no effect: no shots are given"),
         (["--shots", "2", "--shots-from", "{tmp}/nothing.jsonl"], "--shots-from"),
-        (["--shots", "6"], "--shots: 6 shots are wanted, and the other rows has 5 other rows with answers"),
+        (["--shots", "6"], "--shots: 6 shots are wanted, and of the other rows 5 others have answers"),
         (["--shots", "1", "--data", "{pairs}"], "--shots: has no effect: shots are before answers or multiple choice"),
         (["--shots", "1", "--shots-from", "{bare}"], "--shots-from: no row there has a question and an answer"),
     ],

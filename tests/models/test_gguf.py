@@ -163,7 +163,7 @@ META: dict[str, tuple[dict[str, Any], str]] = {
     "projector": ({"arch": "clip"}, "image encoder"),
     "tokenizer": ({"meta": {"tokenizer.ggml.model": "rwkv"}}, "tokenizer of the kind rwkv"),
     "no tokenizer": ({"meta": {"tokenizer.ggml.model": None}}, "holds no tokenizer"),
-    "split": ({"pre": "superbpe"}, "splits text into words as superbpe does"),
+    "split": ({"pre": "viking"}, "splits text into words as viking does"),
     "no split": ({"pre": None}, "does not say how its tokenizer splits text"),
     "part": ({"meta": {"split.count": 3}}, "one part of a model"),
 }

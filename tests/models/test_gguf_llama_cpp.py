@@ -63,7 +63,9 @@ def crossing() -> tuple[list[str], list[str]]:
     return sorted(made["vocab"], key=made["vocab"].get), [" ".join(merge) for merge in made["merges"]]
 
 
-@pytest.mark.parametrize("pre", sorted(checks.GPT2_SPLITS | checks.DIGIT_SPLITS | set(GGUF_PRE_TOKENIZER_SPLITS)))
+@pytest.mark.parametrize(
+    "pre", sorted(checks.GPT2_SPLITS | checks.DIGIT_SPLITS | checks.NUMBER_SPLITS | set(GGUF_PRE_TOKENIZER_SPLITS))
+)
 def test_the_same_tokens(pre: str, tmp_path: Path, crossing: tuple[list[str], list[str]]) -> None:
     tokens, merges = crossing
     meta = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges, "llama.vocab_size": len(tokens)}

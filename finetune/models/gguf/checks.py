@@ -21,6 +21,7 @@ SPLIT = re.compile(r"-(\d{5})-of-(\d{5})(\.gguf)?$")
 # Pre-tokenizers that come back with the same ids; transformers falls back to GPT-2's for others without a word.
 GPT2_SPLITS = {"gpt-2", "mpt", "olmo", "jais", "phi-2", "trillion"}
 DIGIT_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+NUMBER_SPLITS = {"superbpe"}
 OTHER_KINDS = {
     "adapter": ("is a LoRA adapter, not a model", "give the GGUF file of its base"),
     "mmproj": ("is the image encoder of a model", "give the GGUF file of the language model"),
@@ -82,7 +83,7 @@ def check_tokenizer(header: Header, refuse: Any) -> None:
         refuse("holds no tokenizer")
     if kind not in GGUF_TOKENIZER_TYPES:
         refuse(f"has a tokenizer of the kind {kind}, which cannot be rebuilt")
-    if kind != "gpt2" or pre in GPT2_SPLITS | DIGIT_SPLITS | set(GGUF_PRE_TOKENIZER_SPLITS):
+    if kind != "gpt2" or pre in GPT2_SPLITS | DIGIT_SPLITS | NUMBER_SPLITS | set(GGUF_PRE_TOKENIZER_SPLITS):
         return
     if pre in (None, "default"):
         fix = "convert the model again with a llama.cpp of 2024-05 or later, or use its folder of safetensors"

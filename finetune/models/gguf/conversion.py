@@ -35,20 +35,26 @@ def convert(header: Header, out: Path) -> None:
     """Write the folder. UserError when a weight of the file or of the network stays without its counterpart."""
     path = str(header.path)
     with (
-        tempfile.TemporaryDirectory() as scratch,
         as_user_error(ModelConfig(name=path)),
         task(f"converting {shown_name(path)} to a model folder (once; {header.parameters / 1e6:,.0f}M parameters)"),
     ):
+        model, tokenizer = read(header)
+        model.save_pretrained(out, max_shard_size=SHARD)
+    tokenizer.save_pretrained(out)
+    ends = ends_of(tokenizer, header)
+    GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=ends or None).save_pretrained(out)
+    note_licence(header, out)
+
+
+def read(header: Header) -> tuple[Any, Any]:
+    """(network, tokenizer)"""
+    with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "model.gguf").symlink_to(header.path.resolve())  # Ollama's files have no suffix
         where: dict[str, Any] = {"pretrained_model_name_or_path": scratch, "gguf_file": "model.gguf"}
         config = AutoConfig.from_pretrained(**where)
         correct(config, header)
         tokenizer = rebuild(where, header)
-        network(where, config, header).save_pretrained(out, max_shard_size=SHARD)
-    tokenizer.save_pretrained(out)
-    ends = ends_of(tokenizer, header)
-    GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=ends or None).save_pretrained(out)
-    note_licence(header, out)
+        return network(where, config, header), tokenizer
 
 
 def network(where: dict[str, Any], config: Any, header: Header) -> Any:

@@ -160,6 +160,15 @@ def _tensor(file: BinaryIO) -> tuple[str, tuple[tuple[int, ...], int, int]]:
     return name, (shape, _unpack(file, "I"), _unpack(file, "Q"))
 
 
+def check_package(path: Any) -> None:
+    """UserError when GGUF files cannot be written here."""
+    try:
+        importlib.import_module("gguf")
+    except ImportError:
+        what = "the package gguf, which writes GGUF files, is not installed"
+        raise UserError(what, path=path, key="--format", fix=INSTALL) from None
+
+
 def _package(path: Path) -> Any:
     """The package gguf. UserError when it is not installed."""
     try:

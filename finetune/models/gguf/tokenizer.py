@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.gguf import read_gguf_metadata
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from finetune.errors import UserError
-from finetune.models.gguf.checks import DIGIT_SPLITS
+from finetune.models.gguf.checks import DIGIT_SPLITS, NUMBER_SPLITS
 from finetune.models.gguf.header import KEY, Header
 
 # Pre-tokenizers of vocabularies that take a known word whole, and begin a text with a token unless the file denies it.
@@ -39,12 +40,28 @@ def rebuild(where: dict[str, Any], header: Header) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(**where, **more)
     if whole:
         tokenizer.backend_tokenizer.model.ignore_merges = True
-    if pre in DIGIT_SPLITS:  # every digit alone, then as GPT-2 does
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    if header.values["tokenizer.ggml.model"] == "gpt2" and pre in DIGIT_SPLITS | NUMBER_SPLITS:
+        tokenizer.backend_tokenizer.pre_tokenizer = splitter(pre)
     check_ids(tokenizer, header)
     return tokenizer
+
+
+def splitter(pre: str) -> Any:
+    """The pre-tokenizer of a byte-level vocabulary, as llama.cpp has it under this name."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if pre in DIGIT_SPLITS:  # every digit alone, then as GPT-2 does
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    if pre in NUMBER_SPLITS:  # numbers in threes from the right, and nothing else: words may join
+        numbers, threes = (pre_tokenizers.Split(Regex(text), "isolated") for text in (r"\p{N}+", THREES))
+        return pre_tokenizers.Sequence([numbers, threes, byte_level])
+    if pre in GGUF_PRE_TOKENIZER_SPLITS:
+        split = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[pre]), behavior="isolated")
+        return pre_tokenizers.Sequence([split, byte_level])
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+THREES = r"(?=(\d{3})+(?!\d))"
 
 
 def check_ids(tokenizer: Any, header: Header) -> None:

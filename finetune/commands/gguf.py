@@ -1,0 +1,140 @@
+"""`ft merge --format gguf`: a merged model, or one that is whole already, as a file for llama.cpp and Ollama.
+
+An adapter is merged by `ft merge` itself first, with all its proofs, into a folder that is gone afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from finetune import child, places
+from finetune.base import Base
+from finetune.data import templates
+from finetune.data.types import RowProblem
+from finetune.errors import RunError, UserError
+from finetune.evaluation.generation import stop_ids
+from finetune.models import sources
+from finetune.models.gguf.export import OF_DTYPE, Written, check_folder, write_model
+from finetune.models.gguf.modelfile import Modelfile, modelfile
+from finetune.models.gguf.places import beside, check_unwritten
+from finetune.models.gguf.turns import Render
+from finetune.models.identity import configs_of
+from finetune.recipe.sections import ModelConfig
+from finetune.run.writing import write_atomically
+from finetune.terminal.progress import note, shown_name, task, warn
+from finetune.training import model_card
+
+
+def run(
+    adapter: str | None, output: str, *, model: str | None = None, kind: str | None = None, overwrite: bool = False,
+    options: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Args: kind: of --gguf-type, by default as the weights are; options: of the merge."""
+    target = Path(output).expanduser()
+    check_unwritten(target, overwrite)
+    base = configs_of(sources.adapter_folder(adapter), model)[0] if adapter else ModelConfig(name=str(model))
+    # Before minutes of merging; what is merged is of the same family.
+    check_folder(sources.folder(base), kind or "f32", shown_name(base.name))
+    # Beside the target: a rename is all that is left to do, and there is room for what has to fit anyway.
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as scratch:
+        folder = merged(adapter, model, Path(scratch) / "merged", options) if adapter else sources.folder(base)
+        opened = Base.open(ModelConfig(name=str(folder)) if adapter else base)
+        file = Path(scratch) / target.name
+        written, beside_it = write(opened, folder, file, kind, named(base, target))
+        places.as_umask(Path(scratch))
+        check_unwritten(target, overwrite)
+        os.replace(file, target)
+        if beside_it is not None:
+            write_atomically(beside(target), beside_it.text)
+    tell(target, written, beside_it)
+
+
+def merged(adapter: str, model: str | None, folder: Path, options: Sequence[str]) -> Path:
+    """The folder that `ft merge` writes."""
+    words = ["merge", "--adapter", adapter, "--output", str(folder), *(("--model", model) if model else ()), *options]
+    code, said = child.run(*words, shown=False)
+    for line in said.splitlines():
+        note(line)
+    if code == 2:
+        raise UserError("cannot be merged, as is said above", path=adapter, key="--adapter")
+    if code:
+        raise RunError(f"the merge of {adapter} ended with code {code}")
+    return folder
+
+
+def named(base: ModelConfig, target: Path) -> dict[str, str]:
+    """Section general of the file: nothing about this machine."""
+    name = shown_name(base.name)
+    licence = model_card.licence_of(base.name, sources.folder(base))
+    facts = {"name": target.stem, "basename": target.stem, "base_model.0.name": name}
+    return facts | ({"license": licence} if licence else {})
+
+
+def write(
+    base: Base, folder: Path, file: Path, kind: str | None, facts: dict[str, str]
+) -> tuple[Written, Modelfile | None]:
+    encoder = base.asking(None)
+    template = getattr(encoder, "template", None)
+    dtype = sources.stored_dtype(base.model) or str(base.config.get("dtype") or "bfloat16")
+    from transformers import GenerationConfig
+
+    class Ends:
+        """For `stop_ids`, which asks a network."""
+
+        generation_config: Any = None
+
+    with suppress(OSError, ValueError):
+        Ends.generation_config = GenerationConfig.from_pretrained(str(folder))
+    stops = stop_ids(Ends(), encoder)
+    written = write_model(
+        folder, file, kind or OF_DTYPE.get(dtype, "bf16"), facts=facts, stops=stops, template=template
+    )
+    tokens = [base.tokenizer.convert_ids_to_tokens(number) for number in stops]
+    bos = base.tokenizer.bos_token if written.begins else None
+    with task("writing the chat template for Ollama", after=1.0):
+        made = modelfile(
+            file.name, renderer(encoder) if template else None, stops=tokens, bos=bos, template=template or "",
+            about=f"{facts['name']}, made of {facts['base_model.0.name']}.",
+        )  # fmt: skip
+    return written, made
+
+
+def renderer(encoder: Any) -> Render:
+    """Conversations as prompts of this model are written."""
+    variables = encoder.told[encoder.asks]
+
+    def render(messages: list[dict[str, Any]], prompt: bool, tools: Any = None) -> str | None:
+        try:
+            return templates.render(encoder.template, messages, tools, variables, prompt)
+        except RowProblem:
+            return None
+
+    return render
+
+
+def tell(target: Path, written: Written, beside_it: Modelfile | None) -> None:
+    note(f"written as GGUF ({written.kind}): {target}")
+    rounding = f", rounded by at most {written.error:.2g}" if written.error else ""
+    note(
+        f"proven: transformers reads all {written.tensors:,} tensors back as they were written{rounding}; "
+        f"{written.texts} texts have the same tokens ({written.rule})"
+    )
+    if written.silenced:
+        note("chats of this model do not begin with its first token, so the file asks for none (add_bos_token: false)")
+    local = shlex.join(["llama-cli", "-m", str(target), "--jinja"])
+    if beside_it is None:
+        warn("no Modelfile: Ollama's Go templates cannot write what this model's chat template writes")
+        note(f"next    {local}")
+        return
+    if beside_it.missing:
+        note(f"not in the Modelfile's template: {'; '.join(beside_it.missing)}")
+    name = re.sub(r"[^a-z0-9._-]+", "-", target.stem.lower()).strip("-") or "model"
+    note(f"next    {shlex.join(['ollama', 'create', name, '-f', str(beside(target))])}")
+    note(f"        {local}")
