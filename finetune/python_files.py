@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from finetune.errors import UserError
+
+
+def is_function(name: str) -> bool:
+    """Whether a metric's name is file.py:function, and no name of ours or regex:PATTERN."""
+    return not name.startswith("regex:") and re.search(r"\.py:\w*$", name) is not None
 
 
 def parts_of(spec: str, key: str, what: str) -> tuple[Path, str]:

@@ -93,10 +93,15 @@ def lines_in(file: Path) -> int:
 
 
 def held_out_section(spec: Any, config: DataConfig | None = None) -> DataConfig:
-    """Held-out rows as a data section: of the training rows' settings, names of columns, what a document is and the
-    length hold for them, too."""
+    """Held-out rows as a data section."""
+    return section_of([sources.held_out(one) for one in sources.as_dicts(spec)], config)
+
+
+def section_of(listed: list[dict[str, Any]], config: DataConfig | None = None) -> DataConfig:
+    """Sources as a data section: of the training rows' settings, names of columns, what a document is and the length
+    hold for them, too."""
     kept = {} if config is None else config.model_dump(include={"columns", "text_unit", "max_length"})
-    return DataConfig(train=[SourceConfig(**sources.held_out(one)) for one in sources.as_dicts(spec)], **kept)
+    return DataConfig(train=[SourceConfig(**one) for one in listed], **kept)
 
 
 def read_samples(spec: sources.Spec, config: DataConfig, kind: str | None = "sft", *, seed: int = 42) -> Iterator[Item]:

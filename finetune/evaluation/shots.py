@@ -13,7 +13,7 @@ from typing import Any
 from finetune.data import sources
 from finetune.data.encoder import Encoder
 from finetune.data.held_out import HeldOut, HeldRow, held_hashes
-from finetune.data.samples import held_out_section, read_samples, specs
+from finetune.data.samples import read_samples, section_of, specs
 from finetune.data.text import is_endless
 from finetune.data.types import Conversation, Preference, Sample, Unpaired, folded
 from finetune.errors import UserError
@@ -60,7 +60,7 @@ def find(
     """
     config: DataConfig | None = None if recipe is None else recipe.data
     if path is not None:
-        return Shots(number, read(held_out_section(path, config), seed, keys[1]), path, seed, keys)
+        return Shots(number, read(section_of(sources.as_dicts(path), config), seed, keys[1]), path, seed, keys)
     if config is not None and config.train != "-" and not is_endless(config):
         apart = held_hashes(config, recipe.train.seed) if held.hashes is None else held.hashes
         pool = [one for one in read(config, seed, keys[1]) if one.content_hash not in apart]

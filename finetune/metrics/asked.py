@@ -14,10 +14,9 @@ from typing import Any
 from finetune import metrics
 from finetune.errors import RunError, UserError
 from finetune.metrics.metric import Metric, Row, of_texts, share, share_or_mean
-from finetune.python_files import kept_running, load_function, parts_of
+from finetune.python_files import is_function, kept_running, load_function, parts_of
 
 REGEX = "regex:"
-FILE = re.compile(r"\.py:\w*$")
 
 
 def check(names: Sequence[str], key: str) -> None:
@@ -25,7 +24,7 @@ def check(names: Sequence[str], key: str) -> None:
     for name in names:
         if name.startswith(REGEX):
             pattern_of(name, key)
-        elif FILE.search(name):
+        elif is_function(name):
             parts_of(name, key, "metric")
         else:
             rows = [metric for metric in metrics.METRICS if metric.name == name]
@@ -65,7 +64,7 @@ def find(names: Sequence[str], kind: str, key: str) -> list[Metric]:
     for name in names:
         if name.startswith(REGEX):
             rows = [by_pattern(name, key)]
-        elif FILE.search(name):
+        elif is_function(name):
             rows = [by_function(name, key)]
         else:
             rows = [metric for metric in metrics.METRICS if metric.name == name]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from finetune.python_files import is_function
 from finetune.recipe.sections import EvalConfig, EvalSet, OutputConfig, SourceConfig, TrainConfig, as_list
 from finetune.recipe.stages import PpoRecipe, R, Recipe, RewardSources
 
@@ -84,7 +85,7 @@ def absolute_sets(data: Any) -> Any:
 def absolute_function(name: str) -> str:
     """file.py:function from any folder; a name or a regular expression as it is."""
     file, _, function = name.rpartition(":")
-    return f"{absolute(file)}:{function}" if file.endswith(".py") and not name.startswith("regex:") else name
+    return f"{absolute(file)}:{function}" if is_function(name) else name
 
 
 def compute_dtype(wanted: str, hardware: Hardware) -> str:

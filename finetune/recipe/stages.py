@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
+from finetune.python_files import is_function
 from finetune.recipe.adapters import Adapter, FullAdapter, LoraAdapter
 from finetune.recipe.sections import (
     Count,
@@ -24,9 +24,7 @@ from finetune.recipe.sections import (
 
 def metric_name(name: str) -> str:
     """What a metric is called in figures: of a function file.py:function without its folder."""
-    if name.startswith("regex:") or not re.search(r"\.py:\w*$", name):
-        return name
-    return name.replace("\\", "/").rpartition("/")[2]
+    return name.replace("\\", "/").rpartition("/")[2] if is_function(name) else name
 
 
 class PpoTrainConfig(TrainConfig):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from finetune.data import sources as data_sources
 from finetune.data import text as raw
 from finetune.models import sources
 from finetune.models.identity import fingerprint
+from finetune.python_files import is_function
 from finetune.recipe.stages import PpoRecipe, Recipe
 from finetune.run.resuming import check_unchanged
 from finetune.terminal.progress import task
@@ -39,6 +40,9 @@ def known_inputs(
         found["eval.data"] = digest(_rows([data_sources.held_out(path) for path in recipe.eval.paths]))
     if recipe.eval.during is not None and recipe.eval.shots_from is not None:
         found["eval.shots_from"] = digest(_rows(recipe.eval.shots_from))
+    named = (recipe.eval.during.metrics if recipe.eval.during is not None else None) or ()
+    if functions := [name for name in named if is_function(name)]:
+        found["eval.during.metrics"] = digest(_functions(functions))
     if isinstance(recipe, PpoRecipe):
         found |= _reward_inputs(recipe.reward)
     if resume:
@@ -57,9 +61,14 @@ def _reward_inputs(reward: Any) -> dict[str, str]:
         folder = adapter or next((p for p in (place / "model", place) if p.is_dir()), None)
         found["reward.model"] = digest([reward.model] if folder is None else _weights(folder))
     if reward.functions:
-        rules = [rule.rpartition(":")[::2] for rule in reward.functions]
-        found["reward.functions"] = digest(part for file, name in rules for part in (Path(file).read_bytes(), name))
+        found["reward.functions"] = digest(_functions(reward.functions))
     return found
+
+
+def _functions(named: Sequence[str]) -> Iterator[str | bytes]:
+    """Of file.py:function."""
+    for file, name in (one.rpartition(":")[::2] for one in named):
+        yield from (Path(file).read_bytes(), name)
 
 
 def digest(parts: Iterable[str | bytes]) -> str:

@@ -17,6 +17,7 @@ from finetune.data.rows import eval_mask
 from finetune.data.samples import read_samples
 from finetune.evaluation import during, shots
 from finetune.recipe.file import load
+from finetune.recipe.sections import DataConfig
 
 Recipe = Callable[..., Path]
 SETTINGS = {"max_new_tokens": 4, "batch_size": 8}
@@ -84,6 +85,17 @@ def test_a_row_is_never_its_own_shot(base: Path, held: Path, tmp_path: Path) -> 
     assert found["shots_from"] == str(pairs)
     assert len(rows[0]) == 9
     assert not {"say 1", "no"} & set(texts(rows[0]))
+
+
+def test_of_a_dataset_folder_its_training_rows_are_shown(held: Path, tmp_path: Path) -> None:
+    """Which is also what a run's checkpoint knows of eval.shots_from; its validation rows are for measuring."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        rows = [{"prompt": f"{split} {i}", "completion": f"{i}"} for i in range(3)]
+        write_rows(folder / f"{split}.jsonl", rows)
+    found = shots.find(1, rows_of(str(held), DataConfig(train="-"), None), str(folder))
+    assert sorted(one.questions for one in found.pool) == ["train0", "train1", "train2"]
 
 
 def test_shots_that_do_not_fit_are_left_out(base: Path, held: Path, tmp_path: Path) -> None:

@@ -28,12 +28,14 @@ def known(tmp_path: Path) -> Any:
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text('{"peft_type": "LORA"}')
         (tmp_path / name / "adapter_model.safetensors").write_bytes(b"weights")
-    (tmp_path / "rule.py").write_text("")
+    for name in ("rule.py", "metric.py"):
+        (tmp_path / name).write_text("")
     recipe = PpoRecipe.model_validate(
         {
             "version": 1, "stage": "ppo", "model": {"name": "base", "adapter": str(tmp_path / "policy")},
             "data": {"train": str(tmp_path / "train.jsonl")},
-            "eval": {"data": {"x": str(tmp_path / "eval.jsonl"), "y": str(tmp_path / "eval 2.jsonl")}},
+            "eval": {"data": {"x": str(tmp_path / "eval.jsonl"), "y": str(tmp_path / "eval 2.jsonl")},
+                     "during": {"metrics": ["exact_match", f"{tmp_path / 'metric.py'}:f"]}},
             "output": {"dir": "out"},
             "reward": {"model": str(tmp_path / "reward"), "functions": [f"{tmp_path / 'rule.py'}:f"]},
         }
@@ -52,11 +54,12 @@ def known(tmp_path: Path) -> Any:
         ("policy/adapter_config.json", "model.adapter"),
         ("policy/adapter_model.safetensors", "model.adapter"), ("pairs.jsonl", "reward.train"),
         ("reward/adapter_model.safetensors", "reward.model"), ("rule.py", "reward.functions"),
+        ("metric.py", "eval.during.metrics"),
     ],
 )  # fmt: skip
 def test_one_file_is_one_key(known: Any, tmp_path: Path, file: str, key: str) -> None:
     before = known()
-    data = {"data.train", "eval.data", "reward.train", "reward.model", "reward.functions"}
+    data = {"data.train", "eval.data", "eval.during.metrics", "reward.train", "reward.model", "reward.functions"}
     assert before.keys() == {"model.name", "model.chat_template", "model.adapter"} | data
     assert known() == before
     with (tmp_path / file).open("a") as stream:
