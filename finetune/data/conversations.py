@@ -66,7 +66,7 @@ def tokenised(
         for item, encoded in watched(audit.rows(seed), config):
             assert isinstance(encoded, Encoded)
             if len(sample) < SAMPLED:
-                sample += begins_with_prompt(encoder, item.usable, encoded)
+                sample += begins_with_prompt(encoder, item.usable, encoded, config.train_on)
             writer.add(encoded, item.usable.content_hash, item.weight)
         audit.settle()
     warnings = audit.warnings()
@@ -79,11 +79,11 @@ def tokenised(
     return writer.finish({"counts": dict(audit.counts), "warnings": warnings})
 
 
-def begins_with_prompt(encoder: Encoder, sample: Sample, encoded: Encoded) -> list[bool]:
+def begins_with_prompt(encoder: Encoder, sample: Sample, encoded: Encoded, train_on: str) -> list[bool]:
     """[whether the ids begin with the prompt that generation will see]; [] where no answer comes last or is left."""
     if not isinstance(sample, Conversation) or sample.reference is None:
         return []
-    prompt = encoder.prompt_ids(sample.asked, sample.tools, encoder.mode(sample)[1])
+    prompt = encoder.prompt_ids(sample.asked, sample.tools, encoder.mode(sample, train_on)[1])
     return [encoded.input_ids[: len(prompt)] == prompt] if len(prompt) < len(encoded.input_ids) else []
 
 

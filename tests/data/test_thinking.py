@@ -180,6 +180,13 @@ def test_turns_without_their_block_are_counted(encoders: Any, tmp_path: Path) ->
     assert not any("merges the end" in line for line in loaded.warnings)
 
 
+def test_a_row_is_compared_with_the_prompt_that_it_is_written_for(encoders: Any, tmp_path: Path) -> None:
+    """Its last turn, the only one that is trained, has no thinking, whatever the first one has."""
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": [*THINKS, u("r"), a("no")]}])
+    config = DataConfig(train=str(rows), thinking="empty", train_on="last")
+    assert not any("merges the end" in line for line in load_sft(config, encoders("glm4moe", "empty")).warnings)
+
+
 def test_the_default_says_what_it_trains(encoders: Any, tmp_path: Path) -> None:
     rows, more = (
         write_rows(tmp_path / name, [{"messages": m}]) for name, m in (("a.jsonl", PLAIN), ("b.jsonl", THINKS))
