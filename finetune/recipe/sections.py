@@ -416,18 +416,20 @@ def held_sets(data: Any) -> list[HeldSet]:
 
 def _sets(data: Any) -> Any:
     """ValueError with one plain line for what no set can be; the union's own would be a line for each of its kinds."""
+    if data is None:
+        return None
     named = isinstance(data, dict) and not _is_set(data)
     for name, one in data.items() if named else enumerate(data) if isinstance(data, list) else [("", data)]:
         key = f"eval.data.{name}" if name != "" else "eval.data"
         if isinstance(one, dict):
             if unknown := next((part for part in one if part not in EvalSet.model_fields), None):
                 raise ValueError(f"{key}.{unknown}: unknown key, there are {', '.join(EvalSet.model_fields)}")
-            if not isinstance(one.get("path"), str) or not isinstance(one.get("general", False), bool):
+            if not isinstance(one.get("path") or None, str) or not isinstance(one.get("general", False), bool):
                 raise ValueError(f"{key}: a path and, where it applies, general: true are wanted, not {one!r}")
-        elif not (isinstance(one, str | EvalSet) or data is None):
+        elif not one or not isinstance(one, str | EvalSet):
             raise ValueError(f"{key}: {one!r} is no path")
     names = [one.name for one in held_sets(data)]
-    if data is not None and not names:
+    if not names:
         raise ValueError("eval.data: names no set")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"eval.data: two sets are called {twice}")

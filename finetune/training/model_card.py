@@ -242,13 +242,10 @@ def usage(
     """
     if original_layout:
         what = ["--model", "."] if method == "full" or base is None else ["--model", base, "--adapter", "."]
-        return [
-            f"In {original_layout}'s original layout, which plain transformers does not read:", "",
-            "```bash", command("chat", *what), "```",
-        ]  # fmt: skip
+        return by_ft(stage, f"In {original_layout}'s original layout, which plain transformers does not read:", what)
     if gguf and method != "full":
         said = "Its base is a GGUF file, of which ft makes a folder that transformers loads:"
-        return [said, "", "```bash", command("chat", "--adapter", "."), "```"]
+        return by_ft(stage, said, ["--adapter", "."])
     auto = "AutoModelForSequenceClassification" if stage == "reward" else "AutoModelForCausalLM"
     if method == "full" or base is None:
         return python(
@@ -267,6 +264,12 @@ def usage(
         *([f"base.resize_token_embeddings({rows}, mean_resizing=False)"] if rows else []),
         "model = PeftModel.from_pretrained(base, folder)",
     )  # fmt: skip
+
+
+def by_ft(stage: str, said: str, where: list[str]) -> list[str]:
+    """How ft uses it, in the card's folder: a reward model is not talked to."""
+    line = command("eval", "RUN", "--reward", ".") if stage == "reward" else command("chat", *where)
+    return [said, "", "```bash", line, "```"]
 
 
 def python(*code: str) -> list[str]:

@@ -126,6 +126,8 @@ def test_held_out_sets_of_every_shape(tmp_path: Path, name: str) -> None:
         ({"zh": {"general": True}}, "eval.data.zh: a path and"),
         ([{"path": "a", "general": 1}], "eval.data.0: a path and"),
         (3, "eval.data: 3 is no path"),
+        ("", "eval.data: '' is no path"),
+        ({"zh": {"path": ""}}, "eval.data.zh: a path and, where"),
         ({"zh": 3}, "eval.data.zh: 3 is no path"),
     ],
 )

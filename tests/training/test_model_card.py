@@ -92,3 +92,7 @@ def test_other_kinds() -> None:
     full = card(recipe(adapter={"method": "full"}), RESULT, "owner/base", None)
     assert "PeftModel" not in full
     assert "ft chat" in card(recipe(), RESULT, "owner/base", None, original_layout="ChatGLM")
+    for where in ({"original_layout": "ChatGLM"}, {"gguf": True}):
+        scores = card(recipe(stage="reward"), RESULT, "owner/base", None, **where)
+        assert "ft eval RUN --reward ." in scores
+        assert "ft chat" not in scores
