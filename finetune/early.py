@@ -13,14 +13,15 @@ from typing import Any
 
 import yaml
 
-from finetune import hub, places
+from finetune import places
 from finetune.adapters import consumers, weighted
 from finetune.data import sources as data_sources
 from finetune.errors import Problem, UserError
 from finetune.evaluation import options
 from finetune.metrics import asked
-from finetune.models import sources
+from finetune.models import pushing, sources
 from finetune.models.export import FORMATS
+from finetune.models.pushing import Push
 from finetune.recipe.file import load
 from finetune.recipe.reading import find, recipe_text
 from finetune.recipe.resolve import Hardware, absolute_data, resolve
@@ -364,7 +365,7 @@ def evaluated_one(name: str, model: str | None, is_adapter: bool, own: bool) -> 
 def merged(
     adapters: Sequence[str], target: Path, model: str | None, dtype: str | None, layout: str, overwrite: bool,
     size: str = "5GB", kind: str | None = None, density: float | None = None, seed: int | None = None,
-    svd_rank: int | None = None, push: hub.Push | None = None,
+    svd_rank: int | None = None, push: Push | None = None,
 ) -> None:  # fmt: skip
     """UserError for what is wrong with the arguments of `ft merge`."""
 
@@ -377,13 +378,8 @@ def merged(
 
     together(
         lambda: check_target(target, overwrite), lambda: check_options(dtype, layout), lambda: check_size(size), these,
-        lambda: check_pushed(push, layout),
+        *([] if push is None else [lambda: pushing.check(push)]),
     )  # fmt: skip
-
-
-def check_pushed(push: hub.Push | None, layout: str) -> None:
-    if push is not None:
-        hub.check_push(push)
 
 
 def exported(adapter: str, consumer: str, target: Path, model: str | None, overwrite: bool) -> None:

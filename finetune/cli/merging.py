@@ -70,7 +70,7 @@ def merge(
     output = shared.one_of(None, output, "--output", usage)
     shared.quiet(bars=False)
     from finetune import early
-    from finetune.hub import Push
+    from finetune.models.pushing import Push
 
     push = Push(push_to_hub, hub, public, overwrite) if push_to_hub is not None else None
     shared.needs(push is not None, "--push-to-hub", **{"--hub": hub != "hub", "--public": public})
