@@ -52,11 +52,11 @@ def evaluate(
     perplexity, or those of --metrics; of preference pairs accuracy and margins; of labelled answers and raw text their
     loss; of multiple choice (csv of C-Eval, CMMLU, MMLU) accuracy."""
     shared.quiet(bars=False)
-    from finetune import early
+    from finetune.early import evaluating
     from finetune.recipe.sections import metric_names
 
     named = metric_names(metrics) if metrics else None
-    early.evaluated(
+    evaluating.evaluated(
         runs or [], recipe, model, adapter, data, reward, json_, quantization, predictions, named, thinking, shots_from,
         tasks,
     )  # fmt: skip
@@ -106,13 +106,13 @@ def generate(
     output = shared.one_of(None, output, "--output", usage)
     renamed = shared.pairs(columns, "--columns")
     shared.quiet(bars=False)
-    from finetune import early
+    from finetune.early import answering
 
     settings = {
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "num_beams": num_beams,
         "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
-    found, model, adapters = early.generated(
+    found, model, adapters = answering.generated(
         runs or [], model, adapter, data, output, overwrite, resume, settings, n, system, raw, thinking
     )
     shared.quiet()
@@ -142,13 +142,13 @@ def chat(
 ) -> None:
     """Talk to a model: in the terminal, or a message a line from a pipe. /help lists what else can be typed."""
     shared.quiet(bars=False)
-    from finetune import early
+    from finetune.early import answering
 
     options = {
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty,
         "seed": seed,
     }  # fmt: skip
-    listed, model, adapters = early.chat(runs or [], model, adapter, options, system, thinking)
+    listed, model, adapters = answering.chat(runs or [], model, adapter, options, system, thinking)
     shared.quiet()
     shared.module("chat").run(
         listed, model=model, adapters=adapters, system=system, options=options, max_new_tokens=max_new_tokens,
@@ -177,9 +177,9 @@ def serve(
 ) -> None:
     """Answer over HTTP as OpenAI's API does; several adapters of one base by model name."""
     shared.quiet(bars=False)
-    from finetune import early
+    from finetune.early import answering
 
-    listed, model, adapters = early.served(runs or [], model, adapter, host, port, api_key, thinking, timeout)
+    listed, model, adapters = answering.served(runs or [], model, adapter, host, port, api_key, thinking, timeout)
     shared.quiet()
     shared.module("serve").run(
         listed, model=model, adapters=adapters, host=host, port=port, api_key=api_key, batch_size=batch_size,

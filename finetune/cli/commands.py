@@ -63,13 +63,13 @@ def training_command(stage: str) -> Callable[..., None]:
         reference = shared.one_of(plain, recipe, "--recipe", f"ft {stage} RECIPE")
         shared.alone()
         shared.quiet(bars=False)
-        from finetune import early
+        from finetune.early import training
 
         checked: Recipe | None = None
         try:
-            checked = early.recipe(reference, stage, set_, output, resume, overwrite, dry_run)
+            checked = training.recipe(reference, stage, set_, output, resume, overwrite, dry_run)
             shared.quiet()
-            shared.warn_if(early.gpu_missing(reference, checked))
+            shared.warn_if(training.gpu_missing(reference, checked))
             shared.module(stage).run(checked, resume=resume, overwrite=overwrite, dry_run=dry_run)
         except KeyboardInterrupt:
             from finetune.run.resuming import to_start_again
@@ -97,16 +97,17 @@ def compare(
     reference = shared.one_of(plain, recipe, "--recipe", "ft compare RECIPE --methods lora,bitfit")
     checked = load(reference, SftRecipe, set_, output)
     shared.quiet(bars=False)
-    from finetune import early
     from finetune.commands import compare
     from finetune.commands.compare import plan
+    from finetune.early import training
+    from finetune.early.inputs import together
 
     names, kinds, shares = plan.parse(methods, quantization, data_fractions)
     try:
         place, fit = (lambda: plan.check_folder(Path(output), checked)), (lambda: plan.check_recipe(checked))
-        early.together(place, fit, lambda: early.inputs(checked))
+        together(place, fit, lambda: training.inputs(checked))
         shared.quiet()
-        shared.warn_if(early.gpu_missing(reference, checked))
+        shared.warn_if(training.gpu_missing(reference, checked))
         compare.run(checked, methods=names, quantizations=kinds, fractions=shares, output=output)
     except (KeyboardInterrupt, Interrupted):
         settings = {"--methods": methods, "--quantization": quantization, "--data-fractions": data_fractions}

@@ -69,13 +69,13 @@ def merge(
         shared.one_of(None, None, "--adapter", usage)
     output = shared.one_of(None, output, "--output", usage)
     shared.quiet(bars=False)
-    from finetune import early
+    from finetune.early import merging
     from finetune.models.pushing import Push
 
     push = Push(push_to_hub, hub, public, overwrite) if push_to_hub is not None else None
     shared.needs(push is not None, "--push-to-hub", **{"--hub": hub != "hub", "--public": public})
     how: dict[str, Any] = {"kind": combine, "density": density, "seed": seed, "svd_rank": svd_rank}
-    early.merged(
+    merging.merged(
         adapters, Path(output).expanduser(), model, dtype, format_, overwrite, max_shard_size, push=push, **how
     )  # fmt: skip
     shared.quiet()
@@ -101,9 +101,9 @@ def export(
     consumer = shared.one_of(None, consumer, "--for", usage)
     output = shared.one_of(None, output, "--output", usage)
     shared.quiet(bars=False)
-    from finetune import early
+    from finetune.early import merging
 
-    early.exported(adapter, consumer, Path(output).expanduser(), model, overwrite)
+    merging.exported(adapter, consumer, Path(output).expanduser(), model, overwrite)
     shared.quiet()
     shared.module("export").run(adapter, consumer, output, model=model, overwrite=overwrite)
 
@@ -117,9 +117,9 @@ def _gguf(
         raise UserError("no model to write", fix="write ft merge ADAPTER --format gguf --output NAME.gguf")
     output = shared.one_of(None, output, "--output", "ft merge ADAPTER --format gguf --output NAME.gguf")
     shared.quiet(bars=False)
-    from finetune import early
+    from finetune.early import merging
 
-    early.gguf(adapter, model, Path(output).expanduser(), kind, overwrite)
+    merging.gguf(adapter, model, Path(output).expanduser(), kind, overwrite)
     shared.quiet()
     given = [word for name, value in options if value is not None for word in (name, value)]
     shared.module("gguf").run(adapter, output, model=model, kind=kind, overwrite=overwrite, options=given)

@@ -20,7 +20,7 @@ from finetune.adapters import combine, consumers
 from finetune.adapters.uniform import deltas, uniform
 from finetune.base import Base
 from finetune.data import thinking
-from finetune.early import EXPORT, check_apart, check_target, started_by, written_names
+from finetune.early.merging import EXPORT, check_apart, check_target, started_by, written_names
 from finetune.errors import RunError, UserError
 from finetune.models import adapter_files, attach, sources, tokenizers
 from finetune.models.adapter_files import described

@@ -24,7 +24,7 @@ from finetune.adapters.merge import Sums, largest_difference, logits_of
 from finetune.adapters.weighted import Combination, Part
 from finetune.base import Base
 from finetune.data import thinking
-from finetune.early import REPORT, check_apart, check_options, check_size, check_target, written_names
+from finetune.early.merging import REPORT, check_apart, check_options, check_size, check_target, written_names
 from finetune.errors import UserError
 from finetune.evaluation.generation import stop_ids
 from finetune.models import attach, hardware, loading, pushing, sources
