@@ -130,8 +130,7 @@ def served_name(target: Path) -> str:
 
 def vllm_command(job: Job, stored: dict[str, Any], base: str, name: str, folder: Path) -> str:
     """What serves the base with the adapter in `folder`, in the adapter's chat format."""
-    largest = max([int(stored["r"]), *(stored.get("rank_pattern") or {}).values()])
-    size = consumers.size_of(consumers.consumer("vllm"), largest)
+    size = consumers.size_of(consumers.consumer("vllm"), consumers.largest_rank(stored))
     parts = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", size, "--lora-modules", f"{name}={folder}"]
     if job.base.tokenizer.chat_template != tokenizers.load_tokenizer(job.base.model).chat_template:
         parts += ["--chat-template", folder / "chat_template.jinja"]
