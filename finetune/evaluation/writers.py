@@ -107,3 +107,9 @@ def load(writers: Sequence[Writer]) -> None:
     network.eval()
     if (ignored := notice(not_followed(network))) is not None:
         note(ignored)
+
+
+def share(loaded: Writer, base: Writer) -> None:
+    """Let the base answer on what is loaded already, with all adapters off."""
+    assert loaded.network is not None
+    base.network = replace(loaded.network, adapter=None)
