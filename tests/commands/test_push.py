@@ -12,7 +12,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from conftest import ft
+from conftest import adapter, ft
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 
 from finetune import hub
@@ -207,9 +207,6 @@ def test_a_push_that_fails_leaves_the_folder_and_the_command(
 
 def test_a_merge_is_pushed_only_when_that_is_asked(client: Hub, tmp_path: Path, base: Path) -> None:
     """From the command line: what is pushed is what lies there, but for merge.json."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
-    from test_combine import adapter
-
     one = adapter(base, tmp_path / "a", 1)
     words = ["merge", one, "--model", base, "--output", tmp_path / "out"]
     assert ft(*words).returncode == 0
