@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,25 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def adapter(base: Path, folder: Path, seed: int, r: int = 4, targets: Any = ("q_proj", "v_proj"), **more: Any) -> Path:
+    """A LoRA adapter as plain peft writes it, with a scale of 2 (rsLoRA: 4 at r 4)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets), **more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's on tied embeddings
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(std=0.1)
+        model.save_pretrained(folder, save_embedding_layers=False)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

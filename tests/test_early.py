@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from finetune import early, hub
+from finetune.early import answering, evaluating, inputs, training
 from finetune.errors import UserError
 from finetune.models import modelscope, sources
 from finetune.recipe.file import load, to_yaml
@@ -145,7 +146,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[
     where = tmp_path_factory.mktemp("first hour")
     folder_of_runs(where)
     asked = "".join(json.dumps(line.split()) + "\n" for line, _ in CASES)
-    env = {**os.environ, "PYTHONPATH": str(Path(early.__file__).parent.parent), "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "PYTHONPATH": str(Path(early.__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], input=asked, capture_output=True, text=True, cwd=where, env=env, timeout=300
     )
@@ -180,17 +181,17 @@ def test_what_the_machine_decides_is_no_difference(said: dict[str, tuple[int, li
 def test_plain_arguments_are_known_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder_of_runs(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert early.chat(["runs/near"], None, []) == (["runs/near"], None, {})
-    assert early.chat(["runs/near/adapter"], None, []) == (["runs/near/adapter"], None, {})
-    assert early.chat(["runs/near"], "own", []) == (["runs/near"], "own", {})
-    assert early.chat(["runs/full"], None, []) == (["runs/full"], None, {})
-    assert early.chat(["own"], None, []) == (["own"], None, {})
-    assert early.chat(["own"], None, ["runs/near"]) == ([], "own", {"near": "runs/near"})
-    assert early.chat([], "own", ["a=runs/near"]) == ([], "own", {"a": "runs/near"})
-    assert early.chat(["tiny-qwen"], None, []) == (["tiny-qwen"], None, {})
+    assert answering.chat(["runs/near"], None, []) == (["runs/near"], None, {})
+    assert answering.chat(["runs/near/adapter"], None, []) == (["runs/near/adapter"], None, {})
+    assert answering.chat(["runs/near"], "own", []) == (["runs/near"], "own", {})
+    assert answering.chat(["runs/full"], None, []) == (["runs/full"], None, {})
+    assert answering.chat(["own"], None, []) == (["own"], None, {})
+    assert answering.chat(["own"], None, ["runs/near"]) == ([], "own", {"near": "runs/near"})
+    assert answering.chat([], "own", ["a=runs/near"]) == ([], "own", {"a": "runs/near"})
+    assert answering.chat(["tiny-qwen"], None, []) == (["tiny-qwen"], None, {})
 
 
-def testrecipe_or_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_or_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune.cli.groups import recipe_or_data
 
     monkeypatch.chdir(tmp_path)
@@ -212,13 +213,13 @@ def test_a_recipe_for_a_gpu_is_told_where_there_is_none(tmp_path: Path, monkeypa
     path = tmp_path / "mine.yaml"
     path.write_text(RECIPE.format(stage="sft", model="tiny-llama", data="rows.jsonl"))
     monkeypatch.setattr(hardware, "detect", lambda: Hardware())
-    warned = early.gpu_missing(str(path), load(str(path), SftRecipe))
+    warned = training.gpu_missing(str(path), load(str(path), SftRecipe))
     assert warned is not None
     assert "this recipe asks for one 24 GB GPU (bfloat16), and no GPU was found here" in warned
-    assert early.gpu_missing(str(path), load(str(path), SftRecipe, ["model.name=tiny-qwen"])) is None
-    assert early.gpu_missing("quickstart", load("quickstart", SftRecipe)) is None
+    assert training.gpu_missing(str(path), load(str(path), SftRecipe, ["model.name=tiny-qwen"])) is None
+    assert training.gpu_missing("quickstart", load("quickstart", SftRecipe)) is None
     monkeypatch.setattr(hardware, "detect", lambda: Hardware("cuda"))
-    assert early.gpu_missing(str(path), load(str(path), SftRecipe)) is None
+    assert training.gpu_missing(str(path), load(str(path), SftRecipe)) is None
 
 
 def test_downloads_are_announced(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,7 +242,7 @@ def test_a_model_of_modelscope_is_announced_and_not_yet_fetched(
         raise ValueError("not in the cache")
 
     monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(snapshot_download=snapshot_download))
-    early.there(ModelConfig(name="Owner/Model", source="modelscope"))
+    inputs.there(ModelConfig(name="Owner/Model", source="modelscope"))
     assert "downloads Owner/Model from ModelScope (once)" in capsys.readouterr().err
     assert [how.get("local_files_only") for how in asked] == [True]
 
@@ -279,7 +280,7 @@ for name, call in {
 
 def of_hub(tmp_path: Path, **environment: str) -> list[str]:
     env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    env |= {"PYTHONPATH": str(Path(early.__file__).parent.parent), "HF_HOME": str(tmp_path / "hf"), **environment}
+    env |= {"PYTHONPATH": str(Path(early.__file__).parents[2]), "HF_HOME": str(tmp_path / "hf"), **environment}
     done = subprocess.run(
         [sys.executable, "-c", HUB_PROGRAM], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=200
     )
@@ -361,6 +362,6 @@ def test_tasks_need_none_of_a_runs_own_rows(tmp_path: Path) -> None:
     (run / "model" / "config.json").write_text("{}")
     text = RECIPE.format(stage="sft", model="tiny-llama", data=tmp_path / "rows.jsonl")
     (run / "recipe.yaml").write_text(text + f"eval: {{data: {tmp_path / 'gone.jsonl'}}}\n")
-    early.evaluated_one(str(run), None, is_adapter=False, own=False)
+    evaluating.evaluated_one(str(run), None, is_adapter=False, own=False)
     with pytest.raises(UserError, match=r"gone\.jsonl: eval\.data: no such file"):
-        early.evaluated_one(str(run), None, is_adapter=False, own=True)
+        evaluating.evaluated_one(str(run), None, is_adapter=False, own=True)

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from conftest import train, write_rows
 
-from finetune import early
 from finetune.child import PART
 from finetune.cli import main
 from finetune.commands import sft
 from finetune.data import audit
+from finetune.early import evaluating, training
 from finetune.errors import Interrupted
 from finetune.models import tokenizers
 from finetune.recipe.file import load
@@ -119,7 +119,7 @@ def test_ctrl_c_before_the_first_checkpoint(
         patch.setattr(sft, "make_trainer", interrupt)
         code, said = typed("sft", path)
     assert (code, again_of(said)) == (130, ["sft", "--recipe", path, "--overwrite"])
-    early.recipe(path, "sft", [], None, resume=False, overwrite=True)
+    training.recipe(path, "sft", [], None, resume=False, overwrite=True)
 
 
 def test_a_second_ctrl_c_after_a_checkpoint(recipe: Recipes, tmp_path: Path) -> None:
@@ -147,9 +147,9 @@ def test_a_part_of_a_command_does_not_say_what_to_type_next(
     assert code == 0
     assert "done in " in said
     assert ("next    ft " in said) == ("no rows were held out" in said) == (not part)
-    monkeypatch.setattr(early, "evaluated", interrupt)
+    monkeypatch.setattr(evaluating, "evaluated", interrupt)
     for command in (["sft", path, "--overwrite"], ["eval", "runs/a"]):
-        monkeypatch.setattr(early, "recipe", interrupt)
+        monkeypatch.setattr(training, "recipe", interrupt)
         code, said = typed(*before, *command)
         assert (code, "start again with ft" in said) == (130, not part)
 
@@ -157,7 +157,7 @@ def test_a_part_of_a_command_does_not_say_what_to_type_next(
 def test_ctrl_c_elsewhere_repeats_the_command(
     monkeypatch: pytest.MonkeyPatch, typed: Callable[..., tuple[int, str]]
 ) -> None:
-    monkeypatch.setattr(early, "evaluated", interrupt)
+    monkeypatch.setattr(evaluating, "evaluated", interrupt)
     assert typed("eval", "runs/a b", "--limit", "3") == (
         130, "interrupted; start again with ft eval 'runs/a b' --limit 3\n",
     )  # fmt: skip

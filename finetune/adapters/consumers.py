@@ -9,7 +9,7 @@ architectures in vllm/model_executor/models (`SupportsLoRA`, `embedding_modules`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ MERGE = "merge it (ft merge) and give the consumer the whole model"
 
 @dataclass(frozen=True)
 class Key:
-    """A key of adapter_config.json, what a consumer takes there, and why nothing else."""
+    """A key of adapter_config.json, what is taken there, and why nothing else."""
 
     name: str
     why: str
@@ -100,6 +100,18 @@ CONSUMERS = {
 }  # fmt: skip
 
 
+def unfit(keys: Sequence[Key], stored: Config) -> list[Key]:
+    """Those of the keys that an adapter_config.json sets, and not as they must be."""
+    return [key for key in keys if (value := stored.get(key.name)) is not None and not key.fits(value)]
+
+
+def largest_rank(stored: Config) -> int:
+    """Of all layers, of adapter_config.json; 0 for an adapter without ranks."""
+    pattern = stored.get("rank_pattern")
+    ranks = [stored.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    return max((rank for rank in ranks if isinstance(rank, int)), default=0)
+
+
 def consumer(name: str) -> Consumer:
     if name not in CONSUMERS:
         raise UserError(f"unknown consumer {name!r}", key="--for", fix=f"one of {', '.join(CONSUMERS)}")
@@ -122,12 +134,9 @@ def check(name: str, stored: Config, folder: Path, started: str | None = None) -
         fix = MERGE if of(kind).not_mergeable is None else in_python(stored, folder)
         what = f"is {kind.lower()}, and {row.what} reads {' and '.join(row.types).lower()} only"
         raise UserError(what, path=folder, key="--for", fix=fix)
-    for key in row.keys:
-        value = stored.get(key.name)
-        if value is not None and not key.fits(value):
-            problems.append(Problem(f"has {key.name}: {key.why} by {row.what}", folder, key="--for", fix=MERGE))
-    ranks = stored.get("rank_pattern")
-    largest = max([int(stored.get("r") or 0), *(ranks.values() if isinstance(ranks, dict) else ())])
+    for key in unfit(row.keys, stored):
+        problems.append(Problem(f"has {key.name}: {key.why} by {row.what}", folder, key="--for", fix=MERGE))
+    largest = largest_rank(stored)
     if row.ranks and largest > row.ranks[-1]:
         what = f"its rank is {largest}, and {row.what} reads {row.ranks[-1]} at most (--max-lora-rank)"
         problems.append(Problem(what, folder, key="--for", fix=MERGE))

@@ -18,16 +18,16 @@ from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from finetune.adapters.methods import rewrites
 from finetune.errors import UserError
 from finetune.models import weight_files
 
-REWRITING = ("pissa", "olora")
 PEFT_NAMES: dict[str, Any] = {"default": True, "loftq": True}  # the others have peft's own names
 INITIAL = "_finetune_initial_lora"
 
 
 def rewrites_base(section: Any) -> bool:
-    return getattr(section, "init_lora_weights", None) in REWRITING
+    return rewrites(getattr(section, "init_lora_weights", None))
 
 
 def start(model: Any, section: Any, folder: Path | None) -> None:

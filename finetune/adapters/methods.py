@@ -82,8 +82,15 @@ INTEGERS = (
 )
 FROM_WEIGHTS = ("pissa", "olora", "loftq")
 """Starts of LoRA that are taken from the base's weights: with the adapter off, the base is another model."""
+REWRITING = ("pissa", "olora", "corda")
+"""How the names of those begin (pissa_niter_16) for which peft rewrites the base's weights, also when it loads one."""
 PROMPT_START = ("prompt_tuning_init", "prompt_tuning_init_text")
 UNKNOWN_STEPS = 1 << 30  # until the data is counted: see `adalora.plan`
+
+
+def rewrites(start: Any) -> bool:
+    """Whether init_lora_weights is one of REWRITING."""
+    return str(start).lower().startswith(REWRITING)
 
 
 def soft_prompt(section: type[sections.AdapterSection], where: Literal["embeddings", "cache"], **more: Any) -> Method:

@@ -5,12 +5,12 @@ vLLM before 0.33 takes `r` and `lora_alpha` for every layer, whatever rank_patte
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
+
+from finetune.models.adapter_files import scale_of
 
 Weights = dict[str, torch.Tensor]
 
@@ -48,17 +48,6 @@ def layers_of(weights: Weights) -> list[str]:
 
 def rank_of(layer: str, weights: Weights) -> int:
     return next(len(tensor) for name, tensor in weights.items() if layer_of(name) == (layer, True))
-
-
-def scale_of(stored: dict[str, Any], layer: str) -> float:
-    """As peft finds it: the first key of a pattern that ends the layer's name."""
-
-    def said(pattern: str, otherwise: str) -> float:
-        table = stored.get(pattern) or {}
-        return float(table.get(get_pattern_key(table.keys(), layer), stored[otherwise]))
-
-    rank = said("rank_pattern", "r")
-    return said("alpha_pattern", "lora_alpha") / (math.sqrt(rank) if stored.get("use_rslora") else rank)
 
 
 def deltas(stored: dict[str, Any], weights: Weights) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.methods import FROM_WEIGHTS
+from finetune.adapters.consumers import Key, largest_rank, unfit
+from finetune.adapters.methods import rewrites
 from finetune.data import thinking
 from finetune.errors import Problem, UserError
 from finetune.models import sources
@@ -47,28 +48,20 @@ class Combination:
     """None for the largest rank among them."""
 
 
-@dataclass(frozen=True)
-class Lora:
-    """One key of adapter_config.json that has no place in a sum of A and B."""
-
-    key: str
-    why: str
-    fits: Callable[[Any], bool] = lambda value: not value
-
-
 LIMITS = (
-    Lora("use_dora", "DoRA scales each column anew, and two such scales have no sum"),
-    Lora("bias", "trained biases of the base have no sum with another adapter's", lambda value: value == "none"),
-    Lora("lora_bias", "biases of B are not combined by peft"),
-    Lora("modules_to_save", "modules that were trained whole cannot be weighed"),
-    Lora("trainable_token_indices", "single trained tokens cannot be weighed"),
-    Lora("target_parameters", "peft combines no adapters on bare parameters (experts)"),
-    Lora("layer_replication", "layers that stand twice are another network"),
-    Lora(
+    Key("use_dora", "DoRA scales each column anew, and two such scales have no sum"),
+    Key("bias", "trained biases of the base have no sum with another adapter's", lambda value: value == "none"),
+    Key("lora_bias", "biases of B are not combined by peft"),
+    Key("modules_to_save", "modules that were trained whole cannot be weighed"),
+    Key("trainable_token_indices", "single trained tokens cannot be weighed"),
+    Key("target_parameters", "peft combines no adapters on bare parameters (experts)"),
+    Key("layer_replication", "layers that stand twice are another network"),
+    Key(
         "init_lora_weights", "it rewrites the base's weights when it is loaded",
-        lambda value: str(value).lower() not in (*FROM_WEIGHTS[:2], "corda") and not str(value).startswith("pissa"),
+        lambda value: not rewrites(value),
     ),
 )  # fmt: skip
+"""Keys that have no place in a sum of A and B."""
 
 
 def split(text: str) -> tuple[str, float]:
@@ -150,11 +143,9 @@ def check(parts: Sequence[Part], how: Combination) -> None:
             what = f"is {kind.lower()}, and only adapters of type lora can be weighed and combined"
             problems.append(Problem(what, part.folder, key="--adapter", fix="merge it by itself, without a weight"))
             continue
-        for limit in LIMITS:
-            value = config.get(limit.key)
-            if value is not None and not limit.fits(value):
-                what = f"has {limit.key}: {limit.why}"
-                problems.append(Problem(what, part.folder, key="--adapter", fix="merge it by itself, without a weight"))
+        for limit in unfit(LIMITS, config):
+            what = f"has {limit.name}: {limit.why}"
+            problems.append(Problem(what, part.folder, key="--adapter", fix="merge it by itself, without a weight"))
     if problems:
         raise UserError(problems)
     first = parts[0]
@@ -198,9 +189,3 @@ def differences(first: Path, other: Path) -> list[tuple[str, str, str]]:
 def said_base(folder: Path) -> str | None:
     said = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     return str(said) if said else None
-
-
-def largest_rank(config: dict[str, Any]) -> int:
-    pattern = config.get("rank_pattern")
-    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
-    return max((rank for rank in ranks if isinstance(rank, int)), default=0)

@@ -1,4 +1,4 @@
-"""`ft`: the command line. `main` runs a command and shows its errors; `commands` and `groups` are what can be typed."""
+"""`ft`: the command line. `main` runs a command and shows its errors; what can be typed is listed in `commands`."""
 
 from __future__ import annotations
 

@@ -20,6 +20,15 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ft wr
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the complete recipe, write nothing.")]
 Model = Annotated[str | None, typer.Option("--model", help="Built-in base, local folder or hub id.")]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="Run directory or adapter folder.")]
+Answering = Annotated[
+    list[str] | None, typer.Argument(metavar="[RUN|ADAPTER|MODEL]...", help="What answers, known by its content.")
+]
+Adapters = Annotated[
+    list[str], typer.Option("--adapter", metavar="[NAME=]ADAPTER", help="Run or adapter, called NAME; repeats.")
+]
+TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest that hold so much.", max=1.0)]
+TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 from all.", min=0)]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 against repeating.")]
 Thinking = Annotated[
     str | None, typer.Option(metavar="on|off", help="Ask a thinking model to think or not to; by default as trained.")
 ]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune import early
+from finetune.early import training
 from finetune.errors import UserError, visible
 from finetune.places import check_file, json_with
 from finetune.recipe.file import load, with_settings
@@ -37,7 +37,7 @@ def check(
             raise UserError("is the file of --fix", path=json_file, key="--json", fix="name another file")
     config, base, kind, held_out = looked_at(recipe, overrides, data, model, stage, eval_data)
     base = None if kind == "text" else base
-    early.data_of(config, base, held_out)
+    training.data_of(config, base, held_out)
     encoder = None if base is None else encoder_of(base, config.thinking)
     if fix is not None:
         kept, taken, rejects = mend.mend(config, Path(fix), encoder, kind, held_out)
@@ -62,7 +62,7 @@ def preview(
     if json_file is not None and html_file is not None and Path(json_file).resolve() == Path(html_file).resolve():
         raise UserError("is the file of --json", path=html_file, key="--html", fix="name another file")
     config, base, kind, _ = looked_at(recipe, overrides, data, model, stage)
-    early.data_of(config, base, None)
+    training.data_of(config, base, None)
     if base is None:
         raise UserError("a preview needs a tokenizer", key="--model", fix="give --model or --recipe")
     encoder = encoder_of(base, config.thinking)

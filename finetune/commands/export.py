@@ -5,12 +5,10 @@ Nothing is written before every limit is known, and what is written computes wha
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,11 @@ from finetune.adapters import combine, consumers
 from finetune.adapters.uniform import deltas, uniform
 from finetune.base import Base
 from finetune.data import thinking
-from finetune.early import EXPORT, check_apart, check_target, started_by, written_names
+from finetune.early.merging import EXPORT, check_apart, check_target, started_by, written_names
 from finetune.errors import RunError, UserError
 from finetune.models import adapter_files, attach, sources, tokenizers
 from finetune.models.adapter_files import described
+from finetune.models.gguf.adapter import write_adapter
 from finetune.models.identity import IDENTITY_FILE, check_identity, configs_of, read_identity
 from finetune.models.weight_files import tensors
 from finetune.run.directory import versions
@@ -57,7 +56,7 @@ def run(adapter: str, consumer: str, output: str, *, model: str | None = None, o
     target = Path(output).expanduser()
     check_target(target, overwrite, EXPORT)
     job = opened(adapter, consumer, target, model)
-    write = gguf_writer(job) if consumers.consumer(consumer).gguf else write_peft
+    write = write_gguf if consumers.consumer(consumer).gguf else write_peft
     with places.built_beside(target, "--output", lambda: written_names(target, overwrite, EXPORT)) as part:
         said = write(job, part, target)
         files = sorted({path.name for path in part.iterdir()} - {places.UNFINISHED} | {EXPORT})
@@ -81,6 +80,11 @@ def opened(adapter: str, consumer: str, target: Path, model: str | None) -> Job:
     consumers.check_names(consumer, sorted(adapter_files.shapes(folder)), model_type, folder)
     check_identity(folder, base.folder, config.name)
     attach.check_adapter(folder, config)
+    if consumer == "ollama" and not sources.is_gguf_base(config):
+        raise UserError(
+            "Ollama puts an adapter on a GGUF base, and its base is none", path=folder, key="--for",
+            fix="merge it: ft merge --format gguf writes the whole model with its Modelfile",
+        )  # fmt: skip
     return Job(folder, base, consumer, stored)
 
 
@@ -126,8 +130,7 @@ def served_name(target: Path) -> str:
 
 def vllm_command(job: Job, stored: dict[str, Any], base: str, name: str, folder: Path) -> str:
     """What serves the base with the adapter in `folder`, in the adapter's chat format."""
-    largest = max([int(stored["r"]), *(stored.get("rank_pattern") or {}).values()])
-    size = consumers.size_of(consumers.consumer("vllm"), largest)
+    size = consumers.size_of(consumers.consumer("vllm"), consumers.largest_rank(stored))
     parts = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", size, "--lora-modules", f"{name}={folder}"]
     if job.base.tokenizer.chat_template != tokenizers.load_tokenizer(job.base.model).chat_template:
         parts += ["--chat-template", folder / "chat_template.jinja"]
@@ -162,26 +165,11 @@ def write_card(job: Job, out: Path, title: str, stored: dict[str, Any]) -> None:
     write_atomically(out / "README.md", "\n".join(lines))
 
 
-def gguf_writer(job: Job) -> Callable[[Job, Path, Path], list[str]]:
-    """UserError where there is nothing that writes adapters as GGUF files, and where Ollama has no base for them."""
-    what = consumers.consumer(job.consumer).what
-    try:
-        write = importlib.import_module("finetune.models.gguf.export").write_adapter
-    except (ImportError, AttributeError):
-        raise UserError(f"adapters for {what} are not written yet", key="--for", fix=consumers.MERGE) from None
+def write_gguf(job: Job, out: Path, target: Path) -> list[str]:
+    """As a GGUF file, for Ollama with a Modelfile. What is said of it."""
+    write_adapter(job.adapter, job.base.folder, out / GGUF_FILE)
     gguf = sources.place(job.base.model) if sources.is_gguf_base(job.base.model) else None
-    if job.consumer == "ollama" and gguf is None:
-        raise UserError(
-            "Ollama puts an adapter on a GGUF base, and its base is none", path=job.adapter, key="--for",
-            fix="merge it: ft merge --format gguf writes the whole model with its Modelfile",
-        )  # fmt: skip
-
-    def written(job: Job, out: Path, target: Path) -> list[str]:
-        write(job.adapter, job.base.folder, out / GGUF_FILE)
-        file = target.resolve() / GGUF_FILE
-        if job.consumer == "ollama":
-            (out / "Modelfile").write_text(f"FROM {gguf}\nADAPTER ./{GGUF_FILE}\n", encoding="utf-8")
-            return [f"ollama create {target.resolve().name} -f {target.resolve() / 'Modelfile'}"]
-        return [f"llama-cli --model {gguf or 'BASE.gguf'} --lora {file}"]
-
-    return written
+    if job.consumer == "ollama":
+        (out / "Modelfile").write_text(f"FROM {gguf}\nADAPTER ./{GGUF_FILE}\n", encoding="utf-8")
+        return [f"ollama create {target.resolve().name} -f {target.resolve() / 'Modelfile'}"]
+    return [f"llama-cli --model {gguf or 'BASE.gguf'} --lora {target.resolve() / GGUF_FILE}"]

@@ -12,7 +12,10 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from transformers import GenerationConfig
 
 from finetune import child, places
 from finetune.base import Base
@@ -83,16 +86,11 @@ def write(
     encoder = base.asking(None)
     template = getattr(encoder, "template", None)
     dtype = sources.stored_dtype(base.model) or str(base.config.get("dtype") or "bfloat16")
-    from transformers import GenerationConfig
-
-    class Ends:
-        """For `stop_ids`, which asks a network."""
-
-        generation_config: Any = None
-
+    own = None
     with suppress(OSError, ValueError):
-        Ends.generation_config = GenerationConfig.from_pretrained(str(folder))
-    stops = stop_ids(Ends(), encoder)
+        own = GenerationConfig.from_pretrained(str(folder))
+    network: Any = SimpleNamespace(generation_config=own)  # all that `stop_ids` asks of one
+    stops = stop_ids(network, encoder)
     written = write_model(
         folder, file, kind or OF_DTYPE.get(dtype, "bf16"), facts=facts, stops=stops, template=template
     )

@@ -17,20 +17,21 @@ from typing import Any
 
 import torch
 
-from finetune import hub, places
+from finetune import places
 from finetune.adapters import combine, merge, weighted
 from finetune.adapters.compatibility import check_merge
 from finetune.adapters.merge import Sums, largest_difference, logits_of
 from finetune.adapters.weighted import Combination, Part
 from finetune.base import Base
 from finetune.data import thinking
-from finetune.early import REPORT, check_apart, check_options, check_size, check_target, written_names
+from finetune.early.merging import REPORT, check_apart, check_options, check_size, check_target, written_names
 from finetune.errors import UserError
 from finetune.evaluation.generation import stop_ids
-from finetune.models import attach, hardware, loading, sources
+from finetune.models import attach, hardware, loading, pushing, sources
 from finetune.models.adapter_files import described
 from finetune.models.export import FORMATS
 from finetune.models.identity import configs_of
+from finetune.models.pushing import Push
 from finetune.models.weight_files import read_json
 from finetune.recipe.sections import ModelConfig
 from finetune.run.directory import read_recipe, versions
@@ -78,7 +79,7 @@ def run(
     adapter: str | Sequence[str], output: str, *, model: str | None = None, dtype: str | None = None,
     max_shard_size: str = "5GB", overwrite: bool = False, base: str = "original", layout: str = "hf",
     kind: str | None = None, density: float | None = None, seed: int | None = None, svd_rank: int | None = None,
-    push: hub.Push | None = None,
+    push: Push | None = None,
 ) -> None:  # fmt: skip
     """Args: adapter: PLACE[:WEIGHT], or several; kind, density, seed, svd_rank: of `weighted.combination`."""
     target = Path(output).expanduser()
@@ -107,7 +108,7 @@ def run(
     if push is not None:
         # What else lies there is the user's, and merge.json has this machine's paths.
         files = set(places.read_json(target / REPORT)["files"]) - {REPORT}
-        note(f"pushed: {hub.push(target, sorted(files), push)}")
+        note(f"pushed: {pushing.push(target, sorted(files), push)}")
 
 
 def opened(

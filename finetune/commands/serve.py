@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from finetune.errors import UserError
-from finetune.evaluation.answering import Writer
+from finetune.evaluation.answering import Writer, tell_formats
 from finetune.evaluation.targets import Target, bases_of
-from finetune.evaluation.writers import changes_base, load, targets_of, writer_of
-from finetune.models.sources import builtin_names
+from finetune.evaluation.writers import changes_base, load, share, targets_of, writer_of
 from finetune.serving import address
 from finetune.serving.app import Bounds, make_app, place_of
 from finetune.serving.asking import Served
@@ -31,15 +30,11 @@ def run(
     listener = address.bound(host, port)
     writers = made(targets_of(runs, model, adapters or {}), thinking)
     loaded = [writer for writer in writers.values() if not is_bare(writer, writers)]
-    for said in dict.fromkeys(writer.prompter.encoder.notice for writer in writers.values()):
-        if said is not None:
-            note(said)
+    tell_formats(writers.values())
     load(loaded)
     for writer in writers.values():
         if writer.network is None:
-            first = loaded[0].network
-            assert first is not None
-            writer.network = replace(first, adapter=None)
+            share(loaded[0], writer)
     bounds = {"longest_prompt": max_prompt_tokens, "longest_answer": max_new_tokens, "most_rows": max_queue}
     served = {
         name: Served.of(name, writer, writer.target.eval.generation, **bounds) for name, writer in writers.items()
@@ -85,10 +80,4 @@ def name_of(target: Target) -> str:
     place = target.model.name
     if target.adapter is not None or target.trained or target.name != place:
         return target.name
-    return (
-        place
-        if place in builtin_names()
-        else place.rstrip("/").rpartition("/")[2]
-        if place.startswith((".", "/", "~"))
-        else place
-    )
+    return place.rstrip("/").rpartition("/")[2] if place.startswith((".", "/", "~")) else place

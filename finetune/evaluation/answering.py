@@ -6,7 +6,7 @@ memory. A row that cannot be asked is written with `prediction: null` and `error
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -58,6 +58,13 @@ class Writer:
     prompter: Prompter
     network: ActiveAdapter | None = None
     """Once it is loaded."""
+
+
+def tell_formats(writers: Iterable[Writer]) -> None:
+    """What a user should be told of the chat formats, each once."""
+    for said in dict.fromkeys(writer.prompter.encoder.notice for writer in writers):
+        if said is not None:
+            note(said)
 
 
 @dataclass
@@ -163,9 +170,7 @@ class Session:
         if converter.is_text and not self.wishes.raw:
             note("texts are continued as they stand, without a chat template; to ask them: --columns prompt=text")
         elif not self.wishes.raw:
-            for notice in dict.fromkeys(writer.prompter.encoder.notice for writer in self.writers):
-                if notice is not None:
-                    note(notice)
+            tell_formats(self.writers)
 
     def one(self, number: int, row: Row) -> Asked:
         n = self.wishes.n

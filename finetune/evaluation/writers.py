@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from finetune.adapters.lora_init import REWRITING
+from finetune.adapters.methods import rewrites
 from finetune.adapters.multiple import POLICY, ActiveAdapter, add_adapter
 from finetune.base import Base
 from finetune.data.asking import Prompter
@@ -75,8 +75,7 @@ def changes_base(target: Target) -> bool:
     """Whether its base with the adapter off is another one than without it: there are embeddings of its own, or a start
     that peft takes out of the base's weights when it loads the adapter."""
     assert target.adapter is not None
-    begun = str(adapter_files.described(target.adapter).get("init_lora_weights"))
-    if begun.startswith(REWRITING):
+    if rewrites(adapter_files.described(target.adapter).get("init_lora_weights")):
         return True
     native = layout_of(Base.open(target.model).config)
     grown = native.tokenizer is None and bool(tokenizers.added_tokens(target.model, target.adapter))
@@ -108,3 +107,9 @@ def load(writers: Sequence[Writer]) -> None:
     network.eval()
     if (ignored := notice(not_followed(network))) is not None:
         note(ignored)
+
+
+def share(loaded: Writer, base: Writer) -> None:
+    """Let the base answer on what is loaded already, with all adapters off."""
+    assert loaded.network is not None
+    base.network = replace(loaded.network, adapter=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,18 @@ def weights(folder: Path) -> Path:
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return weight_files.shapes(weights(folder))
+
+
+def scale_of(stored: dict[str, Any], layer: str) -> float:
+    """What B A of a LoRA layer is multiplied by, as peft finds it: by the first key of a pattern that ends its name."""
+    from peft.utils.other import get_pattern_key
+
+    def said(pattern: str, otherwise: str) -> float:
+        table = stored.get(pattern) or {}
+        return float(table.get(get_pattern_key(table.keys(), layer), stored[otherwise]))
+
+    rank = said("rank_pattern", "r")
+    return said("alpha_pattern", "lora_alpha") / (math.sqrt(rank) if stored.get("use_rslora") else rank)
 
 
 def save_adapter(config: Any, weights: dict[str, torch.Tensor], out: Path) -> None:

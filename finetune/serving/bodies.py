@@ -1,5 +1,5 @@
 """What may stand in a request, as OpenAI's API has it. A parameter that is not followed has no place here, and is
-refused by name; those that OpenAI documents as without influence on answers are taken: IGNORED.
+refused by name; those that OpenAI documents as without influence on answers are taken.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from finetune.errors import visible
 
 MOST_STOPS, MOST_TOP = 4, 20
 LONGEST = 500  # characters of a message, which may name what was asked
-IGNORED = (
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-)  # fmt: skip
 
 
 class ApiError(Exception):
@@ -137,6 +134,8 @@ class Body(Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    # Taken, without influence on answers.
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None

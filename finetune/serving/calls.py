@@ -66,11 +66,8 @@ def detected(encoder: Encoder) -> CallFormat | None:
     special = frozenset(ids) & frozenset(encoder.tokenizer.all_special_ids)
     text = thinking.decoded(encoder.tokenizer, ids, encoder.thinking, special)
     text = thinking.answer(text, encoder.thinking).text.strip()
-    for make in (json_format, glm4_format, chatglm3_format):
-        found = make(text, special)
-        if found is not None and found.reader(text) == [(NAME, ARGUMENTS)]:
-            return found
-    return None
+    known = [json_format(text, special), CallFormat("", glm4_calls), CallFormat("", chatglm3_calls)]
+    return next((one for one in known if one is not None and one.reader(text) == [(NAME, ARGUMENTS)]), None)
 
 
 def json_format(text: str, special: frozenset[int]) -> CallFormat | None:
@@ -105,10 +102,6 @@ def json_calls(text: str, opening: str, closing: str) -> Found | None:
     return found
 
 
-def glm4_format(text: str, special: frozenset[int]) -> CallFormat | None:
-    return CallFormat("", glm4_calls)
-
-
 def glm4_calls(text: str) -> Found | None:
     """The name, and on the next line the arguments as JSON."""
     name, _, rest = text.strip().partition("\n")
@@ -117,10 +110,6 @@ def glm4_calls(text: str) -> Found | None:
     except ValueError:
         return None
     return [(name.strip(), arguments)] if isinstance(arguments, dict) else None
-
-
-def chatglm3_format(text: str, special: frozenset[int]) -> CallFormat | None:
-    return CallFormat("", chatglm3_calls)
 
 
 def chatglm3_calls(text: str) -> Found | None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ft, tensors
-from peft import LoraConfig, get_peft_model
+from conftest import adapter, ft, tensors
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from finetune.adapters import combine as module
 from finetune.adapters import weighted
@@ -26,21 +24,6 @@ from finetune.recipe.sections import ModelConfig
 
 Matrices = dict[str, torch.Tensor]
 Q, V, DOWN = "q_proj", "v_proj", "down_proj"
-
-
-def adapter(base: Path, folder: Path, seed: int, r: int = 4, targets: Any = (Q, V), **more: Any) -> Path:
-    """As plain peft writes it, with a scale of 2 (rsLoRA: 4 at r 4)."""
-    torch.manual_seed(seed)
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets), **more)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's on tied embeddings
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data.normal_(std=0.1)
-        model.save_pretrained(folder, save_embedding_layers=False)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return folder
 
 
 def factors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:

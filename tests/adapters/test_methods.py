@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from finetune.adapters import adalora, load, merge, methods
-from finetune.adapters.lora_init import REWRITING
+from finetune.adapters.methods import rewrites
 from finetune.models import quantization
 from finetune.recipe.adapters import Adapter
 from finetune.training.weight_check import Proof
@@ -104,7 +104,7 @@ def test_method(variant: str, family: str, tmp_path: Path) -> None:
     values = VARIANTS[variant][0]
     soft = values["method"] in ("prompt_tuning", "p_tuning", "prefix_tuning")
     # A rewritten base is W - s B A + s B A: the same but for float32's rounding of sums as large as W.
-    rounding = 1e-4 if values.get("init_lora_weights") in REWRITING else 1e-5
+    rounding = 1e-4 if rewrites(values.get("init_lora_weights")) else 1e-5
     if not soft:
         torch.testing.assert_close(logits(model), bare, atol=rounding, rtol=0)
     losses = fit(model, rate)

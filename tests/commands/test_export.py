@@ -306,27 +306,18 @@ def test_nothing_is_overwritten(base: Path, tmp_path: Path) -> None:
     assert "--for: unknown consumer 'sglang' → one of peft, vllm, llama.cpp, ollama" in done.stderr
 
 
-def test_gguf_files_are_written_by_their_own_module(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Asked for when it is needed; without it nothing is written."""
-    folder, given = lora(base, tmp_path / "a"), []
-
-    def write(adapter: Path, on: Path, path: Path) -> None:
-        given.append((adapter, on))
-        path.write_bytes(b"GGUF")
-
-    made = ModuleType("export")
-    monkeypatch.setitem(sys.modules, "finetune.models.gguf.export", made)
-    with pytest.raises(UserError, match=r"adapters for llama.cpp are not written yet"):
-        export.run(str(folder), "llama.cpp", str(tmp_path / "out"), model=str(base))
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(made, "write_adapter", write, raising=False)
-    export.run(str(folder), "llama.cpp", str(tmp_path / "out"), model=str(base))
-    assert given == [(folder, base)]
+def test_an_adapter_for_llama_cpp(base: Path, tmp_path: Path) -> None:
+    """That llama.cpp computes the same with it: tests/models/test_gguf_export.py."""
+    pytest.importorskip("gguf")
+    folder = lora(base, tmp_path / "a")
+    done = ft("export", folder, "--for", "llama.cpp", "-o", tmp_path / "out", "--model", base)
+    assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter.gguf", "export.json"}
+    assert (tmp_path / "out" / "adapter.gguf").read_bytes()[:4] == b"GGUF"
+    assert f"llama-cli --model BASE.gguf --lora {tmp_path}/out/adapter.gguf" in done.stderr
     with pytest.raises(UserError, match=r"Ollama puts an adapter on a GGUF base, and its base is none"):
         export.run(str(folder), "ollama", str(tmp_path / "ollama"), model=str(base))
+    assert not (tmp_path / "ollama").exists()
 
 
 # --- vLLM's own code, where its sources are: `pip download vllm --no-deps`, unpacked on the path, is enough ---

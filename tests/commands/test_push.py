@@ -12,12 +12,13 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from conftest import ft
+from conftest import adapter, ft
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 
 from finetune import hub
 from finetune.errors import UserError
-from finetune.hub import Push
+from finetune.models import pushing
+from finetune.models.pushing import Push
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 
@@ -114,51 +115,51 @@ FILES = ["config.json", "model[1].safetensors"]
 
 def test_private_unless_told_otherwise(client: Hub, folder: Path) -> None:
     """Only what the merge wrote: neither the user's files nor merge.json, which has paths of this machine."""
-    hub.check_push(Push("us/mine"))
-    assert hub.push(folder, FILES, Push("us/mine")) == "https://huggingface.co/us/mine (private)"
+    pushing.check(Push("us/mine"))
+    assert pushing.push(folder, FILES, Push("us/mine")) == "https://huggingface.co/us/mine (private)"
     assert client.calls[0] == ("create_repo", {"repo_id": "us/mine", "private": True, "exist_ok": False})
     assert sorted(client.sent) == FILES
-    hub.push(folder, FILES, Push("me/mine", public=True))
+    pushing.push(folder, FILES, Push("me/mine", public=True))
     assert client.calls[2][1]["private"] is False
 
 
 def test_modelscope(modelscope: ModelScope, folder: Path) -> None:
     """Its client makes repositories public when it is not told."""
     to = Push("me/mine", "modelscope")
-    hub.check_push(to)
-    assert hub.push(folder, FILES, to) == "https://www.modelscope.cn/models/me/mine (private)"
+    pushing.check(to)
+    assert pushing.push(folder, FILES, to) == "https://www.modelscope.cn/models/me/mine (private)"
     assert modelscope.calls[0] == ("create_repo", {"repo_id": "me/mine", "visibility": "private"})
     assert sorted(modelscope.sent) == FILES
-    hub.push(folder, FILES, Push("me/mine", "modelscope", public=True))
+    pushing.push(folder, FILES, Push("me/mine", "modelscope", public=True))
     assert modelscope.calls[2][1]["visibility"] == "public"
     modelscope.there = True
     with pytest.raises(UserError, match="is on ModelScope already"):
-        hub.check_push(to)
+        pushing.check(to)
     modelscope.logged_in = False
     with pytest.raises(UserError, match="nobody is logged in to ModelScope"):
-        hub.check_push(to)
+        pushing.check(to)
 
 
 def test_modelscope_without_its_client(monkeypatch: pytest.MonkeyPatch, modelscope: ModelScope) -> None:
     sys.modules["modelscope.hub.api"].HubApi = SimpleNamespace  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"has no get_cookies, .* → pip install -U modelscope"):
-        hub.check_push(Push("me/mine", "modelscope"))
+        pushing.check(Push("me/mine", "modelscope"))
     monkeypatch.setitem(sys.modules, "modelscope.hub.api", None)
     with pytest.raises(UserError, match="ModelScope's client is not installed → pip install modelscope"):
-        hub.check_push(Push("me/mine", "modelscope"))
+        pushing.check(Push("me/mine", "modelscope"))
 
 
 @pytest.mark.parametrize("name", ["mine", "a/b/c", "/mine", "me/", "me/../x", "me/a b", "me/-x", "", "me/a--b"])
 def test_no_repository(name: str, client: Hub) -> None:
     with pytest.raises(UserError, match="is no repository → write OWNER/NAME"):
-        hub.check_push(Push(name))
+        pushing.check(Push(name))
     assert client.calls == []
 
 
 def test_what_cannot_be_pushed_is_known_before_the_merge(client: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(said: str, **more: Any) -> None:
         with pytest.raises(UserError, match=said) as caught:
-            hub.check_push(Push(**{"name": "me/mine", **more}))
+            pushing.check(Push(**{"name": "me/mine", **more}))
         assert TOKEN not in str(caught.value)
         assert client.calls == []
 
@@ -168,7 +169,7 @@ def test_what_cannot_be_pushed_is_known_before_the_merge(client: Hub, monkeypatc
     refused("is on the hub already → choose a new name, or --overwrite")
     client.private = False
     refused("is public there → say so with --public", again=True)
-    hub.check_push(Push("me/mine", again=True, public=True))
+    pushing.check(Push("me/mine", again=True, public=True))
     client.role = "read"
     refused("the token of this machine may only read → log in with a token that may write")
 
@@ -195,7 +196,7 @@ def test_a_push_that_fails_leaves_the_folder_and_the_command(
     monkeypatch.setenv("HF_TOKEN", token)
     client.broken = ValueError(f"Illegal header value b'Bearer {token}'")
     with pytest.raises(UserError) as caught:
-        hub.push(folder, FILES, Push("me/mine"))
+        pushing.push(folder, FILES, Push("me/mine"))
     said = str(caught.value)
     assert "was not pushed: the hub did not take it (Illegal header value b'Bearer ***')" in said
     assert token not in said
@@ -206,9 +207,6 @@ def test_a_push_that_fails_leaves_the_folder_and_the_command(
 
 def test_a_merge_is_pushed_only_when_that_is_asked(client: Hub, tmp_path: Path, base: Path) -> None:
     """From the command line: what is pushed is what lies there, but for merge.json."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
-    from test_combine import adapter
-
     one = adapter(base, tmp_path / "a", 1)
     words = ["merge", one, "--model", base, "--output", tmp_path / "out"]
     assert ft(*words).returncode == 0

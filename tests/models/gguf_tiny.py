@@ -96,3 +96,23 @@ def put(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         return
     adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     (writer.add_array if isinstance(value, list) else adders[type(value)])(key, value)
+
+
+# --- beside llama.cpp ---
+
+
+def prompt_of(tokenizer: Any, other: Any, question: str) -> list[int]:
+    """Ids of a question in the chat format; llama.cpp (`other`) makes the same of its text."""
+    chat = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert other.tokenize(text.encode(), add_bos=True, special=True) == ids
+    return ids
+
+
+def said(model: Any, tokenizer: Any, other: Any, ids: list[int], most: int) -> tuple[str, str]:
+    """The greedy answers of transformers and of llama.cpp."""
+    with torch.no_grad():
+        answer = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=most, do_sample=False)[0, len(ids) :]
+    theirs = other.create_completion(ids, max_tokens=most, temperature=0)["choices"][0]["text"]
+    return tokenizer.decode(answer.tolist(), skip_special_tokens=True), theirs

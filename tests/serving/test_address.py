@@ -35,9 +35,9 @@ def test_who_can_reach_it() -> None:
 
 
 def test_an_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune import early
+    from finetune.early import answering
 
-    real = early.importlib.util.find_spec
-    monkeypatch.setattr(early.importlib.util, "find_spec", lambda name: None if name == "fastapi" else real(name))
+    real = answering.importlib.util.find_spec
+    monkeypatch.setattr(answering.importlib.util, "find_spec", lambda name: None if name == "fastapi" else real(name))
     with pytest.raises(UserError, match=r"fastapi is not installed → pip install 'ft-recipes\[serve\]'"):
-        early.served([], "tiny-llama", [], "127.0.0.1", 0, None)
+        answering.served([], "tiny-llama", [], "127.0.0.1", 0, None)

@@ -18,10 +18,11 @@ from finetune.commands.chat.screen import Screen
 from finetune.commands.chat.talk import BASE, Talk
 from finetune.commands.chat.typed import Typed, Typing
 from finetune.errors import FinetuneError, UserError
+from finetune.evaluation.answering import tell_formats
 from finetune.evaluation.options import overridden
 from finetune.evaluation.streaming import Stop
 from finetune.evaluation.targets import Target, bases_of
-from finetune.evaluation.writers import changes_base, load, targets_of, writer_of
+from finetune.evaluation.writers import changes_base, load, share, targets_of, writer_of
 from finetune.recipe.sections import GenerationConfig
 from finetune.terminal.progress import console, note, warn
 
@@ -65,9 +66,7 @@ def made(targets: Sequence[Target], versus_base: bool, thinking: str | None) -> 
         raise UserError(what, path=first.name, key="--adapter", fix="give it another name: --adapter NAME=PATH")
     if versus_base or (first.adapter is not None and not changes_base(first)):
         base = writer_of(bases_of([first], "--versus-base")[0], thinking=thinking)
-    for said in dict.fromkeys(writer.prompter.encoder.notice for writer in writers.values()):
-        if said is not None:
-            note(said)
+    tell_formats(writers.values())
     return Talk(writers, first.name, base, versus_base)
 
 
@@ -75,8 +74,7 @@ def beside(talk: Talk) -> None:
     """The base, on what is loaded already where its adapters can be switched off."""
     first = next(iter(talk.writers.values()))
     if talk.base is not None and first.target.adapter is not None and not changes_base(first.target):
-        assert first.network is not None
-        talk.base.network = type(first.network)(first.network.model, None)
+        share(first, talk.base)
     elif talk.base is not None:
         note("the base is loaded beside it")
         load([talk.base])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ def write_adapter(adapter: Path, base: Path, path: Path) -> int:
         to = renamed(f"{name}.weight")
         if to is None or name.endswith("embed_tokens") or (name == "lm_head" and config.tie_word_embeddings):
             refuse(f"changes {name}, and llama.cpp adds no adapter there", adapter)
-    scales = {name: scale_of(name, b.shape[1], settings) for name, (_, b) in pairs.items()}
+    scales = {name: adapter_files.scale_of(settings, name) for name in pairs}
     # One alpha for the file: llama.cpp divides it by the layer's own rank. What differs is folded into B.
     alpha = scales[first := next(iter(pairs))] * pairs[first][1].shape[1]
     gguf = importlib.import_module("gguf")
@@ -95,15 +94,6 @@ def factors(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         else:
             found.setdefault(match[1], {})[match[2]] = weight.float()
     return {name: (pair["A"], pair["B"]) for name, pair in sorted(found.items())}
-
-
-def scale_of(name: str, rank: int, settings: dict[str, Any]) -> float:
-    """What B A is multiplied by, as peft does."""
-    from peft.utils.other import get_pattern_key
-
-    patterns = settings.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), name), settings["lora_alpha"])
-    return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 def check_written(path: Path, pairs: Any, scales: dict[str, float], config: Any, adapter: Path) -> None:

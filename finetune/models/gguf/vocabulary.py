@@ -167,7 +167,7 @@ def scores_of(merges: list[Any], tokens: list[str]) -> list[float]:
 def joined(text: str, ranks: dict[str, int], scores: list[float], prefix: bool) -> list[int]:
     """Ids of a text without added tokens, as llama.cpp's sentencepiece joins characters: the best score first, of
     equal ones the leftmost; what is no token becomes bytes."""
-    symbols: list[str] = list((" " if prefix else "").__add__(text).replace(" ", "▁"))
+    symbols = [*f"{' ' if prefix else ''}{text}".replace(" ", "▁")]
     after, before = [*range(1, len(symbols)), -1], [*range(-1, len(symbols) - 1)]
     queue: list[tuple[float, int, int, str]] = []
 
