@@ -23,6 +23,7 @@ from finetune.adapters.methods import is_before_text
 from finetune.base import Base
 from finetune.data.encoder import Encoder
 from finetune.data.text import separator
+from finetune.data.thinking import answer
 from finetune.errors import FinetuneError, RunError
 from finetune.evaluation.choices import through
 from finetune.evaluation.generation import only_as_told, stop_ids
@@ -68,7 +69,7 @@ def measure(
         pretrained=model, backend="causal", tokenizer=base.tokenizer,
         max_length=context(base.config, base.model),
         batch_size=1 if is_before_text(model) else batch_size,  # padding would come between them and the text
-        chat_template_args=asks, **own,
+        chat_template_args=asks, think_end_token=thinking_ends(encoder), **own,
     )  # fmt: skip
     loaded = TaskManager(include_defaults=False).load(list(tasks))
     for task in loaded["tasks"].values():
@@ -132,6 +133,14 @@ def told() -> Iterator[list[str]]:
         found += handler.lines()
 
 
+def thinking_ends(encoder: Encoder | None) -> str | int | None:
+    """What ends the thinking that the harness leaves out: an id where the tokenizer leaves the mark out of texts."""
+    if encoder is None or not encoder.thinking.known:
+        return None
+    tokenizer, end = encoder.tokenizer, encoder.thinking.end
+    return int(tokenizer.convert_tokens_to_ids(end)) if end in tokenizer.all_special_tokens else end
+
+
 def templates(encoder: Encoder | None) -> bool:
     """Whether the harness can ask by itself: plainly, or with the tokenizer's chat template."""
     return encoder is None or encoder.template is not None
@@ -146,6 +155,12 @@ def adapter_of(encoder: Encoder | None) -> Any:
             """Without the logits of virtual tokens before the text."""
             ids = arguments[0] if arguments else more["inps"]
             return super()._model_call(*arguments, **more)[:, -ids.shape[1] :]
+
+        def generate_until(self, *arguments: Any, **more: Any) -> list[str]:
+            """Thinking that does not end is no answer."""
+            texts: list[str] = super().generate_until(*arguments, **more)
+            marks = encoder.thinking if encoder is not None and encoder.thinking.known else None
+            return texts if marks is None else ["" if answer(text, marks).unfinished else text for text in texts]
 
     return Loaded if encoder is None or templates(encoder) else in_our_format(Loaded, encoder)
 

@@ -38,9 +38,10 @@ def problems_of(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        unknown = isinstance(error, KeyError)
+        unknown = isinstance(error, KeyError) and what.startswith("task ")
         fix = "`lm_eval ls tasks` lists all" if unknown else "mend the task, or see that its data can be had"
-        raise UserError(f"{what} cannot be read: {why(error)}", key=KEY, fix=fix) from error
+        text = "its data has no rows" if isinstance(error, StopIteration) else why(error)
+        raise UserError(f"{what} cannot be read: {text}", key=KEY, fix=fix) from error
 
 
 def load(names: Sequence[str]) -> list[Any]:

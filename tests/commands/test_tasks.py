@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,7 @@ def test_generated_answers_are_ours(run: Path, tmp_path: Path) -> None:
         (["--tasks", "{tmp}/empty"], "--tasks: defines no task"),
         (["--tasks", "{tmp}/broken"], "cannot be read"),
         (["--tasks", "{tmp}/gone,things", "--metrics", "bleu"], "--tasks: no such task"),
+        (["--tasks", "{tmp}/none"], "none cannot be read: its data has no rows"),
         (["--tasks", "{tmp}/half"], "bad.yaml cannot be read: ParserError"),
         (["--tasks", "{tmp}/other"], "t.yml: --tasks: the harness reads only .yaml"),
         (["--tasks", "{tmp}/t,{tmp}/u"], "--tasks: two tasks are called t"),
@@ -180,6 +182,7 @@ def test_tasks_that_cannot_be(base: Path, tmp_path: Path, arguments: list[str], 
     task(tmp_path / "zero", "zero", rows, num_fewshot=0, **WRITTEN)
     task(tmp_path / "many", "many", rows, num_fewshot=5, **WRITTEN)
     task(tmp_path / "begun", "begun", rows, gen_prefix="It is", **WRITTEN)
+    task(tmp_path / "none", "none", [], **WRITTEN)
     task(tmp_path / "half", "good", rows, **WRITTEN)
     (tmp_path / "half" / "bad.yaml").write_text("task: bad\nmetric_list: [a\n: b")
     (tmp_path / "half" / "recipe.yaml").write_text("stage: sft\n: [")  # none of the harness's
@@ -190,6 +193,33 @@ def test_tasks_that_cannot_be(base: Path, tmp_path: Path, arguments: list[str], 
     assert found.returncode == 2, found.stderr + found.stdout
     assert said in found.stderr
     assert "loading" not in found.stderr
+
+
+@harness
+@warned
+def test_what_stands_behind_the_thinking_is_the_answer(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two written answers one ends inside its thinking."""
+    import torch
+    import trl
+    from lm_eval.models.huggingface import HFLM
+
+    shutil.copytree(base, tmp_path / "base")
+    template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
+    (tmp_path / "base" / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+    def writes(self: Any, context: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        texts = ["<think>\nhm 5\n</think>\n\n7", "<think>\n7\n7\n7\n7\n7\n7"]
+        ids = [self.tokenizer.encode(text)[:24] for text in texts]
+        return torch.cat([context, torch.tensor([row + [0] * (24 - len(row)) for row in ids])], 1)
+
+    monkeypatch.setattr(HFLM, "_model_generate", writes)
+    rows = [{"text": f"say {i}", "answer": answer} for i, answer in enumerate(("7", ""))]
+    settings = {**WRITTEN, "generation_kwargs": {"until": ["\n"], "max_gen_toks": 24}}
+    folder = task(tmp_path / "t", "t", rows, **settings)
+    found = as_json("--model", tmp_path / "base", "--tasks", folder, "--thinking", "on", cwd=tmp_path)
+    assert found["runs"][0]["tasks"]["t"]["exact_match"] == 1
 
 
 @harness
