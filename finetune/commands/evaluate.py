@@ -14,7 +14,7 @@ from typing import Any
 from finetune.base import Base
 from finetune.data.thinking import switched
 from finetune.errors import UserError
-from finetune.evaluation import harness, options
+from finetune.evaluation import harness, harness_tasks, options
 from finetune.evaluation.generation import Evaluation, notice
 from finetune.evaluation.kept import Kept
 from finetune.evaluation.measuring import add_rewards, chats, evaluate_sets, load_model
@@ -23,6 +23,7 @@ from finetune.evaluation.parts import held_out, parts_of, sets_of
 from finetune.evaluation.report import report, write_predictions
 from finetune.evaluation.sets import bases_of_each, found_in, leaks_of
 from finetune.evaluation.targets import Target, bases_of, find_targets, quantized
+from finetune.models.rope import context
 from finetune.terminal.progress import note, warn
 
 
@@ -38,7 +39,7 @@ def run(
     if tasks is not None:
         own = {"--data": data, "--metrics": named, "--reward": reward, "--predictions": predictions,
                "--show-changes": show_changes or None, "--resume": resume, "--shots-from": shots_from, "--seed": seed,
-               "--temperature": temperature}  # fmt: skip
+               "--temperature": temperature, "--show": show if show not in (0, 3) else None}  # fmt: skip
         refuse(own, "--tasks hands over to lm-evaluation-harness, whose tasks say it")
         asked_of, kinds = find_targets(runs, recipe, model, adapter, compare_base), quantizations(quantization)
         measure_tasks(asked_of, tasks, compare_base, kinds, shots, limit, thinking, json_file)
@@ -98,7 +99,7 @@ def run(
             if reward is not None and part.held.kind == "answers":
                 add_rewards(reward, every, part.held.samples, part.chosen)
             sets.append(
-                found_in(part, targets, results, [before.get(id(t)) for t in targets], bool(kinds), show_changes)
+                found_in(part, targets, results, [before.get(id(t)) for t in targets], len(kinds) > 1, show_changes)
             )
         if predictions is not None:
             write_predictions(predictions, sets)
@@ -116,20 +117,26 @@ def measure_tasks(
     names = options.tasks(tasks)
     if scorer := next((target for target in targets if target.scores is not None), None):
         raise UserError(f"{scorer.name} is a reward model, and tasks are for models that write", key="--tasks")
-    harness.load(names)  # what is wrong with them is said before a model is loaded
-    measured = []
+    loaded = harness_tasks.load(names)
+    opened = []
     for target in [*(bases_of(targets) if compare_base else ()), *targets]:
         for each in [quantized(target, kind) for kind in kinds] or [target]:
             base = Base.open(each.model, each.adapter or each.template, each.treatment)
             key = "eval.thinking" if thinking is None else "--thinking"
             asked = switched(thinking or each.eval.thinking)
             encoder = base.asking(asked, key) if chats(base) else None
-            model = load_model(each, base)
-            note(f"{each.name}: {', '.join(names)} of lm-evaluation-harness")
-            loaded = harness.load(names)
-            size = each.eval.batch_size
-            measured.append(harness.measure(each.name, model, base, encoder, loaded, shots, limit, size))
-    harness.report(measured, json_file, limit)
+            length = context(base.config, base.model)
+            harness_tasks.check(loaded, each.name, length, shots, harness.templates(encoder))
+            opened.append((each, base, encoder))
+    measured = []
+    for each, base, encoder in opened:  # what is wrong with tasks or models is said before one is loaded
+        model = load_model(each, base)
+        note(f"{each.name}: {', '.join(names)} of lm-evaluation-harness")
+        size = each.eval.batch_size
+        tasks_of_it = harness_tasks.load(names)  # tasks are used once
+        measured.append(harness.measure(each.name, model, base, encoder, tasks_of_it, shots, limit, size))
+        del model
+    harness.report(measured, json_file, limit, len(kinds))
 
 
 def with_settings(target: Target, options: dict[str, Any], shots: int | None = None) -> Target:

@@ -123,8 +123,8 @@ def of_replies(section: EvalConfig, rows: Sequence[Mapping[str, Any]]) -> list[M
     as the answer."""
     named = section.during.metrics if section.during is not None else None
     found = asked.find(named or (), "answers", KEY)
-    asked.check_rows(found, rows, KEY)
     written_ones(found)
+    asked.check_rows(found, rows, KEY)
     return found
 
 
@@ -136,8 +136,8 @@ def metrics_of(recipe: Recipe, rows: Sequence[HeldRow]) -> list[Metric]:
         found = [metric for metric in metrics.by_itself("answers", tried) if metric.needs == "prediction"]
     else:
         found = asked.find(named, "answers", KEY)
+        written_ones(found)
         asked.check_rows(found, tried, KEY)
-    written_ones(found)
     best = recipe.best_in
     if recipe.keeps_best and recipe.best_in_answers and best not in (None, *(metric.name for metric in found)):
         fix = f"one of {', '.join(metric.name for metric in found)}, or name it in {KEY}"

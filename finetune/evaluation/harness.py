@@ -1,7 +1,6 @@
 """`ft eval --tasks`: tasks of lm-evaluation-harness (0.4), on a model that we have loaded and with its adapter on.
 
-A task is a name that the harness knows, a YAML file, or a folder of them; data files that such a task names are looked
-for beside it, so that a folder works from everywhere and offline. The harness makes the prompts, compares and counts.
+The harness makes the prompts, compares and counts.
 """
 
 from __future__ import annotations
@@ -9,24 +8,31 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from finetune.adapters.methods import is_before_text
 from finetune.base import Base
 from finetune.data.encoder import Encoder
-from finetune.errors import UserError
+from finetune.data.text import separator
+from finetune.data.thinking import answer
+from finetune.errors import FinetuneError, RunError
 from finetune.evaluation.choices import through
 from finetune.evaluation.generation import only_as_told, stop_ids
+from finetune.evaluation.harness_tasks import apart, why
 from finetune.evaluation.options import HARNESS
 from finetune.metrics import paired
 from finetune.models.rope import context
 from finetune.run.writing import write_json
-from finetune.terminal.progress import note, row, say, say_json, show
+from finetune.terminal.progress import note, row, say, say_json, show, warn
 
 
 @dataclass
@@ -39,76 +45,8 @@ class Measured:
     rows: dict[str, dict[Any, float]]
     """{task/metric: {document: value}}"""
     templated: bool
-
-
-@contextlib.contextmanager
-def problems_of(what: str) -> Iterator[None]:
-    """What the harness and datasets raise while tasks are read, as a line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        unknown = isinstance(error, KeyError)
-        fix = "`lm_eval ls tasks` lists all" if unknown else "mend the task, or see that its data can be had"
-        raise UserError(f"{what} cannot be read: {type(error).__name__}: {text}", key="--tasks", fix=fix) from error
-
-
-def load(names: Sequence[str]) -> list[Any]:
-    """Tasks and groups, with their data. UserError for what is not there, before a model is loaded."""
-    logging.getLogger(HARNESS).setLevel(logging.ERROR)
-    from lm_eval.tasks import TaskManager
-
-    found: list[Any] = []
-    known: Any = None
-    for name in names:
-        place = Path(name).expanduser()
-        if place.is_dir() or place.suffix in (".yaml", ".yml"):
-            found += of_place(place)
-            continue
-        if known is None:
-            known = TaskManager()
-        with problems_of(f"task {name}"):
-            found += whole(known.load([name]))
-    return found
-
-
-def of_place(place: Path) -> list[Any]:
-    """The groups that a folder defines, or else its tasks; or what a file does."""
-    from lm_eval.tasks import TaskManager
-
-    folder = (place if place.is_dir() else place.parent).resolve()
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    names = manager.all_groups or manager.all_subtasks if place.is_dir() else [str(place.resolve())]
-    if not names:
-        fix = "lay a YAML file with `task: NAME` into it"
-        raise UserError("defines no task", path=place, key="--tasks", fix=fix)
-    with problems_of(str(place)), beside(folder):
-        return whole(manager.load(names))
-
-
-@contextlib.contextmanager
-def beside(folder: Path) -> Iterator[None]:
-    """Relative paths of data files are meant from the task's folder."""
-    before = Path.cwd()
-    with contextlib.chdir(folder):
-        try:
-            yield
-        except FileNotFoundError:
-            raise UserError(
-                f"names data that is neither in it nor elsewhere (looked for from {folder}, not from {before})",
-                path=folder, key="--tasks", fix="give data_files beside the YAML file, or by their whole path",
-            ) from None  # fmt: skip
-
-
-def whole(loaded: Mapping[str, Any]) -> list[Any]:
-    """The groups, and the tasks that are in none of them."""
-    groups = list(loaded["groups"].values())
-    inside = {id(task) for group in groups for task in group.get_all_tasks()}
-    below = {id(group) for one in groups for group in one.get_all_groups()}
-    tasks = [task for task in loaded["tasks"].values() if id(task) not in inside]
-    return [*(group for group in groups if id(group) not in below), *tasks]
+    notes: list[str] = field(default_factory=list)
+    """What the harness warned of."""
 
 
 def measure(
@@ -120,23 +58,92 @@ def measure(
     Args:
         encoder: asks as a conversation; None: as the tasks are published.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
+    from lm_eval.tasks import TaskManager
 
     asks = {}
     if encoder is not None and encoder.thinking.switch is not None and encoder.asks is not None:
         asks = {encoder.thinking.switch: encoder.asks}
+    own = {} if templates(encoder) else {"add_bos_token": False, "prefix_token_id": separator(base.tokenizer)[-1]}
     wrapped = adapter_of(encoder)(
         pretrained=model, backend="causal", tokenizer=base.tokenizer,
         max_length=context(base.config, base.model),
         batch_size=1 if is_before_text(model) else batch_size,  # padding would come between them and the text
-        chat_template_args=asks,
+        chat_template_args=asks, think_end_token=thinking_ends(encoder), **own,
     )  # fmt: skip
-    with only_as_told(model, stop_ids(model, encoder or base.encoder)):
-        found: Any = simple_evaluate(
-            wrapped, tasks=list(tasks), num_fewshot=shots, limit=limit, apply_chat_template=encoder is not None,
-            batch_size=batch_size, bootstrap_iters=1000, log_samples=True,
+    loaded = TaskManager(include_defaults=False).load(list(tasks))
+    for task in loaded["tasks"].values():
+        if shots is not None or task.config.num_fewshot is None:
+            task.set_config(key="num_fewshot", value=shots or 0)
+        apart(task)
+        task.set_fewshot_seed(seed=SEED)
+    with only_as_told(model, stop_ids(model, encoder or base.encoder)), told() as warnings, failures(name):
+        torch.manual_seed(SEED)
+        found: Any = evaluate(
+            wrapped, loaded, limit=limit, apply_chat_template=encoder is not None, fewshot_as_multiturn=True,
+            bootstrap_iters=1000, log_samples=True,
         )  # fmt: skip
-    return Measured(name, figures_of(found), rows_of(found), encoder is not None)
+    return Measured(name, figures_of(found), rows_of(found), encoder is not None, warnings)
+
+
+SEED = 1234  # the harness's own
+
+
+@contextlib.contextmanager
+def failures(name: str) -> Iterator[None]:
+    """What a task's own functions raise while it is measured, as a line."""
+    try:
+        yield
+    except (FinetuneError, torch.OutOfMemoryError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{last.filename}, line {last.lineno}, in {last.name}"
+        raise RunError(f"{name}: the harness stopped at {where}: {why(error)}; --debug shows the traceback") from error
+
+
+class Warnings(logging.Handler):
+    """Counts what the harness warns of; numbers and rows that differ are one warning."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.seen: dict[str, list[str]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage().partition("\n")[0].strip()
+        self.seen.setdefault(re.sub(r"\d+", "0", text), []).append(text)
+
+    def lines(self) -> list[str]:
+        return [f"{found[0]} ({len(found)} times)" if len(found) > 1 else found[0] for found in self.seen.values()]
+
+
+@contextlib.contextmanager
+def told() -> Iterator[list[str]]:
+    """What the harness warns of meanwhile: prompts that are cut, answers that are no option, …"""
+    logger, handler, found = logging.getLogger(HARNESS), Warnings(), list[str]()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
+        found += handler.lines()
+
+
+def thinking_ends(encoder: Encoder | None) -> str | int | None:
+    """What ends the thinking that the harness leaves out: an id where the tokenizer leaves the mark out of texts."""
+    if encoder is None or not encoder.thinking.known:
+        return None
+    tokenizer, end = encoder.tokenizer, encoder.thinking.end
+    return int(tokenizer.convert_tokens_to_ids(end)) if end in tokenizer.all_special_tokens else end
+
+
+def templates(encoder: Encoder | None) -> bool:
+    """Whether the harness can ask by itself: plainly, or with the tokenizer's chat template."""
+    return encoder is None or encoder.template is not None
 
 
 def adapter_of(encoder: Encoder | None) -> Any:
@@ -149,7 +156,13 @@ def adapter_of(encoder: Encoder | None) -> Any:
             ids = arguments[0] if arguments else more["inps"]
             return super()._model_call(*arguments, **more)[:, -ids.shape[1] :]
 
-    return Loaded if encoder is None or encoder.template is not None else in_our_format(Loaded, encoder)
+        def generate_until(self, *arguments: Any, **more: Any) -> list[str]:
+            """Thinking that does not end is no answer."""
+            texts: list[str] = super().generate_until(*arguments, **more)
+            marks = encoder.thinking if encoder is not None and encoder.thinking.known else None
+            return texts if marks is None else ["" if answer(text, marks).unfinished else text for text in texts]
+
+    return Loaded if encoder is None or templates(encoder) else in_our_format(Loaded, encoder)
 
 
 def in_our_format(parent: Any, encoder: Encoder) -> Any:
@@ -159,9 +172,6 @@ def in_our_format(parent: Any, encoder: Encoder) -> Any:
 
     class Asked(parent):
         def apply_chat_template(self, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            if not add_generation_prompt:
-                what = "a task begins the assistant's answer, which this chat format has no room for"
-                raise UserError(what, key="--tasks", fix="take gen_prefix out of it")
             text = json.dumps(history, ensure_ascii=False)
             asked[text] = history
             return text
@@ -173,7 +183,10 @@ def in_our_format(parent: Any, encoder: Encoder) -> Any:
         def tok_batch_encode(
             self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **more: Any
         ) -> Any:
-            rows = [self.tok_encode(text)[-(left_truncate_len or 0) :] for text in strings]
+            rows = [self.tok_encode(text) for text in strings]
+            if left_truncate_len and any(len(ids) > left_truncate_len for ids in rows):
+                logging.getLogger(HARNESS).warning("a prompt is cut to its last %s tokens", left_truncate_len)
+                rows = [ids[-left_truncate_len:] for ids in rows]
             found = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
             return found["input_ids"], found["attention_mask"]
 
@@ -223,12 +236,14 @@ def rows_of(found: Mapping[str, Any]) -> dict[str, dict[Any, float]]:
 ABOUT = ("n", "shots")
 
 
-def compared(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """The others against the first, document by document, in what each task calls its metrics."""
-    first = measured[0]
+def compared(measured: Sequence[Measured], kinds: int = 0) -> list[dict[str, Any]]:
+    """The others against the first, document by document, in what each task calls its metrics; of several `kinds` each
+    model in the others against itself in the first."""
     found = []
-    for other in measured[1:]:
-        for name, before in first.rows.items():
+    size = kinds if kinds > 1 else len(measured)
+    for start in range(0, len(measured), size):
+        first, *others = measured[start : start + size]
+        for other, (name, before) in product(others, first.rows.items()):
             after = other.rows.get(name, {})
             places = [place for place in before if place in after]
             if places:
@@ -237,9 +252,12 @@ def compared(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return found
 
 
-def report(measured: Sequence[Measured], json_file: str | None, limit: int | None) -> None:
+def report(measured: Sequence[Measured], json_file: str | None, limit: int | None, kinds: int = 0) -> None:
     """As a table on stdout, as JSON there, or both."""
-    comparisons = compared(measured)
+    for one in measured:
+        for line in one.notes:
+            warn(f"{one.name}: {line}")
+    comparisons = compared(measured, kinds)
     runs = [
         {"name": one.name, "tasks": one.figures, "generation": {"chat_template": one.templated}} for one in measured
     ]

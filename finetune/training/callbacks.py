@@ -75,6 +75,7 @@ class Proven(TrainerCallback):
 
     def __init__(self) -> None:
         self.proof: Proof | None = None
+        self.found: dict[str, Any] | None = None
         self.steps = self.left_out = 0
         """Steps taken, and left out by loss scaling."""
 
@@ -91,6 +92,13 @@ class Proven(TrainerCallback):
         if self.proof is not None:
             self.proof.look()
             self.proof.count(max(group["lr"] for group in optimizer.param_groups))
+
+    def finish(self) -> dict[str, Any] | None:
+        """What the proof says of the weights that training ended with. The best may be older: those of a first step, at
+        which LoRA's A stays as it is, or those that a resumed run began with."""
+        if self.found is None and self.proof is not None and self.proof.seen:
+            self.found = self.proof.finish()
+        return self.found
 
 
 SMALLEST_SCALE = 1e-4

@@ -67,7 +67,7 @@ def fit(trainer: Any, run: Run, checkpoint: Path | None, inputs: dict[str, str])
     finally:
         guard.restore()  # a trainer that raises calls no on_train_end
     return {
-        "trained": proven.proof.finish() if proven.proof is not None and proven.proof.seen else None,
+        "trained": proven.finish(),
         "train_loss": output.training_loss, "steps": step, "epochs": round(trainer.state.epoch or 0.0, 4),
         "seconds": round(time.perf_counter() - trainer.begun, 2),
         "seen_tokens": int(trainer.state.num_input_tokens_seen or trainer._total_train_tokens),
@@ -83,6 +83,18 @@ def of_the_saved_weights(trainer: Any, run: Run) -> dict[str, float]:
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     step = int(best.rpartition("-")[2]) if best else trainer.state.global_step
     rows = [row for row in run.read_metrics() if row.get("step") == step and wanted <= row.keys()]
-    row = rows[-1] if rows else trainer.evaluate_all()
+    row = rows[-1] if rows else evaluated(trainer, step)
     timed = ("_runtime", "_per_second", "_time")
     return {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_") and not k.endswith(timed)}
+
+
+def evaluated(trainer: Any, step: int) -> dict[str, float]:
+    """All held-out figures of the weights that the model holds, which metrics.jsonl has at the step they are of."""
+    state = trainer.state
+    last, epoch = state.global_step, state.epoch
+    try:
+        state.global_step, state.epoch = step, (epoch or 0.0) * step / max(last, 1)
+        found: dict[str, float] = trainer.evaluate_all()
+    finally:
+        state.global_step, state.epoch = last, epoch
+    return found

@@ -63,6 +63,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str = "") -> None:
     """Everything of PANELS that was logged, over steps; with intervals where a row has KEY_ci beside KEY."""
     import matplotlib
 
+    rows = sorted(rows, key=lambda row: row["step"])  # the best checkpoint's may come last
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter

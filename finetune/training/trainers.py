@@ -31,6 +31,7 @@ from finetune.errors import RunError
 from finetune.metrics import Metric, ratio_interval
 from finetune.recipe.sections import TrainConfig
 from finetune.run.checkpoints import complete, damage, known_of, rotate
+from finetune.training.callbacks import Proven
 from finetune.training.loss_parts import balances, score_trained_positions, scores_are_its_own
 from finetune.training.optim import MuonWithAdamW, decayed, faster_b, muon_split
 from finetune.training.sampler import OrderedSampler
@@ -175,6 +176,7 @@ class Extras:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
+        next(one for one in self.callback_handler.callbacks if isinstance(one, Proven)).finish()
         best = Path(self.state.best_model_checkpoint)
         if (reason := damage(best)) is not None:
             raise RunError(f"the best checkpoint {best} is damaged: {reason}")
@@ -239,7 +241,8 @@ class Extras:
         if key is not None and key not in metrics:
             if recipe.best_in_answers and not self.answers_due():
                 return False
-            found = ", ".join(k.removeprefix("eval_") for k, v in metrics.items() if isinstance(v, float))
+            known = (k for k, v in metrics.items() if k.startswith("eval_") and isinstance(v, float))
+            found = ", ".join(k.removeprefix("eval_") for k in known) or "nothing else"
             raise RunError(f"train.metric_for_best_model: no {key.removeprefix('eval_')} was measured, but {found}")
         best: bool = super()._determine_best_metric(metrics, trial)  # type: ignore[misc]
         return best

@@ -149,6 +149,42 @@ def test_the_best_by_a_metric_and_its_patience(recipe: Recipe, rows: Path, tmp_p
     assert all(torch.equal(t, kept[k]) for k, t in tensors(again.adapter).items())
 
 
+def test_the_first_step_may_be_the_best(recipe: Recipe) -> None:
+    """At it LoRA's A stands still. What is measured of it at the end is on record as that step's."""
+    keep = {"load_best_model_at_end": True, "metric_for_best_model": "mean_token_accuracy", "save_steps": 1}
+    run = train(  # so little is learned that the first of them stays the best
+        recipe(
+            train={"max_steps": 4, "learning_rate": 1e-6, "eval_steps": 1, **keep},
+            data={"eval_split": 6},
+            eval={**SHORT, "during": {"steps": 4, "metrics": "token_f1"}},
+        )
+    )
+    found = result(run)
+    assert found["best_checkpoint"].endswith("checkpoint-1")
+    assert found["trained"]["changed_equals_declared"]
+    assert [row["step"] for row in run.read_metrics() if "eval_token_f1" in row] == [4, 1]
+    losses = [row["eval_loss"] for row in run.read_metrics() if row["step"] == 1 and "eval_loss" in row]
+    assert losses == [pytest.approx(found["eval"]["loss"])] * 2
+
+
+def test_a_run_that_goes_on_from_its_best_may_end_with_it(recipe: Recipe, rows: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "train": {"max_steps": 5, "save_steps": 1, "load_best_model_at_end": True, "save_total_limit": 9},
+        "eval": {
+            "data": str(rows), **SHORT,
+            "during": {"steps": 1, "metrics": scripted(tmp_path, [1.0, 5.0, 1.0, 1.0, 1.0]), "limit": 1},
+        },
+    }  # fmt: skip
+    run = train(recipe(**settings))
+    run.result.unlink()  # killed after the second step
+    for step in (3, 4, 5):
+        shutil.rmtree(run.checkpoints / f"checkpoint-{step}")
+    (tmp_path / "at").write_text("xx")
+    again = train(recipe(**settings), resume=True)
+    assert result(again)["best_checkpoint"].endswith("checkpoint-2")
+    assert result(again)["trained"]["changed_equals_declared"]
+
+
 @pytest.mark.parametrize(
     ("stage", "best", "low"), [("dpo", "rewards/rejected", True), ("kto", "rewards/margins", False)]
 )
@@ -228,6 +264,14 @@ def test_what_cannot_be_is_refused_by_name(recipe: Recipe, rows: Path, sections:
     found = ft(sections.get("stage", "sft"), path, "--dry-run")
     assert found.returncode == 2
     assert said in found.stderr + found.stdout
+
+
+def test_ppo_refuses_what_is_not_of_answers(base: Path, tmp_path: Path) -> None:
+    held = write_rows(tmp_path / "held.jsonl", [{"prompt": "say 1", "completion": "1"}])
+    path = ppo_recipe(tmp_path, base, "asked", eval={"data": str(held), "during": {"metrics": "loss"}})
+    found = ft("ppo", path, "--dry-run")
+    assert found.returncode == 2, found.stderr
+    assert "eval.during.metrics: loss is no metric of written answers" in found.stderr
 
 
 def test_without_a_split_the_first_metric_chooses(recipe: Recipe, rows: Path, tmp_path: Path) -> None:
