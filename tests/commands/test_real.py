@@ -30,11 +30,11 @@ def test_smoke(tmp_path: Path) -> None:
     """Loaded from the packaged GGUF file, trained for three steps, asked, and merged into an ordinary folder."""
     rows = [json.loads(line) for line in (ROOT / "data_templates" / "tickets_test.jsonl").open(encoding="utf-8")]
     rows = [row for row in rows if row["messages"][0]["content"].isascii()]
-    data, held = write_rows(tmp_path / "rows.jsonl", rows[:12]), write_rows(tmp_path / "held.jsonl", rows[12:14])
+    data, held = write_rows(tmp_path / "rows.jsonl", rows[:12]), write_rows(tmp_path / "held.jsonl", rows[12:13])
     run, merged = tmp_path / "run", tmp_path / "merged"
     values = {
         "data.train": data, "eval.data": held, "eval.max_new_tokens": 8, "train.max_steps": 3, "train.warmup_steps": 0,
-        "train.effective_batch_size": 4, "train.logging_steps": 1,
+        "train.effective_batch_size": 2, "train.per_device_train_batch_size": 2, "train.logging_steps": 1,
     }  # fmt: skip
     settings = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
     trained = ft("sft", "--recipe", "smollm2_sft.yaml", *settings, "--output", run)
