@@ -384,6 +384,12 @@ class DuringConfig(Section):
     limit: Count = 100
     """Only the first n held-out rows."""
 
+    @model_validator(mode="after")
+    def _named(self) -> DuringConfig:
+        if self.metrics == []:
+            raise ValueError("eval.during.metrics: names no metric; leave it out, or name one")
+        return self
+
 
 class EvalSet(Section):
     path: str
@@ -472,6 +478,12 @@ class EvalConfig(Section):
     """File that shots are drawn from; unset: data.train, or for a model without a run the other held-out rows."""
     during: DuringConfig | None = None
     """Answer held-out rows (of eval.data, otherwise of data.eval_split) while the run trains; {} with the defaults."""
+
+    @model_validator(mode="after")
+    def _named(self) -> EvalConfig:
+        if self.metrics == []:
+            raise ValueError("eval.metrics: names no metric; leave it out, or name one")
+        return self
 
     @property
     def sets(self) -> list[HeldSet]:

@@ -241,6 +241,8 @@ def test_ppo_answers_held_out_prompts(base: Path, tmp_path: Path) -> None:
         ),
         ({"data": {"eval_split": 6}, "eval": {"during": {"steps": 9}}}, "eval.during.steps: 9 steps between"),
         ({"data": {"eval_split": 6}, "eval": {"during": {"metrics": "rouge"}}}, "eval.during.metrics: no metric"),
+        ({"data": {"eval_split": 6}, "eval": {"during": {"metrics": ""}}}, "eval.during.metrics: names no metric"),
+        ({"eval": {"metrics": []}}, "eval.metrics: names no metric"),
         ({"data": {"eval_split": 6}, "eval": {"during": {"metrics": "loss"}}}, "loss is no metric of written answers"),
         (
             {
