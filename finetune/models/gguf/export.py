@@ -264,10 +264,3 @@ def chat_texts(tokenizer: Any) -> list[str]:
         return []
     chat = [{"role": "user", "content": "Hello, 1, 2 world\n\n 北京"}]
     return [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)]
-
-
-def write_adapter(adapter: Path, base: Path, path: Path) -> int:
-    """See adapter.write_adapter."""
-    from finetune.models.gguf.adapter import write_adapter
-
-    return write_adapter(adapter, base, path)
