@@ -25,16 +25,22 @@ from finetune.errors import RunError, UserError
 from finetune.models import adapter_files, attach, sources, tokenizers
 from finetune.models.adapter_files import described
 from finetune.models.gguf.adapter import write_adapter
+from finetune.models.gguf.export import portable
+from finetune.models.gguf.header import begins_by_itself
+from finetune.models.gguf.places import model_name
 from finetune.models.identity import IDENTITY_FILE, check_identity, configs_of, read_identity
 from finetune.models.weight_files import tensors
 from finetune.run.directory import versions
 from finetune.run.writing import write_atomically, write_json
-from finetune.terminal.progress import note, shown_name
+from finetune.serving import modelfiles
+from finetune.terminal.progress import command, note, shown_name, warn
 from finetune.training import model_card
 
 EXACT = 1e-6
 """What the export of a layer may miss, of its size: one rounding to float32."""
 GGUF_FILE = "adapter.gguf"
+TEMPLATE_FILE = "chat_template.jinja"
+BASE_FILE = "BASE.gguf"
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,25 @@ class Job:
     def place(self) -> str:
         """The base, as another program is told of it."""
         name = self.base.model.name
-        return str(self.base.folder) if name in sources.known_names() or Path(name).expanduser().exists() else name
+        here = self.made_here or Path(name).expanduser().exists()
+        return str(self.base.folder) if here else name
+
+    @property
+    def made_here(self) -> bool:
+        """Whether nobody else has the base's folder by its name: it comes with this package, or is made of a file."""
+        return self.base.model.name in sources.known_names() or sources.is_gguf_base(self.base.model)
+
+    @property
+    def own_template(self) -> bool:
+        """Whether the adapter was trained in another chat format than its base has."""
+        return bool(self.base.tokenizer.chat_template != tokenizers.load_tokenizer(self.base.model).chat_template)
 
 
 def run(adapter: str, consumer: str, output: str, *, model: str | None = None, overwrite: bool = False) -> None:
     target = Path(output).expanduser()
     check_target(target, overwrite, EXPORT)
     job = opened(adapter, consumer, target, model)
-    write = write_gguf if consumers.consumer(consumer).gguf else write_peft
+    write = {"llama.cpp": write_llama_cpp, "ollama": write_ollama}.get(consumer, write_peft)
     with places.built_beside(target, "--output", lambda: written_names(target, overwrite, EXPORT)) as part:
         said = write(job, part, target)
         files = sorted({path.name for path in part.iterdir()} - {places.UNFINISHED} | {EXPORT})
@@ -65,6 +82,20 @@ def run(adapter: str, consumer: str, output: str, *, model: str | None = None, o
     note(f"exported for {consumers.consumer(consumer).what}: {target}")
     for line in said:
         note(line)
+    for line in differences(job):
+        warn(line)
+
+
+def differences(job: Job) -> list[str]:
+    """What is otherwise there than where the adapter was trained."""
+    said, marks = [], job.base.encoder.thinking
+    if kind := read_identity(job.adapter).get("quantization"):
+        said.append(f"it was trained on {kind} weights: on the original ones its answers may differ a little")
+    # The Modelfile asks as was trained.
+    if job.consumer != "ollama" and (found := thinking.mismatch(job.base.trained, None, marks)):
+        how = f"{marks.switch}: {str(thinking.usual(job.base.trained)).lower()}"
+        said.append(f"by the chat template's default {found}: ask with {how}")
+    return said
 
 
 def opened(adapter: str, consumer: str, target: Path, model: str | None) -> Job:
@@ -79,12 +110,15 @@ def opened(adapter: str, consumer: str, target: Path, model: str | None) -> Job:
     consumers.check_base(consumer, model_type, folder)
     consumers.check_names(consumer, sorted(adapter_files.shapes(folder)), model_type, folder)
     check_identity(folder, base.folder, config.name)
-    attach.check_adapter(folder, config)
+    if config.rope_scaling is not None and config.rope_scaling.rope_type != "default":
+        what = f"was trained with model.rope_scaling ({config.rope_scaling.rope_type}), which its base alone has not"
+        raise UserError(what, path=folder, key="--for", fix=consumers.MERGE)
     if consumer == "ollama" and not sources.is_gguf_base(config):
         raise UserError(
             "Ollama puts an adapter on a GGUF base, and its base is none", path=folder, key="--for",
             fix="merge it: ft merge --format gguf writes the whole model with its Modelfile",
         )  # fmt: skip
+    attach.check_adapter(folder, config)
     return Job(folder, base, consumer, stored)
 
 
@@ -108,10 +142,7 @@ def write_peft(job: Job, out: Path, target: Path) -> list[str]:
     if job.consumer == "peft":
         return [*said, consumers.in_python(stored, target.resolve())]
     name = served_name(target)
-    said += [vllm_command(job, stored, job.place, name, target.resolve()), f'asked for with "model": "{name}"']
-    if kind := read_identity(job.adapter).get("quantization"):
-        said.append(f"it was trained on {kind} weights: on the original ones its answers may differ a little")
-    return said
+    return [*said, vllm_command(job, stored, job.place, name, target.resolve()), f'asked for with "model": "{name}"']
 
 
 def check_same(before: Any, after: Any, folder: Path) -> None:
@@ -132,7 +163,7 @@ def vllm_command(job: Job, stored: dict[str, Any], base: str, name: str, folder:
     """What serves the base with the adapter in `folder`, in the adapter's chat format."""
     size = consumers.size_of(consumers.consumer("vllm"), consumers.largest_rank(stored))
     parts = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", size, "--lora-modules", f"{name}={folder}"]
-    if job.base.tokenizer.chat_template != tokenizers.load_tokenizer(job.base.model).chat_template:
+    if job.own_template:
         parts += ["--chat-template", folder / "chat_template.jinja"]
     return shlex.join(map(str, parts))
 
@@ -148,8 +179,17 @@ def write_card(job: Job, out: Path, title: str, stored: dict[str, Any]) -> None:
     if job.consumer == "peft":
         other = rows if rows != have else None
         how = model_card.usage(stage, method, name, None, base.model.revision, sources.is_gguf_base(base.model), other)
+    elif job.consumer == "vllm":
+        place = "BASE" if job.made_here else name
+        how = ["```bash", vllm_command(job, stored, place, served_name(out.with_name(title)), Path()), "```"]
+        if job.made_here:
+            how = [f"BASE is the folder of {name} that `ft export` names where ft is.", "", *how]
+    elif job.consumer == "llama.cpp":
+        how = ["```bash", llama_command(job, BASE_FILE, Path()), "```"]
+        how = [f"{BASE_FILE} is {name} as a GGUF file.", "", *how]
     else:
-        how = ["```bash", vllm_command(job, stored, name, served_name(out.with_name(title)), Path()), "```"]
+        how = ["```bash", ollama_command(out.with_name(title), Path()), "```"]
+        how = [f"The line FROM in Modelfile names {name} as it lies where it was exported.", "", *how]
     recipe = model_card.trained_by(job.adapter)
     table = model_card.recipe_rows(*recipe) if recipe else [("method", method)]
     metrics = ["## Metrics", "", *model_card.metrics_of(recipe[1]), ""] if recipe and recipe[1] else []
@@ -165,11 +205,42 @@ def write_card(job: Job, out: Path, title: str, stored: dict[str, Any]) -> None:
     write_atomically(out / "README.md", "\n".join(lines))
 
 
-def write_gguf(job: Job, out: Path, target: Path) -> list[str]:
-    """As a GGUF file, for Ollama with a Modelfile. What is said of it."""
+def write_llama_cpp(job: Job, out: Path, target: Path) -> list[str]:
+    """A GGUF file for --lora, with the chat template where it is not the base's. What is said of it."""
     write_adapter(job.adapter, job.base.folder, out / GGUF_FILE)
-    gguf = sources.place(job.base.model) if sources.is_gguf_base(job.base.model) else None
-    if job.consumer == "ollama":
-        (out / "Modelfile").write_text(f"FROM {gguf}\nADAPTER ./{GGUF_FILE}\n", encoding="utf-8")
-        return [f"ollama create {target.resolve().name} -f {target.resolve() / 'Modelfile'}"]
-    return [f"llama-cli --model {gguf or 'BASE.gguf'} --lora {target.resolve() / GGUF_FILE}"]
+    if job.own_template:
+        (out / TEMPLATE_FILE).write_text(portable(job.base.tokenizer.chat_template), encoding="utf-8")
+    write_card(job, out, target.name, job.stored)
+    if sources.is_gguf_base(job.base.model):
+        return [llama_command(job, str(sources.gguf_base(job.base.model)), target.resolve())]
+    name = job.base.model.name if job.base.model.name in sources.known_names() else job.place
+    made = command("merge", "--model", name, "--format", "gguf", "--output", BASE_FILE)
+    return [f"its base as a GGUF file: {made}", llama_command(job, BASE_FILE, target.resolve())]
+
+
+def llama_command(job: Job, base: str, folder: Path) -> str:
+    parts = ["llama-cli", "--model", base, "--lora", folder / GGUF_FILE, "--jinja"]
+    if job.own_template:
+        parts += ["--chat-template-file", folder / TEMPLATE_FILE]
+    return shlex.join(map(str, parts))
+
+
+def write_ollama(job: Job, out: Path, target: Path) -> list[str]:
+    """The same with a Modelfile, which asks in the adapter's chat format."""
+    base, encoder = sources.gguf_base(job.base.model), job.base.asking(None)
+    made = modelfiles.of(
+        encoder, str(base), modelfiles.ends(encoder, job.base.folder), begins_by_itself(base),
+        about=f"{target.name}, an adapter of {shown_name(job.base.model.name)}.", adapter=f"./{GGUF_FILE}",
+    )  # fmt: skip
+    if made is None:
+        what = "Ollama's Go templates cannot write what the chat template of this adapter writes"
+        raise UserError(what, path=job.adapter, key="--for", fix="use --for llama.cpp, which reads chat templates")
+    write_adapter(job.adapter, job.base.folder, out / GGUF_FILE)
+    (out / "Modelfile").write_text(made.text, encoding="utf-8")
+    write_card(job, out, target.name, job.stored)
+    missing = [f"not in the Modelfile's template: {'; '.join(made.missing)}"] if made.missing else []
+    return [*missing, ollama_command(target, target.resolve())]
+
+
+def ollama_command(target: Path, folder: Path) -> str:
+    return shlex.join(["ollama", "create", model_name(target.resolve().name), "-f", str(folder / "Modelfile")])

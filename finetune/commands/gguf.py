@@ -6,32 +6,23 @@ An adapter is merged by `ft merge` itself first, with all its proofs, into a fol
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-
-from transformers import GenerationConfig
 
 from finetune import child, places
 from finetune.base import Base
-from finetune.data import templates
-from finetune.data.types import RowProblem
 from finetune.errors import RunError, UserError
-from finetune.evaluation.generation import stop_ids
 from finetune.models import sources
 from finetune.models.gguf.export import OF_DTYPE, Written, check_folder, write_model
-from finetune.models.gguf.modelfile import Modelfile, modelfile
-from finetune.models.gguf.places import beside, check_unwritten
-from finetune.models.gguf.turns import Render
+from finetune.models.gguf.modelfile import Modelfile
+from finetune.models.gguf.places import beside, check_unwritten, model_name
 from finetune.models.identity import configs_of
 from finetune.recipe.sections import ModelConfig
 from finetune.run.writing import write_atomically
-from finetune.terminal.progress import note, shown_name, task, warn
+from finetune.serving import modelfiles
+from finetune.terminal.progress import note, shown_name, warn
 from finetune.training import model_card
 
 
@@ -84,37 +75,14 @@ def write(
     base: Base, folder: Path, file: Path, kind: str | None, facts: dict[str, str]
 ) -> tuple[Written, Modelfile | None]:
     encoder = base.asking(None)
-    template = getattr(encoder, "template", None)
     dtype = sources.stored_dtype(base.model) or str(base.config.get("dtype") or "bfloat16")
-    own = None
-    with suppress(OSError, ValueError):
-        own = GenerationConfig.from_pretrained(str(folder))
-    network: Any = SimpleNamespace(generation_config=own)  # all that `stop_ids` asks of one
-    stops = stop_ids(network, encoder)
+    stops = modelfiles.ends(encoder, folder)
     written = write_model(
-        folder, file, kind or OF_DTYPE.get(dtype, "bf16"), facts=facts, stops=stops, template=template
-    )
-    tokens = [base.tokenizer.convert_ids_to_tokens(number) for number in stops]
-    bos = base.tokenizer.bos_token if written.begins else None
-    with task("writing the chat template for Ollama", after=1.0):
-        made = modelfile(
-            file.name, renderer(encoder) if template else None, stops=tokens, bos=bos, template=template or "",
-            about=f"{facts['name']}, made of {facts['base_model.0.name']}.",
-        )  # fmt: skip
-    return written, made
-
-
-def renderer(encoder: Any) -> Render:
-    """Conversations as prompts of this model are written."""
-    variables = encoder.told[encoder.asks]
-
-    def render(messages: list[dict[str, Any]], prompt: bool, tools: Any = None) -> str | None:
-        try:
-            return templates.render(encoder.template, messages, tools, variables, prompt)
-        except RowProblem:
-            return None
-
-    return render
+        folder, file, kind or OF_DTYPE.get(dtype, "bf16"), facts=facts, stops=stops,
+        template=getattr(encoder, "template", None),
+    )  # fmt: skip
+    about = f"{facts['name']}, made of {facts['base_model.0.name']}."
+    return written, modelfiles.of(encoder, f"./{file.name}", stops, written.begins, about=about)
 
 
 def tell(target: Path, written: Written, beside_it: Modelfile | None) -> None:
@@ -133,6 +101,5 @@ def tell(target: Path, written: Written, beside_it: Modelfile | None) -> None:
         return
     if beside_it.missing:
         note(f"not in the Modelfile's template: {'; '.join(beside_it.missing)}")
-    name = re.sub(r"[^a-z0-9._-]+", "-", target.stem.lower()).strip("-") or "model"
-    note(f"next    {shlex.join(['ollama', 'create', name, '-f', str(beside(target))])}")
+    note(f"next    {shlex.join(['ollama', 'create', model_name(target.stem), '-f', str(beside(target))])}")
     note(f"        {local}")

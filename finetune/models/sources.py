@@ -73,6 +73,12 @@ def is_gguf_base(model: ModelConfig) -> bool:
     return model.gguf_file is not None or (isinstance(found, Path) and found.is_file())
 
 
+def gguf_base(model: ModelConfig) -> Path:
+    """The GGUF file of a base that is one, downloaded where it lies on a hub."""
+    found = place(model)
+    return found if isinstance(found, Path) else _fetched_gguf(model)
+
+
 def known_names() -> list[str]:
     """Names without a path that load here."""
     return [*builtin_names(), *packaged.installed()]

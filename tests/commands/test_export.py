@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -24,9 +26,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.adapters import consumers, load, uniform
 from finetune.commands import export, merge
 from finetune.errors import UserError
-from finetune.models import loading, tokenizers
+from finetune.models import loading, sources, tokenizers
 from finetune.recipe.adapters import ADAPTERS
 from finetune.recipe.sections import ModelConfig
+from finetune.resources import BUILTIN_MODELS, resource_path
 
 IDS = list(range(40, 60))
 OF_PEFT = [
@@ -306,18 +309,116 @@ def test_nothing_is_overwritten(base: Path, tmp_path: Path) -> None:
     assert "--for: unknown consumer 'sglang' → one of peft, vllm, llama.cpp, ollama" in done.stderr
 
 
-def test_an_adapter_for_llama_cpp(base: Path, tmp_path: Path) -> None:
-    """That llama.cpp computes the same with it: tests/models/test_gguf_export.py."""
+# --- GGUF files ---
+
+TWICE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'assistant: ' }}"
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(a GGUF file without a suffix, as Ollama names them, and an adapter of it), in a folder with a space."""
     pytest.importorskip("gguf")
-    folder = lora(base, tmp_path / "a")
-    done = ft("export", folder, "--for", "llama.cpp", "-o", tmp_path / "out", "--model", base)
+    from finetune.models.gguf.export import write_model
+
+    folder = tmp_path_factory.mktemp("my models")
+    write_model(BUILTIN_MODELS / "tiny-llama", folder / "sha256-12", "f32")
+    return folder / "sha256-12", lora(Path(sources.locate(config_of(folder / "sha256-12"))), folder / "a")
+
+
+def pasted(line: str) -> list[str]:
+    """A printed command as a shell takes it apart."""
+    return shlex.split(line.strip())
+
+
+def test_an_adapter_for_llama_cpp_on_its_gguf_base(gguf: tuple[Path, Path], tmp_path: Path) -> None:
+    """The line that is printed can be pasted, and llama.cpp computes with its files what peft does."""
+    base, folder = gguf
+    done = ft("export", folder, "--for", "llama.cpp", "-o", "the out", "--model", base, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter.gguf", "export.json"}
-    assert (tmp_path / "out" / "adapter.gguf").read_bytes()[:4] == b"GGUF"
-    assert f"llama-cli --model BASE.gguf --lora {tmp_path}/out/adapter.gguf" in done.stderr
+    line = next(pasted(line) for line in done.stderr.splitlines() if line.startswith("llama-cli"))
+    file = tmp_path / "the out" / "adapter.gguf"
+    assert line == ["llama-cli", "--model", str(base), "--lora", str(file), "--jinja"]
+    assert {path.name for path in file.parent.iterdir()} == {"adapter.gguf", "export.json", "README.md"}
+    card = (file.parent / "README.md").read_text()
+    assert "llama-cli --model BASE.gguf --lora adapter.gguf --jinja\n" in card
+    assert str(tmp_path) not in card
+    llama_cpp = pytest.importorskip("llama_cpp")
+    options: dict[str, Any] = {"n_ctx": 64, "n_threads": 1, "logits_all": True, "type_k": 0, "type_v": 0}
+    other = llama_cpp.Llama(str(base), lora_path=str(file), verbose=False, **options)
+    other.eval(IDS)
+    plain = AutoModelForCausalLM.from_pretrained(sources.locate(config_of(base)), dtype=torch.float32)
+    alone = logits(plain)
+    expected = logits(PeftModel.from_pretrained(plain, folder))
+    torch.testing.assert_close(torch.tensor(other.scores[: len(IDS)])[None], expected, atol=5e-3, rtol=1e-3)
+    assert (expected - alone).abs().max() > 0.1
+
+
+def test_an_adapter_for_ollama_asks_as_it_was_trained(gguf: tuple[Path, Path], tmp_path: Path) -> None:
+    base, folder = gguf
+    own = tmp_path / "own template"
+    shutil.copytree(folder, own)
+    (own / "chat_template.jinja").write_text(TWICE)
+    done = ft("export", own, "--for", "ollama", "-o", "The out", "--model", base, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "The out"
+    assert pasted(done.stderr.splitlines()[-1]) == ["ollama", "create", "the-out", "-f", str(out / "Modelfile")]
+    made = (out / "Modelfile").read_text()
+    assert f"\nFROM {base}\nADAPTER ./adapter.gguf\n" in made
+    assert "user: " in made.partition("TEMPLATE")[2]
+    assert "PARAMETER stop" in made
+    done = ft("export", own, "--for", "llama.cpp", "-o", "out2", "--model", base, cwd=tmp_path)
+    assert pasted(done.stderr.splitlines()[-1])[-2:] == [
+        "--chat-template-file",
+        str(tmp_path / "out2/chat_template.jinja"),
+    ]
+    assert (tmp_path / "out2" / "chat_template.jinja").read_text() == TWICE
+    (own / "chat_template.jinja").write_text("{% for m in messages %}{{ loop.index }}: {{ m.content }}\n{% endfor %}")
+    done = ft("export", own, "--for", "ollama", "-o", "out3", "--model", base, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Go templates cannot write" in done.stderr
+    assert not list(tmp_path.glob("out3*"))
+
+
+def test_a_base_that_is_no_gguf_file(base: Path, tmp_path: Path) -> None:
+    folder = lora(base, tmp_path / "a")
     with pytest.raises(UserError, match=r"Ollama puts an adapter on a GGUF base, and its base is none"):
-        export.run(str(folder), "ollama", str(tmp_path / "ollama"), model=str(base))
-    assert not (tmp_path / "ollama").exists()
+        export.run(str(folder), "ollama", str(tmp_path / "out"), model=str(base))
+    done = ft("export", folder, "--for", "llama.cpp", "-o", tmp_path / "out", "--model", base)
+    assert f"its base as a GGUF file: ft merge --model {base} --format gguf --output BASE.gguf\n" in done.stderr
+
+
+def test_vllm_gets_the_folder_of_a_gguf_base(gguf: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also of one in a repository, whose name is no folder; the card names no folder of this machine."""
+    base, folder = gguf
+    done = ft("export", folder, "--for", "vllm", "-o", tmp_path / "out", "--model", base)
+    assert f"vllm serve {sources.locate(config_of(base))} " in done.stderr
+    assert "vllm serve BASE " in (tmp_path / "out" / "README.md").read_text()
+
+
+# --- what is otherwise there than where the adapter was trained ---
+
+
+def test_scaled_positions_are_not_left_out(base: Path, tmp_path: Path) -> None:
+    folder = lora(base, tmp_path / "a")
+    (folder / "base_identity.json").write_text(json.dumps({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}))
+    for name in ("peft", "vllm", "llama.cpp"):
+        with pytest.raises(UserError, match=r"was trained with model.rope_scaling \(linear\).* → merge it"):
+            export.run(str(folder), name, str(tmp_path / "out"), model=str(base))
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("name", ["peft", "vllm", "llama.cpp"])
+def test_thinking_and_quantization_are_told(name: str, base: Path, tmp_path: Path) -> None:
+    folder = lora(base, tmp_path / "a")
+    shutil.copyfile(resource_path("data_templates", "chat_templates", "qwen3.jinja"), folder / "chat_template.jinja")
+    told = {"data.thinking": "empty", "rows_with": 0, "rows_without": 1, "shown": ["off"]}
+    (folder / "thinking.json").write_text(json.dumps(told))
+    (folder / "base_identity.json").write_text(json.dumps({"quantization": "int4"}))
+    done = ft("export", folder, "--for", name, "-o", tmp_path / "out", "--model", base)
+    assert done.returncode == 0, done.stderr
+    assert "thinking is on, and training only showed it off" in done.stderr
+    assert "ask with enable_thinking: false\n" in done.stderr
+    assert "it was trained on int4 weights" in done.stderr
 
 
 # --- vLLM's own code, where its sources are: `pip download vllm --no-deps`, unpacked on the path, is enough ---

@@ -58,13 +58,13 @@ def test_what_cannot_be_said_is_named() -> None:
     assert "two turns of the user in a row" in turns_of("tiny-llama").missing
     numbered = "{% for m in messages %}{{ loop.index }}: {{ m.content }}\n{% endfor %}"
     assert learned(tool.renderer(numbered)) is None
-    assert modelfile("x.gguf", tool.renderer(numbered), stops=[]) is None
+    assert modelfile("./x.gguf", tool.renderer(numbered), stops=[]) is None
 
 
 def test_the_first_token_is_not_written_twice() -> None:
     render = tool.renderer(tool.chat_templates()["gemma3"])
-    once = modelfile("x.gguf", render, stops=["<end_of_turn>"], bos="<s>")
-    twice = modelfile("x.gguf", render, stops=["<end_of_turn>"])
+    once = modelfile("./x.gguf", render, stops=["<end_of_turn>"], bos="<s>")
+    twice = modelfile("./x.gguf", render, stops=["<end_of_turn>"])
     assert once is not None
     assert once.turns is not None
     assert twice is not None
@@ -77,10 +77,10 @@ def test_the_first_token_is_not_written_twice() -> None:
 
 
 def test_the_default_system_turn() -> None:
-    made = modelfile("x.gguf", tool.renderer(tool.chat_templates()["qwen2_5"]), stops=["<|im_end|>"])
+    made = modelfile("./x.gguf", tool.renderer(tool.chat_templates()["qwen2_5"]), stops=["<|im_end|>"])
     assert made is not None
     assert 'SYSTEM "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."\n' in made.text
-    plain = modelfile("x.gguf", None, stops=[])
+    plain = modelfile("./x.gguf", None, stops=[])
     assert plain is not None
     assert 'TEMPLATE """{{ .Prompt }}"""' in plain.text
 

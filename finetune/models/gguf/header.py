@@ -119,6 +119,12 @@ def _header(path: Path, size: int, changed: int) -> Header:
     return Header(values, table, path)
 
 
+def begins_by_itself(path: Path) -> bool:
+    """Whether llama.cpp begins a prompt for this file with the first token; unsaid, sentencepiece's does."""
+    values = read_header(path).values
+    return bool(values.get("tokenizer.ggml.add_bos_token", values.get("tokenizer.ggml.model") == "llama"))
+
+
 def _unpack(file: BinaryIO, code: str) -> Any:
     return struct.unpack(f"<{code}", file.read(struct.calcsize(f"<{code}")))[0]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from finetune.models.gguf.places import MODELFILE
 from finetune.models.gguf.turns import START, Render, Turns, learned
 
+EXPORTED = "# Written by ft export."
 COMPLETION = "{{ .Prompt }}"
 """TEMPLATE of a model without a chat template."""
 DATES = ("strftime_now", "date_string")
@@ -23,16 +24,19 @@ class Modelfile:
 
 
 def modelfile(
-    file: str, render: Render | None, *, stops: list[str], bos: str | None = None, template: str = "", about: str = ""
-) -> Modelfile | None:
+    file: str, render: Render | None, *, stops: list[str], bos: str | None = None, template: str = "", about: str = "",
+    adapter: str | None = None,
+) -> Modelfile | None:  # fmt: skip
     """None where Go's templates cannot write what the chat template writes of the plainest conversations.
 
     Args:
-        file: name of the GGUF file beside it; render: None for a model without a chat template; stops: tokens that end
-            an answer; bos: the token that llama.cpp puts before a prompt by itself, which the template must not write
-            again; template: the chat template's text; about: a line about the model.
+        file: path of the GGUF file, ./NAME for one beside it; render: None for a model without a chat template; stops:
+            tokens that end an answer; bos: the token that llama.cpp puts before a prompt by itself, which the template
+            must not write again; template: the chat template's text; about: a line about the model; adapter: path of
+            the adapter's GGUF file, where `file` is its base.
     """
-    lines = [MODELFILE, *([f"# {about}"] if about else []), f"FROM ./{file}"]
+    lines = [MODELFILE if adapter is None else EXPORTED, *([f"# {about}"] if about else []), f"FROM {file}"]
+    lines += [f"ADAPTER {adapter}"] if adapter else []
     if render is None:
         return Modelfile("\n".join([*lines, f"TEMPLATE {quoted(COMPLETION)}", ""]), [], None)
     found = learned(render)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from finetune import places
@@ -25,6 +26,11 @@ def check_type(kind: str | None) -> None:
 def beside(path: Path) -> Path:
     """The Modelfile of a GGUF file."""
     return path.with_name(f"{path.name.removesuffix(SUFFIX)}.Modelfile")
+
+
+def model_name(file: str) -> str:
+    """What Ollama may call a model, after a file or folder."""
+    return re.sub(r"[^a-z0-9._-]+", "-", file.lower()).strip("-") or "model"
 
 
 def check_unwritten(path: Path, overwrite: bool) -> None:
