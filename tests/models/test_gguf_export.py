@@ -32,6 +32,7 @@ from gguf_tiny import prompt_of, said  # noqa: E402
 
 from finetune.models.gguf import export, layout, vocabulary  # noqa: E402
 from finetune.models.gguf.adapter import write_adapter  # noqa: E402
+from finetune.models.gguf.conversion import read  # noqa: E402
 from finetune.models.gguf.export import portable, write_model  # noqa: E402
 from finetune.models.gguf.header import read_header  # noqa: E402
 
@@ -135,6 +136,18 @@ def test_a_number_too_large_for_f16(tmp_path: Path) -> None:
     model.save_pretrained(folder)
     with pytest.raises(UserError, match="numbers that f16 has no place for → use bf16 or f32"):
         write_model(folder, tmp_path / "x.gguf", "f16")
+
+
+def test_a_file_of_another_model_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers looks there first, whatever folder it is given."""
+    monkeypatch.chdir(tmp_path)
+    write_model(folder_of("llama untied", tmp_path / "one"), tmp_path / "model.gguf", "f32")
+    other = folder_of("llama linear", tmp_path / "two")
+    write_model(other, tmp_path / "x.gguf", "f32")
+    network, _ = read(read_header(tmp_path / "x.gguf"))
+    wanted = AutoModelForCausalLM.from_pretrained(other).state_dict()
+    for name, weight in network.state_dict().items():
+        assert torch.equal(weight, wanted[name])
 
 
 def test_what_is_written_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
