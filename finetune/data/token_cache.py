@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from finetune.data.types import IGNORED, Encoded
+from finetune.run.writing import write_atomically
 
 LARGE = 16 << 20  # bytes of source files from which on tokenised rows are kept on disk
 FLUSH = 2000  # rows per record batch
@@ -118,8 +119,8 @@ class Writer:
                 for batch in pa.ipc.open_stream(source):
                     sink.write_batch(filled(batch))
             os.replace(second, self.part)
+        write_atomically(self.path.with_suffix(".json"), json.dumps(noted))  # first: one without the other is none
         os.replace(self.part, self.path)
-        self.path.with_suffix(".json").write_text(json.dumps(noted), encoding="utf-8")
         return datasets.Dataset.from_file(str(self.path)), noted
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.metrics import mean
-from finetune.run.checkpoints import complete, rotate
+from finetune.run.checkpoints import complete, discard, rotate
 from finetune.run.directory import Run
 from finetune.run.writing import write_json
 from finetune.training.weight_check import check_finite
@@ -70,7 +69,7 @@ def save_checkpoint(
     check_finite(weights.items(), f"at step {state.step}")
     folder = run.checkpoints / f"checkpoint-{state.step}"
     if folder.exists():
-        shutil.rmtree(folder)  # what a kill or a damaged checkpoint has left
+        discard(folder)  # what a kill or a damaged checkpoint has left
     folder.mkdir(parents=True)
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     save_file(copies, folder / "trainable.safetensors")

@@ -23,7 +23,8 @@ from finetune.terminal.progress import warn
 # Everything a run writes; --overwrite removes these and nothing else.
 CONTENTS = (
     "recipe.yaml", "adapter", "model", "metrics.jsonl", "result.json", "report.html", "loss.png", "checkpoints",
-    "samples.jsonl", "reward.yaml", "reward", "start", "start.part",
+    "samples.jsonl", "reward.yaml", "reward", "start", "start.part", "adapter.part",
+    "model.part",
 )  # fmt: skip
 MARK = "# Written by ft: the recipe of the run in this folder, which --overwrite replaces."
 LOCK = ".lock"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from finetune.adapters.resume import load_state, save_state
 from finetune.errors import RunError
 from finetune.metrics import Metric, ratio_interval
 from finetune.recipe.sections import TrainConfig
-from finetune.run.checkpoints import complete, damage, known_of, rotate
+from finetune.run.checkpoints import complete, damage, discard, known_of, rotate
 from finetune.training.callbacks import Proven
 from finetune.training.loss_parts import balances, score_trained_positions, scores_are_its_own
 from finetune.training.optim import MuonWithAdamW, decayed, faster_b, muon_split
@@ -126,7 +125,7 @@ class Extras:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         check_finite(trained(self.model), f"at step {self.state.global_step}")
         if self.args.should_save and folder.exists():
-            shutil.rmtree(folder)  # what a kill or a damaged checkpoint has left
+            discard(folder)  # what a kill or a damaged checkpoint has left
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         if self.args.should_save:
             save_state(self.model, folder)
