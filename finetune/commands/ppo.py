@@ -127,7 +127,7 @@ def reward_recipe(recipe: PpoRecipe, run: Run) -> RewardRecipe:
 
 def trained(run: Run) -> bool:
     """Whether the reward model is there already."""
-    return Run(run.reward).result.exists()
+    return Run(run.reward).done()
 
 
 def train_reward(recipe: RewardRecipe, run: Run, go_on: str) -> str:

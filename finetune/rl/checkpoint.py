@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.metrics import mean
+from finetune.models.hardware import rounding
 from finetune.run.checkpoints import complete, discard, rotate
 from finetune.run.directory import Run
 from finetune.run.writing import write_json
@@ -78,7 +79,7 @@ def save_checkpoint(
         random["cuda"] = torch.cuda.get_rng_state_all()
     torch.save({**{k: v.state_dict() for k, v in stateful.items()}, "random": random}, folder / "optimizer.pt")
     write_json(folder / "state.json", asdict(state))
-    complete(folder, inputs=dict(inputs))
+    complete(folder, inputs=dict(inputs), rounding=rounding())
     rotate(run.checkpoints, keep)
 
 

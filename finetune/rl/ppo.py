@@ -131,12 +131,17 @@ class Ppo:
         if self.learner.left_out and not self.learner.steps:
             what = f"loss scaling has left out all {self.learner.left_out} steps: nothing was trained"
             raise RunError(f"{what}; set model.dtype: bfloat16 or float32")
-        result = {
-            "trained": proof.finish() if proof.seen else None, "train_loss": mean(state.losses), "steps": state.step,
+        result: dict[str, Any] = {}
+        try:
+            result["trained"] = proof.finish() if proof.seen else None
+        except RunError as error:
+            result |= {"trained": None, "status": "failed", "failed": str(error)}
+        result |= {
+            "train_loss": mean(state.losses), "steps": state.step,
             "seconds": round(time.perf_counter() - begun, 2), "epochs": self.epochs(),
         }  # fmt: skip
         result["generation"] = {**vars(self.collector.sampling), "not_followed": not_followed(self.model)}
-        return {**result, "eval": self.compared()} if self.held_out else result
+        return {**result, "eval": self.compared()} if self.held_out and "failed" not in result else result
 
     def epochs(self) -> float:
         return round(self.state.step * self.batch / len(self.prompts), 4)

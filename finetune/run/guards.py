@@ -21,12 +21,14 @@ DATA_KEYS = ("data.train", "eval.data", "reward.train", "eval.shots_from")
 
 
 def check_output(
-    directory: str | Path, overwrite: bool, resume: bool, say: Callable[[str], None] | None = None
-) -> None:
+    directory: str | Path, overwrite: bool, resume: bool, say: Callable[[str], None] | None = None,
+    further: bool = False,
+) -> None:  # fmt: skip
     """UserError if results would be lost or written where they must not be. Writes nothing.
 
     Args:
         say: told when something is there already, which then is no error.
+        further: whether more steps are asked for than the run was started with: then a finished one goes on, too.
     """
     run = Run(Path(directory).expanduser())
     places.check_folder(run.path, "output.dir")
@@ -34,8 +36,9 @@ def check_output(
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other", fix="give one of them")
     if resume:
-        if run.result.exists():
-            raise UserError("this run is finished, there is nothing to resume", path=run.path, fix="use --overwrite")
+        if run.result.exists() and not further:
+            fix = "use --overwrite, or ask for more, as with --set train.num_train_epochs=6"
+            raise UserError("this run is finished, there is nothing to resume", path=run.path, fix=fix)
         if not resumable(run):
             raise UserError("holds no complete checkpoint", path=run.checkpoints, fix="start it again with --overwrite")
     elif overwrite:

@@ -76,6 +76,8 @@ class Proven(TrainerCallback):
     def __init__(self) -> None:
         self.proof: Proof | None = None
         self.found: dict[str, Any] | None = None
+        self.failed: str | None = None
+        """What the proof found wrong."""
         self.steps = self.left_out = 0
         """Steps taken, and left out by loss scaling."""
 
@@ -96,8 +98,11 @@ class Proven(TrainerCallback):
     def finish(self) -> dict[str, Any] | None:
         """What the proof says of the weights that training ended with. The best may be older: those of a first step, at
         which LoRA's A stays as it is, or those that a resumed run began with."""
-        if self.found is None and self.proof is not None and self.proof.seen:
-            self.found = self.proof.finish()
+        if self.found is None and self.failed is None and self.proof is not None and self.proof.seen:
+            try:
+                self.found = self.proof.finish()
+            except RunError as error:
+                self.failed = str(error)
         return self.found
 
 

@@ -63,11 +63,12 @@ def fit(trainer: Any, run: Run, checkpoint: Path | None, inputs: dict[str, str])
             what = f"loss scaling has left out all {proven.left_out} steps: nothing was trained"
             raise RunError(f"{what}; take more steps, or set model.dtype: bfloat16 or float32")
         check_finite(trained(trainer.model), "at the end")
-        held_out = of_the_saved_weights(trainer, run)
+        proof, failed = proven.finish(), proven.failed or trainer.failed
+        held_out = {} if failed else of_the_saved_weights(trainer, run)
     finally:
         guard.restore()  # a trainer that raises calls no on_train_end
     return {
-        "trained": proven.finish(),
+        **({"status": "failed", "failed": failed} if failed else {}), "trained": proof,
         "train_loss": output.training_loss, "steps": step, "epochs": round(trainer.state.epoch or 0.0, 4),
         "seconds": round(time.perf_counter() - trainer.begun, 2),
         "seen_tokens": int(trainer.state.num_input_tokens_seen or trainer._total_train_tokens),

@@ -72,11 +72,13 @@ def _functions(named: Sequence[str]) -> Iterator[str | bytes]:
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
-    found = hashlib.sha256()
+    """SHA-256 and number of bytes."""
+    found, size = hashlib.sha256(), 0
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         found.update(len(data).to_bytes(8, "little") + data)
-    return found.hexdigest()
+        size += len(data)
+    return f"{found.hexdigest()} {size}"
 
 
 def _weights(folder: Path) -> Iterator[str | bytes]:

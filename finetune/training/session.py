@@ -24,7 +24,7 @@ import yaml
 from finetune.adapters import compatibility
 from finetune.adapters.compatibility import AnyRecipe
 from finetune.adapters.load import adapter_config
-from finetune.adapters.methods import check, check_targets
+from finetune.adapters.methods import METHODS, check, check_targets
 from finetune.base import Base
 from finetune.data import thinking
 from finetune.data.rows import Rows
@@ -36,10 +36,11 @@ from finetune.models.rope import check_length
 from finetune.recipe.file import to_yaml
 from finetune.recipe.resolve import Hardware, resolve
 from finetune.recipe.stages import HELD_OUT_FIGURES
+from finetune.run.checkpoints import known_of
 from finetune.run.directory import Run
 from finetune.run.opening import open_run
-from finetune.run.resuming import check_resumable
-from finetune.terminal.progress import encodable, note, say, warn
+from finetune.run.resuming import check_resumable, goes_further, other_rounding
+from finetune.terminal.progress import encodable, note, say, shown_path, warn
 from finetune.training import memory
 from finetune.training.finish import Words, finish, save, summary
 from finetune.training.fit import callbacks
@@ -69,6 +70,10 @@ class Session(Generic[AnyRecipe]):
     folder: Run = field(init=False)
     known: dict[str, str] = field(init=False)
     """What the run reads, by content."""
+    recomputed: list[str] = field(default_factory=list)
+    """Keys that a run that goes on has another value of, and that change how a step is computed, not what."""
+    further: bool = False
+    """Whether it goes on for longer than it was begun."""
 
     @property
     def template(self) -> str | None:
@@ -151,6 +156,10 @@ class Session(Generic[AnyRecipe]):
     def run(self, overwrite: bool) -> Iterator[Run]:
         """The run directory, where weights are drawn and trained."""
         self.known = self.inputs()
+        if self.resume:
+            folder = Run.of(self.recipe)
+            self.recomputed = other_rounding(self.recipe, folder)
+            self.further = goes_further(self.recipe)
         with (
             open_run(self.recipe, overwrite, self.resume) as self.folder,
             memory_advice(REPLIES.get(self.recipe.stage, "data.max_length")),
@@ -172,11 +181,19 @@ class Session(Generic[AnyRecipe]):
         """
         base = base or self.base
         checkpoint = self.folder.usable_checkpoint() if self.resume else None
+        if checkpoint is not None:
+            self.note(not_to_the_bit(known_of(checkpoint), self.recomputed))
+            if self.further:
+                self.note(f"the learning rate follows the longer schedule from {checkpoint.name} on")
         trainer.during = self.during
         outcome = (fit or fit_trainer)(trainer, self.folder, checkpoint, self.known)
+        if "failed" in outcome:
+            self.folder.keep_apart()
         weights = save(self.recipe, self.folder, trainer.model, base, self.template)
         self.note(look(self.folder))
         result = finish(self.recipe, self.folder, trainer.model, outcome, self.rows.counts, self.notes, base)
+        if "failed" in outcome:
+            raise RunError(f"{outcome['failed']}; the weights are kept in {shown_path(weights)}, to be looked at")
         summary(self.recipe, self.folder, weights, result, words)
 
 
@@ -192,6 +209,9 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
     recipe = resolved(raw, machine)
     if resume:
         check_resumable(recipe)
+        if goes_further(recipe) and METHODS[recipe.adapter.method].cuts_ranks:
+            what = f"{recipe.adapter.method} shares out its ranks over all steps, and there cannot be more of them now"
+            raise UserError(what, key="train", fix="leave the steps as they were, or use --output DIR")
     compatibility.check(recipe)
     base = replace(open_base(recipe.model), treatment=recipe.data.thinking)
     if not recipe.model.is_new:
@@ -219,6 +239,20 @@ def resolved(raw: AnyRecipe, machine: Hardware) -> AnyRecipe:
     if fitted is not None and "adapter" in recipe.model_fields_set:
         check_targets(loading.skeleton(recipe.model), fitted, recipe.adapter, folder)
     return compatibility.continued(recipe, adapter_config(folder), folder)
+
+
+def not_to_the_bit(known: dict[str, Any], keys: list[str]) -> str | None:
+    """A warning where a run that goes on will not equal the uninterrupted one to the last bit.
+
+    Args:
+        known: of its checkpoint; keys: of the recipe, that say otherwise how a step is computed.
+    """
+    then, now = known.get("rounding") or {}, hardware.rounding()
+    found = [
+        f"{name} {now[name]} where it was {then[name]}" for name in then if name in now and then[name] != now[name]
+    ]
+    found += [f"another {key}" for key in keys]
+    return f"not equal to the last bit to the run without a stop: {'; '.join(found)}" if found else None
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from finetune.adapters import adalora
 from finetune.adapters.resume import load_state, save_state
 from finetune.errors import RunError
 from finetune.metrics import Metric, ratio_interval
+from finetune.models.hardware import rounding
 from finetune.recipe.sections import TrainConfig
 from finetune.run.checkpoints import complete, damage, discard, known_of, rotate
 from finetune.training.callbacks import Proven
@@ -130,7 +131,7 @@ class Extras:
         if self.args.should_save:
             save_state(self.model, folder)
             best = self.state.best_model_checkpoint
-            complete(folder, inputs=self.inputs, counters=self._counters())
+            complete(folder, inputs=self.inputs, counters=self._counters(), rounding=rounding())
             rotate(folder.parent, self.recipe_train.save_total_limit, best and Path(best).name)
 
     def _counters(self) -> dict[str, Any]:
@@ -178,7 +179,8 @@ class Extras:
         next(one for one in self.callback_handler.callbacks if isinstance(one, Proven)).finish()
         best = Path(self.state.best_model_checkpoint)
         if (reason := damage(best)) is not None:
-            raise RunError(f"the best checkpoint {best} is damaged: {reason}")
+            self.failed = f"the best checkpoint {best} is damaged ({reason}), and these are the last weights"
+            return
         if not load_state(self.model, best):
             super()._load_best_model()  # type: ignore[misc]
 
@@ -197,18 +199,28 @@ class Extras:
     doing: Callable[[str], None] = staticmethod(lambda what: None)
     """Is told what a long step is at."""
     all_due = False
+    failed: str | None = None
+    """What is wrong with the weights that the model ends with."""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The held-out loss, the answers' metrics, or both. What is trained afterwards is as it would be without."""
-        with undisturbed(self.model):
-            if self.eval_dataset is not None:
-                found: dict[str, float] = super().evaluate(*args, **kwargs)  # type: ignore[misc]
-                return found
-            self.model.eval()  # trl logs what it has of training otherwise
-            figures = self.answered()
-            self.log(figures)  # type: ignore[attr-defined]
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
-            return figures
+        try:
+            with undisturbed(self.model):
+                return self._evaluated(*args, **kwargs)
+        except Exception:
+            if self.control.should_save:  # what is due comes after the evaluation, and would be lost
+                self._save_checkpoint(self.model, None)
+            raise
+
+    def _evaluated(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.eval_dataset is not None:
+            found: dict[str, float] = super().evaluate(*args, **kwargs)  # type: ignore[misc]
+            return found
+        self.model.eval()  # trl logs what it has of training otherwise
+        figures = self.answered()
+        self.log(figures)  # type: ignore[attr-defined]
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
 
     def evaluate_all(self) -> dict[str, float]:
         """All of it, whatever the step."""
