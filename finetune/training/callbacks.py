@@ -14,6 +14,7 @@ from finetune.errors import RunError
 from finetune.models.hardware import peak_memory_gb
 from finetune.run.directory import Run
 from finetune.terminal.progress import Progress
+from finetune.training.health import ADVICE
 from finetune.training.weight_check import Proof
 
 
@@ -63,8 +64,7 @@ class Recorder(TrainerCallback):
         self.progress.log(row)
         for key in ("loss", "grad_norm", "eval_loss"):
             if key in row and not math.isfinite(float(row[key])):
-                advice = "lower train.learning_rate, look at the data with `ft data check`, or set model.dtype: float32"
-                raise RunError(f"{key} became {row[key]} at step {state.global_step}: {advice}")
+                raise RunError(f"{key} became {row[key]} at step {state.global_step}: {ADVICE}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.stop()

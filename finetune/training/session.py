@@ -45,6 +45,7 @@ from finetune.training import memory
 from finetune.training.finish import Words, finish, save, summary
 from finetune.training.fit import callbacks
 from finetune.training.fit import fit as fit_trainer
+from finetune.training.health import in_batch
 from finetune.training.inputs import known_inputs
 from finetune.training.plan import Layout, arguments, few_rows, few_updates, layout, other_devices
 from finetune.training.start import seed_everything
@@ -186,6 +187,7 @@ class Session(Generic[AnyRecipe]):
             if self.further:
                 self.note(f"the learning rate follows the longer schedule from {checkpoint.name} on")
         trainer.during = self.during
+        trainer.in_batch = in_batch(trainer, self.folder, self.rows, self.recipe.data.max_length)
         outcome = (fit or fit_trainer)(trainer, self.folder, checkpoint, self.known)
         if "failed" in outcome:
             self.folder.keep_apart()

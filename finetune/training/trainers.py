@@ -32,6 +32,7 @@ from finetune.models.hardware import rounding
 from finetune.recipe.sections import TrainConfig
 from finetune.run.checkpoints import complete, damage, discard, known_of, rotate
 from finetune.training.callbacks import Proven
+from finetune.training.health import Health
 from finetune.training.loss_parts import balances, score_trained_positions, scores_are_its_own
 from finetune.training.optim import MuonWithAdamW, decayed, faster_b, muon_split
 from finetune.training.sampler import OrderedSampler
@@ -120,6 +121,12 @@ class Extras:
     """{key: digest of its content} of what the run reads."""
     begun = 0.0
     """When training began, less what it had taken before it was stopped."""
+    health: Health
+    """Looks at every step."""
+    in_batch: Callable[[int], str] | None = None
+    """Says which rows a step was made of."""
+    _loss_before = 0.0
+    """What of _tr_loss is of the steps before."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Complete or not there; older ones go when it is there. RunError when there is nothing good to keep."""
@@ -132,7 +139,8 @@ class Extras:
             save_state(self.model, folder)
             best = self.state.best_model_checkpoint
             complete(folder, inputs=self.inputs, counters=self._counters(), rounding=rounding())
-            rotate(folder.parent, self.recipe_train.save_total_limit, best and Path(best).name)
+            if not self.health.high:  # or the last good one may be among those that go
+                rotate(folder.parent, self.recipe_train.save_total_limit, best and Path(best).name)
 
     def _counters(self) -> dict[str, Any]:
         """What transformers and trl count in memory only."""
@@ -142,7 +150,8 @@ class Extras:
             "logged_at": self._globalstep_last_logged, "tokens": self._total_train_tokens,
             "metrics": dict(self._metrics["train"]),
             "patience": [stopper.early_stopping_patience_counter for stopper in self._stoppers()],
-            "best": best and Path(best).name, "seconds": time.perf_counter() - self.begun,
+            "best": best and Path(best).name, "first_loss": self.health.first,
+            "seconds": time.perf_counter() - self.begun,
         }  # fmt: skip
 
     def count_on(self, checkpoint: Path) -> None:
@@ -152,6 +161,7 @@ class Extras:
             return
         self._total_loss_scalar, self._initial_global_step = known["loss"], 0
         self._tr_loss = torch.tensor(known["loss_since"], device=self.args.device)
+        self._loss_before, self.health.first = known["loss_since"], known.get("first_loss")
         self._globalstep_last_logged, self._total_train_tokens = known["logged_at"], known["tokens"]
         self._metrics["train"].update({key: list(values) for key, values in known["metrics"].items()})
         self.begun -= known["seconds"]
@@ -188,10 +198,14 @@ class Extras:
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """A step with a loss or gradient that is no number is logged, at which `Recorder` stops the run."""
-        norm = 0.0 if grad_norm is None or self.accelerator.optimizer_step_was_skipped else float(grad_norm)
-        if not math.isfinite(float(tr_loss) + norm):
+        norm = None if grad_norm is None or self.accelerator.optimizer_step_was_skipped else float(grad_norm)
+        loss = float(tr_loss) - self._loss_before
+        if not math.isfinite(loss + (norm or 0.0)):
             self.control.should_log = True
+        else:
+            self.health.look(self.state.global_step, loss, norm)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)  # type: ignore[misc]
+        self._loss_before = float(self._tr_loss)
 
     # --- held-out rows ---
 

@@ -8,18 +8,13 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tensors, write_rows
-
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("adapters", "commands")]
-
 from cells import VARIANTS
-from rl_kit import comparable, ppo_recipe
+from conftest import tensors, write_rows
 from transformers import Trainer
 
 from finetune.errors import UserError
@@ -31,7 +26,7 @@ from finetune.run.directory import Run
 
 STAGES = ("sft", "sft packed", "pretrain", "dpo", "kto", "reward", "ppo")
 FEW = [
-    ("sft packed", "adalora"), ("dpo", "adalora"), ("kto", "p_tuning MLP"), ("reward", "bitfit"), ("ppo", "adalora"),
+    ("sft packed", "adalora"), ("dpo", "adalora"), ("kto", "p_tuning MLP"), ("reward", "bitfit"), ("ppo", "bitfit"),
     ("pretrain", "full"), ("ppo", "ia3"),
 ]  # fmt: skip
 """What the other tests have no cell of."""
@@ -48,7 +43,14 @@ def recipe_of(stage: str, variant: str, folder: Path, base: Path, name: str) -> 
     }  # fmt: skip
     if stage == "ppo":
         steps |= {"max_steps": 4, "save_steps": 2, "effective_batch_size": 8, "learning_rate": rate / 10}
-        return ppo_recipe(folder, base, name, adapter=section, train=steps, ppo={"max_new_tokens": 4})
+        (folder / "rule.py").write_text("def f(prompts, completions, **_):\n    return [len(c) for c in completions]\n")
+        more = {
+            "ppo": {"max_new_tokens": 4, "num_mini_batches": 2},
+            "reward": {"functions": [f"{folder / 'rule.py'}:f"]},
+        }
+        return written(
+            folder, base, name, stage, section, steps, [{"prompt": f"say {i * 7}"} for i in range(20)], **more
+        )
     rows: list[dict[str, Any]] = []
     for i in range(20):
         asked, good, bad = f"say {i}", f"{i} yes " * (1 + i % 3), f"{i} no"
@@ -59,13 +61,18 @@ def recipe_of(stage: str, variant: str, folder: Path, base: Path, name: str) -> 
                 "kto": {"prompt": asked, "completion": good if i % 3 else bad, "label": bool(i % 3)},
             }.get(stage, {"prompt": asked, "chosen": good, "rejected": bad})
         )
+    return written(folder, base, name, stage, section, steps, rows, **({"data": {"packing": True}} if packed else {}))
+
+
+def written(
+    folder: Path, base: Path, name: str, stage: str, section: dict[str, Any], steps: dict[str, Any],
+    rows: list[dict[str, Any]], data: Any = None, **more: Any,
+) -> Path:  # fmt: skip
+    file = write_rows(folder / f"{stage}.jsonl", rows)
     values = {
         "version": 1, "stage": stage, "model": {"name": str(base), "dtype": "float32"}, "adapter": section,
-        "data": {
-            "train": str(write_rows(folder / f"{stage}.jsonl", rows)), "max_length": 64,
-            **({"packing": True} if packed else {}),
-        },
-        "train": steps, "output": {"dir": str(folder / name)},
+        "data": {"train": str(file), "max_length": 64, **(data or {})}, "train": steps,
+        "output": {"dir": str(folder / name)}, **more,
     }  # fmt: skip
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")
@@ -77,6 +84,12 @@ def trained(path: Path, resume: bool = False) -> Run:
     recipe: Any = load(str(path), RECIPES[stage])
     importlib.import_module(f"finetune.commands.{stage}").run(recipe, resume=resume)
     return Run(Path(recipe.output.dir))
+
+
+def comparable(run: Run) -> list[dict[str, Any]]:
+    """metrics.jsonl without what the clock says."""
+    timed = ("tokens_per_second", "peak_memory_gb")
+    return [{key: value for key, value in row.items() if key not in timed} for row in run.read_metrics()]
 
 
 def seen_by(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
