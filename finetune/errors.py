@@ -3,6 +3,7 @@
     FinetuneError          anything `ft` raises on purpose
       UserError            exit 2: the recipe, the data or the arguments can be mended by the user
       RunError             exit 1: a run failed in a way that is explained (diverged, parity gate, …)
+        OutOfMemory        of a training run: it may go on with fewer rows at once
       Interrupted          exit 130: SIGINT or SIGTERM, a checkpoint was saved
 
 `explained` makes one of these of what the machine says (a full disk, a path, memory). Everything else that escapes is a
@@ -66,6 +67,14 @@ class UserError(FinetuneError):
 
 class RunError(FinetuneError):
     exit_code = 1
+
+
+class OutOfMemory(RunError):
+    """Of a training run. `smaller`: the settings with which it goes on by itself, where it was asked to."""
+
+    def __init__(self, message: str, smaller: dict[str, int] | None = None) -> None:
+        self.smaller = smaller
+        super().__init__(message)
 
 
 class Interrupted(FinetuneError):

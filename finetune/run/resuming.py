@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -13,7 +13,7 @@ from finetune.errors import Problem, UserError
 from finetune.recipe.file import to_yaml
 from finetune.recipe.stages import Recipe
 from finetune.run.checkpoints import known_of
-from finetune.run.directory import Run
+from finetune.run.directory import Run, resumable
 from finetune.run.guards import strings, taken
 from finetune.terminal.progress import command, shown_path
 
@@ -52,6 +52,25 @@ def to_start_again(
     flags = {"--resume": resume, "--overwrite": overwrite or begun, "--dry-run": dry_run}
     given = [part for item in overrides for part in ("--set", item)] + (["--output", output] if output else [])
     return command(stage, "--recipe", reference, *given, *(name for name, wanted in flags.items() if wanted))
+
+
+class Again(NamedTuple):
+    words: list[str]
+    """Of the command line."""
+    said: list[str]
+    """Its settings, as they stand in a recipe."""
+
+
+def to_go_on_smaller(
+    stage: str, reference: str, overrides: Sequence[str], output: str | None, recipe: Recipe, settings: dict[str, int]
+) -> Again:
+    """The command that goes on, from the last checkpoint where there is one, with these settings over the others."""
+    run = Run.of(recipe)
+    given = [*overrides, *(f"{key}={value}" for key, value in settings.items())]
+    words = [stage, "--recipe", reference, *(part for item in given for part in ("--set", item))]
+    words += ["--output", output] if output else []
+    words += ["--resume"] if resumable(run) else ["--overwrite"] if taken(run) is not None else []
+    return Again(words, [f"{key} {value}" for key, value in settings.items()])
 
 
 def check_resumable(recipe: Recipe, unknown: Collection[str] = ()) -> None:

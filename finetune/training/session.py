@@ -20,6 +20,7 @@ from typing import Any, Generic
 
 import torch
 import yaml
+from accelerate.utils.memory import should_reduce_batch_size
 
 from finetune.adapters import compatibility
 from finetune.adapters.compatibility import AnyRecipe
@@ -28,14 +29,14 @@ from finetune.adapters.methods import METHODS, check, check_targets
 from finetune.base import Base
 from finetune.data import thinking
 from finetune.data.rows import Rows
-from finetune.errors import RunError, UserError
+from finetune.errors import OutOfMemory, RunError, UserError
 from finetune.models import attach, hardware, loading, sources
 from finetune.models.config import read_config
 from finetune.models.quantization import check_network, is_held_quantized, planned_bytes
 from finetune.models.rope import check_length
 from finetune.recipe.file import to_yaml
 from finetune.recipe.resolve import Hardware, resolve
-from finetune.recipe.stages import HELD_OUT_FIGURES
+from finetune.recipe.stages import HELD_OUT_FIGURES, Recipe
 from finetune.run.checkpoints import known_of
 from finetune.run.directory import Run
 from finetune.run.opening import open_run
@@ -71,6 +72,8 @@ class Session(Generic[AnyRecipe]):
     folder: Run = field(init=False)
     known: dict[str, str] = field(init=False)
     """What the run reads, by content."""
+    longest: int = 0
+    """Tokens of the longest row, replies included."""
     recomputed: list[str] = field(default_factory=list)
     """Keys that a run that goes on has another value of, and that change how a step is computed, not what."""
     further: bool = False
@@ -90,7 +93,7 @@ class Session(Generic[AnyRecipe]):
             longest: tokens of the longest row, replies included.
             cut, updates: of PPO, whose steps are rollouts with several updates each; also: what else is to be said.
         """
-        self.rows = rows
+        self.rows, self.longest = rows, longest
         too_long: str | None = None
         if not self.recipe.model.is_new:
             too_long = check_length(self.base.config, self.recipe.model, longest, REPLIES.get(self.recipe.stage))
@@ -161,12 +164,26 @@ class Session(Generic[AnyRecipe]):
             folder = Run.of(self.recipe)
             self.recomputed = other_rounding(self.recipe, folder)
             self.further = goes_further(self.recipe)
-        with (
-            open_run(self.recipe, overwrite, self.resume) as self.folder,
-            memory_advice(REPLIES.get(self.recipe.stage, "data.max_length")),
-        ):
+        with open_run(self.recipe, overwrite, self.resume) as self.folder:
             seed_everything(self.recipe)
-            yield self.folder
+            try:
+                yield self.folder
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise self.out_of_memory(error) from None
+
+    def out_of_memory(self, error: BaseException) -> OutOfMemory:
+        """What was tried, what it takes, and the cheapest ways out."""
+        rows, length = self.layout.rows_per_pass, self.longest
+        said = (str(error).splitlines() or [""])[0]
+        figures = memory.figures(self.recipe, self.base.config, self.machine, rows, length)
+        ways = memory.ways_out(self.recipe, rows, REPLIES.get(self.recipe.stage, "data.max_length"))
+        peak = f"{hardware.peak_memory_gb():.3g} GB were in use at most"
+        text = "; ".join(part for part in (figures, peak) if part)
+        return OutOfMemory(
+            f"out of memory ({said}): {text}. Ways out: {'; '.join(ways)}", fewer_rows(self.recipe, self.layout)
+        )
 
     def train(
         self, trainer: Any, base: Base | None = None, *, fit: Callable[..., dict[str, Any]] | None = None,
@@ -257,11 +274,18 @@ def not_to_the_bit(known: dict[str, Any], keys: list[str]) -> str | None:
     return f"not equal to the last bit to the run without a stop: {'; '.join(found)}" if found else None
 
 
-@contextmanager
-def memory_advice(length: str) -> Iterator[None]:
-    """RunError that says what to do when memory runs out. `length`: the key of how long rows may be."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise RunError(f"out of memory ({str(error).splitlines()[0]}): set train.per_device_train_batch_size: 1, "
-                       f"train.gradient_checkpointing: true, or a shorter {length}") from None  # fmt: skip
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, Exception) and should_reduce_batch_size(error)
+    )
+
+
+def fewer_rows(recipe: Recipe, cut: Layout) -> dict[str, int] | None:
+    """Settings for half the rows per pass, or the next number below that divides a step; None when there is one row,
+    or the passes of packed rows are fixed."""
+    step, passes = cut.rows_per_pass * cut.accumulation, recipe.train.gradient_accumulation_steps
+    rows = max((n for n in range(1, cut.rows_per_pass // 2 + 1) if step % n == 0), default=0)
+    if not recipe.train.auto_find_batch_size or not rows or (recipe.data.packing and passes is not None):
+        return None
+    found = {"train.per_device_train_batch_size": rows}
+    return found if recipe.data.packing else {**found, "train.gradient_accumulation_steps": step // rows}
