@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,6 +102,9 @@ def explained(error: BaseException) -> FinetuneError | None:
     """What the machine refused, in words; None for a bug."""
     if isinstance(error, MemoryError):
         return RunError("out of memory: use less data at once, or a machine with more")
+    if isinstance(error, pickle.UnpicklingError):
+        what = "a file holds other things than tensors and numbers, which are never loaded"
+        return RunError(f"{what}: use safetensors, or start again with --overwrite where it is a checkpoint")
     if isinstance(error, UnicodeError):
         name = getattr(error, "encoding", None) or "the expected encoding"
         fix = "save it as UTF-8; for pipes and terminals PYTHONIOENCODING=utf-8"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from finetune.base import Base
 from finetune.data import sources as data_sources
 from finetune.data import text as raw
+from finetune.errors import Problem, UserError
 from finetune.models import sources
 from finetune.models.identity import fingerprint
 from finetune.python_files import is_function
@@ -48,6 +50,31 @@ def known_inputs(
     if resume:
         check_unchanged(recipe, found)
     return found
+
+
+Stamps = dict[str, tuple[int, int, int]]
+
+
+def stamps(recipe: Recipe) -> Stamps:
+    """{local file of data.train and eval.data: what changes when it is written to}."""
+    found: Stamps = {}
+    specs = data_sources.as_dicts(recipe.data.train)
+    specs += [data_sources.held_out(path) for path in recipe.eval.paths or ()]
+    for spec in specs:
+        with suppress(UserError, OSError):  # what is not there is refused where it is read
+            for file in data_sources.local_files([spec]) or ():
+                seen = file.stat()
+                found[str(file)] = (seen.st_size, seen.st_mtime_ns, seen.st_ino)
+    return found
+
+
+def check_still(recipe: Recipe, before: Stamps) -> None:
+    """UserError for data that was written to since: rows of both states may have been read."""
+    after = stamps(recipe)
+    what, fix = "has changed while it was read", "start again when nothing writes to it any more"
+    problems = [Problem(what, path=path, key="data", fix=fix) for path in before if before[path] != after.get(path)]
+    if problems:
+        raise UserError(problems)
 
 
 def _reward_inputs(reward: Any) -> dict[str, str]:

@@ -47,7 +47,7 @@ from finetune.training.finish import Words, finish, save, summary
 from finetune.training.fit import callbacks
 from finetune.training.fit import fit as fit_trainer
 from finetune.training.health import in_batch
-from finetune.training.inputs import known_inputs
+from finetune.training.inputs import Stamps, check_still, known_inputs, stamps
 from finetune.training.plan import Layout, arguments, few_rows, few_updates, layout, other_devices
 from finetune.training.start import seed_everything
 from finetune.training.trainers import During
@@ -63,6 +63,8 @@ class Session(Generic[AnyRecipe]):
     base: Base
     machine: Hardware
     resume: bool
+    stamps: Stamps
+    """Of the data, before it is read."""
     rows: Rows = field(init=False)
     layout: Layout = field(default_factory=lambda: Layout(0, 0, 0, 0))
     notes: list[str] = field(default_factory=list)
@@ -137,6 +139,7 @@ class Session(Generic[AnyRecipe]):
     def inputs(self, dry_run: bool = False) -> dict[str, str]:
         """What the run reads, by content; the notes are said."""
         found = known_inputs(self.recipe, self.base, self.template, self.resume, dry_run)
+        check_still(self.recipe, self.stamps)
         for line in self.notes:
             warn(line)
         return found
@@ -244,7 +247,7 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
         raise UserError(what, key="train.gradient_checkpointing", fix="leave it out, or set it to false")
     if recipe.eval.thinking is not None and recipe.stage != "pretrain":
         thinking.asked(base.encoder, thinking.switched(recipe.eval.thinking), "eval.thinking")
-    return Session(recipe, base, machine, resume)
+    return Session(recipe, base, machine, resume, stamps(recipe))
 
 
 def resolved(raw: AnyRecipe, machine: Hardware) -> AnyRecipe:
