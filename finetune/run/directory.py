@@ -51,7 +51,7 @@ class Run:
 
     def done(self) -> bool:
         """Whether it ended, and well."""
-        return places.read_json(self.result).get("status") == "done"
+        return self.result.exists() and places.read_json(self.result).get("status") != "failed"
 
     def complete_checkpoints(self) -> list[Path]:
         """Newest first."""

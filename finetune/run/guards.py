@@ -14,7 +14,7 @@ from finetune import places
 from finetune.errors import Problem, UserError
 from finetune.recipe.sections import SourceConfig, as_list, held_sets
 from finetune.recipe.stages import Recipe
-from finetune.run.directory import ASIDE, CONTENTS, LOCK, MARK, Run, resumable
+from finetune.run.directory import ASIDE, CONTENTS, FAILED, LOCK, MARK, Run, resumable
 
 WEIGHTS = ("", ".json", ".safetensors", ".jinja", ".model", ".bin", ".pt")  # what lies in adapter/ and model/
 DATA_KEYS = ("data.train", "eval.data", "reward.train", "eval.shots_from")
@@ -91,7 +91,8 @@ def check_ours(run: Run) -> None:
     if os.path.lexists(aside) and not (aside.is_dir() and {path.name for path in aside.iterdir()} <= set(CONTENTS)):
         raise UserError("is nothing that ft wrote", path=aside, key="output.dir", fix=fix)
     # Conversions of a model are made beside its weights, and are a user's; so are notes.
-    for path in (path for folder in (run.adapter, run.model) if folder.is_dir() for path in folder.iterdir()):
+    weights = [run.path / f"{name}{end}" for name in ("adapter", "model") for end in ("", FAILED)]
+    for path in (path for folder in weights if folder.is_dir() for path in folder.iterdir()):
         if path.suffix not in WEIGHTS and path.name not in ("README.md", "vocab.txt", "merges.txt"):
             raise UserError("is nothing that a run of ft wrote", path=path, key="output.dir", fix=fix)
 

@@ -35,7 +35,7 @@ def callbacks(recipe: Recipe, run: Run, has_eval: bool) -> list[TrainerCallback]
 def finish_setup(trainer: Any, recipe: Recipe) -> Any:
     """What a trainer of trl needs after it is made."""
     trainer.recipe, trainer.recipe_train = recipe, recipe.train
-    trainer.health = Health(recipe.stage, trainer.model.get_input_embeddings().weight.shape[0])
+    trainer.health = Health(recipe.stage, len(trainer.processing_class))
     trainer.loraplus_lr_ratio = getattr(recipe.adapter, "loraplus_lr_ratio", None)
     trainer.remove_callback(PrinterCallback)  # Recorder prints
     return trainer

@@ -57,7 +57,8 @@ def rows_of_step(trainer: Any, step: int) -> list[int]:
     passes = math.ceil(len(trainer.train_dataset) / micro)
     epoch, place = divmod(step - 1, max(1, math.ceil(passes / accumulation)))
     order = trainer._get_train_sampler()
-    order.set_epoch(epoch)
+    if hasattr(order, "set_epoch"):  # blocks of text keep theirs
+        order.set_epoch(epoch)
     rows = micro * accumulation
     return list(order)[place * rows : (place + 1) * rows]
 
