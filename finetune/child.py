@@ -6,6 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 PART = "--part"
@@ -47,6 +50,27 @@ def run(*arguments: str, module: str = "finetune", shown: bool = False) -> tuple
         for number, handler in before:
             signal.signal(number, handler)
     return 130 if got else process.returncode, (said or "").strip()
+
+
+@contextmanager
+def as_interrupts() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does: what was begun is put in order, and how to go on is said."""
+    if threading.current_thread() is not threading.main_thread():  # which gets the signals
+        yield
+        return
+    terminals = at_terminal()
+
+    def stop(number: int, frame: Any) -> None:
+        if number == HANGUP:
+            leave(terminals)
+        raise KeyboardInterrupt
+
+    before = [(number, signal.signal(number, stop)) for number in stopping() if number != signal.SIGINT]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def at_terminal() -> list[int]:

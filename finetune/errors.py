@@ -3,6 +3,7 @@
     FinetuneError          anything `ft` raises on purpose
       UserError            exit 2: the recipe, the data or the arguments can be mended by the user
       RunError             exit 1: a run failed in a way that is explained (diverged, parity gate, …)
+        OutOfMemory        of a training run: it may go on with fewer rows at once
       Interrupted          exit 130: SIGINT or SIGTERM, a checkpoint was saved
 
 `explained` makes one of these of what the machine says (a full disk, a path, memory). Everything else that escapes is a
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +70,14 @@ class RunError(FinetuneError):
     exit_code = 1
 
 
+class OutOfMemory(RunError):
+    """Of a training run. `smaller`: the settings with which it goes on by itself, where it was asked to."""
+
+    def __init__(self, message: str, smaller: dict[str, int] | None = None) -> None:
+        self.smaller = smaller
+        super().__init__(message)
+
+
 class Interrupted(FinetuneError):
     exit_code = 130
 
@@ -92,6 +102,9 @@ def explained(error: BaseException) -> FinetuneError | None:
     """What the machine refused, in words; None for a bug."""
     if isinstance(error, MemoryError):
         return RunError("out of memory: use less data at once, or a machine with more")
+    if isinstance(error, pickle.UnpicklingError):
+        what = "a file holds other things than tensors and numbers, which are never loaded"
+        return RunError(f"{what}: use safetensors, or start again with --overwrite where it is a checkpoint")
     if isinstance(error, UnicodeError):
         name = getattr(error, "encoding", None) or "the expected encoding"
         fix = "save it as UTF-8; for pipes and terminals PYTHONIOENCODING=utf-8"

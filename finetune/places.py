@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -112,7 +113,9 @@ def built_beside(target: Path, key: str, replaced: Callable[[], Collection[str]]
     with unfinished(target, key) as part:
         yield part
         as_umask(part)
+        sync_tree(part)
         _swap(part, target, key, replaced)
+        sync(target.parent)
 
 
 @contextmanager
@@ -139,17 +142,15 @@ def unfinished(target: Path, key: str) -> Iterator[Path]:
 
 
 def _swap(part: Path, target: Path, key: str, replaced: Callable[[], Collection[str]]) -> None:
-    marker = part / UNFINISHED
     if not target.is_dir() or not any(target.iterdir()):
-        marker.unlink()
         part.rename(target)
+        (target / UNFINISHED).unlink()  # before, a kill would leave a part that is nobody's
         return
     going = replaced()
-    staying = [path for path in target.iterdir() if path.name not in going]
+    staying = [path for path in target.iterdir() if path.name not in {*going, UNFINISHED}]
     if clash := sorted(path.name for path in staying if os.path.lexists(part / path.name)):
         what = f"holds files that ft did not write under names that it needs now ({', '.join(clash)})"
         raise UserError(what, path=target, key=key, fix="move them away")
-    marker.unlink()
     old = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".old", dir=target.parent))
     target.rename(old)
     try:
@@ -157,9 +158,32 @@ def _swap(part: Path, target: Path, key: str, replaced: Callable[[], Collection[
     except BaseException:
         old.rename(target)
         raise
+    (target / UNFINISHED).unlink()
     for path in staying:
         (old / path.name).rename(target / path.name)
     shutil.rmtree(old)
+
+
+def sync(path: Path) -> None:
+    """A file, or the names in a folder, on the disk and not only in memory: a power cut loses what is not."""
+    try:
+        number = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):  # file systems without it
+            raise
+    finally:
+        os.close(number)
+
+
+def sync_tree(folder: Path) -> None:
+    """All of a folder, and its own name."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
+        if not path.is_symlink():
+            sync(path)
 
 
 def remove(path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 import typer
 
 from finetune import __version__
-from finetune.child import PART
+from finetune.child import PART, as_interrupts
 from finetune.cli import shared
 from finetune.cli.commands import app
 from finetune.errors import FinetuneError, UserError, explained, render, visible
@@ -47,7 +47,8 @@ def main() -> None:
     try:
         if arguments and arguments[0] in OTHER_COMMANDS:
             raise UserError(f"no command {arguments[0]!r}", fix=OTHER_COMMANDS[arguments[0]])
-        code = app(args=arguments, prog_name="ft", standalone_mode=False) or 0
+        with as_interrupts():
+            code = app(args=arguments, prog_name="ft", standalone_mode=False) or 0
         if code == 130:  # typer makes this of Ctrl-C, without a word
             raise KeyboardInterrupt
         sys.stdout.flush()  # or a full disk is told too late for a line and an exit code of its own

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.cli import answering, groups, merging, shared
-from finetune.errors import Interrupted
+from finetune.errors import Interrupted, OutOfMemory
 
 if TYPE_CHECKING:
     from finetune.recipe.stages import Recipe
@@ -71,6 +71,15 @@ def training_command(stage: str) -> Callable[..., None]:
             shared.quiet()
             shared.warn_if(training.gpu_missing(reference, checked))
             shared.module(stage).run(checked, resume=resume, overwrite=overwrite, dry_run=dry_run)
+        except OutOfMemory as error:
+            if error.smaller is None or checked is None:
+                raise
+            from finetune.run.resuming import to_go_on_smaller
+            from finetune.terminal.progress import warn
+
+            smaller = to_go_on_smaller(stage, reference, set_, output, checked, error.smaller)
+            warn(f"{error.lines()[0].partition(': ')[0]}: going on with {', '.join(smaller.said)}")
+            shared.replace_process(smaller.words)
         except KeyboardInterrupt:
             from finetune.run.resuming import to_start_again
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
+from finetune.child import PART
 from finetune.errors import UserError
 
 RecipeArgument = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="The same as --recipe.")]
@@ -93,6 +95,14 @@ def pairs(listed: list[str], key: str) -> dict[str, str]:
             raise UserError(f"{text!r} is no NAME=COLUMN", key=key, fix="write prompt=question_text")
         found[name] = value
     return found
+
+
+def replace_process(words: list[str]) -> NoReturn:
+    """`ft words …` in the place of this process: what it holds of memory, on the GPU too, is given back."""
+    before = [word for word in sys.argv[1:] if word in (PART, "--debug", "--verbose")]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "finetune", *before, *words])
 
 
 RANKS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")

@@ -76,7 +76,7 @@ def run(raw: PpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         seed_everything(recipe)  # the same replies however many models were drawn
         trainer = Ppo(
             recipe=recipe, models=built, encoder=encoder, prompts=rows.train, held_out=held_out, rules=rules,
-            arguments=session.arguments(), rows=session.layout.rows_per_pass, metrics=chosen,
+            arguments=session.arguments(), rows=session.layout.rows_per_pass, metrics=chosen, places=rows.places,
         )  # fmt: skip
         session.train(trainer, fit=Ppo.fit, words=Words(gist))
 
@@ -127,7 +127,7 @@ def reward_recipe(recipe: PpoRecipe, run: Run) -> RewardRecipe:
 
 def trained(run: Run) -> bool:
     """Whether the reward model is there already."""
-    return Run(run.reward).result.exists()
+    return Run(run.reward).done()
 
 
 def train_reward(recipe: RewardRecipe, run: Run, go_on: str) -> str:

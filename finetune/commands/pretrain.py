@@ -31,7 +31,7 @@ from finetune.recipe.sections import ModelConfig, PretrainModelConfig
 from finetune.recipe.stages import PretrainRecipe
 from finetune.run.directory import Run
 from finetune.terminal.progress import task
-from finetune.training.finish import save
+from finetune.training.finish import save, whole
 from finetune.training.fit import finish_setup
 from finetune.training.plan import one_device
 from finetune.training.session import Session, prepare
@@ -123,8 +123,9 @@ def save_new(
     if model.config.tie_word_embeddings:  # the layout has a matrix for each
         model.get_output_embeddings().weight = nn.Parameter(model.get_output_embeddings().weight.detach().clone())
         model.config.tie_word_embeddings = False
-    export_original(model, original_config(model.config), run.model)
-    (run.model / "tokenizer.model").write_bytes(tokenizers.build_sentencepiece(_world_texts(), world.HAN))
+    with whole(run.model) as folder:
+        export_original(model, original_config(model.config), folder)
+        (folder / "tokenizer.model").write_bytes(tokenizers.build_sentencepiece(_world_texts(), world.HAN))
     return run.model
 
 

@@ -11,7 +11,7 @@ from finetune.cache import cache_folder
 from finetune.data import sources, token_cache
 from finetune.data.audit import Audit
 from finetune.data.encoder import Encoder
-from finetune.data.rows import Rows, divided
+from finetune.data.rows import Places, Rows, divided
 from finetune.data.samples import specs, watched
 from finetune.data.templates import A, U
 from finetune.data.types import IGNORED, Conversation, Encoded, Sample
@@ -31,7 +31,7 @@ def load_sft(
     path = cache_file(config, encoder, eval_data, seed, cache)
     found = None if path is None else token_cache.read(path)
     table, noted = found or tokenised(config, encoder, seed, eval_data, path)
-    marks = table.select_columns(["content_hash", "repeat"]).with_format("numpy")[:]
+    marks = table.select_columns(["content_hash", "repeat", "file", "row"]).with_format("numpy")[:]
     rows = table.select_columns(["input_ids", "labels", *(["weights"] if noted["weighted"] else [])])
     everything = np.arange(len(rows))
 
@@ -41,7 +41,8 @@ def load_sft(
 
     said = [*([encoder.notice] if encoder.notice else []), *noted["warnings"], *of_thinking(encoder, noted["counts"])]
     hashes = np.asarray(marks["content_hash"], np.uint64)
-    return divided(pick, hashes, np.asarray(marks["repeat"]), config.eval_split, noted["counts"], said)
+    places = Places(noted["files"], marks["file"], marks["row"])
+    return divided(pick, hashes, np.asarray(marks["repeat"]), config.eval_split, noted["counts"], said, places)
 
 
 def of_thinking(encoder: Encoder, counts: dict[str, int]) -> list[str]:
@@ -67,7 +68,7 @@ def tokenised(
             assert isinstance(encoded, Encoded)
             if len(sample) < SAMPLED:
                 sample += begins_with_prompt(encoder, item.usable, encoded, config.train_on)
-            writer.add(encoded, item.usable.content_hash, item.weight)
+            writer.add(encoded, item.usable.content_hash, item.weight, (item.file, item.row))
         audit.settle()
     warnings = audit.warnings()
     if not all(sample):

@@ -58,6 +58,6 @@ def load_unpaired(config: DataConfig, encoder: Encoder, *, seed: int = 42, eval_
 def _load(audit: Audit, seed: int, row: Any) -> Rows:
     import datasets
 
-    rows, hashes, weights = gathered(audit, seed, row)
+    rows, hashes, weights, places = gathered(audit, seed, row)
     pick = lambda numbers: datasets.Dataset.from_list([rows[i] for i in numbers])  # noqa: E731
-    return divided(pick, hashes, weights, audit.config.eval_split, dict(audit.counts), audit.warnings())
+    return divided(pick, hashes, weights, audit.config.eval_split, dict(audit.counts), audit.warnings(), places)

@@ -56,11 +56,11 @@ def load_prompts(config: DataConfig, encoder: Encoder, *, seed: int = 42, eval_d
         audit.left_out(item, [what for what, _ in told(encoder.losses.of(sample.asked, sample.tools), set())])
         return Prompt(ids, sample.asked, sample.tools, {**item.data, "reference": sample.reference})
 
-    rows, hashes, weights = gathered(audit, seed, prompt)
+    rows, hashes, weights, places = gathered(audit, seed, prompt)
     counts, warnings, too_long = dict(audit.counts), audit.warnings(), audit.counts["overlong"]
     if not rows:
         raise UserError("no prompt is left", key="data.max_length", fix=f"raise it: {too_long} are longer")
     if too_long:
         warnings.append(f"{too_long} prompts are longer than data.max_length ({config.max_length}) and left out")
     pick = lambda numbers: [rows[i] for i in numbers]  # noqa: E731
-    return divided(pick, hashes, weights, config.eval_split, counts, warnings)
+    return divided(pick, hashes, weights, config.eval_split, counts, warnings, places)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,30 @@ import numpy as np
 from finetune.data.audit import Audit, Encoding
 from finetune.data.samples import Item, watched
 from finetune.errors import UserError
+
+
+class Places:
+    """(file, row) of samples, eight bytes each."""
+
+    def __init__(self, files: Sequence[str] = (), file: Any = None, row: Any = None) -> None:
+        self.files = {name: number for number, name in enumerate(files)}
+        self.file = array("I") if file is None else file
+        self.row = array("I") if row is None else row
+
+    def add(self, file: str, row: int) -> None:
+        self.file.append(self.files.setdefault(file, len(self.files)))
+        self.row.append(row)
+
+    def picked(self, numbers: np.ndarray) -> Places:
+        """Those of these samples."""
+        columns = (np.asarray(column, np.uint32)[numbers] for column in (self.file, self.row))
+        return Places(list(self.files), *columns)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __getitem__(self, number: int) -> tuple[str, int]:
+        return list(self.files)[int(self.file[number])], int(self.row[number])
 
 
 @dataclass
@@ -24,27 +48,30 @@ class Rows:
     """rows, used, dropped, truncated, cut_away, duplicates, leaked, tokens, trained_tokens, eval_rows, …"""
     warnings: list[str] = field(default_factory=list)
     """One line per kind of thing that was found and did not stop the run."""
+    places: Places = field(default_factory=Places)
+    """Of the rows to train on; none of blocks of text."""
 
 
 def gathered(
     audit: Audit, seed: int, convert: Callable[[Item, Encoding], Any]
-) -> tuple[list[Any], np.ndarray, np.ndarray]:
-    """What `convert` makes of every usable row (None for none), content hashes, and weights of the rows' sources.
-    UserError with every problem of every row."""
-    rows, hashes, weights = [], array("Q"), array("d")
+) -> tuple[list[Any], np.ndarray, np.ndarray, Places]:
+    """What `convert` makes of every usable row (None for none), content hashes, weights of the rows' sources, and
+    places. UserError with every problem of every row."""
+    rows, hashes, weights, places = [], array("Q"), array("d"), Places()
     for item, encoded in watched(audit.rows(seed), audit.config):
         row = convert(item, encoded)
         if row is not None:
             rows.append(row)
             hashes.append(item.usable.content_hash)
             weights.append(item.weight)
+            places.add(item.file, item.row)
     audit.settle()
-    return rows, np.asarray(hashes, np.uint64), np.asarray(weights)
+    return rows, np.asarray(hashes, np.uint64), np.asarray(weights), places
 
 
 def divided(
     pick: Callable[[np.ndarray], Any], hashes: np.ndarray, weights: np.ndarray, share: float | int | None,
-    counts: dict[str, int], warnings: list[str],
+    counts: dict[str, int], warnings: list[str], places: Places,
 ) -> Rows:  # fmt: skip
     """Hold rows out and repeat those of weighted sources; `pick` gives the rows of these numbers. UserError when none
     is left."""
@@ -55,11 +82,13 @@ def divided(
         raise UserError(what, key="data.eval_split", fix="hold out fewer rows, or leave it out")
     if not times.any():
         raise UserError("no row is left to train on", key="data.train", fix="give more rows, or hold out fewer")
+    numbers = np.repeat(np.arange(len(times)), times)
     return Rows(
-        pick(np.repeat(np.arange(len(times)), times)),
+        pick(numbers),
         pick(np.flatnonzero(held)) if held.any() else None,
         {**counts, "eval_rows": int(held.sum())},
         [*warnings, *uneven(held, share)],
+        places.picked(numbers),
     )
 
 

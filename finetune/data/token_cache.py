@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from finetune.data.types import IGNORED, Encoded
+from finetune.run.writing import write_atomically
 
 LARGE = 16 << 20  # bytes of source files from which on tokenised rows are kept on disk
 FLUSH = 2000  # rows per record batch
@@ -56,7 +57,10 @@ class Writer:
         self.rows: list[Encoded] = []
         ids, weights = pa.list_(pa.int32()), pa.list_(pa.float32())
         columns = {"input_ids": ids, "labels": ids, "weights": weights}
-        self.schema = pa.schema({**columns, "content_hash": pa.uint64(), "repeat": pa.float32()})
+        marks = {"content_hash": pa.uint64(), "repeat": pa.float32(), "file": pa.uint32(), "row": pa.uint32()}
+        self.schema = pa.schema({**columns, **marks})
+        self.files: dict[str, int] = {}
+        self.places: list[tuple[int, int]] = []
         self.weighted = False
         self.part = path.with_name(f"{path.name}.{os.getpid()}.part") if path else None
         self.sink: Any = None
@@ -72,7 +76,9 @@ class Writer:
             self.sink.close()
             self.part.unlink(missing_ok=True)
 
-    def add(self, encoded: Encoded, content_hash: int, repeat: float) -> None:
+    def add(self, encoded: Encoded, content_hash: int, repeat: float, place: tuple[str, int] = ("", 0)) -> None:
+        """place: its file and row."""
+        self.places.append((self.files.setdefault(place[0], len(self.files)), place[1]))
         self.rows.append(encoded)
         self.hashes.append(content_hash)
         self.repeats.append(repeat)
@@ -92,22 +98,23 @@ class Writer:
             pa.array([r.weights for r in self.rows], pa.list_(pa.float32())),
             pa.array(self.hashes, pa.uint64()),
             pa.array(self.repeats, pa.float32()),
+            *(pa.array(column, pa.uint32()) for column in zip(*self.places, strict=True)),
         ]
         batch = pa.record_batch(columns, schema=self.schema)
         if self.sink is not None:
             self.sink.write_batch(batch)
         else:
             self.batches.append(batch)
-        self.rows, self.hashes, self.repeats = [], [], []
+        self.rows, self.hashes, self.repeats, self.places = [], [], [], []
 
     def finish(self, noted: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """All rows as a dataset, with the columns content_hash and repeat, and `noted`, which is kept beside them, with
-        whether turns are weighted."""
+        """All rows as a dataset, with the columns content_hash, repeat, file and row, and `noted`, which is kept beside
+        them, with whether turns are weighted."""
         import datasets
         import pyarrow as pa
 
         self.flush()
-        noted = {**noted, "weighted": self.weighted}
+        noted = {**noted, "weighted": self.weighted, "files": list(self.files)}
         if self.sink is None or self.path is None or self.part is None:
             batches = [filled(batch) for batch in self.batches] if self.weighted else self.batches
             return datasets.Dataset(pa.Table.from_batches(batches, self.schema)), noted
@@ -118,8 +125,8 @@ class Writer:
                 for batch in pa.ipc.open_stream(source):
                     sink.write_batch(filled(batch))
             os.replace(second, self.part)
+        write_atomically(self.path.with_suffix(".json"), json.dumps(noted))  # first: one without the other is none
         os.replace(self.part, self.path)
-        self.path.with_suffix(".json").write_text(json.dumps(noted), encoding="utf-8")
         return datasets.Dataset.from_file(str(self.path)), noted
 
 

@@ -11,6 +11,8 @@ from finetune.data import sources as data_sources
 from finetune.errors import Problem, UserError
 from finetune.models import sources
 from finetune.recipe.sections import ModelConfig
+from finetune.run.directory import FAILED
+from finetune.terminal.progress import warn
 
 ENDLESS = "builtin:world"
 
@@ -78,11 +80,14 @@ def adapter_and_base(reference: str, model: str | None) -> Path:
         what = f"was trained on {config.name}, which is no longer there"
         raise UserError(what, path=reference, key="--model", fix="give the base's place now")
     there(config)
+    if folder.name.endswith(FAILED) and (why := places.read_json(folder.parent / "result.json").get("failed")):
+        warn(f"{folder}: a check failed at the end of its training: {why}")
     return folder
 
 
 def reward_model(reference: str, key: str = "reward.model") -> None:
     """A reward model: a run of `ft reward`, or a model."""
+    sources.check_usable(Path(reference).expanduser(), key)
     if (folder := sources.find_adapter(reference)) is not None:
         if places.read_json(folder / "adapter_config.json").get("task_type") != "SEQ_CLS":
             raise UserError("has no score head", path=reference, key=key, fix="give a run of `ft reward`")

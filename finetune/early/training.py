@@ -18,7 +18,7 @@ from finetune.recipe.sections import as_list
 from finetune.recipe.stages import RECIPES, ROWS, Recipe
 from finetune.run.directory import Run
 from finetune.run.guards import check_inputs, check_output
-from finetune.run.resuming import check_resumable
+from finetune.run.resuming import check_resumable, goes_further
 from finetune.terminal.progress import note, warn
 
 # What `resolve` fills in from the machine.
@@ -42,7 +42,8 @@ def recipe(
         if resume and not Run.of(found).path.exists():
             fix = sources.did_you_mean(found.output.dir, "leave --resume out to start it")
             raise UserError("no such run to resume", path=found.output.dir, key="output.dir", fix=fix)
-        check_output(found.output.dir, overwrite, resume, warn if dry_run else None)
+        further = resume and goes_further(found)
+        check_output(found.output.dir, overwrite, resume, warn if dry_run else None, further)
         if resume:
             ours = MACHINE | ({"adapter"} if found.model.adapter is not None else set())
             check_resumable(resolve(found, Hardware()), ours)

@@ -134,6 +134,7 @@ def run_target(reference: str, model: str | None = None, compare_base: bool = Fa
     """A run directory, or an adapter folder made by any PEFT tool."""
     path = Path(reference).expanduser()
     name = path.name or path.resolve().name
+    sources.check_usable(path)
     values = read_recipe(path)
     if values is None:
         folder = sources.adapter_folder(reference)

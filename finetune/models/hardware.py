@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import torch
 
 from finetune.recipe.resolve import Hardware
@@ -27,6 +30,23 @@ def cpu_has_bf16() -> bool:
     """AVX512-BF16 or AMX on x86, BF16 on Arm; elsewhere bfloat16 is emulated and slow."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def rounding() -> dict[str, str]:
+    """What the last bits of a result depend on beside recipe and data: another value may round otherwise."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(torch.cuda.current_device()).name
+    else:
+        device = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {_cpu_name()}"
+    return {"device": device, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def peak_memory_gb() -> float:

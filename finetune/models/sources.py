@@ -21,6 +21,7 @@ from finetune.models.gguf.header import NO_GGUF, is_gguf, refuse_other
 from finetune.places import read_json
 from finetune.recipe.sections import ModelConfig
 from finetune.resources import BUILTIN_MODELS
+from finetune.run.directory import not_usable
 from finetune.terminal.progress import note
 
 HUB_HELP = "check the name, or download it first and give the folder (offline: HF_HUB_OFFLINE=1 uses the cache)"
@@ -85,9 +86,10 @@ def known_names() -> list[str]:
 
 
 def find_adapter(reference: str) -> Path | None:
-    """The adapter folder of a run directory, or the folder itself; None where there is none."""
+    """The adapter folder of a run directory that is finished, or the folder itself; None where there is none."""
     path = Path(reference).expanduser()
-    found = (folder for folder in (path / "adapter", path) if (folder / "adapter_config.json").is_file())
+    held = [path] if not_usable(path) else [path / "adapter", path]
+    found = (folder for folder in held if (folder / "adapter_config.json").is_file())
     return next((folder.resolve() for folder in found), None)
 
 
@@ -96,6 +98,7 @@ def adapter_folder(reference: str, key: str = "adapter") -> Path:
     if (found := find_adapter(reference)) is not None:
         return found
     path = Path(reference).expanduser()
+    check_usable(path, key)
     if (path / "model").is_dir():
         raise UserError("is a full fine-tuning: it has no adapter", path=path, fix="give it as --model")
     if reference in builtin_names() or (path / "config.json").is_file():
@@ -108,9 +111,16 @@ def adapter_folder(reference: str, key: str = "adapter") -> Path:
     raise UserError(what, path=path, key=key, fix=did_you_mean(reference, fix, models=False))
 
 
+def check_usable(path: Path, key: str | None = None) -> None:
+    """UserError for a run of ours that is not finished, or whose last check failed."""
+    if (found := not_usable(path)) is not None:
+        raise UserError(found[0], path=path, key=key, fix=found[1])
+
+
 def what_is(reference: str) -> Literal["adapter", "model"]:
     """Whether a name or path is an adapter (a run has one) or a model. UserError where it is neither."""
     path = Path(reference).expanduser()
+    check_usable(path)
     if find_adapter(reference) is not None:
         return "adapter"
     if (path / "recipe.yaml").is_file() and not (path / "model").is_dir():

@@ -261,6 +261,9 @@ class TrainConfig(Section):
     """Original samples per optimizer step over all devices, packed or not; micro-batch and accumulation follow."""
     per_device_train_batch_size: Count | None = None
     """Rows per forward pass and device, a divisor of effective_batch_size; derived when unset."""
+    auto_find_batch_size: bool = False
+    """When memory runs out while training, go on from the last checkpoint with half the rows per forward pass, and with
+    half of those again; effective_batch_size stays as it is, and so do the rows of every step."""
     gradient_accumulation_steps: Count | None = None
     """Forward passes per optimizer step, a divisor of effective_batch_size; derived when unset."""
     per_device_eval_batch_size: Count | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.metrics import mean
-from finetune.run.checkpoints import complete, rotate
+from finetune.models.hardware import rounding
+from finetune.run.checkpoints import complete, discard, rotate
 from finetune.run.directory import Run
 from finetune.run.writing import write_json
 from finetune.training.weight_check import check_finite
@@ -70,7 +70,7 @@ def save_checkpoint(
     check_finite(weights.items(), f"at step {state.step}")
     folder = run.checkpoints / f"checkpoint-{state.step}"
     if folder.exists():
-        shutil.rmtree(folder)  # what a kill or a damaged checkpoint has left
+        discard(folder)  # what a kill or a damaged checkpoint has left
     folder.mkdir(parents=True)
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     save_file(copies, folder / "trainable.safetensors")
@@ -79,7 +79,7 @@ def save_checkpoint(
         random["cuda"] = torch.cuda.get_rng_state_all()
     torch.save({**{k: v.state_dict() for k, v in stateful.items()}, "random": random}, folder / "optimizer.pt")
     write_json(folder / "state.json", asdict(state))
-    complete(folder, inputs=dict(inputs))
+    complete(folder, inputs=dict(inputs), rounding=rounding())
     rotate(run.checkpoints, keep)
 
 

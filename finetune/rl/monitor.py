@@ -19,15 +19,19 @@ class Degenerate(RunError):
     """Replies that are worth no more training; the policy as it is may still be looked at."""
 
 
+def check_numbers(row: Mapping[str, Any]) -> None:
+    """RunError for what is no number in what a step says for metrics.jsonl."""
+    for key in ("loss", "value_loss", "kl"):
+        if not math.isfinite(row[key]):
+            raise RunError(f"{key} became {row[key]} at step {row['step']}: lower train.learning_rate")
+
+
 def watch(row: Mapping[str, Any], state: State, config: PpoConfig) -> None:
     """RunError when the policy has left the reference, Degenerate when its replies are no replies any more.
 
     Args:
         row: what a step says for metrics.jsonl; state: knows what the first rollout looked like, and counts bad ones.
     """
-    for key in ("loss", "value_loss", "kl"):
-        if not math.isfinite(row[key]):
-            raise RunError(f"{key} became {row[key]} at step {row['step']}: lower train.learning_rate")
     state.far = state.far + 1 if row["kl"] > config.max_kl else 0
     if state.far:
         what = f"KL to the reference is {row['kl']:.1f} nats per reply at step {row['step']}, over ppo.max_kl"

@@ -23,6 +23,7 @@ import numpy as np
 
 from finetune.data.encoder import Encoder
 from finetune.data.prompts import Prompt
+from finetune.data.rows import Places
 from finetune.errors import Interrupted, RunError
 from finetune.evaluation.during import figures_of
 from finetune.evaluation.generation import behind_thinking, not_followed, notice, seeded
@@ -33,7 +34,7 @@ from finetune.recipe.stages import PpoRecipe
 from finetune.rl import arithmetic
 from finetune.rl.checkpoint import State, load_checkpoint, save_checkpoint
 from finetune.rl.models import PpoModels
-from finetune.rl.monitor import Degenerate, watch
+from finetune.rl.monitor import Degenerate, check_numbers, watch
 from finetune.rl.rollout import Collector, Rollout
 from finetune.rl.update import Learner
 from finetune.run.directory import Run
@@ -41,6 +42,7 @@ from finetune.run.resuming import to_go_on
 from finetune.run.writing import append_lines
 from finetune.terminal.progress import Progress, note, samples, task
 from finetune.training.callbacks import Guard
+from finetune.training.health import kept_batch, with_batch
 from finetune.training.sampler import OrderedSampler
 from finetune.training.weight_check import Proof
 
@@ -72,6 +74,8 @@ class Ppo:
     """transformers' TrainingArguments, for the optimizer."""
     rows: int
     """Of a forward pass."""
+    places: Places = field(default_factory=Places)
+    """Of the prompts."""
     run: Run = field(init=False)
     inputs: Mapping[str, str] = field(init=False)
 
@@ -114,7 +118,7 @@ class Ppo:
         every = self.recipe.train.save_steps or max(1, self.total // 4)
         try:
             while state.step < self.total and not guard.stopped:
-                row = self.step(proof)
+                row = self.looked_at(proof)
                 if self.every is not None and state.step % self.every == 0:
                     row |= self.held_out_row()
                 state.losses.append(row["loss"])
@@ -131,12 +135,32 @@ class Ppo:
         if self.learner.left_out and not self.learner.steps:
             what = f"loss scaling has left out all {self.learner.left_out} steps: nothing was trained"
             raise RunError(f"{what}; set model.dtype: bfloat16 or float32")
-        result = {
-            "trained": proof.finish() if proof.seen else None, "train_loss": mean(state.losses), "steps": state.step,
+        result: dict[str, Any] = {}
+        try:
+            result["trained"] = proof.finish() if proof.seen else None
+        except RunError as error:
+            result |= {"trained": None, "status": "failed", "failed": str(error)}
+        result |= {
+            "train_loss": mean(state.losses), "steps": state.step,
             "seconds": round(time.perf_counter() - begun, 2), "epochs": self.epochs(),
         }  # fmt: skip
         result["generation"] = {**vars(self.collector.sampling), "not_followed": not_followed(self.model)}
-        return {**result, "eval": self.compared()} if self.held_out else result
+        return {**result, "eval": self.compared()} if self.held_out and "failed" not in result else result
+
+    def looked_at(self, proof: Proof) -> dict[str, Any]:
+        """A step, and RunError with its prompts when it is one to stop at."""
+        step, row = self.state.step, None
+        try:
+            row = self.step(proof)
+            check_numbers(row)
+        except RunError as error:
+            if row is not None:
+                self.run.append_metrics(row)  # the reason must be on record
+            numbers = self.numbers_of(step)
+            texts = [{"prompt": self.prompts[i].text} for i in numbers]
+            told = kept_batch(self.run, texts, [self.places[i] for i in numbers] if len(self.places) else [])
+            raise with_batch(error, told, self.run) from None
+        return row
 
     def epochs(self) -> float:
         return round(self.state.step * self.batch / len(self.prompts), 4)
@@ -149,11 +173,14 @@ class Ppo:
     # --- a step ---
 
     def prompts_of(self, step: int) -> list[Prompt]:
-        """The prompts of a step: none twice in an epoch, in an order that depends on (seed, epoch) only."""
+        return [self.prompts[i] for i in self.numbers_of(step)]
+
+    def numbers_of(self, step: int) -> list[int]:
+        """Of the prompts of a step: none twice in an epoch, in an order that depends on (seed, epoch) only."""
         epoch, place = divmod(step, len(self.prompts) // self.batch)
         order = OrderedSampler([1] * len(self.prompts), self.recipe.train.seed)
         order.set_epoch(epoch)
-        return [self.prompts[i] for i in list(order)[place * self.batch : (place + 1) * self.batch]]
+        return list(order)[place * self.batch : (place + 1) * self.batch]
 
     def step(self, proof: Proof | None = None) -> dict[str, Any]:
         """One rollout and its updates; the row for metrics.jsonl."""

@@ -17,7 +17,7 @@ from typing import IO, Any
 from finetune import places
 from finetune.errors import Problem, UserError
 from finetune.run.directory import versions
-from finetune.run.resuming import changed_keys
+from finetune.run.resuming import changed_keys, value_at
 from finetune.run.writing import as_line, escaped, write_json
 
 KEY = "--output"
@@ -55,17 +55,6 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
         problems.append(Problem(what, path, key=key, fix=ANEW))
     if problems:
         raise UserError(problems)
-
-
-def value_at(values: Any, key: str) -> Any:
-    """A dotted key of nested mappings; names may hold dots themselves."""
-    if isinstance(values, dict):
-        for name, value in values.items():
-            if key == name:
-                return value
-            if key.startswith(f"{name}.") and isinstance(value, dict):
-                return value_at(value, key[len(name) + 1 :])
-    return None
 
 
 def done_in(path: Path) -> Iterator[tuple[dict[str, Any], int]]:

@@ -10,11 +10,12 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from finetune import places
 from finetune.run.writing import write_json
 
 CHECKPOINT_COMPLETE = "complete"  # written last into a checkpoint: without it the checkpoint is half-written
-SUMMED_BELOW = 1 << 26  # files of a checkpoint up to 64 MiB have a checksum; of larger ones the size is known
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
@@ -24,10 +25,14 @@ def checkpoints_of(folder: Path) -> list[Path]:
 
 
 def complete(checkpoint: Path, **known: Any) -> None:
-    """Mark a checkpoint in which everything is, with what is in it and what has to be known to go on."""
+    """Mark a checkpoint in which everything is, with what is in it and what has to be known to go on.
+
+    All of it is on the disk before the mark is.
+    """
     places.as_umask(checkpoint)
-    files = {str(p.relative_to(checkpoint)): _size(p) for p in sorted(checkpoint.rglob("*")) if p.is_file()}
+    files = {str(p.relative_to(checkpoint)): _sum(p) for p in sorted(checkpoint.rglob("*")) if p.is_file()}
     files.pop(CHECKPOINT_COMPLETE, None)
+    places.sync_tree(checkpoint)
     write_json(checkpoint / CHECKPOINT_COMPLETE, {"files": files, **known})
 
 
@@ -49,7 +54,13 @@ def rotate(folder: Path, keep: int, best: str | None = None) -> None:
     done = [path for path in found if (path / CHECKPOINT_COMPLETE).exists()]
     for old in found:
         if old not in done[:keep] and (old not in done or old.name != best) and not old.is_symlink():
-            shutil.rmtree(old)
+            discard(old)
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete it, its mark first: what a kill leaves of it is half-written, not damaged."""
+    (checkpoint / CHECKPOINT_COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -67,17 +78,23 @@ def damage(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if size is not None and size != _size(path):
+        if size is not None and size != _sum(path, of=size):
             return f"{name} is not what was written"
         if not _readable(path):
             return f"{name} cannot be read"
     return None
 
 
-def _size(path: Path) -> list[int]:
-    """[bytes, checksum of small files]"""
+def _sum(path: Path, of: Any = None) -> list[int | str]:
+    """[bytes, checksum]; `of` is one of an earlier version to compare with: [bytes, CRC-32 or nothing]."""
     size = path.stat().st_size
-    return [size, zlib.crc32(path.read_bytes())] if size <= SUMMED_BELOW else [size]
+    if of is not None and (len(of) < 2 or isinstance(of[1], int)):
+        return [size, zlib.crc32(path.read_bytes())] if len(of) == 2 else [size]
+    found = xxhash.xxh3_128()  # 10 GB/s: a checkpoint is read faster than it was written
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            found.update(part)
+    return [size, found.hexdigest()]
 
 
 def _readable(path: Path) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from finetune import places
 from finetune.errors import Problem, UserError
 from finetune.recipe.stages import Recipe
 from finetune.run.checkpoints import CHECKPOINT_COMPLETE, checkpoints_of, damage
@@ -23,10 +24,12 @@ from finetune.terminal.progress import warn
 # Everything a run writes; --overwrite removes these and nothing else.
 CONTENTS = (
     "recipe.yaml", "adapter", "model", "metrics.jsonl", "result.json", "report.html", "loss.png", "checkpoints",
-    "samples.jsonl", "reward.yaml", "reward", "start", "start.part",
+    "samples.jsonl", "reward.yaml", "reward", "start", "start.part", "adapter.part",
+    "model.part", "adapter.failed", "model.failed", "adapter.failed.part", "model.failed.part", "failed_batch.jsonl",
 )  # fmt: skip
 MARK = "# Written by ft: the recipe of the run in this folder, which --overwrite replaces."
 LOCK = ".lock"
+FAILED = ".failed"  # ends the name of weights that a check at the end of the run has found wanting
 ASIDE = ".replaced"  # what --overwrite replaces, until the new run is finished
 
 
@@ -41,6 +44,14 @@ class Run:
     @classmethod
     def of(cls, recipe: Recipe) -> Run:
         return cls(Path(recipe.output.dir).expanduser())
+
+    def keep_apart(self) -> None:
+        """From now on weights go where nobody takes them for the result: a check has failed at the end."""
+        self.adapter, self.model = self.path / f"adapter{FAILED}", self.path / f"model{FAILED}"
+
+    def done(self) -> bool:
+        """Whether it ended, and well."""
+        return self.result.exists() and places.read_json(self.result).get("status") != "failed"
 
     def complete_checkpoints(self) -> list[Path]:
         """Newest first."""
@@ -84,6 +95,28 @@ class Run:
 
     def finish(self, result: dict[str, Any]) -> None:
         write_json(self.result, {**result, "versions": versions()})
+
+
+def not_usable(path: Path) -> tuple[str, str] | None:
+    """(what, how to mend it) when a run of ours in `path` has no weights to be used; None for all other folders."""
+    run = Run(path)
+    if run.done() or not is_marked(path):
+        return None
+    if not run.result.exists():
+        fix = "train it to its end first (--resume goes on from its last checkpoint)"
+        return "is a run that is not finished: it has no result yet", fix
+    run.keep_apart()
+    kept = next((str(folder) for folder in (run.adapter, run.model) if folder.is_dir()), None)
+    what = f"is a run of which a check failed at its end ({places.read_json(run.result).get('failed')})"
+    return what, f"look at what it says; its weights are in {kept}" if kept else "train it again"
+
+
+def is_marked(path: Path) -> bool:
+    """Whether a run of ours wrote recipe.yaml in `path`."""
+    try:
+        return MARK in (path / "recipe.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeError):
+        return False
 
 
 def resumable(run: Run) -> bool:

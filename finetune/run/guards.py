@@ -14,19 +14,21 @@ from finetune import places
 from finetune.errors import Problem, UserError
 from finetune.recipe.sections import SourceConfig, as_list, held_sets
 from finetune.recipe.stages import Recipe
-from finetune.run.directory import ASIDE, CONTENTS, LOCK, MARK, Run, resumable
+from finetune.run.directory import ASIDE, CONTENTS, FAILED, LOCK, MARK, Run, resumable
 
 WEIGHTS = ("", ".json", ".safetensors", ".jinja", ".model", ".bin", ".pt")  # what lies in adapter/ and model/
 DATA_KEYS = ("data.train", "eval.data", "reward.train", "eval.shots_from")
 
 
 def check_output(
-    directory: str | Path, overwrite: bool, resume: bool, say: Callable[[str], None] | None = None
-) -> None:
+    directory: str | Path, overwrite: bool, resume: bool, say: Callable[[str], None] | None = None,
+    further: bool = False,
+) -> None:  # fmt: skip
     """UserError if results would be lost or written where they must not be. Writes nothing.
 
     Args:
         say: told when something is there already, which then is no error.
+        further: whether more steps are asked for than the run was started with: then a finished one goes on, too.
     """
     run = Run(Path(directory).expanduser())
     places.check_folder(run.path, "output.dir")
@@ -34,8 +36,9 @@ def check_output(
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other", fix="give one of them")
     if resume:
-        if run.result.exists():
-            raise UserError("this run is finished, there is nothing to resume", path=run.path, fix="use --overwrite")
+        if run.result.exists() and not further:
+            fix = "use --overwrite, or ask for more, as with --set train.num_train_epochs=6"
+            raise UserError("this run is finished, there is nothing to resume", path=run.path, fix=fix)
         if not resumable(run):
             raise UserError("holds no complete checkpoint", path=run.checkpoints, fix="start it again with --overwrite")
     elif overwrite:
@@ -88,7 +91,8 @@ def check_ours(run: Run) -> None:
     if os.path.lexists(aside) and not (aside.is_dir() and {path.name for path in aside.iterdir()} <= set(CONTENTS)):
         raise UserError("is nothing that ft wrote", path=aside, key="output.dir", fix=fix)
     # Conversions of a model are made beside its weights, and are a user's; so are notes.
-    for path in (path for folder in (run.adapter, run.model) if folder.is_dir() for path in folder.iterdir()):
+    weights = [run.path / f"{name}{end}" for name in ("adapter", "model") for end in ("", FAILED)]
+    for path in (path for folder in weights if folder.is_dir() for path in folder.iterdir()):
         if path.suffix not in WEIGHTS and path.name not in ("README.md", "vocab.txt", "merges.txt"):
             raise UserError("is nothing that a run of ft wrote", path=path, key="output.dir", fix=fix)
 

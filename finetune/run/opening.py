@@ -17,7 +17,7 @@ from finetune.recipe.file import to_yaml
 from finetune.recipe.stages import Recipe
 from finetune.run.directory import ASIDE, CONTENTS, LOCK, MARK, Run, resumable
 from finetune.run.guards import check_inputs, check_output
-from finetune.run.resuming import to_go_on
+from finetune.run.resuming import goes_further, to_go_on
 from finetune.run.writing import write_atomically
 from finetune.terminal.progress import warn
 
@@ -32,7 +32,8 @@ def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> I
     run = Run.of(recipe)
     if overwrite:
         check_inputs(recipe)
-    check_output(run.path, overwrite, resume)
+    further = resume and goes_further(recipe)
+    check_output(run.path, overwrite, resume, further=further)
     made = not run.path.exists()
     run.path.mkdir(parents=True, exist_ok=True)
     try:
@@ -40,11 +41,14 @@ def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> I
     except Timeout:
         raise UserError("another process is writing here", path=run.path, fix="wait, or use --output DIR") from None
     with lock:
-        check_output(run.path, overwrite, resume)  # another process may have been here meanwhile
+        check_output(run.path, overwrite, resume, further=further)  # another process may have been here meanwhile
         aside = run.path / ASIDE
         try:
             if overwrite:
                 set_aside(run)
+            elif further and run.result.exists():  # from now on it is not finished
+                aside.mkdir(exist_ok=True)
+                run.result.replace(aside / run.result.name)
             # Also when it goes on: what it reads may lie elsewhere now.
             header = f"# ft {recipe.stage} --recipe recipe.yaml\n{MARK}\n"
             write_atomically(run.path / "recipe.yaml", to_yaml(recipe, header))

@@ -45,15 +45,18 @@ def strict(value: Any) -> Any:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Whole or not at all. Never through a link: one at `path` is replaced itself."""
+    """Whole or not at all, also after a power cut. Never through a link: one at `path` is replaced itself."""
     temporary = places.fresh(path)
     try:
         with temporary.open("xb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    places.sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

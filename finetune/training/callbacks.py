@@ -14,6 +14,7 @@ from finetune.errors import RunError
 from finetune.models.hardware import peak_memory_gb
 from finetune.run.directory import Run
 from finetune.terminal.progress import Progress
+from finetune.training.health import ADVICE
 from finetune.training.weight_check import Proof
 
 
@@ -63,8 +64,7 @@ class Recorder(TrainerCallback):
         self.progress.log(row)
         for key in ("loss", "grad_norm", "eval_loss"):
             if key in row and not math.isfinite(float(row[key])):
-                advice = "lower train.learning_rate, look at the data with `ft data check`, or set model.dtype: float32"
-                raise RunError(f"{key} became {row[key]} at step {state.global_step}: {advice}")
+                raise RunError(f"{key} became {row[key]} at step {state.global_step}: {ADVICE}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.stop()
@@ -76,6 +76,8 @@ class Proven(TrainerCallback):
     def __init__(self) -> None:
         self.proof: Proof | None = None
         self.found: dict[str, Any] | None = None
+        self.failed: str | None = None
+        """What the proof found wrong."""
         self.steps = self.left_out = 0
         """Steps taken, and left out by loss scaling."""
 
@@ -96,8 +98,11 @@ class Proven(TrainerCallback):
     def finish(self) -> dict[str, Any] | None:
         """What the proof says of the weights that training ended with. The best may be older: those of a first step, at
         which LoRA's A stays as it is, or those that a resumed run began with."""
-        if self.found is None and self.proof is not None and self.proof.seen:
-            self.found = self.proof.finish()
+        if self.found is None and self.failed is None and self.proof is not None and self.proof.seen:
+            try:
+                self.found = self.proof.finish()
+            except RunError as error:
+                self.failed = str(error)
         return self.found
 
 

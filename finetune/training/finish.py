@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,25 @@ def save(recipe: Recipe, run: Run, model: Any, base: Base, template: str | None)
     """
     if template is not None:
         base.tokenizer.chat_template = template
-    if recipe.adapter.method == "full":
+    full = recipe.adapter.method == "full"
+    if full:
         model.to(getattr(torch, recipe.model.dtype))
         check_finite(model.named_parameters(), f"in {recipe.model.dtype}")
-        model.save_pretrained(run.model)
-        base.tokenizer.save_pretrained(run.model)
-        return run.model
-    save_adapter(model, run.adapter)
-    base.tokenizer.save_pretrained(run.adapter)
-    write_identity(run.adapter, base.model, base.fingerprint, template)
-    return run.adapter
+    target = run.model if full else run.adapter
+    with whole(target) as folder:
+        model.save_pretrained(folder) if full else save_adapter(model, folder)
+        base.tokenizer.save_pretrained(folder)
+        if not full:
+            write_identity(folder, base.model, base.fingerprint, template)
+    return target
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A folder that takes the name `target` when everything is in it. What else lies there, of the user's, stays."""
+    part = places.part_of(target)
+    with places.built_beside(target, "output.dir", lambda: {path.name for path in part.iterdir()}):
+        yield part
 
 
 def finish(

@@ -16,6 +16,7 @@ from finetune.run.directory import Run
 from finetune.run.resuming import to_go_on
 from finetune.terminal.progress import Progress
 from finetune.training.callbacks import Guard, Patience, Proven, Ranks, Recorder
+from finetune.training.health import Health, with_batch
 from finetune.training.trainers import CountOn
 from finetune.training.weight_check import check_finite, trained
 
@@ -34,6 +35,7 @@ def callbacks(recipe: Recipe, run: Run, has_eval: bool) -> list[TrainerCallback]
 def finish_setup(trainer: Any, recipe: Recipe) -> Any:
     """What a trainer of trl needs after it is made."""
     trainer.recipe, trainer.recipe_train = recipe, recipe.train
+    trainer.health = Health(recipe.stage, len(trainer.processing_class))
     trainer.loraplus_lr_ratio = getattr(recipe.adapter, "loraplus_lr_ratio", None)
     trainer.remove_callback(PrinterCallback)  # Recorder prints
     return trainer
@@ -54,7 +56,7 @@ def fit(trainer: Any, run: Run, checkpoint: Path | None, inputs: dict[str, str])
     guard, proven, recorder = (next(c for c in found if isinstance(c, kind)) for kind in (Guard, Proven, Recorder))
     recorder.tokens = known_of(checkpoint).get("counters", {}).get("tokens", 0) if checkpoint is not None else 0
     try:
-        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        output = with_rows(trainer, run, str(checkpoint) if checkpoint else None)
         step = trainer.state.global_step
         if guard.stopped:
             where = f"checkpoint saved in {run.checkpoints}"
@@ -63,16 +65,28 @@ def fit(trainer: Any, run: Run, checkpoint: Path | None, inputs: dict[str, str])
             what = f"loss scaling has left out all {proven.left_out} steps: nothing was trained"
             raise RunError(f"{what}; take more steps, or set model.dtype: bfloat16 or float32")
         check_finite(trained(trainer.model), "at the end")
-        held_out = of_the_saved_weights(trainer, run)
+        proof, failed = proven.finish(), proven.failed or trainer.failed
+        held_out = {} if failed else of_the_saved_weights(trainer, run)
     finally:
         guard.restore()  # a trainer that raises calls no on_train_end
     return {
-        "trained": proven.finish(),
+        **({"status": "failed", "failed": failed} if failed else {}), "trained": proof,
         "train_loss": output.training_loss, "steps": step, "epochs": round(trainer.state.epoch or 0.0, 4),
         "seconds": round(time.perf_counter() - trainer.begun, 2),
         "seen_tokens": int(trainer.state.num_input_tokens_seen or trainer._total_train_tokens),
         "best_checkpoint": trainer.state.best_model_checkpoint, "eval": held_out,
     }  # fmt: skip
+
+
+def with_rows(trainer: Any, run: Run, checkpoint: str | None) -> Any:
+    """All steps. RunError of a step that went wrong names its rows."""
+    try:
+        return trainer.train(resume_from_checkpoint=checkpoint)
+    except RunError as error:
+        step = trainer.state.global_step
+        if trainer.in_batch is None or not step or f"step {step}" not in str(error) or "eval_" in str(error):
+            raise
+        raise with_batch(error, trainer.in_batch(step), run) from None
 
 
 def of_the_saved_weights(trainer: Any, run: Run) -> dict[str, float]:

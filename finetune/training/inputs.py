@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from finetune.base import Base
 from finetune.data import sources as data_sources
 from finetune.data import text as raw
+from finetune.errors import Problem, UserError
 from finetune.models import sources
 from finetune.models.identity import fingerprint
 from finetune.python_files import is_function
@@ -50,6 +52,31 @@ def known_inputs(
     return found
 
 
+Stamps = dict[str, tuple[int, int, int]]
+
+
+def stamps(recipe: Recipe) -> Stamps:
+    """{local file of data.train and eval.data: what changes when it is written to}."""
+    found: Stamps = {}
+    specs = data_sources.as_dicts(recipe.data.train)
+    specs += [data_sources.held_out(path) for path in recipe.eval.paths or ()]
+    for spec in specs:
+        with suppress(UserError, OSError):  # what is not there is refused where it is read
+            for file in data_sources.local_files([spec]) or ():
+                seen = file.stat()
+                found[str(file)] = (seen.st_size, seen.st_mtime_ns, seen.st_ino)
+    return found
+
+
+def check_still(recipe: Recipe, before: Stamps) -> None:
+    """UserError for data that was written to since: rows of both states may have been read."""
+    after = stamps(recipe)
+    what, fix = "has changed while it was read", "start again when nothing writes to it any more"
+    problems = [Problem(what, path=path, key="data", fix=fix) for path in before if before[path] != after.get(path)]
+    if problems:
+        raise UserError(problems)
+
+
 def _reward_inputs(reward: Any) -> dict[str, str]:
     """Pairs, the reward model where it is on this machine, and the rules' files."""
     found = {}
@@ -72,11 +99,13 @@ def _functions(named: Sequence[str]) -> Iterator[str | bytes]:
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
-    found = hashlib.sha256()
+    """SHA-256 and number of bytes."""
+    found, size = hashlib.sha256(), 0
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         found.update(len(data).to_bytes(8, "little") + data)
-    return found.hexdigest()
+        size += len(data)
+    return f"{found.hexdigest()} {size}"
 
 
 def _weights(folder: Path) -> Iterator[str | bytes]:

@@ -43,6 +43,21 @@ def room(recipe: Recipe, config: Mapping[str, Any], machine: Hardware) -> int | 
     sizes = _sizes(config)
     if sizes is None or not machine.memory_gb:
         return None
+    needs = _needs(sizes, recipe, machine)
+    sequences = 2 if recipe.stage in PAIRS else 1
+    return max(1, int((_free(machine) - needs.held) / needs.per_token / sequences))
+
+
+class Needs(NamedTuple):
+    """Bytes."""
+
+    held: float
+    """The whole time: weights; of full fine-tuning also gradients and moments."""
+    per_token: float
+    """Of a training pass."""
+
+
+def _needs(sizes: Sizes, recipe: Recipe, machine: Hardware) -> Needs:
     hidden, layers, inner, _, vocabulary = sizes
     train, full = recipe.train, recipe.adapter.method == "full"
     wide = 4 if recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and not machine.bf16) else 2
@@ -50,9 +65,52 @@ def room(recipe: Recipe, config: Mapping[str, Any], machine: Hardware) -> int | 
     recomputed = machine.device != "cpu" if train.gradient_checkpointing is None else train.gradient_checkpointing
     kept = layers * hidden * wide + block if recomputed else layers * block
     head = 0 if recipe.stage == "reward" else OF_VOCABULARY * vocabulary * 4
-    free = machine.memory_gb * 1e9 * SHARE.get(machine.device, OF_A_GPU) - _weights(sizes, recipe, 16 if full else wide)
-    sequences = 2 if recipe.stage in PAIRS else 1
-    return max(1, int(free / (kept + head) / sequences))
+    return Needs(_weights(sizes, recipe, 16 if full else wide), kept + head)
+
+
+def _free(machine: Hardware) -> float:
+    return machine.memory_gb * 1e9 * SHARE.get(machine.device, OF_A_GPU)
+
+
+def figures(recipe: Recipe, config: Mapping[str, Any], machine: Hardware, rows: int, length: int) -> str | None:
+    """What a pass takes, in words, for the message when memory runs out; None where the config does not say how large
+    the model is.
+
+    Args:
+        rows: of a pass; length: tokens of the longest row.
+    """
+    sizes = _sizes(config)
+    if sizes is None:
+        return None
+    held, per_token = _needs(sizes, recipe, machine)
+    tokens = rows * length * (2 if recipe.stage in PAIRS else 1)
+    return (
+        f"about {held / 1e9:,.3g} GB for the weights and {tokens * per_token / 1e9:,.3g} GB for a pass of {rows} rows "
+        f"of up to {length:,} tokens, of {machine.memory_gb:,.3g} GB"
+    )
+
+
+def ways_out(recipe: Recipe, rows: int, length_key: str) -> list[str]:
+    """The cheapest ways to need less memory, in speed and in what is learned, the cheapest first."""
+    train, quantized = recipe.train, recipe.model.quantization is not None
+    found = []
+    if rows > 1:
+        what = "train.auto_find_batch_size: true halves the rows of a pass by itself (the result is the same)"
+        found.append(
+            f"train.per_device_train_batch_size: {rows // 2} (the result is the same)"
+            if train.auto_find_batch_size
+            else f"train.per_device_train_batch_size: {rows // 2}, or {what}"
+        )
+    if not train.gradient_checkpointing:
+        found.append("train.gradient_checkpointing: true (a step takes about a third longer)")
+    if recipe.adapter.method == "full":
+        found.append("adapter.method: lora (gradients and moments of few weights)")
+    elif not quantized:
+        found.append("model.quantization: int4 (a quarter of the weights' memory, slightly other answers)")
+    return [*found, f"a shorter {length_key}"][:WAYS]
+
+
+WAYS = 3
 
 
 def _weights(sizes: Sizes, recipe: Recipe, wide: int) -> float:

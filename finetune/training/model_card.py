@@ -76,6 +76,7 @@ def card(
     lines = [
         *front(head), f"# {shown_name(recipe['output']['dir'])}", "",
         f"{kind} made by `ft {stage}` (package ft-recipes); `recipe.yaml` in the run directory makes it again.", "",
+        *([f"**A check failed at the end of its training: {result['failed']}.**", ""] if "failed" in result else []),
         *table(rows), "", "## Metrics", "", *metrics_of(result), "", "## Use", "",
         *usage(stage, method, place or name, original_layout, model.get("revision"), gguf), "",
     ]  # fmt: skip

@@ -20,31 +20,34 @@ from typing import Any, Generic
 
 import torch
 import yaml
+from accelerate.utils.memory import should_reduce_batch_size
 
 from finetune.adapters import compatibility
 from finetune.adapters.compatibility import AnyRecipe
 from finetune.adapters.load import adapter_config
-from finetune.adapters.methods import check, check_targets
+from finetune.adapters.methods import METHODS, check, check_targets
 from finetune.base import Base
 from finetune.data import thinking
 from finetune.data.rows import Rows
-from finetune.errors import RunError, UserError
+from finetune.errors import OutOfMemory, RunError, UserError
 from finetune.models import attach, hardware, loading, sources
 from finetune.models.config import read_config
 from finetune.models.quantization import check_network, is_held_quantized, planned_bytes
 from finetune.models.rope import check_length
 from finetune.recipe.file import to_yaml
 from finetune.recipe.resolve import Hardware, resolve
-from finetune.recipe.stages import HELD_OUT_FIGURES
+from finetune.recipe.stages import HELD_OUT_FIGURES, Recipe
+from finetune.run.checkpoints import known_of
 from finetune.run.directory import Run
 from finetune.run.opening import open_run
-from finetune.run.resuming import check_resumable
-from finetune.terminal.progress import encodable, note, say, warn
+from finetune.run.resuming import check_resumable, goes_further, other_rounding
+from finetune.terminal.progress import encodable, note, say, shown_path, warn
 from finetune.training import memory
 from finetune.training.finish import Words, finish, save, summary
 from finetune.training.fit import callbacks
 from finetune.training.fit import fit as fit_trainer
-from finetune.training.inputs import known_inputs
+from finetune.training.health import in_batch
+from finetune.training.inputs import Stamps, check_still, known_inputs, stamps
 from finetune.training.plan import Layout, arguments, few_rows, few_updates, layout, other_devices
 from finetune.training.start import seed_everything
 from finetune.training.trainers import During
@@ -60,6 +63,8 @@ class Session(Generic[AnyRecipe]):
     base: Base
     machine: Hardware
     resume: bool
+    stamps: Stamps
+    """Of the data, before it is read."""
     rows: Rows = field(init=False)
     layout: Layout = field(default_factory=lambda: Layout(0, 0, 0, 0))
     notes: list[str] = field(default_factory=list)
@@ -69,6 +74,12 @@ class Session(Generic[AnyRecipe]):
     folder: Run = field(init=False)
     known: dict[str, str] = field(init=False)
     """What the run reads, by content."""
+    longest: int = 0
+    """Tokens of the longest row, replies included."""
+    recomputed: list[str] = field(default_factory=list)
+    """Keys that a run that goes on has another value of, and that change how a step is computed, not what."""
+    further: bool = False
+    """Whether it goes on for longer than it was begun."""
 
     @property
     def template(self) -> str | None:
@@ -84,7 +95,7 @@ class Session(Generic[AnyRecipe]):
             longest: tokens of the longest row, replies included.
             cut, updates: of PPO, whose steps are rollouts with several updates each; also: what else is to be said.
         """
-        self.rows = rows
+        self.rows, self.longest = rows, longest
         too_long: str | None = None
         if not self.recipe.model.is_new:
             too_long = check_length(self.base.config, self.recipe.model, longest, REPLIES.get(self.recipe.stage))
@@ -128,6 +139,7 @@ class Session(Generic[AnyRecipe]):
     def inputs(self, dry_run: bool = False) -> dict[str, str]:
         """What the run reads, by content; the notes are said."""
         found = known_inputs(self.recipe, self.base, self.template, self.resume, dry_run)
+        check_still(self.recipe, self.stamps)
         for line in self.notes:
             warn(line)
         return found
@@ -151,12 +163,30 @@ class Session(Generic[AnyRecipe]):
     def run(self, overwrite: bool) -> Iterator[Run]:
         """The run directory, where weights are drawn and trained."""
         self.known = self.inputs()
-        with (
-            open_run(self.recipe, overwrite, self.resume) as self.folder,
-            memory_advice(REPLIES.get(self.recipe.stage, "data.max_length")),
-        ):
+        if self.resume:
+            folder = Run.of(self.recipe)
+            self.recomputed = other_rounding(self.recipe, folder)
+            self.further = goes_further(self.recipe)
+        with open_run(self.recipe, overwrite, self.resume) as self.folder:
             seed_everything(self.recipe)
-            yield self.folder
+            try:
+                yield self.folder
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise self.out_of_memory(error) from None
+
+    def out_of_memory(self, error: BaseException) -> OutOfMemory:
+        """What was tried, what it takes, and the cheapest ways out."""
+        rows, length = self.layout.rows_per_pass, self.longest
+        said = (str(error).splitlines() or [""])[0]
+        figures = memory.figures(self.recipe, self.base.config, self.machine, rows, length)
+        ways = memory.ways_out(self.recipe, rows, REPLIES.get(self.recipe.stage, "data.max_length"))
+        peak = f"{hardware.peak_memory_gb():.3g} GB were in use at most"
+        text = "; ".join(part for part in (figures, peak) if part)
+        return OutOfMemory(
+            f"out of memory ({said}): {text}. Ways out: {'; '.join(ways)}", fewer_rows(self.recipe, self.layout)
+        )
 
     def train(
         self, trainer: Any, base: Base | None = None, *, fit: Callable[..., dict[str, Any]] | None = None,
@@ -172,11 +202,20 @@ class Session(Generic[AnyRecipe]):
         """
         base = base or self.base
         checkpoint = self.folder.usable_checkpoint() if self.resume else None
+        if checkpoint is not None:
+            self.note(not_to_the_bit(known_of(checkpoint), self.recomputed))
+            if self.further:
+                self.note(f"the learning rate follows the longer schedule from {checkpoint.name} on")
         trainer.during = self.during
+        trainer.in_batch = in_batch(trainer, self.folder, self.rows, self.recipe.data.max_length)
         outcome = (fit or fit_trainer)(trainer, self.folder, checkpoint, self.known)
+        if "failed" in outcome:
+            self.folder.keep_apart()
         weights = save(self.recipe, self.folder, trainer.model, base, self.template)
         self.note(look(self.folder))
         result = finish(self.recipe, self.folder, trainer.model, outcome, self.rows.counts, self.notes, base)
+        if "failed" in outcome:
+            raise RunError(f"{outcome['failed']}; the weights are kept in {shown_path(weights)}, to be looked at")
         summary(self.recipe, self.folder, weights, result, words)
 
 
@@ -192,6 +231,9 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
     recipe = resolved(raw, machine)
     if resume:
         check_resumable(recipe)
+        if goes_further(recipe) and METHODS[recipe.adapter.method].cuts_ranks:
+            what = f"{recipe.adapter.method} shares out its ranks over all steps, and there cannot be more of them now"
+            raise UserError(what, key="train", fix="leave the steps as they were, or use --output DIR")
     compatibility.check(recipe)
     base = replace(open_base(recipe.model), treatment=recipe.data.thinking)
     if not recipe.model.is_new:
@@ -205,7 +247,7 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
         raise UserError(what, key="train.gradient_checkpointing", fix="leave it out, or set it to false")
     if recipe.eval.thinking is not None and recipe.stage != "pretrain":
         thinking.asked(base.encoder, thinking.switched(recipe.eval.thinking), "eval.thinking")
-    return Session(recipe, base, machine, resume)
+    return Session(recipe, base, machine, resume, stamps(recipe))
 
 
 def resolved(raw: AnyRecipe, machine: Hardware) -> AnyRecipe:
@@ -221,11 +263,32 @@ def resolved(raw: AnyRecipe, machine: Hardware) -> AnyRecipe:
     return compatibility.continued(recipe, adapter_config(folder), folder)
 
 
-@contextmanager
-def memory_advice(length: str) -> Iterator[None]:
-    """RunError that says what to do when memory runs out. `length`: the key of how long rows may be."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise RunError(f"out of memory ({str(error).splitlines()[0]}): set train.per_device_train_batch_size: 1, "
-                       f"train.gradient_checkpointing: true, or a shorter {length}") from None  # fmt: skip
+def not_to_the_bit(known: dict[str, Any], keys: list[str]) -> str | None:
+    """A warning where a run that goes on will not equal the uninterrupted one to the last bit.
+
+    Args:
+        known: of its checkpoint; keys: of the recipe, that say otherwise how a step is computed.
+    """
+    then, now = known.get("rounding") or {}, hardware.rounding()
+    found = [
+        f"{name} {now[name]} where it was {then[name]}" for name in then if name in now and then[name] != now[name]
+    ]
+    found += [f"another {key}" for key in keys]
+    return f"not equal to the last bit to the run without a stop: {'; '.join(found)}" if found else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, Exception) and should_reduce_batch_size(error)
+    )
+
+
+def fewer_rows(recipe: Recipe, cut: Layout) -> dict[str, int] | None:
+    """Settings for half the rows per pass, or the next number below that divides a step; None when there is one row,
+    or the passes of packed rows are fixed."""
+    step, passes = cut.rows_per_pass * cut.accumulation, recipe.train.gradient_accumulation_steps
+    rows = max((n for n in range(1, cut.rows_per_pass // 2 + 1) if step % n == 0), default=0)
+    if not recipe.train.auto_find_batch_size or not rows or (recipe.data.packing and passes is not None):
+        return None
+    found = {"train.per_device_train_batch_size": rows}
+    return found if recipe.data.packing else {**found, "train.gradient_accumulation_steps": step // rows}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,9 +28,11 @@ from finetune.adapters import adalora
 from finetune.adapters.resume import load_state, save_state
 from finetune.errors import RunError
 from finetune.metrics import Metric, ratio_interval
+from finetune.models.hardware import rounding
 from finetune.recipe.sections import TrainConfig
-from finetune.run.checkpoints import complete, damage, known_of, rotate
+from finetune.run.checkpoints import complete, damage, discard, known_of, rotate
 from finetune.training.callbacks import Proven
+from finetune.training.health import Health
 from finetune.training.loss_parts import balances, score_trained_positions, scores_are_its_own
 from finetune.training.optim import MuonWithAdamW, decayed, faster_b, muon_split
 from finetune.training.sampler import OrderedSampler
@@ -120,19 +121,26 @@ class Extras:
     """{key: digest of its content} of what the run reads."""
     begun = 0.0
     """When training began, less what it had taken before it was stopped."""
+    health: Health
+    """Looks at every step."""
+    in_batch: Callable[[int], str] | None = None
+    """Says which rows a step was made of."""
+    _loss_before = 0.0
+    """What of _tr_loss is of the steps before."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Complete or not there; older ones go when it is there. RunError when there is nothing good to keep."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         check_finite(trained(self.model), f"at step {self.state.global_step}")
         if self.args.should_save and folder.exists():
-            shutil.rmtree(folder)  # what a kill or a damaged checkpoint has left
+            discard(folder)  # what a kill or a damaged checkpoint has left
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         if self.args.should_save:
             save_state(self.model, folder)
             best = self.state.best_model_checkpoint
-            complete(folder, inputs=self.inputs, counters=self._counters())
-            rotate(folder.parent, self.recipe_train.save_total_limit, best and Path(best).name)
+            complete(folder, inputs=self.inputs, counters=self._counters(), rounding=rounding())
+            if not self.health.high:  # or the last good one may be among those that go
+                rotate(folder.parent, self.recipe_train.save_total_limit, best and Path(best).name)
 
     def _counters(self) -> dict[str, Any]:
         """What transformers and trl count in memory only."""
@@ -142,7 +150,8 @@ class Extras:
             "logged_at": self._globalstep_last_logged, "tokens": self._total_train_tokens,
             "metrics": dict(self._metrics["train"]),
             "patience": [stopper.early_stopping_patience_counter for stopper in self._stoppers()],
-            "best": best and Path(best).name, "seconds": time.perf_counter() - self.begun,
+            "best": best and Path(best).name, "first_loss": self.health.first,
+            "seconds": time.perf_counter() - self.begun,
         }  # fmt: skip
 
     def count_on(self, checkpoint: Path) -> None:
@@ -152,6 +161,7 @@ class Extras:
             return
         self._total_loss_scalar, self._initial_global_step = known["loss"], 0
         self._tr_loss = torch.tensor(known["loss_since"], device=self.args.device)
+        self._loss_before, self.health.first = known["loss_since"], known.get("first_loss")
         self._globalstep_last_logged, self._total_train_tokens = known["logged_at"], known["tokens"]
         self._metrics["train"].update({key: list(values) for key, values in known["metrics"].items()})
         self.begun -= known["seconds"]
@@ -179,7 +189,8 @@ class Extras:
         next(one for one in self.callback_handler.callbacks if isinstance(one, Proven)).finish()
         best = Path(self.state.best_model_checkpoint)
         if (reason := damage(best)) is not None:
-            raise RunError(f"the best checkpoint {best} is damaged: {reason}")
+            self.failed = f"the best checkpoint {best} is damaged ({reason}), and these are the last weights"
+            return
         if not load_state(self.model, best):
             super()._load_best_model()  # type: ignore[misc]
 
@@ -187,10 +198,14 @@ class Extras:
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """A step with a loss or gradient that is no number is logged, at which `Recorder` stops the run."""
-        norm = 0.0 if grad_norm is None or self.accelerator.optimizer_step_was_skipped else float(grad_norm)
-        if not math.isfinite(float(tr_loss) + norm):
+        norm = None if grad_norm is None or self.accelerator.optimizer_step_was_skipped else float(grad_norm)
+        loss = float(tr_loss) - self._loss_before
+        if not math.isfinite(loss + (norm or 0.0)):
             self.control.should_log = True
+        else:
+            self.health.look(self.state.global_step, loss, norm)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)  # type: ignore[misc]
+        self._loss_before = float(self._tr_loss)
 
     # --- held-out rows ---
 
@@ -198,18 +213,28 @@ class Extras:
     doing: Callable[[str], None] = staticmethod(lambda what: None)
     """Is told what a long step is at."""
     all_due = False
+    failed: str | None = None
+    """What is wrong with the weights that the model ends with."""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The held-out loss, the answers' metrics, or both. What is trained afterwards is as it would be without."""
-        with undisturbed(self.model):
-            if self.eval_dataset is not None:
-                found: dict[str, float] = super().evaluate(*args, **kwargs)  # type: ignore[misc]
-                return found
-            self.model.eval()  # trl logs what it has of training otherwise
-            figures = self.answered()
-            self.log(figures)  # type: ignore[attr-defined]
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
-            return figures
+        try:
+            with undisturbed(self.model):
+                return self._evaluated(*args, **kwargs)
+        except Exception:
+            if self.control.should_save:  # what is due comes after the evaluation, and would be lost
+                self._save_checkpoint(self.model, None)
+            raise
+
+    def _evaluated(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.eval_dataset is not None:
+            found: dict[str, float] = super().evaluate(*args, **kwargs)  # type: ignore[misc]
+            return found
+        self.model.eval()  # trl logs what it has of training otherwise
+        figures = self.answered()
+        self.log(figures)  # type: ignore[attr-defined]
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
 
     def evaluate_all(self) -> dict[str, float]:
         """All of it, whatever the step."""

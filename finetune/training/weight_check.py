@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from finetune.errors import RunError
+from finetune.training.health import ADVICE
 
 STEPS = 3
 SHOWN = 5
@@ -111,8 +112,7 @@ def check_finite(weights: Iterable[tuple[str, torch.Tensor]], when: str) -> None
     """RunError that names the weights in which a number is none any more."""
     broken = [name for name, tensor in weights if not bool(tensor.isfinite().all())]
     if broken:
-        advice = "lower train.learning_rate, look at the data with `ft data check`, or set model.dtype: float32"
-        raise RunError(f"weights are not finite {when}: {names(broken)}: {advice}")
+        raise RunError(f"weights are not finite {when}: {names(broken)}: {ADVICE}")
 
 
 def trained(model: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

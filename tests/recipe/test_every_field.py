@@ -607,7 +607,18 @@ def probe_cache(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, t
         assert (tmp / "tokenised").exists() is cache
 
 
+def probe_smaller(stage: str, key: str, files: dict[str, Any], monkeypatch: Any, tmp: Path) -> None:
+    """With it there is something to go on with after memory has run out: see training/test_out_of_memory.py."""
+    found = []
+    for wanted in (False, True):
+        (tmp / "recipe.yaml").write_text(yaml.safe_dump(recipe(stage, {key: wanted}, files, tmp)), encoding="utf-8")
+        made: Any = file.load(str(tmp / "recipe.yaml"), RECIPES[stage])
+        found.append(session.fewer_rows(made, plan.Layout(4, 1, 1, 1)))
+    assert found == [None, {"train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 2}]
+
+
 PROBES: dict[str, Callable[..., None]] = {
+    "train.auto_find_batch_size": probe_smaller,
     "data.cache": probe_cache,
     **dict.fromkeys(("eval.data", "eval.max_new_tokens", "eval.batch_size", "eval.limit", "eval.thinking",
                      "eval.metrics", "eval.shots", "eval.shots_from", "eval.shots_from"), probe_eval),

@@ -9,7 +9,7 @@ import pytest
 from finetune.errors import RunError
 from finetune.recipe.stages import PpoConfig
 from finetune.rl.checkpoint import State
-from finetune.rl.monitor import Degenerate, degeneration, watch
+from finetune.rl.monitor import Degenerate, check_numbers, degeneration, watch
 
 FIRST = {"eos_rate": 0.9, "repetition": 0.1, "response_length": 30.0}
 
@@ -54,7 +54,7 @@ def test_three_bad_rollouts_in_a_row() -> None:
 )  # fmt: skip
 def test_what_stops_at_once(changes: dict[str, float], what: str) -> None:
     with pytest.raises(RunError, match=what) as caught:
-        watch(row(**changes), State(first=FIRST), PpoConfig())
+        check_numbers(row(**changes))
     assert not isinstance(caught.value, Degenerate)
 
 

@@ -70,9 +70,9 @@ def test_the_directory_is_looked_at_again_under_the_lock(tmp_path: Path, monkeyp
     folder, looked = tmp_path / "run", 0
     original = opening.check_output
 
-    def first_is_faster(*arguments: Any) -> None:
+    def first_is_faster(*arguments: Any, **more: Any) -> None:
         nonlocal looked
-        original(*arguments)
+        original(*arguments, **more)
         looked += 1
         if looked == 1:
             finished(folder, adapter__x="first")

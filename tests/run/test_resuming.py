@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_kit import recipe
+from run_kit import finished, recipe
 
 from finetune.errors import UserError
 from finetune.run.opening import open_run
-from finetune.run.resuming import changed_keys, check_resumable, without_places
+from finetune.run.resuming import changed_keys, check_resumable, goes_further, without_places
 
 
 def test_resume_names_the_changed_keys(tmp_path: Path) -> None:
@@ -19,8 +19,44 @@ def test_resume_names_the_changed_keys(tmp_path: Path) -> None:
         pass
     check_resumable(recipe(folder, seed=1))
     with pytest.raises(UserError) as caught:
-        check_resumable(recipe(folder, seed=2, max_steps=5))
-    assert [problem.key for problem in caught.value.problems] == ["train.max_steps", "train.seed"]
+        check_resumable(recipe(folder, seed=2, num_train_epochs=2.5))
+    said = [f"{problem.key}: {problem.message}" for problem in caught.value.problems]
+    assert said == [
+        "train.num_train_epochs: differs from the run to resume: 3.0 then, 2.5 now",
+        "train.seed: differs from the run to resume: 1 then, 2 now",
+    ]
+
+
+def test_what_changes_no_weight_and_more_steps_are_free(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with open_run(recipe(folder, max_steps=5)):
+        pass
+    for free in ({"logging_steps": 1}, {"save_steps": 2}, {"save_total_limit": 5}, {"max_steps": 6}):
+        check_resumable(recipe(folder, **{"max_steps": 5, **free}))
+    for other in ({"max_steps": 4}, {"max_steps": None, "num_train_epochs": 50}, {"learning_rate": 1.0}):
+        with pytest.raises(UserError, match="differs from the run to resume"):
+            check_resumable(recipe(folder, **{"max_steps": 5, **other}))
+    assert goes_further(recipe(folder, max_steps=6))
+    assert not goes_further(recipe(folder, max_steps=5))
+    assert not goes_further(recipe(tmp_path / "none", max_steps=6))
+
+
+def test_a_finished_run_goes_on_for_more_steps(tmp_path: Path) -> None:
+    """From then on it is not finished, and it is again when it has them."""
+    folder = tmp_path / "run"
+    finished(folder, checkpoints__checkpoint_3__complete="")
+    (folder / "checkpoints" / "checkpoint_3").rename(folder / "checkpoints" / "checkpoint-3")
+    with (
+        pytest.raises(UserError, match="this run is finished, there is nothing to resume"),
+        open_run(recipe(folder), resume=True),
+    ):
+        pass
+    with open_run(recipe(folder, num_train_epochs=4), resume=True) as run:
+        assert not run.result.exists()
+        assert (run.path / ".replaced" / "result.json").exists()
+        run.finish({"stage": "sft", "status": "done"})
+    assert run.done()
+    assert not (run.path / ".replaced").exists()
 
 
 def test_changed_keys() -> None:

@@ -77,12 +77,12 @@ def search_rate(job: plan.Job, recipe: SftRecipe, rows: int, folder: Path) -> li
 def train(recipe: SftRecipe, where: Path) -> None:
     """`ft sft` in its own process, so that memory figures are clean; a finished run is kept."""
     run = Run(where)
-    if run.result.exists():
+    if run.done():
         return
     where.parent.mkdir(parents=True, exist_ok=True)
     file = where.with_name(where.name + ".yaml")  # with_suffix would cut lora-0.25 at its point
     write_atomically(file, to_yaml(recipe))
-    mode = "--resume" if run.last_checkpoint() else "--overwrite"
+    mode = "--resume" if run.last_checkpoint() and not run.result.exists() else "--overwrite"
     process("sft", "--recipe", str(file), "--output", str(where), mode)
 
 

@@ -1,0 +1,212 @@
+"""Out of memory: one message with figures and ways out, or by itself with fewer rows per pass and the same steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ft, tensors, write_rows
+from transformers import Trainer
+
+from finetune.cli import shared
+from finetune.recipe.file import load
+from finetune.recipe.resolve import Hardware
+from finetune.run.directory import Run
+from finetune.training import memory
+from finetune.training.health import ADVICE
+
+CUDA = "CUDA out of memory. Tried to allocate 1.00 GiB"
+ERRORS: dict[str, Callable[[], BaseException]] = {
+    "gpu": lambda: torch.OutOfMemoryError(CUDA),
+    "cpu": lambda: RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 1 bytes"),
+    "python": MemoryError,
+}
+
+
+def written(recipe: Any, tmp_path: Path, stage: str, **train: Any) -> Path:
+    settings = {
+        "max_steps": 6, "effective_batch_size": 8, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+        "save_steps": 2, **train,
+    }  # fmt: skip
+    if stage == "sft packed":
+        packed = {"gradient_accumulation_steps": None, "effective_batch_size": 16, "per_device_train_batch_size": 2}
+        path: Path = recipe(train={**settings, **packed}, data={"packing": True})
+        return path
+    path = recipe(train=settings)
+    if stage == "dpo":
+        pairs = [{"prompt": f"say {i}", "chosen": f"{i} yes", "rejected": "no"} for i in range(40)]
+        values = yaml.safe_load(path.read_text()) | {"stage": "dpo"}
+        values["data"]["train"] = str(write_rows(tmp_path / "pairs.jsonl", pairs))
+        path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def too_many(
+    monkeypatch: pytest.MonkeyPatch, most: int, error: Callable[[], BaseException], after: int = 0
+) -> list[int]:
+    """From step `after` on a pass with more than `most` rows runs out of memory. The rows of every pass."""
+    step, seen = Trainer.training_step, list[int]()
+
+    def limited(self: Any, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> Any:
+        rows = self.args.per_device_train_batch_size
+        if rows > most and self.state.global_step >= after:
+            raise error()
+        seen.append(rows)
+        return step(self, model, inputs, *more, **named)
+
+    monkeypatch.setattr(Trainer, "training_step", limited)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_one_message_with_figures_and_three_ways_out(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    too_many(monkeypatch, 0, ERRORS[kind])
+    done = ft("sft", written(recipe, tmp_path, "sft"))
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("out of memory (")
+    for part in (
+        "GB for the weights and ", "GB for a pass of 8 rows of up to ", "GB were in use at most. Ways out: ",
+        "train.per_device_train_batch_size: 4, or train.auto_find_batch_size: true", "(the result is the same)",
+        "train.gradient_checkpointing: true", "model.quantization: int4",
+    ):  # fmt: skip
+        assert part in last
+    assert "bug" not in done.stderr
+    assert ADVICE not in done.stderr
+
+
+def test_other_errors_stay_what_they_are(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    too_many(monkeypatch, 0, lambda: RuntimeError("shapes do not match"))
+    done = ft("sft", written(recipe, tmp_path, "sft", auto_find_batch_size=True))
+    assert "out of memory" not in done.stderr
+    assert "shapes do not match" in done.stderr
+
+
+def test_ways_out_are_the_cheapest_that_are_left(recipe: Any) -> None:
+    def ways(rows: int, **sections: Any) -> str:
+        return " | ".join(memory.ways_out(load(str(recipe(**sections)), None), rows, "data.max_length"))
+
+    assert ways(1).startswith("train.gradient_checkpointing: true")
+    assert ways(1, train={"gradient_checkpointing": True}).startswith("model.quantization: int4")
+    assert "a shorter data.max_length" in ways(1, train={"gradient_checkpointing": True})
+    full = recipe(adapter={"method": "lora"})
+    values = yaml.safe_load(full.read_text()) | {"adapter": {"method": "full"}}
+    full.write_text(yaml.safe_dump(values))
+    assert "adapter.method: lora" in " | ".join(memory.ways_out(load(str(full), None), 4, "data.max_length"))
+    assert ways(4, train={"auto_find_batch_size": True}).startswith("train.per_device_train_batch_size: 2 (")
+
+
+def test_figures_grow_with_rows_and_are_left_out_where_nothing_is_known(recipe: Any) -> None:
+    config = {"hidden_size": 1024, "num_hidden_layers": 10, "intermediate_size": 4096, "vocab_size": 50_000}
+    one = load(str(recipe()), None)
+    said = [memory.figures(one, config, Hardware("cuda", True, 24.0), rows, 1000) or "" for rows in (1, 10)]
+    passes = [float(text.split(" and ")[1].split()[0]) for text in said]
+    assert passes[1] == pytest.approx(10 * passes[0], rel=0.01)
+    assert "of 24 GB" in said[0]
+    assert memory.figures(one, {}, Hardware(), 1, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "most", "after", "passes"),
+    [("sft", 2, 0, [2] * 24), ("sft", 4, 3, [8] * 3 + [4] * 8), ("dpo", 4, 3, [8] * 3 + [4] * 8),
+     ("sft packed", 1, 3, None)],
+)  # fmt: skip
+def test_goes_on_with_fewer_rows_and_the_same_steps(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, most: int, after: int, passes: Any
+) -> None:
+    """From the last checkpoint, that of step 2: the same samples in every step, so the losses are the same, too."""
+    monkeypatch.setattr("finetune.training.reference.cache_folder", lambda: tmp_path / "cache")
+    path = written(recipe, tmp_path, stage, auto_find_batch_size=True)
+    whole = ft(stage.split()[0], path, "--output", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    seen = too_many(monkeypatch, most, ERRORS["gpu"], after)
+    begun: list[list[str]] = []
+
+    def here(words: list[str]) -> None:
+        begun.append(words)
+        done = ft(*words)
+        print(done.stderr, file=sys.stderr)
+        sys.exit(done.returncode)
+
+    monkeypatch.setattr(shared, "replace_process", here)
+    done = ft(stage.split()[0], path)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "out of memory (CUDA out of memory. Tried to allocate 1.00 GiB): going on with train.per_device" in done.stderr
+    )
+    assert all(("--resume" in words) == (after > 0) and ("--overwrite" in words) == (after == 0) for words in begun)
+    if passes is not None:
+        assert seen == passes
+    losses = [
+        [row["loss"] for row in Run(tmp_path / name).read_metrics() if "loss" in row] for name in ("whole", "run")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    ours, theirs = tensors(tmp_path / "whole" / "adapter"), tensors(tmp_path / "run" / "adapter")
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert any("not equal to the last bit" in line for line in result["decisions"]) == (after > 0)
+
+
+def test_one_row_cannot_be_halved(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "replace_process", lambda words: pytest.fail(str(words)))
+    too_many(monkeypatch, 0, ERRORS["gpu"])
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "auto_find_batch_size": True}
+    done = ft("sft", written(recipe, tmp_path, "sft", **settings))
+    assert done.returncode == 1
+    assert "out of memory" in done.stderr.strip().splitlines()[-1]
+
+
+HOOK = """
+import sys, importlib.abc, importlib.util
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != "finetune.training.trainers":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            import torch
+            from transformers import Trainer
+            step = Trainer.training_step
+
+            def limited(self, model, inputs, *more, **named):
+                if len(inputs["input_ids"]) > 2 and self.state.global_step >= 3:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Injected")
+                return step(self, model, inputs, *more, **named)
+
+            Trainer.training_step = limited
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.slow
+def test_a_real_process_takes_the_place_of_the_other(recipe: Any, tmp_path: Path) -> None:
+    """8 rows, then 4, then 2, in one process id; last: passed in 40 s on one core."""
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
+    path = written(recipe, tmp_path, "sft", auto_find_batch_size=True)
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path / 'hook'}:{os.environ.get('PYTHONPATH', '')}", "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", "sft", str(path)], capture_output=True, text=True, env=env
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("going on with train.per_device_train_batch_size") == 2
+    assert Run(tmp_path / "run").done()
