@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import yaml
-
 from finetune.errors import Problem, UserError
 from finetune.recipe.file import to_yaml
+from finetune.recipe.reading import parse_value
 from finetune.recipe.stages import Recipe
 from finetune.run.checkpoints import known_of
-from finetune.run.directory import Run
+from finetune.run.directory import Run, read_recipe
 from finetune.run.guards import strings, taken
 from finetune.terminal.progress import command, shown_path
 
@@ -48,12 +47,12 @@ def check_resumable(recipe: Recipe, unknown: Collection[str] = ()) -> None:
     run = Run.of(recipe)
     path = run.path / "recipe.yaml"
     try:
-        old = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        old = read_recipe(run.path)
+    except UserError:
         old = None
-    if not isinstance(old, dict):
-        raise UserError("cannot be read", path=path, fix="start again with --overwrite") from None
-    new = yaml.safe_load(to_yaml(recipe))
+    if old is None:
+        raise UserError("cannot be read", path=path, fix="start again with --overwrite")
+    new = parse_value(to_yaml(recipe))
     if inputs_of(run):
         old, new = without_places(old), without_places(new)
     keys = [key for key in changed_keys(old, new) if key not in unknown and key.split(".")[0] not in unknown]
