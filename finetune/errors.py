@@ -92,6 +92,21 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+SECRET = re.compile(r"(TOKEN|API_?KEY|PASSWORD|SECRET)$", re.I)  # names of variables whose values are nobody's to read
+# Tokens of the hubs, keys as OpenAI writes them, NAME:PASSWORD in an address.
+TOKENS = re.compile(
+    r"\bhf_[A-Za-z0-9]{20,}|\bms-[0-9a-f]{8}-[0-9a-f-]{20,}|\bsk-[A-Za-z0-9_-]{20,}|(?<=://)[^/\s@]+:[^/\s@]+(?=@)"
+)
+
+
+def without_secrets(text: str) -> str:
+    """Text of an error in which no token, key or password stands."""
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value.strip()) > 5:
+            text = text.replace(value.strip(), "***")
+    return TOKENS.sub("***", text)
+
+
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # torch (inline_container: an archive that could not be written), safetensors and arrow wrap the system's words.
 FULL_WORDS = re.compile(r"inline_container|file write failed|No space left|quota exceeded|File too large", re.I)
@@ -125,7 +140,7 @@ MOST_LINES = 20  # a broken million-row file must not scroll the cause away
 
 def render(error: FinetuneError) -> list[str]:
     """The lines to print on stderr, one per problem, the tail counted instead of shown."""
-    lines = [visible(line) for line in error.lines()]
+    lines = [visible(without_secrets(line)) for line in error.lines()]
     if len(lines) > MOST_LINES:
         lines = [*lines[:MOST_LINES], f"… and {len(lines) - MOST_LINES} more problems"]
     return lines

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune.errors import UserError
+from finetune.errors import UserError, without_secrets
 
 OFFLINE = "HF_HUB_OFFLINE"
 SWITCHES = (OFFLINE, "TRANSFORMERS_OFFLINE")
@@ -31,7 +31,7 @@ BROKEN = {
 def endpoint() -> str:
     from huggingface_hub import constants
 
-    return str(constants.ENDPOINT)
+    return without_secrets(str(constants.ENDPOINT))
 
 
 @functools.cache
@@ -165,17 +165,10 @@ def why(error: BaseException, hub: str = "the hub") -> tuple[str, str]:
     return f"cannot be had from {hub} ({words})", f"check the name and the network, {GET_IT}"
 
 
-TOKENS = re.compile(r"\b(hf_|ms-)[A-Za-z0-9-]{6,}")
-TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN")
+TOKENS = re.compile(r"\b(hf_|ms-)[A-Za-z0-9-]{6,}")  # in the words of a client, also half ones
 
 
 def words_of(error: BaseException) -> str:
     """Its first line, without a token."""
-    return without_token(next((line for line in str(error).splitlines() if line.strip()), "")) or type(error).__name__
-
-
-def without_token(text: str) -> str:
-    """Text of a client in which no token stands."""
-    for token in filter(None, map(os.environ.get, TOKEN_VARIABLES)):
-        text = text.replace(token.strip(), "***")
-    return TOKENS.sub("***", text)
+    line = next((line for line in str(error).splitlines() if line.strip()), "")
+    return TOKENS.sub("***", without_secrets(line)) or type(error).__name__

@@ -51,7 +51,7 @@ def too_deep(value: Any, left: int = DEPTH) -> bool:
     return False
 
 
-def reason(error: ValueError) -> str:
+def reason(error: Exception) -> str:
     """What is wrong, without Python's own advice."""
     if isinstance(error, json.JSONDecodeError):
         return error.msg.removesuffix(" at")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import os
@@ -28,7 +29,32 @@ def parts_of(spec: str, key: str, what: str) -> tuple[Path, str]:
         raise UserError(f"not a {what}: {spec!r}", key=key, fix="write file.py:function")
     if not path.is_file():
         raise UserError("no such file", path=path, key=key, fix="give a Python file")
+    if path.suffix != ".py":
+        raise UserError("is no Python file", path=path, key=key, fix="its name must end with .py")
+    check_source(path, name, key)
     return path, name
+
+
+def check_source(path: Path, name: str, key: str) -> None:
+    """UserError for a file that is no Python, or in which `name` is bound nowhere. Nothing of it is run."""
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except SyntaxError as error:
+        raise UserError(f"is no Python ({error.msg})", path=path, line=error.lineno, key=key, fix="mend it") from None
+    except (ValueError, RecursionError, MemoryError) as error:  # zero bytes; nesting
+        raise UserError(f"is no Python ({error})", path=path, key=key, fix="mend it") from None
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    bound = set(functions)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.Name):
+            bound.add(node.id)
+        elif isinstance(node, ast.alias):
+            bound.add(node.asname or node.name.partition(".")[0])
+    if name not in bound and "*" not in bound and not {"globals", "setattr", "__getattr__", "exec"} & bound:
+        fix = f"functions: {', '.join(functions) or 'none'}"
+        raise UserError(f"has no function {name}", path=path, key=key, fix=fix)
 
 
 def load_function(spec: str, key: str, what: str) -> Callable[..., Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
+import traceback
+from typing import NoReturn
 
 import typer
 
@@ -12,7 +14,7 @@ from finetune import __version__
 from finetune.child import PART, as_interrupts
 from finetune.cli import shared
 from finetune.cli.commands import app
-from finetune.errors import FinetuneError, UserError, explained, render, visible
+from finetune.errors import FinetuneError, UserError, explained, render, visible, without_secrets
 
 OTHER_COMMANDS = {
     **dict.fromkeys(("train", "finetune"), "ft sft, ft pretrain, ft reward, ft dpo, ft kto or ft ppo"),
@@ -48,6 +50,7 @@ def main() -> None:
         if arguments and arguments[0] in OTHER_COMMANDS:
             raise UserError(f"no command {arguments[0]!r}", fix=OTHER_COMMANDS[arguments[0]])
         with as_interrupts():
+            check_given(arguments)
             code = app(args=arguments, prog_name="ft", standalone_mode=False) or 0
         if code == 130:  # typer makes this of Ctrl-C, without a word
             raise KeyboardInterrupt
@@ -55,18 +58,19 @@ def main() -> None:
         sys.exit(code)
     except FinetuneError as error:
         if debug:
-            raise
+            _print_traceback()
         if not (part and error.exit_code == 130):
             _print_errors(render(error), "yellow" if error.exit_code == 130 else "red")
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort) as error:
         if isinstance(error.__cause__, EOFError):  # typer takes every EOFError for Ctrl-D
             if debug:
-                raise
+                _print_traceback()
             _print_bug(error.__cause__)
             sys.exit(1)
         if not part:
-            _print_errors([f"interrupted; start again with {progress.command(*arguments)}"], "yellow")
+            again = progress.command(*without_key(arguments))
+            _print_errors([f"interrupted; start again with {again}"], "yellow")
         sys.exit(130)
     except BrokenPipeError:
         _close_stdout()
@@ -80,10 +84,10 @@ def main() -> None:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong arguments, in typer's own words
             said = io.StringIO()
             error.show(file=said)
-            print(visible(said.getvalue()), end="", file=sys.stderr)
+            print(visible(without_secrets(said.getvalue())), end="", file=sys.stderr)
             sys.exit(error.exit_code)
         if debug:
-            raise
+            _print_traceback()
         if (known := explained(error)) is not None:
             _print_errors(render(known), "red")
             _close_stdout()
@@ -92,8 +96,34 @@ def main() -> None:
         sys.exit(1)
 
 
+def check_given(arguments: list[str]) -> None:
+    """UserError for an argument that is empty: as a path it would be the working directory."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if not argument and before != "--system":
+            key = before if before.startswith("--") else None
+            fix = "is a variable of the shell not set? Leave it out otherwise"
+            raise UserError("an argument is empty", key=key, fix=fix)
+
+
+def without_key(arguments: list[str]) -> list[str]:
+    """The same line without the key that stands in it; it can come from FT_API_KEY as well."""
+    found = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        name, equals, _ = argument.partition("=")
+        hidden = before == "--api-key" or (name == "--api-key" and equals)
+        found.append(f"{name}=KEY" if hidden and equals and name == "--api-key" else "KEY" if hidden else argument)
+    return found
+
+
+def _print_traceback() -> NoReturn:
+    print(visible(without_secrets(traceback.format_exc())), end="", file=sys.stderr)
+    sys.exit(1)
+
+
 def _print_bug(error: BaseException) -> None:
-    _print_errors([f"{type(error).__name__}: {error}", "this is a bug; --debug shows the traceback"], "red")
+    _print_errors(
+        [without_secrets(f"{type(error).__name__}: {error}"), "this is a bug; --debug shows the traceback"], "red"
+    )
 
 
 def _print_errors(lines: list[str], style: str) -> None:

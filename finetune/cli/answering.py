@@ -26,24 +26,31 @@ def evaluate(
         list[str] | None,
         typer.Option(help="What is measured, separated by commas: names, file.py:function, and last regex:PATTERN."),
     ] = None,
-    shots: Annotated[int | None, typer.Option(help="Examples with their answers before each row.", min=0)] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Examples with their answers before each row.", min=0, max=shared.MOST)
+    ] = None,
     shots_from: Annotated[str | None, typer.Option(help="File of them; by default the run's training data.")] = None,
     tasks: Annotated[
         str | None,
         typer.Option(help="In place of --data: tasks of lm-evaluation-harness, or folders of some, with commas."),
     ] = None,
     quantization: Annotated[str | None, typer.Option(help="Kinds to compare: none,int8,int4.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1, max=shared.MOST)] = None,
     temperature: shared.Temperature = None,
-    seed: Annotated[int | None, typer.Option(help="Of the drawn answers, and of shots.", min=0)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the drawn answers, and of shots.", min=0, max=shared.SEEDS)
+    ] = None,
     reward: Annotated[str | None, typer.Option(help="Run of ft reward that scores the answers.")] = None,
     json_: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Also as JSON; - is stdout.")] = None,
     predictions: Annotated[
         str | None, typer.Option(metavar="FILE", help="Every row with its answer, as JSON lines.")
     ] = None,
-    show: Annotated[int, typer.Option(metavar="N", help="Print so many wrong answers.", min=0)] = 3,
+    show: Annotated[int, typer.Option(metavar="N", help="Print so many wrong answers.", min=0, max=shared.MOST)] = 3,
     show_changes: Annotated[
-        int, typer.Option("--show-changes", metavar="N", help="So many rows that became wrong, and right.", min=0)
+        int,
+        typer.Option(
+            "--show-changes", metavar="N", help="So many rows that became wrong, and right.", min=0, max=shared.MOST
+        ),
     ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted evaluation's answers.")] = False,
     thinking: shared.Thinking = None,
@@ -81,21 +88,25 @@ def generate(
         str | None,
         typer.Option("--output", "-o", metavar="FILE|-", help="JSON lines; - is stdout. Goes on with its own."),
     ] = None,
-    n: Annotated[int, typer.Option("--n", help="Answers to each row, drawn.", min=1)] = 1,
+    n: Annotated[int, typer.Option("--n", help="Answers to each row, drawn.", min=1, max=shared.MOST)] = 1,
     temperature: shared.Temperature = None,
     top_p: shared.TopP = None,
     top_k: shared.TopK = None,
-    num_beams: Annotated[int | None, typer.Option(help="Beam search.", min=1)] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beam search.", min=1, max=shared.MOST)] = None,
     repetition_penalty: shared.RepetitionPenalty = None,
-    seed: Annotated[int | None, typer.Option(help="Of the drawn answers.", min=0)] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; the recipe's, or 256.", min=1)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Answers at once; the recipe's, or 32.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the drawn answers.", min=0, max=shared.SEEDS)] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer; the recipe's, or 256.", min=1, max=shared.MOST)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Answers at once; the recipe's, or 32.", min=1, max=shared.MOST)
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System turn of rows without one.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue texts as they stand, without a chat template.")] = False,
     columns: Annotated[
         list[str], typer.Option("--columns", metavar="NAME=COLUMN", help="prompt=text: rename for reading; repeats.")
     ] = [],  # noqa: B006
-    limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1, max=shared.MOST)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Only go on with what is there.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew what ft generate wrote there.")] = False,
     thinking: shared.Thinking = None,
@@ -133,8 +144,10 @@ def chat(
     top_p: shared.TopP = None,
     top_k: shared.TopK = None,
     repetition_penalty: shared.RepetitionPenalty = None,
-    seed: Annotated[int | None, typer.Option(help="Of the drawn answers; another each time by default.", min=0)] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the drawn answers; another each time by default.", min=0, max=shared.SEEDS)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1, max=shared.MOST)] = 512,
     thinking: shared.Thinking = None,
     hide_thinking: Annotated[
         bool, typer.Option("--hide-thinking", help="Show answers without their thinking.")
@@ -165,13 +178,15 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option("--api-key", envvar="FT_API_KEY", help="What clients must send as their key.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Answers written together.", min=1)] = 16,
-    max_queue: Annotated[int, typer.Option(help="Answers that wait; more are told to come again.", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(help="Answers written together.", min=1, max=shared.MOST)] = 16,
+    max_queue: Annotated[
+        int, typer.Option(help="Answers that wait; more are told to come again.", min=1, max=shared.MOST)
+    ] = 64,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="Longest prompt; the model's by default.", min=1)
+        int | None, typer.Option(help="Longest prompt; the model's by default.", min=1, max=shared.MOST)
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 1024,
-    max_body: Annotated[int, typer.Option(help="Largest request, in bytes.", min=1)] = 1 << 20,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1, max=shared.MOST)] = 1024,
+    max_body: Annotated[int, typer.Option(help="Largest request, in bytes.", min=1, max=shared.MOST)] = 1 << 20,
     timeout: Annotated[float, typer.Option(help="Seconds that a request may take.", min=0.1)] = 600,
     thinking: shared.Thinking = None,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.shared import Model, Override, RecipeOption, one_of, quiet
+from finetune.cli.shared import MOST, Model, Override, RecipeOption, one_of, quiet
 
 models_app = typer.Typer(help="Model families: what loads, how it was tested, what is refused.", no_args_is_help=True)
 recipes_app = typer.Typer(help="Shipped recipes, new ones, and the schema for editors.", no_args_is_help=True)
@@ -121,7 +121,7 @@ def data_preview(
     data: DataOption = None,
     model: Model = None,
     stage: StageOption = None,
-    limit: Annotated[int, typer.Option(help="How many rows.", min=1)] = 5,
+    limit: Annotated[int, typer.Option(help="How many rows.", min=1, max=MOST)] = 5,
     set_: Override = [],  # noqa: B006 (typer copies it)
     json_: JsonOption = None,
     html: Annotated[str | None, typer.Option(metavar="FILE", help="As a page for the browser.")] = None,

@@ -25,9 +25,9 @@ def merge(
     ] = None,
     density: Annotated[float | None, typer.Option(help="Of ties and dare_ties: share of entries kept; 0.5.")] = None,
     svd_rank: Annotated[
-        int | None, typer.Option(help="Of svd: the rank that is kept; the largest of them.", min=1)
+        int | None, typer.Option(help="Of svd: the rank that is kept; the largest of them.", min=1, max=shared.MOST)
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of what dare_ties draws; 0.", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what dare_ties draws; 0.", min=0, max=shared.SEEDS)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the base's own by default.")] = None,
     base: Annotated[str, typer.Option(help="For quantized runs: original or dequantized weights.")] = "original",
     format_: Annotated[
@@ -76,7 +76,8 @@ def merge(
     shared.needs(push is not None, "--push-to-hub", **{"--hub": hub != "hub", "--public": public})
     how: dict[str, Any] = {"kind": combine, "density": density, "seed": seed, "svd_rank": svd_rank}
     merging.merged(
-        adapters, Path(output).expanduser(), model, dtype, format_, overwrite, max_shard_size, push=push, **how
+        adapters, Path(output).expanduser(), model, dtype, format_, overwrite, max_shard_size, push=push, base=base,
+        **how,
     )  # fmt: skip
     shared.quiet()
     shared.module("merge").run(

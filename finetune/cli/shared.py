@@ -13,6 +13,7 @@ import typer
 from finetune.child import PART
 from finetune.errors import UserError
 
+MOST, SEEDS = (1 << 31) - 1, (1 << 32) - 1  # as in recipes; larger ones end in an overflow somewhere
 RecipeArgument = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="The same as --recipe.")]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe file, or a shipped recipe's name.")]
 Override = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeats.")]
@@ -29,7 +30,7 @@ Adapters = Annotated[
     list[str], typer.Option("--adapter", metavar="[NAME=]ADAPTER", help="Run or adapter, called NAME; repeats.")
 ]
 TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest that hold so much.", max=1.0)]
-TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 from all.", min=0)]
+TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 from all.", min=0, max=MOST)]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 against repeating.")]
 Thinking = Annotated[
     str | None, typer.Option(metavar="on|off", help="Ask a thinking model to think or not to; by default as trained.")

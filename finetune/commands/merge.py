@@ -34,7 +34,7 @@ from finetune.models.identity import configs_of
 from finetune.models.pushing import Push
 from finetune.models.weight_files import read_json
 from finetune.recipe.sections import ModelConfig
-from finetune.run.directory import read_recipe, versions
+from finetune.run.directory import read_recipe, section_of, versions
 from finetune.run.writing import write_atomically, write_json
 from finetune.terminal.progress import advise, command, note, task, warn
 from finetune.training import model_card
@@ -157,7 +157,7 @@ def check_base_weights(folder: Path, trained: ModelConfig, weights: str) -> None
     if weights not in ("original", "dequantized") or (weights == "dequantized" and trained.quantization is None):
         fix = "one of original, dequantized" if trained.quantization else "it was trained on the original weights"
         raise UserError(f"no {weights!r} base to merge into", path=folder, key="--base", fix=fix)
-    started = ((read_recipe(folder.parent) or {}).get("adapter") or {}).get("init_lora_weights")
+    started = section_of(read_recipe(folder.parent), "adapter").get("init_lora_weights")
     if started == "loftq" and weights == "original":
         raise UserError(
             "started by making up for what int4 rounds away (loftq), and the original weights are not rounded",
@@ -307,8 +307,8 @@ def tell(job: Job, sums: Sums, figures: dict[str, float], target: Path) -> None:
         warn(f"by the chat template's default {said}: ask the merged model with {how}")
     shown = f"./{target}" if str(target).startswith("-") else str(target)
     lines = [("chat", "--model", shown)]
-    recipe = read_recipe(job.parts[0].folder.parent) or {}
-    if (recipe.get("eval") or {}).get("data") or (recipe.get("data") or {}).get("eval_split"):
+    recipe = read_recipe(job.parts[0].folder.parent)
+    if section_of(recipe, "eval").get("data") or section_of(recipe, "data").get("eval_split"):
         lines.insert(0, ("eval", shown, "--compare-base"))
     for number, parts in enumerate(lines):
         advise(f"{'' if number else 'next':7} {command(*parts)}")

@@ -225,7 +225,10 @@ def ranked(row: Fields) -> list[Preference]:
         prompt = alpaca_prompt(row)
     else:
         prompt = as_prompt(field(row, "prompt", "question", "query"), "prompt")
-    name = next(n for n in RANKED if isinstance(row.get(n), list))
+    name = next((n for n in RANKED if isinstance(row.get(n), list)), None)
+    if name is None:
+        what = f"no list of answers under {', '.join(RANKED)} (columns: {', '.join(row)})"
+        raise RowProblem("missing_column", what, "write responses: [best, …]")
     answers = row[name]
     grades = maybe(row, "scores", "score", "ratings")
     ranks = maybe(row, "ranks", "rank", "ranking")

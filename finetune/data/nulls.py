@@ -35,9 +35,9 @@ def filled(rows: Iterable[dict[str, Any]]) -> bool:
                 if "role" in turn or "from" in turn:
                     turns.setdefault(column, []).append(turn)
                     calls += called(turn)
-    if len({name for name, _ in calls}) > 1 and alike([arguments for _, arguments in calls]):
+    if len({str(name) for name, _ in calls}) > 1 and alike([arguments for _, arguments in calls]):
         return True
-    return any(len({turn.get("role", turn.get("from")) for turn in of}) > 1 and alike(of) for of in turns.values())
+    return any(len({str(turn.get("role", turn.get("from"))) for turn in of}) > 1 and alike(of) for of in turns.values())
 
 
 def alike(values: list[dict[str, Any]]) -> bool:

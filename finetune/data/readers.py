@@ -84,7 +84,7 @@ def read_text_file(stream: IO[bytes], name: str, unit: str = "line", whole: bool
     head: bytes = stream.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start:
-        if head and stream.read().strip():
+        if head and any(part.strip() for part in iter(lambda: stream.read(CHUNK), b"")):
             raise UserError("the file begins with much white space", path=name, fix="remove it")
         raise EmptyFile("the file is empty", path=name, fix="name a file with rows")
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or is_utf16(start[:1024]):

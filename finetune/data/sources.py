@@ -24,6 +24,7 @@ from finetune.data.nulls import without_nulls
 from finetune.data.readers import SUFFIXES, EmptyFile, is_plain_text, read_file
 from finetune.data.types import Row, RowProblem
 from finetune.errors import UserError
+from finetune.given_files import is_address, odd
 from finetune.json_text import same
 from finetune.recipe.sections import SourceConfig
 from finetune.resources import resource_path
@@ -143,6 +144,8 @@ def files_of(path: str | Path, split: str | None = None) -> list[Path]:
     """The files a path, folder, glob or `builtin:` name stands for, sorted; of a dataset those of `split`, or of its
     train split. UserError with the nearest name if none."""
     text = str(path)
+    if not text.strip():  # a path without a name is the working directory
+        raise UserError("names no file", fix="name one")
     groups = splits_in(text)
     if groups is not None:
         return chosen(groups, split, text)
@@ -153,6 +156,12 @@ def files_of(path: str | Path, split: str | None = None) -> list[Path]:
     place = Path(text).expanduser()
     if place.is_file():
         return [place]
+    if (strange := odd(place)) is not None:
+        raise UserError(strange[0], path=text, fix=strange[1])
+    if is_address(text):
+        raise UserError(
+            "is an address, and nothing is downloaded from one", path=text, fix="download it, and give the file"
+        )
     names = [f.name for f in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, names, n=1)
     hint = "check the path (paths are relative to the working directory)"
@@ -210,7 +219,7 @@ def listed_files(state: Path) -> list[str]:
     """The files that datasets' save_to_disk says are the data; beside them lie caches of whoever worked with it."""
     try:
         return [str(entry["filename"]) for entry in json.loads(state.read_bytes())["_data_files"]]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return []
 
 

@@ -9,10 +9,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from finetune.data import template_limits
 from finetune.data.types import Message, RowProblem, is_plain
 from finetune.errors import UserError
 from finetune.resources import resource_path
 
+MEND = "change the row's turns, or set model.chat_template"
+STOPPED = "template_stopped"  # the kind of problem that it is to take too long
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Variables = dict[str, Any]
 
@@ -23,13 +26,18 @@ def shipped() -> dict[str, str]:
     return {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja"))}
 
 
+@functools.lru_cache(maxsize=64)
 def compiled(template: str) -> Any:
     """The template, ready to be rendered; jinja2's TemplateSyntaxError where it is none."""
+    return template_limits.limited(environment(), template)
+
+
+def environment() -> Any:
     # transformers' own environment (sandbox, filters): a private name, but the only way to be sure of rendering what
-    # apply_chat_template renders. Cached there by template.
+    # apply_chat_template renders. The template itself is not compiled there: what is constant would be computed.
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    return _compile_jinja_template(template)
+    return _compile_jinja_template("").environment
 
 
 EDGES = "\U0010fff0\U0010fff1"  # private use: what {% generation %} and {% endgeneration %} write
@@ -52,7 +60,7 @@ def compiled_with_marks(template: str, edges: str) -> Any:
             first, last = (jinja2.nodes.Output([jinja2.nodes.TemplateData(c)]).set_lineno(line) for c in edges)
             return [first, *body, last]
 
-    return compiled(template).environment.overlay(extensions=[Marks]).from_string(template)
+    return template_limits.limited(environment().overlay(extensions=[Marks]), template)
 
 
 def prepare(messages: list[Message]) -> list[Message]:
@@ -90,9 +98,16 @@ def rendered(template: Any, messages: list[Message], tools: Any, variables: Vari
         context = jinja2.runtime.new_context(
             template.environment, template.name, template.blocks, {**shared, **variables, **given}, True, shared
         )
-        return "".join(template.root_render_func(context))
+        template_limits.SPENT.begin()
+        pieces = []
+        for piece in template.root_render_func(context):
+            template_limits.SPENT.write(len(piece) if len(piece) <= template_limits.LONG else 0)  # the rest is counted
+            pieces.append(piece)
+        return "".join(pieces)
+    except template_limits.TooMuch as error:
+        raise RowProblem(STOPPED, f"the chat template is stopped: {error}", MEND) from None
     except Exception as error:  # a template is a program, and raises whatever Python does
-        fix = "change the row's turns, or set model.chat_template"
+        fix = MEND
         if type(error) is jinja2.exceptions.TemplateError:  # its own raise_exception
             raise RowProblem("template_refused", f"the chat template refuses this conversation: {error}", fix) from None
         what = f"the chat template fails in {failed_in(template, error)} ({type(error).__name__}: {error})"
@@ -124,6 +139,8 @@ def check(template: str, tokenizer: Any, origin: str) -> None:
             return
         except RowProblem as problem:
             problems.append(problem)
+            if problem.kind == STOPPED:
+                raise UserError(problem.message, path=file, key="model.chat_template", fix=fix) from None
     if all(problem.kind == "template_failed" for problem in problems):
         raise UserError(problems[0].message, key="model.chat_template", fix=fix)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import yaml
-
 from finetune.early.inputs import adapter_and_base, base, reward_model, rows, there, together
 from finetune.evaluation import options
 from finetune.metrics import asked
@@ -14,7 +12,7 @@ from finetune.models import sources
 from finetune.recipe.file import load
 from finetune.recipe.resolve import absolute_data
 from finetune.recipe.sections import ModelConfig, held_sets
-from finetune.run.directory import read_recipe
+from finetune.run.directory import read_recipe, section_of
 
 
 def evaluated(
@@ -37,8 +35,12 @@ def evaluated(
             checks.append(lambda: asked.check(loaded.eval.metrics or (), "eval.metrics"))
         if own:
             checks.append(lambda: rows(loaded.eval.paths, "eval.data", held_out=True))
+            checks.append(lambda: some(loaded.eval.data is not None or loaded.data.eval_split is not None))
     for name in (*runs, *([adapter] if adapter is not None else ())):
         checks.append(lambda name=name: evaluated_one(name, model, name == adapter, own))  # type: ignore[misc]
+    given = [*runs, *filter(None, (adapter, model))]
+    if own and recipe is None and given:
+        checks.append(lambda: some(any(map(may_have_rows, given))))
     if model is not None and not runs and adapter is None:
         checks.append(lambda: there(ModelConfig(name=model)))
     if data is not None:
@@ -52,6 +54,19 @@ def evaluated(
     together(*checks)
 
 
+def some(there: bool) -> None:
+    if not there:
+        raise options.no_rows()
+
+
+def may_have_rows(name: str) -> bool:
+    """Whether what is called so may name held-out rows: a run, or what one was merged to. What is not there may, too:
+    that is another problem."""
+    path = Path(name).expanduser()
+    there = path.exists() or name in sources.known_names()
+    return not there or (path / "recipe.yaml").is_file() or (path / "merge.json").is_file()
+
+
 def held_out_files(data: str | Sequence[str]) -> None:
     """UserError for sets of --data that are not there."""
     rows([absolute_data(one.path) for one in options.named_sets(data)], "--data", held_out=True)
@@ -59,11 +74,7 @@ def held_out_files(data: str | Sequence[str]) -> None:
 
 def evaluated_one(name: str, model: str | None, is_adapter: bool, own: bool) -> None:
     """A run, with its base and, where it is measured on its own rows, its data; an adapter, or a model."""
-    try:
-        values = read_recipe(Path(name)) or {}
-    except (yaml.YAMLError, UnicodeError):
-        values = {}
-    said = (values.get("eval") or {}).get("data") if isinstance(values, dict) else None
+    said = section_of(read_recipe(Path(name)), "eval").get("data")
     if own and said is not None:
         rows([one.path for one in held_sets(said)], "eval.data", held_out=True)
     if is_adapter or sources.what_is(name) == "adapter":

@@ -15,9 +15,10 @@ from finetune.models.export import FORMATS
 from finetune.models.gguf.places import check_type, check_unwritten
 from finetune.models.pushing import Push
 from finetune.recipe.sections import ModelConfig
-from finetune.run.directory import read_recipe
+from finetune.run.directory import read_recipe, section_of
 
 DTYPES = ("float32", "bfloat16", "float16")
+BASES = ("original", "dequantized")
 REPORT, EXPORT = "merge.json", "export.json"
 SIZE = re.compile(r"\d+(\.\d+)?\s*(KB|MB|GB|TB)", re.IGNORECASE)
 
@@ -25,7 +26,7 @@ SIZE = re.compile(r"\d+(\.\d+)?\s*(KB|MB|GB|TB)", re.IGNORECASE)
 def merged(
     adapters: Sequence[str], target: Path, model: str | None, dtype: str | None, layout: str, overwrite: bool,
     size: str = "5GB", kind: str | None = None, density: float | None = None, seed: int | None = None,
-    svd_rank: int | None = None, push: Push | None = None,
+    svd_rank: int | None = None, push: Push | None = None, base: str = "original",
 ) -> None:  # fmt: skip
     """UserError for what is wrong with the arguments of `ft merge`."""
 
@@ -37,7 +38,8 @@ def merged(
             check_apart(target, adapter_and_base(str(part.folder), model))
 
     together(
-        lambda: check_target(target, overwrite), lambda: check_options(dtype, layout), lambda: check_size(size), these,
+        lambda: check_target(target, overwrite), lambda: check_options(dtype, layout, base),
+        lambda: check_size(size), these,
         *([] if push is None else [lambda: pushing.check(push)]),
     )  # fmt: skip
 
@@ -56,8 +58,7 @@ def exported(adapter: str, consumer: str, target: Path, model: str | None, overw
 def started_by(adapter: Path) -> str | None:
     """init_lora_weights of the run that an adapter is of."""
     found = read_recipe(adapter.parent) if adapter.name == "adapter" else None
-    section = found.get("adapter") if isinstance(found, dict) else None
-    return section.get("init_lora_weights") if isinstance(section, dict) else None
+    return section_of(found, "adapter").get("init_lora_weights")
 
 
 def gguf(adapter: str | None, model: str | None, target: Path, kind: str | None, overwrite: bool) -> None:
@@ -72,7 +73,9 @@ def gguf(adapter: str | None, model: str | None, target: Path, kind: str | None,
     together(lambda: check_unwritten(target, overwrite), lambda: check_type(kind), base_there)
 
 
-def check_options(dtype: str | None, layout: str) -> None:
+def check_options(dtype: str | None, layout: str, base: str = "original") -> None:
+    if base not in BASES:
+        raise UserError(f"unknown weights {base!r}", key="--base", fix=f"one of {', '.join(BASES)}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}", key="--dtype", fix=f"one of {', '.join(DTYPES)}")
     if layout not in FORMATS:

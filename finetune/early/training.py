@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from finetune import python_files
 from finetune.early.inputs import ENDLESS, announce, base, file, reward_model, rows, together
 from finetune.errors import UserError
 from finetune.metrics import asked
@@ -77,8 +78,7 @@ def checks_of(recipe: Recipe) -> list[Callable[[], object]]:
     if model.adapter is not None:
         checks.append(lambda: sources.adapter_folder(str(model.adapter), "model.adapter"))
     for rule in getattr(reward, "functions", None) or ():
-        path = rule.rpartition(":")[0]  # without a function it is refused when it is loaded
-        checks.append(lambda path=path: file(path or None, "reward.functions", "give a Python file"))  # type: ignore[misc]
+        checks.append(lambda rule=rule: python_files.parts_of(rule, "reward.functions", "rule"))  # type: ignore[misc]
     if getattr(reward, "model", None) is not None:
         checks.append(lambda: reward_model(str(reward.model)))  # type: ignore[union-attr]
     checks.append(lambda: base(model))

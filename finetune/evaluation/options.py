@@ -56,6 +56,11 @@ def named_sets(data: str | Sequence[str] | None) -> list[HeldSet]:
     return found
 
 
+def no_rows() -> UserError:
+    fix = "set it or data.eval_split in the recipe, or give --data FILE"
+    return UserError("no held-out data", key="eval.data", fix=fix)
+
+
 def is_report(path: Path) -> bool:
     """Whether a file is one of --json, of one set or of several."""
     return json_with("runs", "comparisons")(path) or json_with("sets")(path)
@@ -90,7 +95,7 @@ def is_predictions(path: Path) -> bool:
         first = file.readline()
     try:
         row = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     if not (isinstance(row, dict) and {"run", "row", "loss"} <= row.keys()):
         return False

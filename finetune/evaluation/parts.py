@@ -97,8 +97,7 @@ def held_out(target: Target, one: HeldSet | None, limit: int | None) -> HeldOut:
         return rows_of(absolute_data(one.path), target.data, limit)
     recipe = target.recipe
     if recipe is None or recipe.data.eval_split is None:
-        fix = "set it or data.eval_split in the recipe, or give --data FILE"
-        raise UserError("no held-out data", key="eval.data", fix=fix)
+        raise options.no_rows()
     place = target.template or target.adapter
     if target.scores is not None:
         place = sources.find_adapter(target.scores)

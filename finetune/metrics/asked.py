@@ -29,7 +29,8 @@ def check(names: Sequence[str], key: str) -> None:
         else:
             rows = [metric for metric in metrics.METRICS if metric.name == name]
             if not rows:
-                raise UserError(f"no metric is called {name!r}", key=key, fix=nearest(name))
+                fix = f"write {name}:function" if name.endswith(".py") else nearest(name)
+                raise UserError(f"no metric is called {name!r}", key=key, fix=fix)
             package = rows[0].package
             if package is not None and importlib.util.find_spec(package) is None:
                 fix = f"pip install 'ft-recipes[eval]', or {package} alone"

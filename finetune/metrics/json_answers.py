@@ -38,7 +38,7 @@ def json_valid(row: Row) -> float | None:
 def is_json(text: str) -> bool:
     try:
         decode(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

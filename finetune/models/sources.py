@@ -15,6 +15,7 @@ from safetensors import safe_open
 from finetune import hub
 from finetune.errors import UserError
 from finetune.families import Refused, refused, refused_name
+from finetune.given_files import is_address, mapping, odd
 from finetune.models import modelscope
 from finetune.models.gguf import cache, packaged
 from finetune.models.gguf.header import NO_GGUF, is_gguf, refuse_other
@@ -47,6 +48,10 @@ def place(model: ModelConfig) -> Path | str:
     """The folder or GGUF file of a local model, or the id of one on a hub, of which nothing is downloaded. UserError if
     a path does not exist."""
     name, source = model.name, model.source
+    if not name.strip():  # a path without a name is the working directory
+        raise UserError(
+            "names no model", key="model.name", fix=f"give a folder, a hub id or one of {', '.join(known_names())}"
+        )
     if source == "modelscope":
         _refuse_by_name(name)
         return name
@@ -59,6 +64,11 @@ def place(model: ModelConfig) -> Path | str:
         return _local(path, name) if model.gguf_file is None else _file_in(path, model.gguf_file)
     if source != "hub" and path.is_file():
         return _gguf_file(path, name)
+    if is_address(name):
+        fix = "of a hub's model give OWNER/NAME; download others, and give the folder"
+        raise UserError("is an address, and no model's name", path=name, key="model.name", fix=fix)
+    if source != "hub" and (strange := odd(path)) is not None:
+        raise UserError(strange[0], path=name, key="model.name", fix="give a model's folder or a GGUF file")
     looks_local = path.is_absolute() or name.startswith((".", "~", "runs/")) or name.endswith(".gguf")
     looks_local |= name.count("/") != 1 or path.parent.is_dir()
     if source == "local" or (source is None and looks_local):
@@ -87,6 +97,8 @@ def known_names() -> list[str]:
 
 def find_adapter(reference: str) -> Path | None:
     """The adapter folder of a run directory that is finished, or the folder itself; None where there is none."""
+    if not reference:  # would be the working directory
+        return None
     path = Path(reference).expanduser()
     held = [path] if not_usable(path) else [path / "adapter", path]
     found = (folder for folder in held if (folder / "adapter_config.json").is_file())
@@ -165,8 +177,9 @@ def is_ours(path: Path, models: bool) -> bool:
 def base_of(adapter: Path | None) -> str:
     """The base that an adapter names."""
     assert adapter is not None
-    said = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    name = read_json(adapter / "base_identity.json").get("base") or said
+    said = mapping(adapter / "adapter_config.json").get("base_model_name_or_path")
+    identity = adapter / "base_identity.json"
+    name = (mapping(identity).get("base") if identity.is_file() else None) or said
     if not name or not isinstance(name, str):
         raise UserError("does not name its base", path=adapter, fix="give it with --model")
     start = adapter.parent / "start"  # a run with a base of its own, which moves with it
@@ -190,7 +203,7 @@ def check_there(model: ModelConfig) -> None:
         return
     if model.source == "modelscope" or model.gguf_file is not None:
         return
-    check_family(read_json(config_file(model)), model.name)
+    check_family(mapping(config_file(model)), model.name)
 
 
 def check_family(config: dict[str, Any], name: str) -> None:

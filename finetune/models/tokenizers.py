@@ -47,7 +47,8 @@ def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTraine
         try:
             tokenizer.chat_template = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot be read: {error}", path=path, key="model.chat_template") from None
+            what = f"cannot be read ({error})"
+            raise UserError(what, path=path, key="model.chat_template", fix="give a Jinja file in UTF-8") from None
         tokenizer.template_file = str(path)  # so that what is wrong with it can be told with its place
     tokenizer.padding_side = "left"
     if "glm_version" in tokenizer.init_kwargs:  # GLM-4 pads with its end token, and ends turns with <|user|>

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
@@ -14,26 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from finetune.errors import Problem, UserError
+from finetune.given_files import AGAIN
+from finetune.given_files import mapping as read_json
 
-AGAIN = "download or copy it again"
 # Derived while building the network; old checkpoints stored them as well.
 DERIVED = re.compile(r"rotary_(pos_)?emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
 
 # Parts of a checkpoint that read images or sounds.
 OTHER_SENSES = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal_projector|embed_vision|embed_audio)[^.]*\.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one mapping. UserError for anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"is not JSON ({error})", path=path, fix=AGAIN) from None
-    except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror})", path=path, fix=AGAIN) from None
-    if not isinstance(found, dict):
-        raise UserError("is JSON, but no mapping of names to values", path=path, fix=AGAIN)
-    return found
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -49,7 +36,10 @@ def weight_files(folder: str | Path) -> list[Path]:
             names = read_json(index).get("weight_map")
             if not isinstance(names, dict) or not names:
                 raise UserError("is no index of weights: it has no weight_map", path=index, fix=AGAIN)
-            shards = [folder / str(name) for name in sorted({str(name) for name in names.values()})]
+            listed = sorted({str(name) for name in names.values()})
+            if away := [name for name in listed if Path(name).is_absolute() or ".." in Path(name).parts]:
+                raise UserError(f"names a file outside of its folder ({away[0]})", path=index, fix=AGAIN)
+            shards = [folder / name for name in listed]
             gone = [shard for shard in shards if not shard.is_file()]
             if gone:
                 raise UserError([Problem("named in the index but not there", path, fix=AGAIN) for path in gone])

@@ -17,8 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from finetune.errors import Problem, UserError
 from finetune.recipe import effects
+from finetune.recipe.foreign_keys import foreign_name
 from finetune.recipe.overrides import forget_other_method, forget_other_reward, override, unset
-from finetune.recipe.problems import KeyPath, as_path, explain, placed
+from finetune.recipe.problems import KeyPath, as_path, explain, fields_of, placed
 from finetune.recipe.reading import find, read
 from finetune.recipe.sections import as_list
 from finetune.recipe.stages import RECIPES, R, Recipe
@@ -34,12 +35,14 @@ def check(
     if not isinstance(named, str) or named not in RECIPES:
         close = difflib.get_close_matches(str(named), list(RECIPES), n=1)
         fix = f"did you mean {close[0]}?" if close else f"write stage: {stage or 'sft'} (one of {', '.join(RECIPES)})"
-        raise UserError(problem(("stage",), "missing" if named is None else f"unknown stage {named!r}", fix))
+        what = "missing" if named is None else f"unknown stage {named!r}"
+        raise UserError([problem(("stage",), what, fix), *others(values, stage or "sft", problem)])
     if stage is not None and named != stage:
         message = f"this is a recipe for `ft {named}`, not `ft {stage}`"
         raise UserError(problem(("stage",), message, f"run ft {named} --recipe …"))
     if values.get("version") != 1:
-        raise UserError(problem(("version",), f"version {values.get('version')!r} is not known", "write version: 1"))
+        what = f"version {values['version']!r} is not known" if values.get("version") is not None else "missing"
+        raise UserError([problem(("version",), what, "write version: 1"), *others(values, named, problem)])
     # A section left empty in YAML is None and means its defaults.
     fields: dict[str, Any] = RECIPES[named].model_fields
     values = {k: ({} if v is None and k in fields and k not in ("model", "output") else v) for k, v in values.items()}
@@ -53,6 +56,13 @@ def check(
             where, what, mend = explain(item, named)
             found.setdefault(where, problem(where, what, mend))
         raise UserError(sorted(found.values(), key=lambda p: p.line or 0)) from None
+
+
+def others(values: dict[str, Any], stage: str, problem: Callable[[KeyPath, str, str | None], Problem]) -> list[Problem]:
+    """The keys at the top level of another tool's config, each with what it is called here."""
+    known = {f"{section}.{key}" if section else key for section, keys in fields_of(stage).items() for key in keys}
+    told = {key: foreign_name(key, known) for key in values if key not in RECIPES[stage].model_fields}
+    return [problem((key,), "unknown key", fix) for key, fix in told.items() if fix is not None]
 
 
 @overload

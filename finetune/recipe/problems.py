@@ -17,7 +17,10 @@ from finetune.recipe.stages import RECIPES
 from finetune.resources import resource_path
 
 KeyPath = tuple[str | int, ...]
-_TYPE_TAGS = {"str", "int", "float", "bool", "function-after", "constrained-int", "constrained-float", "dict", "list"}
+_TYPE_TAGS = {
+    "str", "int", "float", "bool", "function-after", "constrained-int", "constrained-float", "constrained-str", "dict",
+    "list", "SourceConfig",
+}  # fmt: skip
 
 
 def suggest(key: str, section: str, stage: str) -> str:
@@ -62,8 +65,29 @@ def explain(error: Any, stage: str) -> tuple[KeyPath, str, str | None]:
     if kind == "value_error":
         key, _, message = str(context["error"]).partition(": ")
         return tuple(key.split(".")), message, None
-    message = error["msg"].removeprefix("Input should be ")
-    return loc, f"{given!r} is not possible here", f"write {message}"
+    return loc, f"{given!r} is not possible here", f"write {wanted(error, loc)}"
+
+
+WANTED = {
+    "model_type": "a mapping", "dict_type": "a mapping", "list_type": "a list: [a, b]", "string_type": "text",
+    "bool_type": "true or false", "int_type": "a whole number", "float_type": "a number",
+    "string_too_short": "a name or a path", "too_short": "at least one",
+}  # fmt: skip
+"""pydantic's type of error -> what is wanted."""
+
+
+def wanted(error: Any, loc: KeyPath) -> str:
+    kind, given = error["type"], error.get("input")
+    said: str = WANTED.get(kind) or error["msg"].removeprefix("Input should be ")
+    if (
+        kind in ("int_type", "float_type")
+        and isinstance(given, str)
+        and re.fullmatch(r"\s*[-+]?[\d.]+([eE][-+]?\d+)?\s*", given)
+    ):
+        return f"{said}, without quotes"
+    if kind == "model_type" and loc:
+        return f"{said}: {loc[-1]}: {{key: value}}"
+    return f"a number {said}" if kind.startswith(("greater_than", "less_than")) else said
 
 
 def placed(

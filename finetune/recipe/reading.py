@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from finetune.errors import Problem, UserError
+from finetune.given_files import odd
+from finetune.json_text import reason
 from finetune.recipe.problems import KeyPath, dotted
 from finetune.resources import resource_path
 
@@ -42,6 +44,8 @@ def find(reference: str) -> Path:
     name = reference if reference.endswith((".yaml", ".yml")) else reference + ".yaml"
     if name in names:
         return names[name]
+    if (strange := ("is a folder", "give the recipe in it") if path.is_dir() else odd(path)) is not None:
+        raise UserError(strange[0], path=reference, fix=strange[1])
     close = difflib.get_close_matches(name, list(names), n=1)
     hint = f"did you mean the shipped recipe {close[0]}?" if close else "`ft recipes list` shows the shipped recipes"
     raise UserError("no such recipe", path=reference, fix=hint)
@@ -64,7 +68,7 @@ def _parsed(text: str) -> tuple[yaml.Node | None, Any]:
     except yaml.YAMLError:
         raise
     except (ValueError, OverflowError, TypeError) as error:  # dates and numbers that are none
-        raise yaml.YAMLError(f"a value that cannot be read ({str(error).splitlines()[0]})") from None
+        raise yaml.YAMLError(f"a value that cannot be read ({reason(error)})") from None
 
 
 def _size(node: yaml.Node | None, known: dict[int, int]) -> int:

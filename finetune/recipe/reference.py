@@ -99,6 +99,7 @@ def _references(prop: dict[str, Any]) -> list[str]:
 
 
 LIMITS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+MOST = (1 << 31) - 1  # larger limits are those of the machine
 TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true | false"}
 
 
@@ -120,7 +121,7 @@ def _values(prop: dict[str, Any], defs: dict[str, Any]) -> str:
         return f"list of {_values(prop.get('items', {}), defs)}"
     if kind == "object":
         return "mapping"
-    limits = [f"{sign} {prop[name]:g}" for name, sign in LIMITS.items() if name in prop]
+    limits = [f"{sign} {prop[name]:g}" for name, sign in LIMITS.items() if name in prop and prop[name] < MOST]
     return " ".join([TYPES.get(str(kind), "any value"), ", ".join(limits)]).strip()
 
 

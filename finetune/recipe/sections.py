@@ -81,7 +81,10 @@ WORDS = ("all-linear", "all", "storable")
 Names = BeforeValidator(_listed, json_schema_input_type=str | list[str])
 OptionalNames = BeforeValidator(_listed, json_schema_input_type=str | list[str] | None)
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(gt=0)]
+MOST = (1 << 31) - 1  # what counts of torch and of tokenizers hold; larger ones end in an overflow somewhere
+Count = Annotated[int, Field(gt=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]  # what numpy takes
+Named = Annotated[str, Field(min_length=1)]
 
 
 class RopeScaling(Section):
@@ -173,7 +176,7 @@ class PretrainModelConfig(ModelConfig):
 
 
 class SourceConfig(Section):
-    path: str
+    path: Named
     """File, folder, glob, `builtin:` name, or dataset id."""
     source: Literal["local", "hub", "modelscope"] | None = None
     """Where `path` lies; unset: a local path when it exists, otherwise a hub id."""
@@ -196,7 +199,7 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    train: str | SourceConfig | list[str | SourceConfig]
+    train: Named | SourceConfig | Annotated[list[Named | SourceConfig], Field(min_length=1)]
     """Training data: file, folder, glob, `builtin:tickets/train`, hub dataset id, or a mapping with more (path, split,
     weight, filter, …); several as a list."""
     eval_split: Annotated[Fraction | Count | None, Percent] = None
@@ -300,7 +303,7 @@ class TrainConfig(Section):
     """Compile the model with torch.compile; pays in long runs."""
     group_by_length: bool = True
     """Batch samples of similar length (less padding); without effect when packed."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of weights, order and dropout, set before anything is initialised."""
     logging_steps: Count = 10
     """Steps between rows of metrics.jsonl."""
@@ -336,7 +339,7 @@ class GenerationConfig(Section):
     """Beam search over so many beginnings; 1: none. Beams are not drawn."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """Scores of tokens that stand in the prompt or the answer already are divided by it (times it, below 0); 1: off."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Of the drawn answers (the same row and seed give the same answer, whatever the batch size), and of eval.shots."""
 
     @property
@@ -503,5 +506,5 @@ class EvalConfig(Section):
 
 
 class OutputConfig(Section):
-    dir: str
+    dir: Named
     """Run directory; never overwritten without --overwrite."""

@@ -67,7 +67,7 @@ def done_in(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 return  # cut off by a kill or a full disk
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
                 raise UserError("is no row that ft wrote", path=path, line=number, key=KEY, fix=ANEW)

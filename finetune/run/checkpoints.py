@@ -40,7 +40,7 @@ def known_of(checkpoint: Path) -> dict[str, Any]:
     """What `complete` was told; nothing of checkpoints of earlier versions."""
     try:
         found = json.loads((checkpoint / CHECKPOINT_COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -109,6 +109,6 @@ def _readable(path: Path) -> bool:
                 header = json.loads(file.read(length := struct.unpack("<Q", file.read(8))[0]))
             ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
             return path.stat().st_size == 8 + length + max(ends, default=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error, zipfile.BadZipFile):
         return False
     return True

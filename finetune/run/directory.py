@@ -12,10 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from finetune import places
 from finetune.errors import Problem, UserError
+from finetune.recipe.reading import read
 from finetune.recipe.stages import Recipe
 from finetune.run.checkpoints import CHECKPOINT_COMPLETE, checkpoints_of, damage
 from finetune.run.writing import append_lines, as_line, read_lines, write_atomically, write_json
@@ -130,6 +129,12 @@ def versions() -> dict[str, str]:
 
 
 def read_recipe(run_path: Path) -> dict[str, Any] | None:
-    """The resolved recipe of a run directory, or None if it is not one."""
+    """The resolved recipe of a run directory, or None if it is not one. UserError where it cannot be read."""
     path = run_path / "recipe.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read(path)[0] if path.is_file() else None
+
+
+def section_of(values: dict[str, Any] | None, name: str) -> dict[str, Any]:
+    """A section of a recipe that nothing has checked yet; {} where it is none."""
+    found = (values or {}).get(name)
+    return found if isinstance(found, dict) else {}

@@ -7,13 +7,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import yaml
-
 from finetune.errors import Problem, UserError
 from finetune.recipe.file import to_yaml
+from finetune.recipe.reading import parse_value
 from finetune.recipe.stages import Recipe
 from finetune.run.checkpoints import known_of
-from finetune.run.directory import Run, resumable
+from finetune.run.directory import Run, read_recipe, resumable
 from finetune.run.guards import strings, taken
 from finetune.terminal.progress import command, shown_path
 
@@ -81,7 +80,7 @@ def check_resumable(recipe: Recipe, unknown: Collection[str] = ()) -> None:
     """
     run = Run.of(recipe)
     path = run.path / "recipe.yaml"
-    old, new = begun_with(run), yaml.safe_load(to_yaml(recipe))
+    old, new = begun_with(run), parse_value(to_yaml(recipe))
     if old is None:
         raise UserError("cannot be read", path=path, fix="start again with --overwrite") from None
     if inputs_of(run):
@@ -102,10 +101,9 @@ def check_resumable(recipe: Recipe, unknown: Collection[str] = ()) -> None:
 def begun_with(run: Run) -> dict[str, Any] | None:
     """The resolved recipe that a run was started with, None where it cannot be read."""
     try:
-        found = yaml.safe_load((run.path / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        return read_recipe(run.path)
+    except UserError:
         return None
-    return found if isinstance(found, dict) else None
 
 
 def goes_further(recipe: Recipe) -> bool:
@@ -121,7 +119,7 @@ def goes_further(recipe: Recipe) -> bool:
 
 def other_rounding(recipe: Recipe, run: Run) -> list[str]:
     """Keys of ROUNDING in which the recipe is another than what the run in `run` was started with."""
-    old, new = begun_with(run) or {}, yaml.safe_load(to_yaml(recipe))
+    old, new = begun_with(run) or {}, parse_value(to_yaml(recipe))
     return [key for key in ROUNDING[:3] if value_at(old, key) != value_at(new, key)]
 
 

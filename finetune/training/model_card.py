@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -74,7 +75,7 @@ def card(
         ("rope scaling of the base", model.get("rope_scaling")),
     ]  # fmt: skip
     lines = [
-        *front(head), f"# {shown_name(recipe['output']['dir'])}", "",
+        *front(head), f"# {plain(shown_name(recipe['output']['dir']))}", "",
         f"{kind} made by `ft {stage}` (package ft-recipes); `recipe.yaml` in the run directory makes it again.", "",
         *([f"**A check failed at the end of its training: {result['failed']}.**", ""] if "failed" in result else []),
         *table(rows), "", "## Metrics", "", *metrics_of(result), "", "## Use", "",
@@ -139,7 +140,7 @@ def merged_card(report: dict[str, Any], base: str, licence: str | None, runs: li
     unmeasured = ["", "Nothing was measured of the combination: that is done with `ft eval`."]
     what = "An adapter" if len(runs) == 1 else f"{len(runs)} adapters"
     lines = [
-        *front(head), f"# {title}", "", f"{what} merged into the base by `ft merge` (package ft-recipes).", "",
+        *front(head), f"# {plain(title)}", "", f"{what} merged into the base by `ft merge` (package ft-recipes).", "",
         *table(rows), *(measured if result else unmeasured if len(runs) > 1 else []), "",
         "## Merge", "", *table(figures), "", "## Use", "", *how, "",
     ]  # fmt: skip
@@ -209,8 +210,13 @@ def front(head: dict[str, Any]) -> list[str]:
 
 def table(rows: Iterable[tuple[str, Any]]) -> list[str]:
     """Two columns; rows without a value are left out."""
-    cells = [(name, str(value).replace("|", "\\|").replace("\n", " ")) for name, value in rows if value]
+    cells = [(name, plain(value)) for name, value in rows if value]
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)]
+
+
+def plain(value: Any) -> str:
+    """A text as it stands, in a line of Markdown: no column, no heading and no HTML is made of it."""
+    return html.escape(str(value), quote=False).replace("|", "\\|").replace("\r", " ").replace("\n", " ")
 
 
 def names_of(given: Any) -> list[str]:

@@ -58,7 +58,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         (GOOD + "model: {name: other}\n", "line 6: model: key stands twice"),
         (GOOD.replace("stage: sft", "stage: sfft"), "stage: unknown stage 'sfft' → did you mean sft?"),
         (GOOD.replace("stage: sft\n", ""), "stage: missing"),
-        (GOOD.replace("version: 1\n", ""), "version: version None is not known"),
+        (GOOD.replace("version: 1\n", ""), "version: missing → write version: 1"),
         (GOOD.replace("version: 1", "version: 2"), "version: version 2 is not known"),
         (GOOD.replace("stage: sft", "stage: pretrain"), "this is a recipe for `ft pretrain`, not `ft sft`"),
         (GOOD.replace("output: {dir: runs/x}\n", ""), "output: missing"),

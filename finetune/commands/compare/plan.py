@@ -16,6 +16,7 @@ from finetune.data.choices import is_choices
 from finetune.errors import UserError
 from finetune.places import check_folder as check_place
 from finetune.recipe.file import check, to_yaml
+from finetune.recipe.reading import parse_value, read
 from finetune.recipe.stages import SftRecipe
 from finetune.run.resuming import changed_keys
 from finetune.run.writing import write_lines
@@ -70,8 +71,8 @@ def check_folder(folder: Path, recipe: SftRecipe) -> None:
         return
     if not (folder / MARK).exists():
         raise UserError("holds files that are no comparison", path=folder, key="--output", fix=fix)
-    old = yaml.safe_load((folder / MARK).read_text(encoding="utf-8"))
-    if keys := changed_keys(old, yaml.safe_load(to_yaml(recipe))):
+    old = read(folder / MARK)[0]
+    if keys := changed_keys(old, parse_value(to_yaml(recipe))):
         what = f"holds a comparison with other values of {', '.join(keys[:5])}"
         raise UserError(what, path=folder, key="--output", fix=fix)
 
