@@ -60,4 +60,4 @@ def _load(audit: Audit, seed: int, row: Any) -> Rows:
 
     rows, hashes, weights = gathered(audit, seed, row)
     pick = lambda numbers: datasets.Dataset.from_list([rows[i] for i in numbers])  # noqa: E731
-    return divided(pick, hashes, weights, audit.config.eval_split, dict(audit.counts), audit.warnings())
+    return divided(pick, hashes, weights, audit.config.eval_split, dict(audit.counts), audit.warnings(), audit.seen())

@@ -24,6 +24,8 @@ class Rows:
     """rows, used, dropped, truncated, cut_away, duplicates, leaked, tokens, trained_tokens, eval_rows, …"""
     warnings: list[str] = field(default_factory=list)
     """One line per kind of thing that was found and did not stop the run."""
+    seen: dict[str, Any] = field(default_factory=dict)
+    """What the rows are like: `Audit.seen`."""
 
 
 def gathered(
@@ -44,7 +46,7 @@ def gathered(
 
 def divided(
     pick: Callable[[np.ndarray], Any], hashes: np.ndarray, weights: np.ndarray, share: float | int | None,
-    counts: dict[str, int], warnings: list[str],
+    counts: dict[str, int], warnings: list[str], seen: dict[str, Any],
 ) -> Rows:  # fmt: skip
     """Hold rows out and repeat those of weighted sources; `pick` gives the rows of these numbers. UserError when none
     is left."""
@@ -60,6 +62,7 @@ def divided(
         pick(np.flatnonzero(held)) if held.any() else None,
         {**counts, "eval_rows": int(held.sum())},
         [*warnings, *uneven(held, share)],
+        seen,
     )
 
 

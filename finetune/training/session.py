@@ -39,8 +39,10 @@ from finetune.recipe.stages import HELD_OUT_FIGURES
 from finetune.run.directory import Run
 from finetune.run.opening import open_run
 from finetune.run.resuming import check_resumable
+from finetune.run.writing import write_json
 from finetune.terminal.progress import encodable, note, say, warn
 from finetune.training import memory
+from finetune.training.audited import audited
 from finetune.training.finish import Words, finish, save, summary
 from finetune.training.fit import callbacks
 from finetune.training.fit import fit as fit_trainer
@@ -155,6 +157,7 @@ class Session(Generic[AnyRecipe]):
             open_run(self.recipe, overwrite, self.resume) as self.folder,
             memory_advice(REPLIES.get(self.recipe.stage, "data.max_length")),
         ):
+            write_json(self.folder.data_audit, audited(self.recipe, self.base, self.rows))
             seed_everything(self.recipe)
             yield self.folder
 
