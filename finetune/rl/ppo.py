@@ -42,6 +42,7 @@ from finetune.run.writing import append_lines
 from finetune.terminal.progress import Progress, note, samples, task
 from finetune.training.callbacks import Guard
 from finetune.training.sampler import OrderedSampler
+from finetune.training.tracking import Trackers
 from finetune.training.weight_check import Proof
 
 EVALUATION_SEED = 20_000
@@ -72,6 +73,7 @@ class Ppo:
     """transformers' TrainingArguments, for the optimizer."""
     rows: int
     """Of a forward pass."""
+    trackers: Trackers | None = None
     run: Run = field(init=False)
     inputs: Mapping[str, str] = field(init=False)
 
@@ -193,6 +195,8 @@ class Ppo:
         if logged:
             self.run.append_metrics(row)
             self.progress.log(row)
+            if self.trackers is not None:
+                self.trackers.log(row, step)
         try:
             watch(row, self.state, self.recipe.ppo)
         except RunError as error:

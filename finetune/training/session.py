@@ -49,6 +49,7 @@ from finetune.training.fit import fit as fit_trainer
 from finetune.training.inputs import known_inputs
 from finetune.training.plan import Layout, arguments, few_rows, few_updates, layout, other_devices
 from finetune.training.start import seed_everything
+from finetune.training.tracking import Trackers
 from finetune.training.trainers import During
 
 REPLIES = {"ppo": "ppo.max_new_tokens"}
@@ -69,6 +70,7 @@ class Session(Generic[AnyRecipe]):
     during: During | None = None
     """Answers held-out rows while the run trains, where the recipe asks for it."""
     folder: Run = field(init=False)
+    trackers: Trackers = field(init=False)
     known: dict[str, str] = field(init=False)
     """What the run reads, by content."""
 
@@ -120,7 +122,7 @@ class Session(Generic[AnyRecipe]):
         return arguments(self.recipe, self.folder, self.layout, self.machine, self.has_eval, self.best)
 
     def callbacks(self) -> list[Any]:
-        return callbacks(self.recipe, self.folder, self.has_eval)
+        return [*callbacks(self.recipe, self.folder, self.has_eval), self.trackers]
 
     def note(self, line: str | None) -> None:
         if line is not None:
@@ -158,8 +160,12 @@ class Session(Generic[AnyRecipe]):
             memory_advice(REPLIES.get(self.recipe.stage, "data.max_length")),
         ):
             write_json(self.folder.data_audit, audited(self.recipe, self.base, self.rows))
-            seed_everything(self.recipe)
-            yield self.folder
+            self.trackers = Trackers(self.recipe, self.folder, self.arguments(), self.resume)
+            try:
+                seed_everything(self.recipe)
+                yield self.folder
+            finally:
+                self.trackers.finish(None)
 
     def train(
         self, trainer: Any, base: Base | None = None, *, fit: Callable[..., dict[str, Any]] | None = None,
@@ -180,6 +186,7 @@ class Session(Generic[AnyRecipe]):
         weights = save(self.recipe, self.folder, trainer.model, base, self.template)
         self.note(look(self.folder))
         result = finish(self.recipe, self.folder, trainer.model, outcome, self.rows.counts, self.notes, base)
+        self.trackers.finish(result)
         summary(self.recipe, self.folder, weights, result, words)
 
 
