@@ -54,6 +54,17 @@ def recipes_new(
     new(path, stage=stage, model=model, data=data)
 
 
+@recipes_app.command("import")
+def recipes_import(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Their YAML, JSON or shell script.")],
+    output: Annotated[str | None, typer.Option("--output", "-o", metavar="RECIPE", help="A new file.")] = None,
+) -> None:
+    """A config or command line of LLaMA-Factory, axolotl, ms-swift or trl as a recipe; says what has no equivalent."""
+    from finetune.commands.recipes import import_file
+
+    import_file(file, output)
+
+
 @recipes_app.command("schema")
 def recipes_schema() -> None:
     """Print the JSON schema of recipes."""
