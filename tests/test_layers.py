@@ -18,7 +18,7 @@ LEVELS = [
     {"recipe"},
     {"child", "metrics", "places", "terminal", "hub", "builtin"},
     {"run", "cache"},
-    {"data", "models"},
+    {"data", "models", "report"},
     {"base"},
     {"adapters"},
     {"training"},
@@ -68,7 +68,9 @@ TORCH_FREE = ["finetune.cli", "finetune.recipe", "finetune.recipe.file", "finetu
               "finetune.run.opening",
               "finetune.metrics", "finetune.data.sources", "finetune.data.formats", "finetune.hub",
               "finetune.models.sources", "finetune.evaluation.options", "finetune.serving.address",
-              "finetune.early.answering", "finetune.early.merging", "finetune.early.training"]  # fmt: skip
+              "finetune.early.answering", "finetune.early.merging", "finetune.early.training",
+              "finetune.commands.records.watch",
+              "finetune.commands.report"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

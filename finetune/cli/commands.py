@@ -27,6 +27,7 @@ app = typer.Typer(
 app.add_typer(groups.models_app, name="models")
 app.add_typer(groups.recipes_app, name="recipes")
 app.add_typer(groups.data_app, name="data")
+app.add_typer(groups.runs_app, name="runs")
 
 
 @app.callback()
@@ -126,6 +127,17 @@ def compare(
         raise Interrupted(f"stopped; what is done is kept; go on with {again}") from None
 
 
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs, or a folder of runs.")],
+    output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="The page.")] = None,
+) -> None:
+    """A page of a run: curves, figures, samples, data. Of several runs one over another; of a folder an index."""
+    shared.quiet(bars=False)
+    from finetune.commands.report import run
+
+    run(runs, output)
+
+
 def doctor() -> None:
     """Versions, hardware, precision, and which extras are missing."""
     shared.quiet()
@@ -138,7 +150,7 @@ for _stage, _help in TRAINING.items():
     app.command(_stage, help=_help)(training_command(_stage))
 OTHERS: dict[str, Callable[..., None]] = {
     "merge": merging.merge, "export": merging.export, "eval": answering.evaluate, "generate": answering.generate,
-    "compare": compare, "chat": answering.chat, "serve": answering.serve, "doctor": doctor,
+    "compare": compare, "report": report, "chat": answering.chat, "serve": answering.serve, "doctor": doctor,
 }  # fmt: skip
 """In the order of `ft --help`."""
 for _name, _command in OTHERS.items():

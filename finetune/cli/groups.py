@@ -1,4 +1,4 @@
-"""The commands of a group: `ft models …`, `ft recipes …`, `ft data …`."""
+"""The commands of a group: `ft models …`, `ft recipes …`, `ft data …`, `ft runs …`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from finetune.cli.shared import MOST, Model, Override, RecipeOption, one_of, qui
 models_app = typer.Typer(help="Model families: what loads, how it was tested, what is refused.", no_args_is_help=True)
 recipes_app = typer.Typer(help="Shipped recipes, new ones, and the schema for editors.", no_args_is_help=True)
 data_app = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
+runs_app = typer.Typer(help="What was trained: a table, one run, two compared, one that goes on.", no_args_is_help=True)
 
 
 @models_app.command("list")
@@ -51,6 +52,17 @@ def recipes_new(
     from finetune.commands.recipes import new
 
     new(path, stage=stage, model=model, data=data)
+
+
+@recipes_app.command("import")
+def recipes_import(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Their YAML, JSON or shell script.")],
+    output: Annotated[str | None, typer.Option("--output", "-o", metavar="RECIPE", help="A new file.")] = None,
+) -> None:
+    """A config or command line of LLaMA-Factory, axolotl, ms-swift or trl as a recipe; says what has no equivalent."""
+    from finetune.commands.recipes import import_file
+
+    import_file(file, output)
 
 
 @recipes_app.command("schema")
@@ -134,3 +146,63 @@ def data_preview(
     preview(
         recipe=recipe, overrides=set_, data=data, model=model, stage=stage, limit=limit, json_file=json_, html_file=html
     )
+
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")]
+
+
+@runs_app.command("list")
+def runs_list(
+    folder: Annotated[str, typer.Argument(help="Runs in it and below it.")] = "runs",
+    stage: Annotated[str | None, typer.Option(help="Only of this stage.")] = None,
+    base: Annotated[str | None, typer.Option(help="Only of bases whose name holds this.")] = None,
+    method: Annotated[str | None, typer.Option(help="Only of this adapter method.")] = None,
+    status: Annotated[str | None, typer.Option(help="running, interrupted, failed or done.")] = None,
+    sort: Annotated[str, typer.Option(help="name, stage, base, method, metric, time, status or updated.")] = "name",
+    reverse: Annotated[bool, typer.Option("--reverse", help="Largest, longest or newest first.")] = False,
+    json_: JsonOption = None,
+) -> None:
+    """A table of the runs below a folder: what was trained, how well, how far it is."""
+    quiet(bars=False)
+    from finetune.commands import records
+
+    records.show_list(
+        folder, stage=stage, base=base, method=method, status=status, sort=sort, reverse=reverse, json_file=json_
+    )
+
+
+@runs_app.command("show")
+def runs_show(run: RunArgument, json_: JsonOption = None) -> None:
+    """One run: its figures, what was decided, and its recipe where it is not the default."""
+    quiet(bars=False)
+    from finetune.commands import records
+
+    records.show(run, json_)
+
+
+@runs_app.command("diff")
+def runs_diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="Run directory.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    json_: JsonOption = None,
+) -> None:
+    """What differs between two runs: recipe, data, versions, result."""
+    quiet(bars=False)
+    from finetune.commands import records
+
+    records.diff(first, second, json_)
+
+
+@runs_app.command("watch")
+def runs_watch(
+    run: RunArgument,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 2.0,
+) -> None:
+    """The curve and the last samples of a run that goes on, in the terminal; ends with the run."""
+    quiet(bars=False)
+    from finetune.commands.records.watch import watch
+
+    try:
+        watch(run, interval)
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None  # the run goes on, only the look at it ends

@@ -14,7 +14,7 @@ from typing import Any
 from finetune.base import Base
 from finetune.data.thinking import switched
 from finetune.errors import UserError
-from finetune.evaluation import harness, harness_tasks, options
+from finetune.evaluation import harness, harness_tasks, options, recorded
 from finetune.evaluation.generation import Evaluation, notice
 from finetune.evaluation.kept import Kept
 from finetune.evaluation.measuring import add_rewards, chats, evaluate_sets, load_model
@@ -24,6 +24,7 @@ from finetune.evaluation.report import report, write_predictions
 from finetune.evaluation.sets import bases_of_each, found_in, leaks_of
 from finetune.evaluation.targets import Target, bases_of, find_targets, quantized
 from finetune.models.rope import context
+from finetune.recipe.file import load
 from finetune.terminal.progress import note, warn
 
 
@@ -104,9 +105,18 @@ def run(
         if predictions is not None:
             write_predictions(predictions, sets)
         report(sets, json_file, show)
+        if not kinds:
+            recorded.keep(named_by(runs, recipe, model, adapter), tuned, targets, sets)
         done = True
     finally:
         kept.close(done)
+
+
+def named_by(runs: Sequence[str], recipe: str | None, model: str | None, adapter: str | None) -> Sequence[str]:
+    """What the targets were named by, in their order: for `--recipe` its run directory."""
+    if recipe is not None:
+        return [load(recipe, None).output.dir]
+    return runs or [str(adapter or model)]
 
 
 def measure_tasks(

@@ -77,6 +77,7 @@ def run(raw: PpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         trainer = Ppo(
             recipe=recipe, models=built, encoder=encoder, prompts=rows.train, held_out=held_out, rules=rules,
             arguments=session.arguments(), rows=session.layout.rows_per_pass, metrics=chosen, places=rows.places,
+            trackers=session.trackers,
         )  # fmt: skip
         session.train(trainer, fit=Ppo.fit, words=Words(gist))
 

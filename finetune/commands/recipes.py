@@ -9,14 +9,16 @@ from pathlib import Path
 import yaml
 
 from finetune.data.samples import kind_of
-from finetune.errors import UserError
+from finetune.errors import UserError, visible
 from finetune.places import check_file, json_with
 from finetune.recipe import reference
 from finetune.recipe.file import schema
+from finetune.recipe.importing.source import read
+from finetune.recipe.importing.translate import translate
 from finetune.recipe.reading import find, shipped
 from finetune.recipe.stages import RECIPES
 from finetune.run.writing import write_atomically
-from finetune.terminal.progress import command, say, say_json
+from finetune.terminal.progress import command, note, say, say_json, warn
 
 TEMPLATE = """\
 # ft {stage} --recipe {path}
@@ -87,6 +89,37 @@ def explain(key: str | None, *, markdown: bool = False) -> None:
 
 def show_schema() -> None:
     say_json(schema())
+
+
+def import_file(path: str, output: str | None = None) -> None:
+    """Another tool's config or command line as a recipe, to stdout or into a new file. What has no equivalent here is
+    listed with the reason, also at the recipe's end."""
+    source = read(Path(path).expanduser())
+    target = None if output is None else Path(output).expanduser()
+    if target is not None:
+        check_file(target, "--output", lambda _: False)
+    found = translate(source)
+    name = target.name if target is not None else "RECIPE.yaml"
+    head = f"# ft {found.stage} --recipe {name}\n# imported from {source.path.name} of {source.tool}\n"
+    left = [f"{theirs}: {shown_value(value)} ({why})" for theirs, value, why in found.left_out]
+    body = yaml.safe_dump(found.values, sort_keys=False, allow_unicode=True)
+    listed = [*(["", "Look at:", *found.notes] if found.notes else []), *(["", "Left out:", *left] if left else [])]
+    foot = "".join(f"# {line}".rstrip() + "\n" for line in listed)
+    if target is None:
+        say(head + body + foot, end="")
+        return
+    write_atomically(target, visible(head + body + foot))
+    for line in left:
+        note(f"left out: {line}")
+    for line in found.notes:
+        warn(line)
+    note(f"wrote {target}; now run {command(found.stage, '--recipe', target, '--dry-run')}")
+
+
+def shown_value(value: object) -> str:
+    """In one line, not too long."""
+    text = " ".join(json.dumps(value, ensure_ascii=False, default=str).split())
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def quoted(text: str) -> str:

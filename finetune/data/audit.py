@@ -31,6 +31,7 @@ from finetune.recipe.sections import DataConfig
 BATCH = 512
 LISTED = 1000  # warnings that are kept one by one; the counts are always complete
 LISTED_ERRORS = 20_000  # likewise for rows with errors
+NAMED_IN_RUNS = 20  # problems that a run's record names one by one
 Encoding = Encoded | dict[str, Encoded] | None
 """What a row became: a conversation's ids, or those of the answers of a pair by name."""
 COUNTS = ("rows", "used", "dropped", "truncated", "cut_away", "duplicates", "leaked", "tokens", "trained_tokens")
@@ -290,6 +291,14 @@ class Audit:
         """One line per kind of warning, for the start of a training run."""
         lines = sources.left_out(specs(self.config), offer=self.held_out is None)
         return lines + self.notes.lines(self.counts)
+
+    def seen(self) -> dict[str, Any]:
+        """What the rows are like, for the record of a run: languages, lengths, kinds of problems with a few of each."""
+        named = [noted.as_json() for noted in self.notes.problems[:NAMED_IN_RUNS]]
+        return {
+            "languages": dict(self.languages.most_common()), "characters": histogram(self.lengths),
+            "tokens": histogram(self.token_lengths), "kinds": dict(self.notes.kinds), "problems": named,
+        }  # fmt: skip
 
     def report(self) -> Report:
         repeated = self.duplicates.found()

@@ -42,7 +42,8 @@ def load_sft(
     said = [*([encoder.notice] if encoder.notice else []), *noted["warnings"], *of_thinking(encoder, noted["counts"])]
     hashes = np.asarray(marks["content_hash"], np.uint64)
     places = Places(noted["files"], marks["file"], marks["row"])
-    return divided(pick, hashes, np.asarray(marks["repeat"]), config.eval_split, noted["counts"], said, places)
+    counts, seen = noted["counts"], noted.get("seen") or {}  # which caches of earlier versions do not have
+    return divided(pick, hashes, np.asarray(marks["repeat"]), config.eval_split, counts, said, places, seen)
 
 
 def of_thinking(encoder: Encoder, counts: dict[str, int]) -> list[str]:
@@ -77,7 +78,7 @@ def tokenised(
             f"in {merged} the tokenizer merges the end of the prompt with the answer: generation will begin with "
             "other tokens than training; use a chat template whose header does not run into the answer"
         )
-    return writer.finish({"counts": dict(audit.counts), "warnings": warnings})
+    return writer.finish({"counts": dict(audit.counts), "warnings": warnings, "seen": audit.seen()})
 
 
 def begins_with_prompt(encoder: Encoder, sample: Sample, encoded: Encoded, train_on: str) -> list[bool]:

@@ -60,4 +60,5 @@ def _load(audit: Audit, seed: int, row: Any) -> Rows:
 
     rows, hashes, weights, places = gathered(audit, seed, row)
     pick = lambda numbers: datasets.Dataset.from_list([rows[i] for i in numbers])  # noqa: E731
-    return divided(pick, hashes, weights, audit.config.eval_split, dict(audit.counts), audit.warnings(), places)
+    counts, said, seen = dict(audit.counts), audit.warnings(), audit.seen()
+    return divided(pick, hashes, weights, audit.config.eval_split, counts, said, places, seen)

@@ -63,4 +63,4 @@ def load_prompts(config: DataConfig, encoder: Encoder, *, seed: int = 42, eval_d
     if too_long:
         warnings.append(f"{too_long} prompts are longer than data.max_length ({config.max_length}) and left out")
     pick = lambda numbers: [rows[i] for i in numbers]  # noqa: E731
-    return divided(pick, hashes, weights, config.eval_split, counts, warnings, places)
+    return divided(pick, hashes, weights, config.eval_split, counts, warnings, places, audit.seen())

@@ -50,6 +50,8 @@ class Rows:
     """One line per kind of thing that was found and did not stop the run."""
     places: Places = field(default_factory=Places)
     """Of the rows to train on; none of blocks of text."""
+    seen: dict[str, Any] = field(default_factory=dict)
+    """What the rows are like: `Audit.seen`."""
 
 
 def gathered(
@@ -71,7 +73,7 @@ def gathered(
 
 def divided(
     pick: Callable[[np.ndarray], Any], hashes: np.ndarray, weights: np.ndarray, share: float | int | None,
-    counts: dict[str, int], warnings: list[str], places: Places,
+    counts: dict[str, int], warnings: list[str], places: Places, seen: dict[str, Any],
 ) -> Rows:  # fmt: skip
     """Hold rows out and repeat those of weighted sources; `pick` gives the rows of these numbers. UserError when none
     is left."""
@@ -89,6 +91,7 @@ def divided(
         {**counts, "eval_rows": int(held.sum())},
         [*warnings, *uneven(held, share)],
         places.picked(numbers),
+        seen,
     )
 
 

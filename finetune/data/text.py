@@ -64,7 +64,9 @@ def load_blocks(
     def packed(texts: Iterable[str]) -> Iterator[list[int]]:
         return pack(texts, encode, length, before)
 
-    counts, warnings = {"rows": 0, "dropped": 0}, []
+    counts: dict[str, int] = {"rows": 0, "dropped": 0}
+    warnings: list[str] = []
+    seen: dict[str, Any] = {}
     if is_endless(config):
         blocks, held = _of_world(config, packed, seed, wanted)
         counts["rows"] = len(blocks)
@@ -73,7 +75,7 @@ def load_blocks(
         kept, texts = split(watched(documents(config, seed, 1, audit), config), config.eval_split)
         blocks, held = list(islice(packed(texts), wanted)), list(packed(kept))
         audit.settle()
-        counts, warnings = dict(audit.counts), audit.warnings()
+        counts, warnings, seen = dict(audit.counts), audit.warnings(), audit.seen()
     if not blocks:
         what = f"the text does not fill one block of {length} tokens"
         fix = "give more text or a smaller data.max_length"
@@ -82,7 +84,7 @@ def load_blocks(
         what = f"the texts held out do not fill one block of {length} tokens"
         raise UserError(what, key="data.eval_split", fix="hold out more, or leave it out")
     counts |= {"blocks": len(blocks), "trained_tokens": len(blocks) * (length - 1)}
-    return Rows(Blocks(blocks), Blocks(held) if held else None, counts, warnings)
+    return Rows(Blocks(blocks), Blocks(held) if held else None, counts, warnings, seen=seen)
 
 
 def _of_world(

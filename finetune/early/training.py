@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from finetune import python_files
+from finetune.early import tracking
 from finetune.early.inputs import ENDLESS, announce, base, file, reward_model, rows, together
 from finetune.errors import UserError
 from finetune.metrics import asked
@@ -69,6 +70,7 @@ def checks_of(recipe: Recipe) -> list[Callable[[], object]]:
     checks: list[Callable[[], object]] = [
         lambda: rows(recipe.data.train, "data.train"),
         lambda: rows(recipe.eval.paths, "eval.data", held_out=True),
+        lambda: tracking.check(recipe.train.report_to),
         lambda: asked.check(recipe.eval.metrics or (), "eval.metrics"),
         lambda: asked.check(getattr(recipe.eval.during, "metrics", None) or (), "eval.during.metrics"),
         lambda: rows(recipe.eval.shots_from, "eval.shots_from"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,19 @@ def detect() -> Hardware:
     import psutil
 
     return Hardware("cpu", cpu_has_bf16(), psutil.virtual_memory().total / GB)
+
+
+def described() -> dict[str, Any]:
+    """The machine in a run's record; nothing that names it."""
+    import os
+    import platform
+
+    found = detect()
+    name = torch.cuda.get_device_name() if found.device == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": found.device, "name": name, "memory_gb": round(found.memory_gb, 1), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "system": platform.system(),
+    }  # fmt: skip
 
 
 def cpu_has_bf16() -> bool:

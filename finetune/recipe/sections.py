@@ -253,6 +253,22 @@ Optimizer = Literal[
 ]  # fmt: skip
 
 
+Tracker = Literal["tensorboard", "wandb", "swanlab", "trackio", "mlflow"]
+
+
+def _trackers(value: Any) -> Any:
+    """none, null -> []; "wandb, tensorboard" -> both; each once."""
+    if value is None or value == "none":
+        return []
+    texts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return value
+    return list(dict.fromkeys(text.strip().lower() for text in texts if text.strip()))
+
+
+Trackers = BeforeValidator(_trackers, json_schema_input_type=Tracker | list[Tracker] | None)
+
+
 class TrainConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
@@ -307,6 +323,9 @@ class TrainConfig(Section):
     """Seed of weights, order and dropout, set before anything is initialised."""
     logging_steps: Count = 10
     """Steps between rows of metrics.jsonl."""
+    report_to: Annotated[list[Tracker], Trackers] = []
+    """Trackers that get every row of metrics.jsonl, too, the resolved recipe as config and the result as summary; none
+    unless named. Their own environment variables say where it goes (docs/trackers.md)."""
     eval_steps: Count | None = None
     """Steps between evaluations of the held-out loss (data.eval_split); unset: as eval.during.steps, or at the end of
     every epoch."""

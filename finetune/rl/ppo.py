@@ -44,6 +44,7 @@ from finetune.terminal.progress import Progress, note, samples, task
 from finetune.training.callbacks import Guard
 from finetune.training.health import kept_batch, with_batch
 from finetune.training.sampler import OrderedSampler
+from finetune.training.tracking import Trackers
 from finetune.training.weight_check import Proof
 
 EVALUATION_SEED = 20_000
@@ -76,6 +77,7 @@ class Ppo:
     """Of a forward pass."""
     places: Places = field(default_factory=Places)
     """Of the prompts."""
+    trackers: Trackers | None = None
     run: Run = field(init=False)
     inputs: Mapping[str, str] = field(init=False)
 
@@ -220,6 +222,8 @@ class Ppo:
         if logged:
             self.run.append_metrics(row)
             self.progress.log(row)
+            if self.trackers is not None:
+                self.trackers.log(row, step)
         try:
             watch(row, self.state, self.recipe.ppo)
         except RunError as error:

@@ -1,6 +1,7 @@
 """The run directory: what a training run leaves behind.
 
     recipe.yaml  adapter/ | model/  metrics.jsonl  result.json  report.html  loss.png  checkpoints/
+    data_audit.json  evaluation.json (of the last `ft eval`)  error.json (of a run that failed)
 
 result.json is written last and atomically, so a directory without it is unfinished.
 """
@@ -23,8 +24,9 @@ from finetune.terminal.progress import warn
 # Everything a run writes; --overwrite removes these and nothing else.
 CONTENTS = (
     "recipe.yaml", "adapter", "model", "metrics.jsonl", "result.json", "report.html", "loss.png", "checkpoints",
-    "samples.jsonl", "reward.yaml", "reward", "start", "start.part", "adapter.part",
-    "model.part", "adapter.failed", "model.failed", "adapter.failed.part", "model.failed.part", "failed_batch.jsonl",
+    "samples.jsonl", "reward.yaml", "reward", "start", "start.part", "data_audit.json", "evaluation.json", "error.json",
+    "tensorboard", "adapter.part", "model.part", "adapter.failed", "model.failed", "adapter.failed.part",
+    "model.failed.part", "failed_batch.jsonl",
 )  # fmt: skip
 MARK = "# Written by ft: the recipe of the run in this folder, which --overwrite replaces."
 LOCK = ".lock"
@@ -38,6 +40,9 @@ class Run:
         self.adapter, self.model, self.checkpoints = path / "adapter", path / "model", path / "checkpoints"
         self.metrics, self.result = path / "metrics.jsonl", path / "result.json"
         self.samples = path / "samples.jsonl"  # replies of PPO's rollouts
+        self.data_audit = path / "data_audit.json"  # what was trained on: lengths, languages, problems, a few rows
+        self.evaluation = path / "evaluation.json"  # what `ft eval` last found
+        self.error = path / "error.json"  # why an unfinished run failed
         self.reward = path / "reward"  # the reward model that `ft ppo` trains first
 
     @classmethod

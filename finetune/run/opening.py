@@ -7,18 +7,18 @@ recipe.yaml, and keeps it in .replaced/ until the new run is finished.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from filelock import FileLock, Timeout
 
 from finetune import places
-from finetune.errors import Interrupted, UserError
+from finetune.errors import Interrupted, UserError, without_secrets
 from finetune.recipe.file import to_yaml
 from finetune.recipe.stages import Recipe
-from finetune.run.directory import ASIDE, CONTENTS, LOCK, MARK, Run, resumable
+from finetune.run.directory import ASIDE, CONTENTS, LOCK, MARK, Run, resumable, versions
 from finetune.run.guards import check_inputs, check_output
 from finetune.run.resuming import goes_further, to_go_on
-from finetune.run.writing import write_atomically
+from finetune.run.writing import write_atomically, write_json
 from finetune.terminal.progress import warn
 
 
@@ -52,8 +52,15 @@ def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> I
             # Also when it goes on: what it reads may lie elsewhere now.
             header = f"# ft {recipe.stage} --recipe recipe.yaml\n{MARK}\n"
             write_atomically(run.path / "recipe.yaml", to_yaml(recipe, header))
+            run.error.unlink(missing_ok=True)
             yield run
         except BaseException as error:
+            if not isinstance(error, UserError | Interrupted | KeyboardInterrupt | SystemExit):
+                with suppress(OSError):  # the disk may be full
+                    write_json(
+                        run.error,
+                        {"error": without_secrets(f"{type(error).__name__}: {error}"), "versions": versions()},
+                    )
             if aside.is_dir() and not resumable(run):
                 put_back(run)
             elif aside.is_dir():

@@ -19,15 +19,16 @@ from finetune.data import thinking
 from finetune.errors import UserError
 from finetune.families import family
 from finetune.models import sources
-from finetune.models.hardware import peak_memory_gb
+from finetune.models.hardware import described, peak_memory_gb
 from finetune.models.identity import write_identity
 from finetune.models.quantization import parameter_counts
 from finetune.recipe.file import to_yaml
 from finetune.recipe.stages import Recipe
-from finetune.run.directory import Run
+from finetune.report import page, picture
+from finetune.run.directory import Run, versions
 from finetune.run.writing import write_atomically, write_json
 from finetune.terminal.progress import advise, command, duration, note, shown_path
-from finetune.training import model_card, report
+from finetune.training import model_card
 from finetune.training.weight_check import check_finite
 
 
@@ -72,11 +73,12 @@ def finish(
         "stage": recipe.stage, "status": "done", "eval": {}, **outcome,
         "trainable_parameters": trainable, "total_parameters": total,
         "trained_tokens": counts["trained_tokens"], "dropped_rows": counts["dropped"], "data": counts,
-        "peak_memory_gb": round(peak_memory_gb(), 3), "decisions": notes,
+        "peak_memory_gb": round(peak_memory_gb(), 3), "decisions": notes, "machine": described(),
         **({} if thought is None else {"thinking": thought}),
     }  # fmt: skip
     write_card(recipe, run, result, base)
-    report.write(run, result)
+    picture.write(run, result)
+    page.write(run.path, {**result, "versions": versions()})
     run.finish(result)
     return result
 

@@ -17,7 +17,7 @@ from finetune.recipe.sections import held_sets
 from finetune.resources import BUILTIN_MODELS
 from finetune.run.directory import read_recipe
 from finetune.terminal.progress import command, shown_name
-from finetune.training.report import shown, with_intervals
+from finetune.terminal.values import shown, with_intervals
 
 Trained = tuple[dict[str, Any], dict[str, Any] | None] | None
 """The resolved recipe of a run, and its result.json."""

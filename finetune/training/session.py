@@ -41,8 +41,10 @@ from finetune.run.checkpoints import known_of
 from finetune.run.directory import Run
 from finetune.run.opening import open_run
 from finetune.run.resuming import check_resumable, goes_further, other_rounding
+from finetune.run.writing import write_json
 from finetune.terminal.progress import encodable, note, say, shown_path, warn
 from finetune.training import memory
+from finetune.training.audited import audited
 from finetune.training.finish import Words, finish, save, summary
 from finetune.training.fit import callbacks
 from finetune.training.fit import fit as fit_trainer
@@ -50,6 +52,7 @@ from finetune.training.health import in_batch
 from finetune.training.inputs import Stamps, check_still, known_inputs, stamps
 from finetune.training.plan import Layout, arguments, few_rows, few_updates, layout, other_devices
 from finetune.training.start import seed_everything
+from finetune.training.tracking import Trackers
 from finetune.training.trainers import During
 
 REPLIES = {"ppo": "ppo.max_new_tokens"}
@@ -72,6 +75,7 @@ class Session(Generic[AnyRecipe]):
     during: During | None = None
     """Answers held-out rows while the run trains, where the recipe asks for it."""
     folder: Run = field(init=False)
+    trackers: Trackers = field(init=False)
     known: dict[str, str] = field(init=False)
     """What the run reads, by content."""
     longest: int = 0
@@ -129,7 +133,7 @@ class Session(Generic[AnyRecipe]):
         return arguments(self.recipe, self.folder, self.layout, self.machine, self.has_eval, self.best)
 
     def callbacks(self) -> list[Any]:
-        return callbacks(self.recipe, self.folder, self.has_eval)
+        return [*callbacks(self.recipe, self.folder, self.has_eval), self.trackers]
 
     def note(self, line: str | None) -> None:
         if line is not None:
@@ -168,13 +172,17 @@ class Session(Generic[AnyRecipe]):
             self.recomputed = other_rounding(self.recipe, folder)
             self.further = goes_further(self.recipe)
         with open_run(self.recipe, overwrite, self.resume) as self.folder:
-            seed_everything(self.recipe)
+            write_json(self.folder.data_audit, audited(self.recipe, self.base, self.rows))
+            self.trackers = Trackers(self.recipe, self.folder, self.arguments(), self.resume)
             try:
+                seed_everything(self.recipe)
                 yield self.folder
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 raise self.out_of_memory(error) from None
+            finally:
+                self.trackers.finish(None)
 
     def out_of_memory(self, error: BaseException) -> OutOfMemory:
         """What was tried, what it takes, and the cheapest ways out."""
@@ -214,6 +222,7 @@ class Session(Generic[AnyRecipe]):
         weights = save(self.recipe, self.folder, trainer.model, base, self.template)
         self.note(look(self.folder))
         result = finish(self.recipe, self.folder, trainer.model, outcome, self.rows.counts, self.notes, base)
+        self.trackers.finish(result)
         if "failed" in outcome:
             raise RunError(f"{outcome['failed']}; the weights are kept in {shown_path(weights)}, to be looked at")
         summary(self.recipe, self.folder, weights, result, words)

@@ -8,6 +8,7 @@ whose effect lies elsewhere has a probe of its own below. A new key without a se
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -432,8 +433,6 @@ def adapters(model: Any) -> dict[str, Any]:
 
 def outcome(stage: str, settings: dict[str, Any], files: dict[str, Any], watch: Watch, tmp: Path) -> Any:
     """What the stage would do, or what it says against it."""
-    import importlib
-
     watch.seen = {}
     path = tmp / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(stage, settings, files, tmp)), encoding="utf-8")
@@ -617,8 +616,29 @@ def probe_smaller(stage: str, key: str, files: dict[str, Any], monkeypatch: Any,
     assert found == [None, {"train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 2}]
 
 
+def probe_trackers(stage: str, key: str, files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+    """The named trackers, and no others, are started before the base is loaded."""
+    from finetune.training import tracking
+
+    started: list[str] = []
+
+    def start(names: list[str]) -> Any:
+        started.extend(names)
+        raise RuntimeError("started")
+
+    monkeypatch.setattr(tracking, "get_reporting_integration_callbacks", start)
+    failed = lambda *a, **k: pytest.fail("the base was loaded first")  # noqa: E731
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", failed)
+    (here / "recipe.yaml").write_text(yaml.safe_dump(recipe(stage, {key: ["wandb"]}, files, here)), encoding="utf-8")
+    loaded: Any = file.load(str(here / "recipe.yaml"), RECIPES[stage])
+    with pytest.raises(UserError, match="wandb: started"):
+        importlib.import_module(f"finetune.commands.{stage}").run(loaded, overwrite=True)
+    assert started == ["wandb"]
+
+
 PROBES: dict[str, Callable[..., None]] = {
     "train.auto_find_batch_size": probe_smaller,
+    "train.report_to": probe_trackers,
     "data.cache": probe_cache,
     **dict.fromkeys(("eval.data", "eval.max_new_tokens", "eval.batch_size", "eval.limit", "eval.thinking",
                      "eval.metrics", "eval.shots", "eval.shots_from", "eval.shots_from"), probe_eval),

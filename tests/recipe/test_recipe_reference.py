@@ -68,6 +68,6 @@ def test_commands(tmp_path: Path) -> None:
     unknown = ft("recipes", "explain", "packng", cwd=tmp_path)
     assert unknown.returncode == 2
     assert "did you mean data.packing?" in unknown.stderr
-    wrong = ft("sft", "--recipe", "quickstart", "--set", "train.report_to=wandb", "--dry-run", cwd=tmp_path)
+    wrong = ft("sft", "--recipe", "quickstart", "--set", "train.wandb_project=x", "--dry-run", cwd=tmp_path)
     assert wrong.returncode == 2
-    assert "train.report_to: unknown key → leave it out: metrics.jsonl" in wrong.stderr
+    assert "train.wandb_project: unknown key → write train: {report_to: [wandb]}" in wrong.stderr

@@ -1,15 +1,14 @@
-"""report.html and loss.png: numbers for people, intervals beside their values, no None."""
+"""loss.png, and the numbers of every table: for people, with intervals beside their values."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune.run.directory import Run
-from finetune.training.report import plot, shown, with_intervals, write
+from finetune.report.picture import plot
+from finetune.terminal.values import in_cell, shown, with_intervals
 
 
 @pytest.mark.parametrize(
@@ -27,25 +26,19 @@ def test_numbers(value: Any, text: str) -> None:
     assert shown(value) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [([0.5, 0.4, 0.6], "0.5 [0.4, 0.6]"), ([1, 2, 3], "1, 2, 3"), (None, "-"), (["a", "b"], "a, b"), (True, "true")],
+)
+def test_cells(value: Any, text: str) -> None:
+    assert in_cell(value) == text
+
+
 def test_intervals_stand_beside_their_values() -> None:
     assert with_intervals({"loss": 0.5, "loss_ci": [0.4, 0.6], "groups": {"a": 1}, "n": 300}) == {
         "loss": "0.5 [0.4, 0.6]",
         "n": "300",
     }
-
-
-def test_report(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    (tmp_path / "recipe.yaml").write_text("version: 1\n", encoding="utf-8")
-    run.metrics.write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n", encoding="utf-8")
-    result = {"stage": "sft", "steps": 1234, "best_checkpoint": None, "eval": {"loss": 0.5, "loss_ci": [0.4, 0.6]}}
-    write(run, result)
-    page = run.path.joinpath("report.html").read_text(encoding="utf-8")
-    table = page[: page.index("<h2>Recipe")]
-    assert "1,234" in table
-    assert "0.5 [0.4, 0.6]" in table
-    assert "None" not in table
-    assert "best checkpoint" not in table
 
 
 @pytest.mark.parametrize(("last", "scale"), [(0.01, "log"), (1.0, "linear"), (0.0, "linear")])
