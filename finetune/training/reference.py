@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.adapters.load import weights_dtype
 from finetune.adapters.methods import METHODS, active
 from finetune.base import Base
 from finetune.cache import cache_folder
@@ -24,7 +25,6 @@ from finetune.models.quantization import is_quantized
 from finetune.recipe.stages import DpoRecipe, KtoRecipe
 from finetune.run.writing import write_json
 from finetune.terminal.progress import task
-from finetune.training.start import weights_dtype
 
 
 class NoReference(nn.Module):

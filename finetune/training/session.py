@@ -30,9 +30,9 @@ from finetune.data import thinking
 from finetune.data.rows import Rows
 from finetune.errors import RunError, UserError
 from finetune.models import attach, hardware, loading, sources
-from finetune.models.config import read_config
 from finetune.models.quantization import check_network, is_held_quantized, planned_bytes
 from finetune.models.rope import check_length
+from finetune.planning import sizing
 from finetune.recipe.file import to_yaml
 from finetune.recipe.resolve import Hardware, resolve
 from finetune.recipe.stages import HELD_OUT_FIGURES
@@ -40,7 +40,6 @@ from finetune.run.directory import Run
 from finetune.run.opening import open_run
 from finetune.run.resuming import check_resumable
 from finetune.terminal.progress import encodable, note, say, warn
-from finetune.training import memory
 from finetune.training.finish import Words, finish, save, summary
 from finetune.training.fit import callbacks
 from finetune.training.fit import fit as fit_trainer
@@ -187,8 +186,7 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
     """
     machine = hardware.detect()
     sources.check(raw.model)
-    config = getattr(raw.model, "config", None) if raw.model.is_new else read_config(raw.model)
-    machine = replace(machine, room=memory.room(raw, config or {}, machine))
+    machine = sizing.sized(raw, machine)
     recipe = resolved(raw, machine)
     if resume:
         check_resumable(recipe)

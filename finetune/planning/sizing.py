@@ -1,0 +1,36 @@
+"""The recipe with as many rows per pass as there is memory for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from finetune.adapters.compatibility import AnyRecipe
+from finetune.errors import UserError
+from finetune.planning import fits
+from finetune.planning.network import Network, build
+from finetune.planning.source import skeleton
+from finetune.recipe.resolve import Hardware, a_step, resolve
+
+CANNOT = (UserError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
+"""What networks raise that cannot be gone through without numbers; of a UserError training says it itself."""
+
+
+def sized(raw: AnyRecipe, machine: Hardware) -> Hardware:
+    """The machine with the rows that fit it, where that is asked for and known: `ft plan` says why it is not."""
+    train = raw.train
+    if train.per_device_train_batch_size or train.gradient_accumulation_steps:
+        return machine
+    recipe = resolve(raw, machine)
+    try:
+        return replace(machine, rows=rows_of(build(recipe, skeleton(recipe.model)), recipe, machine))
+    except CANNOT:
+        return machine
+
+
+def rows_of(network: Network, recipe: Any, machine: Hardware) -> int:
+    step, length = a_step(recipe)
+    cap = step.effective_batch_size
+    if machine.device == "cpu":
+        cap = max(1, min(cap, fits.MOST_TOKENS_ON_CPU // length))
+    return fits.rows_that_fit(network, recipe, length, machine, cap)
