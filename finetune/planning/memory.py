@@ -67,7 +67,7 @@ def estimate(network: Network, recipe: Recipe, rows: int, length: int, device: s
     if recipe.data.packing:  # without kernels for it, one long row with a dense mask
         rows, length = 1, rows * length
     moments = timeline(network, recipe, rows, length)
-    states, copies = optimizer_bytes(network.shapes, recipe.train.optim), copies_of(recipe)
+    states, copies = optimizer_bytes(network.shapes, network.embedded, recipe.train.optim), copies_of(recipe)
     parts = dict.fromkeys(PARTS, 0)
     is_full = recipe.adapter.method == "full"
     parts["weights"] = network.weights + (network.trained if is_full else 0)
@@ -81,7 +81,8 @@ def estimate(network: Network, recipe: Recipe, rows: int, length: int, device: s
         logits = moment.peak if moment.name in ("head", "loss backward") else 0
         grads = max(kept, moment.gradients)
         found.append((grads + going + moment.peak, grads, going + moment.peak - logits, logits, moment.name))
-    step = network.trained, 0 if device == "cuda" else 2 * network.largest
+    # Kernels of GPUs update in place; on CPUs AdamW makes two tensors beside the one that it is at, bitsandbytes five.
+    step = network.trained, 0 if device == "cuda" else (5 if "8bit" in recipe.train.optim else 2) * network.largest
     found.append((sum(step), *step, 0, "optimizer step"))
     _, parts["gradients"], parts["activations"], parts["logits"], when = max(found)
     cache = kv_bytes(network, recipe, rows, length) if writes(recipe) else 0
@@ -132,9 +133,10 @@ def trained_bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
 
 
-def optimizer_bytes(shapes: list[torch.Size], optim: str) -> int:
-    """State of an optimizer of float32 parameters, between steps."""
-    return sum(STATES[optim](shape) for shape in shapes)
+def optimizer_bytes(shapes: list[torch.Size], embedded: list[torch.Size], optim: str) -> int:
+    """State of an optimizer of float32 parameters, between steps; transformers keeps that of embeddings in float32."""
+    whole = {"muon": "adamw"}.get(optim, optim.removeprefix("paged_").removesuffix("_8bit"))
+    return int(sum(STATES[optim](shape) for shape in shapes) + sum(STATES[whole](shape) for shape in embedded))
 
 
 def moments_8bit(count: int) -> Any:
@@ -153,6 +155,7 @@ STATES: dict[str, Any] = {
     "adamw_8bit": moments_8bit(2),
     "paged_adamw_8bit": moments_8bit(2),
     "lion_8bit": moments_8bit(1),
+    "lion": lambda shape: 4 * shape.numel(),
     "sgd": lambda shape: 0,
     # A row and a column for each matrix.
     "adafactor": lambda shape: 4 * ((shape.numel() // shape[-1] + shape.numel() // shape[-2]) if len(shape) > 1

@@ -44,7 +44,9 @@ class Network:
     largest: int
     """Bytes of the largest trained tensor."""
     shapes: list[torch.Size]
-    """Of the trained tensors."""
+    """Of the trained tensors, but for those of embeddings."""
+    embedded: list[torch.Size]
+    """Of embeddings."""
     masked: bool = True
     """Whether it takes a mask of [rows, 1, length, length]."""
     seen: dict[Any, Any] = field(default_factory=dict)
@@ -146,7 +148,7 @@ def measured(recipe: Recipe, model: Any) -> Network:
     """Count the whole, then leave only as many blocks as there are kinds, and fill them with fake tensors."""
     dtype = weights_dtype(recipe)
     weights = trained = total = trainable = 0
-    shapes: list[torch.Size] = []
+    shapes, embedded = trained_shapes(model)
     packed = {id(m.weight): m.size() for m in model.modules() if isinstance(m, Packed)}
     if recipe.model.quantization == "int4":
         packed |= {
@@ -157,7 +159,6 @@ def measured(recipe: Recipe, model: Any) -> Network:
         if parameter.requires_grad:
             trainable += parameter.numel()
             trained += parameter.numel() * held_as(parameter, dtype).itemsize
-            shapes.append(parameter.shape)
         else:
             weights += packed.get(id(parameter), parameter.numel() * held_as(parameter, dtype).itemsize)
     weights += sum(b.numel() * b.element_size() for b in model.buffers())
@@ -173,8 +174,17 @@ def measured(recipe: Recipe, model: Any) -> Network:
     setattr(parent, name, nn.ModuleList(blocks[:kept]))
     mode = FakeTensorMode()
     fill(model, mode, dtype)
-    largest = max((s.numel() for s in shapes), default=0) * 4
-    return Network(model, mode, kinds, blocks[:kept], weights, trained, total, trainable, total - idle, largest, shapes)
+    largest = max((s.numel() for s in (*shapes, *embedded)), default=0) * 4
+    return Network(
+        model, mode, kinds, blocks[:kept], weights, trained, total, trainable, total - idle, largest, shapes, embedded
+    )
+
+
+def trained_shapes(model: nn.Module) -> tuple[list[torch.Size], list[torch.Size]]:
+    """Of what is trained: (all others, embeddings)."""
+    of = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [p.shape for p in trained if id(p) not in of], [p.shape for p in trained if id(p) in of]
 
 
 def held_as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -202,6 +212,9 @@ def fill(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+            held: Any = vars(module).get("prompt_tokens", {})  # ids of virtual tokens, a plain attribute
+            for name, ids in held.items():
+                held[name] = torch.zeros(ids.shape, dtype=ids.dtype)
 
 
 def idle_experts(model: Any) -> int:

@@ -22,7 +22,13 @@ def traced(network: Network, recipe: Recipe, rows: int, length: int) -> list[Seg
     backward …, first backward."""
     key = rows, length
     if key not in network.seen:
-        network.seen[key] = _traced(network, recipe, rows, length)
+        try:
+            network.seen[key] = _traced(network, recipe, rows, length)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+            if not network.masked or network.seen:
+                raise
+            network.masked = False  # some networks make masks of their own and take no finished one
+            network.seen[key] = _traced(network, recipe, rows, length)
     return network.seen[key]
 
 
@@ -88,7 +94,7 @@ def loss_of(network: Network, recipe: Recipe, rows: int, length: int) -> torch.T
     if recipe.stage == "reward":
         return model(input_ids=ids).logits.float().sum()
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    if network.masked and active(model).virtual_tokens is None:
+    if rows > 1 and network.masked and active(model).virtual_tokens is None:  # several rows are padded
         inputs["attention_mask"] = torch.ones(rows, 1, length, length, dtype=torch.bool)
     if isinstance(recipe, PpoRecipe):
         return policy_loss(model, recipe, inputs)
