@@ -11,19 +11,21 @@ import torch
 from rich.table import Table
 
 from finetune.errors import FinetuneError, UserError
-from finetune.models import hardware
+from finetune.models import hardware, sources
 from finetune.places import check_file, json_with
 from finetune.planning import cards, fits, sizing, speed
 from finetune.planning.memory import Estimate, estimate
 from finetune.planning.network import Network, build
-from finetune.planning.source import skeleton
+from finetune.planning.source import shipped, skeleton
 from finetune.recipe.file import load
 from finetune.recipe.resolve import Hardware, a_step, resolve
+from finetune.recipe.sections import as_list
 from finetune.recipe.stages import ROWS, Recipe
 from finetune.run.writing import write_json
 from finetune.terminal.progress import note, output, say, say_json, task
 
 GB = 1e9
+ENDLESS = "builtin:world"
 NAMES = {
     "weights": "weights of the base", "adapter": "adapter", "gradients": "gradients", "optimizer": "optimizer",
     "activations": "activations", "logits": "logits and loss", "kv_cache": "KV cache",
@@ -36,16 +38,19 @@ def run(reference: str, overrides: Sequence[str] = (), gpu: str | None = None, j
         check_file(Path(json_file), "--json", json_with("peak_memory_gb", "memory"))
     raw: Recipe = load(reference, None, overrides)
     machine, card = machine_of(gpu)
+    if (notice := start_missing(raw)) is not None:
+        note(notice)
     with task("building the network without its weights", after=1.0):
         network = skeleton(raw.model)
+        raw = sizing.continued(raw)  # type: ignore[type-var]
         recipe, built = planned(raw, network, machine)
     rows, length = recipe.train.per_device_train_batch_size or 1, fits.length_of(recipe)
     with task("going through a step", after=1.0):
         found = attempt(
             recipe, lambda: estimate(built, recipe, rows, length, machine.device, fits.accumulation(recipe))
         )
-        data, steps = amount(recipe)
-        work = speed.work(built, recipe, found, steps, data)
+        data, steps, tokens = amount(recipe)
+        work = speed.work(built, recipe, found, steps, data, tokens)
         tflops = card.tflops if card is not None else speed.measured_tflops(getattr(torch, recipe.model.dtype))
         more = room(recipe, network, built, found, machine)
     report = as_json(recipe, built, found, work, tflops, machine, more)
@@ -55,6 +60,14 @@ def run(reference: str, overrides: Sequence[str] = (), gpu: str | None = None, j
     show(recipe, built, found, work, tflops, machine, card, more)
     if json_file is not None:
         write_json(Path(json_file), report)
+
+
+def start_missing(recipe: Recipe) -> str | None:
+    """A note where the adapter that training goes on from is not there yet."""
+    named = recipe.model.adapter
+    if named is None or sources.find_adapter(named) is not None:
+        return None
+    return f"{named} is not there yet: planned as adapter.method: {recipe.adapter.method}, as the recipe says"
 
 
 def machine_of(gpu: str | None) -> tuple[Hardware, cards.Card | None]:
@@ -95,31 +108,40 @@ def attempt(recipe: Recipe, work: Any) -> Any:
         ) from error  # fmt: skip
 
 
-def amount(recipe: Recipe) -> tuple[int | None, int | None]:
-    """(training rows, steps), each where it is known."""
+def amount(recipe: Recipe) -> tuple[int | None, int | None, float | None]:
+    """(training rows, steps, mean tokens of a row), each where it is known: a tokenizer that is not here is not
+    fetched."""
+    from finetune.base import Base
     from finetune.data import audit
 
-    try:
-        rows = audit.check(recipe.data, None, kind=ROWS[recipe.stage]).counts["rows"]
-    except FinetuneError:
-        rows = None
-    train = recipe.train
+    train, model = recipe.train, recipe.model
+    rows: int | None = None
+    tokens: float | None = None
+    if ENDLESS not in as_list(recipe.data.train):
+        try:
+            here = not model.is_new and isinstance(sources.place(model), Path) and shipped(model) is None
+            encoder = Base.open(model).encoder if here else None
+            counts = audit.check(recipe.data, encoder, kind=ROWS[recipe.stage]).counts
+            rows = counts["rows"] - counts["dropped"]
+            tokens = counts["tokens"] / rows if encoder is not None and rows else None
+        except FinetuneError:
+            pass  # ft data check says what is wrong with them
     if train.max_steps is not None or not rows:
-        return rows, train.max_steps
+        return rows, train.max_steps, tokens
     held = recipe.data.eval_split or 0
-    kept = int(rows * (1 - held)) if held < 1 else rows - int(held)
-    return kept, max(1, -(-kept // train.effective_batch_size)) * max(1, round(train.num_train_epochs))
+    kept = max(1, int(rows * (1 - held)) if held < 1 else rows - int(held))
+    return kept, max(1, round(-(-kept // train.effective_batch_size) * train.num_train_epochs)), tokens
 
 
 def room(recipe: Recipe, network: Any, built: Network, now: Estimate, machine: Hardware) -> dict[str, Any]:
     """What else fits, and what would make it fit."""
     step, _ = a_step(recipe)
     fit = now.peak <= fits.budget(machine)
-    rows = fits.rows_that_fit(built, recipe, now.length, machine, max(step.effective_batch_size, 64))
+    rows = fits.rows_that_fit(built, recipe, now.length, machine, max(step.effective_batch_size, 64), now.rows)
     found: dict[str, Any] = {"fits": fit, "largest_batch": rows, "changes": []}
     longest = built.model.config.get_text_config()
     cap = int(getattr(longest, "max_position_embeddings", None) or 131_072)
-    found["longest_rows"] = fits.length_that_fits(built, recipe, now.rows, machine, cap)
+    found["longest_rows"] = fits.length_that_fits(built, recipe, now, machine, cap)
     if not fit:
         found["changes"] = [
             {"set": change.settings, "slowdown": round(change.slowdown, 3), "why": change.why,
@@ -143,7 +165,8 @@ def as_json(
         "seconds": timed and round(timed[1], 1), "seconds_range": timed and [round(timed[0], 1), round(timed[2], 1)],
         "tflops": tflops and round(tflops, 3),
         "per_device_train_batch_size": found.rows, "gradient_accumulation_steps": fits.accumulation(recipe),
-        "max_length": found.length, "gradient_checkpointing": recipe.train.gradient_checkpointing,
+        "max_length": found.length, "tokens_per_row": work.tokens and round(work.tokens, 1),
+        "gradient_checkpointing": recipe.train.gradient_checkpointing,
         "dtype": recipe.model.dtype, "quantization": recipe.model.quantization,
         "kv_cache_gb": round(found.kv_cache / GB, 4), **more,
     }  # fmt: skip
@@ -170,7 +193,8 @@ def show(
     say(f"{'fits' if more['fits'] else 'does not fit'} {where}: {fits.budget(machine) / GB:,.3g} of "
         f"{machine.memory_gb:,.3g} GB can be planned with")  # fmt: skip
     rows, longest = more["largest_batch"], more["longest_rows"]
-    say(f"most that fits: {rows} rows of {found.length:,} tokens in a pass, or {found.rows} rows of {longest:,} tokens")
+    most = f"{rows} rows of {found.length:,} tokens in a pass" if rows else f"not one row of {found.length:,} tokens"
+    say(f"most that fits: {most}{f', or {found.rows} of {longest:,} tokens' if longest else ''}")
     for change in more["changes"]:
         keys = " ".join(f"--set {key}={str(value).lower() if isinstance(value, bool) else value}"
                         for key, value in change["set"].items())  # fmt: skip
@@ -187,7 +211,10 @@ def timing(recipe: Recipe, work: speed.Work, tflops: float | None) -> None:
     if work.flops is None:
         say(f"{step}; how many, the data says, which is not here")
         return
-    line = f"{step}, {work.flops / 1e12:,.4g} in {work.steps:,}, were every row {recipe.data.max_length:,} tokens long"
+    kind = (
+        f"{work.tokens:,.0f} tokens a row" if work.tokens else f"at most: every row {recipe.data.max_length:,} tokens"
+    )
+    line = f"{step}, {work.flops / 1e12:,.4g} in {work.steps:,} ({kind})"
     if tflops:
         fast, _, slow = speed.seconds(work.flops, tflops)
         line += f": {lasting(fast)} to {lasting(slow)} at 70 to 30% of {tflops:,.3g} TFLOP/s"

@@ -33,7 +33,7 @@ CARDS = {
 def card(text: str) -> Card:
     """`24GB`, `RTX 4090`, `A100-80GB`. UserError for what is neither."""
     wanted = re.sub(r"[\s_-]+", " ", text).strip()
-    size = re.fullmatch(r"([\d.]+) ?(gb|gib|g)?", wanted.lower())
+    size = re.fullmatch(r"([\d.]+)\s?(gb|gib|g)?", text.strip().lower())
     if size is not None and _number(size[1]):
         gb = float(size[1]) * (1.073741824 if size[2] == "gib" else 1.0)
         return Card(f"{size[1]} GB", gb, None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.planning.memory import Estimate, estimate
+from finetune.planning.memory import Estimate, estimate, writes
 from finetune.planning.network import Network, build
 from finetune.recipe.resolve import Hardware, a_step
 from finetune.recipe.stages import PpoRecipe, Recipe
@@ -16,6 +16,8 @@ from finetune.recipe.stages import PpoRecipe, Recipe
 USABLE = {"cuda": 0.95, "mps": 0.5, "cpu": 0.5}
 """Share of the memory that a run may plan with; in main memory other programs live, too."""
 MOST_TOKENS_ON_CPU = 12_288  # of a pass: more at once is not faster there
+STEP = 64  # tokens, in which lengths are planned
+CLOSE = 0.06  # what is said to fit may be so much less than what does
 UNPACKED = {"int8": 1.25, "int4": 1.3}
 """Seconds a step against bfloat16, measured on a CPU with a model of 112M parameters."""
 
@@ -36,41 +38,44 @@ def budget(machine: Hardware) -> float:
     return machine.memory_gb * 1e9 * USABLE.get(machine.device, USABLE["cpu"])
 
 
-def most(peak: Callable[[int], int], limit: float, cap: int) -> int:
-    """The largest n up to cap whose peak is within the limit; 0 where none is. The peak rises with n, by more and more.
+def most(peak: Callable[[int], int], limit: float, cap: int, start: int = 1, close: float = 0.0) -> int:
+    """The largest n up to cap whose peak is within the limit; 0 where none is.
 
-    Each guess follows the slope between two points, the last of which is known to be too much or exactly enough.
+    Args:
+        peak: rises with n. start: where to look first; close: how far below the largest the answer may be, as a share.
     """
-    if peak(cap) <= limit:
-        return cap
-    low, high = 0, cap
-    if cap == 1 or peak(1) > limit:
-        return 0
-    low = 1
-    while high - low > 1:
-        slope = (peak(high) - peak(low)) / (high - low)
-        guess = low + int((limit - peak(low)) / slope)  # a chord of what curves upwards: never too many
-        guess = min(max(guess, low + 1), high - 1)
+    low, high, n = 0, cap + 1, min(max(1, start), cap)
+    while low < n:  # upwards, doubling
+        if peak(n) > limit:
+            high = n
+            break
+        low, n = n, min(cap, 2 * n)
+    straight = True
+    while high - low > max(1, int(close * low)) and low < cap:
+        guess = (low + high) // 2
+        if straight and low and high <= cap:
+            guess = low + int((high - low) * (limit - peak(low)) / (peak(high) - peak(low)))
+        guess, straight = min(max(guess, low + 1), high - 1), not straight
         if peak(guess) <= limit:
             low = guess
-            if guess + 1 < high and peak(guess + 1) > limit:
-                high = guess + 1
         else:
             high = guess
     return low
 
 
-def rows_that_fit(network: Network, recipe: Recipe, length: int, machine: Hardware, cap: int) -> int:
-    """Rows per pass, at most cap; 0 where not even one fits."""
-    return most(lambda n: estimate(network, recipe, n, length, machine.device, 2).peak, budget(machine), cap)
+def rows_that_fit(network: Network, recipe: Recipe, length: int, machine: Hardware, cap: int, start: int) -> int:
+    """Rows per pass, at most cap; 0 where not even one fits. start: where to look first."""
+    limit = budget(machine)
+    return most(lambda n: estimate(network, recipe, n, length, machine.device, 2).peak, limit, cap, start, CLOSE)
 
 
-def length_that_fits(network: Network, recipe: Recipe, rows: int, machine: Hardware, cap: int, step: int = 64) -> int:
-    """Tokens of a row, in steps; at most cap."""
-    found = most(
-        lambda n: estimate(network, recipe, rows, n * step, machine.device).peak, budget(machine), max(1, cap // step)
-    )
-    return found * step
+def length_that_fits(network: Network, recipe: Recipe, now: Estimate, machine: Hardware, cap: int) -> int:
+    """Tokens of a row, in steps of STEP, for as many rows as now; at most cap."""
+
+    def peak(n: int) -> int:
+        return estimate(network, recipe, now.rows, n * STEP, machine.device).peak
+
+    return STEP * most(peak, budget(machine), max(1, cap // STEP), max(1, now.length // STEP), CLOSE)
 
 
 def changes(recipe: Recipe, skeleton: Any, now: Estimate, machine: Hardware) -> list[Change]:
@@ -107,6 +112,8 @@ def candidates(recipe: Recipe) -> Iterator[tuple[dict[str, Any], float | None, s
         yield {"model.quantization": "int8"}, UNPACKED["int8"], "the base is rounded to 8 bits"
     if recipe.model.quantization in (None, "int8") and recipe.adapter.method not in ("full", "loha", "lokr"):
         yield {"model.quantization": "int4"}, UNPACKED["int4"], "the base is rounded to 4 bits"
+    if writes(recipe) and recipe.eval.batch_size > 4:
+        yield {"eval.batch_size": 4}, 1.0, "replies are written in smaller batches"
     if recipe.data.max_length > 256:
         yield {"data.max_length": recipe.data.max_length // 2}, 1.0, "longer rows are cut"
 

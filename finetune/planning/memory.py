@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -122,6 +123,10 @@ def timeline(network: Network, recipe: Recipe, rows: int, length: int) -> list[M
         segment = seen[name]
         found.append(Moment(name, level, segment.peak, gradients, segment.flops))
         level += segment.net
+        if name in ("head", "loss backward"):  # what it frees of the blocks that are here, it frees of all
+            level -= sum(
+                segment.freed.get(f"forward {kind}", 0) * (n - 1) for kind, n in Counter(network.kinds).items()
+            )
         if name.startswith("backward"):
             gradients += here[int(name.split()[1])]
         elif name == "loss backward":

@@ -103,6 +103,8 @@ def build(recipe: Recipe, skeleton: Any) -> Network:
 
 def attach(recipe: Recipe, network: Any) -> Any:
     section = recipe.adapter
+    if section.method == "other":
+        raise UserError("an adapter of this kind cannot be planned", key="model.adapter", fix="try a few rows")
     if getattr(section, "init_lora_weights", None) is not None:
         section = section.model_copy(update={"init_lora_weights": "default"})  # others look at the weights
     with torch.device("meta"):

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from finetune.adapters import compatibility
 from finetune.adapters.compatibility import AnyRecipe
+from finetune.adapters.load import adapter_config
 from finetune.errors import UserError
+from finetune.models import sources
 from finetune.planning import fits
 from finetune.planning.network import Network, build
 from finetune.planning.source import skeleton
@@ -21,11 +24,20 @@ def sized(raw: AnyRecipe, machine: Hardware) -> Hardware:
     train = raw.train
     if train.per_device_train_batch_size or train.gradient_accumulation_steps:
         return machine
-    recipe = resolve(raw, machine)
     try:
+        recipe = resolve(continued(raw), machine)
         return replace(machine, rows=rows_of(build(recipe, skeleton(recipe.model)), recipe, machine))
     except CANNOT:
         return machine
+
+
+def continued(recipe: AnyRecipe) -> AnyRecipe:
+    """With the settings of the adapter that training goes on from, where it is there. UserError where they differ."""
+    start = getattr(getattr(recipe, recipe.stage, None), "start", "continue")
+    folder = sources.find_adapter(recipe.model.adapter) if recipe.model.adapter is not None else None
+    if folder is None or start == "merge":
+        return recipe
+    return compatibility.continued(recipe, adapter_config(folder), folder)
 
 
 def rows_of(network: Network, recipe: Any, machine: Hardware) -> int:
@@ -33,4 +45,4 @@ def rows_of(network: Network, recipe: Any, machine: Hardware) -> int:
     cap = step.effective_batch_size
     if machine.device == "cpu":
         cap = max(1, min(cap, fits.MOST_TOKENS_ON_CPU // length))
-    return fits.rows_that_fit(network, recipe, length, machine, cap)
+    return fits.rows_that_fit(network, recipe, length, machine, cap, start=cap)

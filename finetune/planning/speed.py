@@ -24,12 +24,18 @@ class Work:
     """Of an optimizer step; of PPO of a rollout and its updates."""
     flops: int | None
     """Of the run."""
+    tokens: float | None
+    """Mean tokens of a row; None where it is not known, and the longest allowed is taken for every row."""
 
 
-def work(network: Network, recipe: Recipe, pass_: Estimate, steps: int | None, rows: int | None) -> Work:
-    """Args: steps: of the run; rows: training rows, which a reference scores once."""
+def work(
+    network: Network, recipe: Recipe, pass_: Estimate, steps: int | None, rows: int | None, tokens: float | None
+) -> Work:
+    """Args: steps: of the run; rows: training rows, which a reference scores once; tokens: of a row."""
     train, _ = a_step(recipe)
-    row, forward = pass_.flops / pass_.rows, pass_.forward_flops / pass_.rows
+    replies = recipe.ppo.max_new_tokens if isinstance(recipe, PpoRecipe) else 0
+    share = 1.0 if tokens is None else min(1.0, (tokens + replies) / pass_.length)
+    row, forward = share * pass_.flops / pass_.rows, share * pass_.forward_flops / pass_.rows
     if isinstance(recipe, PpoRecipe):
         prompts = recipe.train.effective_batch_size
         # Written token by token, then read by policy, reference, value and reward model.
@@ -38,7 +44,7 @@ def work(network: Network, recipe: Recipe, pass_: Estimate, steps: int | None, r
     else:
         step = train.effective_batch_size * row
     once = rows * forward if rows and needs_reference(recipe) else 0
-    return Work(steps, int(step), None if steps is None else int(steps * step + once))
+    return Work(steps, int(step), None if steps is None else int(steps * step + once), tokens)
 
 
 def needs_reference(recipe: Recipe) -> bool:

@@ -25,6 +25,8 @@ class Segment:
     net: int
     """Bytes more at its end than at its start."""
     flops: int
+    freed: dict[str, int]
+    """Bytes that were freed, by the earlier segment in which they were allocated."""
 
 
 class Tracker(TorchDispatchMode):
@@ -36,6 +38,7 @@ class Tracker(TorchDispatchMode):
         self.live = self.high = self.begun = self.flops = 0
         self.segments: list[Segment] = []
         self.name = ""
+        self.freed: dict[str, int] = {}
         self.sizes: dict[int, int] = {}
         for tensor in known:
             self._see(tensor, 0)
@@ -43,8 +46,9 @@ class Tracker(TorchDispatchMode):
     def mark(self, name: str) -> None:
         """The segment `name` begins, and the one before it ends."""
         if self.name:
-            self.segments.append(Segment(self.name, self.high - self.begun, self.live - self.begun, self.flops))
-        self.name, self.begun, self.high, self.flops = name, self.live, self.live, 0
+            net = self.live - self.begun
+            self.segments.append(Segment(self.name, self.high - self.begun, net, self.flops, self.freed))
+        self.name, self.begun, self.high, self.flops, self.freed = name, self.live, self.live, 0, {}
 
     def _see(self, tensor: torch.Tensor, size: int | None = None) -> None:
         storage = tensor.untyped_storage()
@@ -54,10 +58,13 @@ class Tracker(TorchDispatchMode):
         self.sizes[key] = storage.nbytes() if size is None else size
         self.live += self.sizes[key]
         self.high = max(self.high, self.live)
-        weakref.finalize(storage, self._freed, key)
+        weakref.finalize(storage, self._gone, key, self.name)
 
-    def _freed(self, key: int) -> None:
-        self.live -= self.sizes.pop(key)
+    def _gone(self, key: int, born: str) -> None:
+        size = self.sizes.pop(key)
+        self.live -= size
+        if born != self.name:
+            self.freed[born] = self.freed.get(born, 0) + size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -73,8 +80,8 @@ class Tracker(TorchDispatchMode):
             self.flops += 2 * attention_flops(args[1], args[2])
         elif packet is aten._grouped_mm:
             self.flops += grouped_flops(*args)
-        elif packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        elif (counted := flop_registry.get(IN_PLACE.get(packet, packet))) is not None:
+            self.flops += counted(*args, **kwargs, out_val=out)
         return out
 
 
@@ -101,4 +108,5 @@ def attention_flops(q: torch.Tensor, k: torch.Tensor) -> int:
     return int(4 * rows * heads * queries * k.shape[2] * size)
 
 
+IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
 REPLACED = {aten._grouped_mm.default: grouped_mm}
