@@ -21,6 +21,7 @@ LEVELS = [
     {"data", "models", "report"},
     {"base"},
     {"adapters"},
+    {"planning"},
     {"training"},
     {"evaluation"},
     {"rl", "serving"},

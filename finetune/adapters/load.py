@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, TaskType, get_peft_model
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from finetune.adapters.targets import linear_names, towers
 from finetune.errors import UserError
 from finetune.models.weight_files import read_json
 from finetune.recipe.adapters import Adapter
+from finetune.recipe.stages import Recipe
 
 
 def as_score_task(config: PeftConfig) -> PeftConfig:
@@ -27,7 +29,7 @@ def as_score_task(config: PeftConfig) -> PeftConfig:
 
 def apply(
     model: PreTrainedModel, section: Adapter, tokenizer: Any = None, folder: Path | None = None,
-    adjust: Callable[[PeftConfig], PeftConfig] = lambda config: config,
+    adjust: Callable[[PeftConfig], PeftConfig] = lambda config: config, draw: bool = True,
 ) -> Any:  # fmt: skip
     """`model` with a fresh adapter.
 
@@ -35,7 +37,7 @@ def apply(
 
     Args:
         tokenizer: for soft prompts that start from text; folder: the base's own weights, for loftq.
-        adjust: last word on peft's config.
+        adjust: last word on peft's config; draw: give it the start values that the section asks for.
     """
     method = METHODS[section.method]
     if method.make_config is None:
@@ -47,10 +49,15 @@ def apply(
         adapted = get_peft_model(model, adjust(method.make_config(model, section)))
     except ValueError as error:
         raise UserError(str(error).splitlines()[0], key="adapter", fix=f"modules: {linear_names(model)}") from None
-    if method.initialise is not None:
+    if method.initialise is not None and draw:
         method.initialise(adapted, section, tokenizer, folder)
     prepare(adapted)
     return adapted
+
+
+def weights_dtype(recipe: Recipe) -> torch.dtype:
+    """Dtype in which the base is held: that of the computation, but float32 where all of it is trained."""
+    return torch.float32 if recipe.adapter.method == "full" else getattr(torch, recipe.model.dtype)
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:

@@ -90,6 +90,23 @@ def training_command(stage: str) -> Callable[..., None]:
     return command
 
 
+def plan(
+    plain: shared.RecipeArgument = None,
+    recipe: shared.RecipeOption = None,
+    gpu: Annotated[str | None, typer.Option(metavar="CARD|SIZE", help="24GB, 'RTX 4090', …; this machine.")] = None,
+    set_: shared.Override = [],  # noqa: B006
+    json_: groups.JsonOption = None,
+) -> None:
+    """What a recipe needs before it is run: memory by part, time, what fits, what would make it fit."""
+    reference = shared.one_of(plain, recipe, "--recipe", "ft plan RECIPE")
+    shared.quiet()
+    from finetune.planning import cards
+
+    if gpu is not None:
+        cards.card(gpu)
+    shared.module("plan").run(reference, overrides=set_, gpu=gpu, json_file=json_)
+
+
 def compare(
     plain: shared.RecipeArgument = None,
     recipe: shared.RecipeOption = None,
@@ -149,8 +166,9 @@ def doctor() -> None:
 for _stage, _help in TRAINING.items():
     app.command(_stage, help=_help)(training_command(_stage))
 OTHERS: dict[str, Callable[..., None]] = {
-    "merge": merging.merge, "export": merging.export, "eval": answering.evaluate, "generate": answering.generate,
-    "compare": compare, "report": report, "chat": answering.chat, "serve": answering.serve, "doctor": doctor,
+    "plan": plan, "merge": merging.merge, "export": merging.export, "eval": answering.evaluate,
+    "generate": answering.generate, "compare": compare, "report": report, "chat": answering.chat,
+    "serve": answering.serve, "doctor": doctor,
 }  # fmt: skip
 """In the order of `ft --help`."""
 for _name, _command in OTHERS.items():

@@ -72,11 +72,20 @@ def check_weights(model: ModelConfig) -> None:
             check_file(file)
 
 
-def skeleton(model: ModelConfig) -> PreTrainedModel:
-    """The network without weights (on torch's meta device): names and shapes, before anything large is read."""
+def skeleton(model: ModelConfig, with_weights: bool = True) -> PreTrainedModel:
+    """The network without weights (on torch's meta device): names and shapes, before anything large is read.
+
+    with_weights: whether there must be weights, to be loaded later.
+    """
     config = read_config(model)
     network = layout_of(config).network(model, config)
-    check_weights(model)
+    if with_weights:
+        check_weights(model)
+    return of_config(network, model)
+
+
+def of_config(network: Any, model: ModelConfig) -> PreTrainedModel:
+    """The same, of transformers' config."""
     with as_user_error(model), torch.device("meta"):
         return AutoModelForCausalLM.from_config(network)
 
@@ -101,7 +110,8 @@ def refuse_training(model: PreTrainedModel, name: str) -> None:
 
 
 def new_model(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    """A model with random weights from a transformers config; the caller has set the seed."""
+    """A model with random weights from a transformers config; the caller has set the seed. Under torch's meta device
+    without them."""
     try:
         built = AutoConfig.for_model(**{"model_type": None, **config})
         return AutoModelForCausalLM.from_config(built, dtype=dtype)

@@ -23,8 +23,8 @@ class Hardware:
     """Memory of one device."""
     processes: int = 1
     """Data-parallel processes."""
-    room: int | None = None
-    """Tokens of this model that there is memory for in a pass; None: not known."""
+    rows: int | None = None
+    """Rows of this recipe that there is memory for in a pass, 0 for none; None: not known."""
 
 
 def absolute(path: str, exists_only: bool = True) -> str:
@@ -105,6 +105,10 @@ def a_step(recipe: Recipe) -> tuple[TrainConfig, int]:
     return train, recipe.data.max_length + recipe.ppo.max_new_tokens
 
 
+UNPLANNED = 4096
+"""Tokens of a pass where nothing is known of the model."""
+
+
 def batch_layout(train: TrainConfig, max_length: int, hardware: Hardware) -> tuple[int, int]:
     """(rows per forward pass, forward passes per optimizer step); × processes = effective_batch_size."""
     per_process = max(1, train.effective_batch_size // hardware.processes)
@@ -114,10 +118,7 @@ def batch_layout(train: TrainConfig, max_length: int, hardware: Hardware) -> tup
         return train.per_device_train_batch_size, max(1, round(per_process / train.per_device_train_batch_size))
     if train.gradient_accumulation_steps:
         return max(1, round(per_process / train.gradient_accumulation_steps)), train.gradient_accumulation_steps
-    # Activations grow with tokens per pass; 512 tokens per GB is a cautious start, less for large models.
-    budget = max(4096, int(hardware.memory_gb * 512))
-    budget = budget if hardware.room is None else min(budget, hardware.room)
-    limit = max(1, budget // max_length)
+    limit = max(1, UNPLANNED // max_length if hardware.rows is None else hardware.rows)
     micro = max(n for n in range(1, per_process + 1) if per_process % n == 0 and n <= limit)
     return micro, per_process // micro
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from finetune.adapters import multiple
-from finetune.adapters.load import loads_trainable, prepare
+from finetune.adapters.load import loads_trainable, prepare, weights_dtype
 from finetune.adapters.lora_init import rewrites_base
 from finetune.adapters.methods import METHODS
 from finetune.adapters.multiple import POLICY, REFERENCE, REWARD, VALUE, ActiveAdapter
@@ -156,7 +156,7 @@ def _separate(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | No
     model, ref = policy(), policy()
     reward_model, value = None, None
     if reward is not None:
-        dtype = start.weights_dtype(recipe)
+        dtype = weights_dtype(recipe)
         reward_model = RewardModel.load(reward, dtype, machine)
         reward_model.model.requires_grad_(False)
         folder = Path(reward) / "adapter"

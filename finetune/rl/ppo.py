@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from finetune.data.encoder import Encoder
 from finetune.data.prompts import Prompt
@@ -35,6 +36,7 @@ from finetune.rl import arithmetic
 from finetune.rl.checkpoint import State, load_checkpoint, save_checkpoint
 from finetune.rl.models import PpoModels
 from finetune.rl.monitor import Degenerate, check_numbers, watch
+from finetune.rl.replies import together
 from finetune.rl.rollout import Collector, Rollout
 from finetune.rl.update import Learner
 from finetune.run.directory import Run
@@ -43,8 +45,10 @@ from finetune.run.writing import append_lines
 from finetune.terminal.progress import Progress, note, samples, task
 from finetune.training.callbacks import Guard
 from finetune.training.health import kept_batch, with_batch
+from finetune.training.longest import forgotten, tell
 from finetune.training.sampler import OrderedSampler
 from finetune.training.tracking import Trackers
+from finetune.training.trainers import undisturbed
 from finetune.training.weight_check import Proof
 
 EVALUATION_SEED = 20_000
@@ -109,6 +113,7 @@ class Ppo:
         if checkpoint is not None:
             self.state = load_checkpoint(checkpoint, self.learner.weights(), self.learner.stateful())
         run.forget_after(self.state.step)
+        self.longest_first()
         if checkpoint is None and self.held_out:
             self.state.before = self.held_out_scores()
         if (ignored := notice(not_followed(self.model))) is not None:
@@ -171,6 +176,17 @@ class Ppo:
         """A checkpoint between rollouts, complete or not there."""
         weights, keep = self.learner.weights(), self.recipe.train.save_total_limit
         save_checkpoint(self.run, self.state, weights, self.learner.stateful(), keep, self.inputs)
+
+    def longest_first(self) -> None:
+        """The longest prompts with the longest replies go forward and backward once, and leave nothing behind."""
+        prompts = sorted((p.ids for p in self.prompts), key=len, reverse=True)[: self.rows]
+        written = [[self.collector.pad] * self.recipe.ppo.max_new_tokens] * len(prompts)
+        replies = together(prompts, written, (), self.collector.pad, self.models.device)
+        none, module = torch.zeros_like(replies.mask), self.learner.module
+        with undisturbed(module), forgotten(module):
+            rollout = Rollout(replies, [], [], {}, none, none, none, None, none, none, 0.0)
+            self.learner.minibatch(rollout, torch.arange(len(prompts), device=self.models.device))
+        tell(len(prompts), replies.ids.shape[1], module, self.recipe.train.optim)
 
     # --- a step ---
 

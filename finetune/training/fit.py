@@ -17,6 +17,7 @@ from finetune.run.resuming import to_go_on
 from finetune.terminal.progress import Progress
 from finetune.training.callbacks import Guard, Patience, Proven, Ranks, Recorder
 from finetune.training.health import Health, with_batch
+from finetune.training.longest import LongestFirst
 from finetune.training.trainers import CountOn
 from finetune.training.weight_check import check_finite, trained
 
@@ -51,6 +52,7 @@ def fit(trainer: Any, run: Run, checkpoint: Path | None, inputs: dict[str, str])
         run.forget_after(int(checkpoint.name.rpartition("-")[2]))
     trainer.inputs = inputs
     trainer.doing = next(c.progress.doing for c in trainer.callback_handler.callbacks if isinstance(c, Recorder))
+    trainer.add_callback(LongestFirst(trainer))
     trainer.add_callback(CountOn(trainer, checkpoint))
     found = trainer.callback_handler.callbacks
     guard, proven, recorder = (next(c for c in found if isinstance(c, kind)) for kind in (Guard, Proven, Recorder))

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from finetune.adapters.load import weights_dtype
 from finetune.adapters.methods import METHODS, active
 from finetune.base import Base
 from finetune.cache import cache_folder
@@ -26,7 +27,6 @@ from finetune.recipe.stages import DpoRecipe, KtoRecipe
 from finetune.run.writing import write_json
 from finetune.terminal.progress import task
 from finetune.training.plan import Layout
-from finetune.training.start import weights_dtype
 
 
 class NoReference(nn.Module):

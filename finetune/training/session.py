@@ -31,9 +31,9 @@ from finetune.data import thinking
 from finetune.data.rows import Rows
 from finetune.errors import OutOfMemory, RunError, UserError
 from finetune.models import attach, hardware, loading, sources
-from finetune.models.config import read_config
 from finetune.models.quantization import check_network, is_held_quantized, planned_bytes
 from finetune.models.rope import check_length
+from finetune.planning import sizing
 from finetune.recipe.file import to_yaml
 from finetune.recipe.resolve import Hardware, resolve
 from finetune.recipe.stages import HELD_OUT_FIGURES, Recipe
@@ -188,7 +188,7 @@ class Session(Generic[AnyRecipe]):
         """What was tried, what it takes, and the cheapest ways out."""
         rows, length = self.layout.rows_per_pass, self.longest
         said = (str(error).splitlines() or [""])[0]
-        figures = memory.figures(self.recipe, self.base.config, self.machine, rows, length)
+        figures = memory.figures(self.recipe, self.machine, rows, length)
         ways = memory.ways_out(self.recipe, rows, REPLIES.get(self.recipe.stage, "data.max_length"))
         peak = f"{hardware.peak_memory_gb():.3g} GB were in use at most"
         text = "; ".join(part for part in (figures, peak) if part)
@@ -235,8 +235,7 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
     """
     machine = hardware.detect()
     sources.check(raw.model)
-    config = getattr(raw.model, "config", None) if raw.model.is_new else read_config(raw.model)
-    machine = replace(machine, room=memory.room(raw, config or {}, machine))
+    machine = sizing.sized(raw, machine)
     recipe = resolved(raw, machine)
     if resume:
         check_resumable(recipe)

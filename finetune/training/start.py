@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import set_seed
 
 from finetune import child
-from finetune.adapters.load import apply, as_score_task, loads_trainable, prepare
+from finetune.adapters.load import apply, as_score_task, loads_trainable, prepare, weights_dtype
 from finetune.adapters.methods import without_head
 from finetune.adapters.multiple import HEAD_WEIGHTS
 from finetune.base import Base
@@ -24,11 +23,6 @@ from finetune.terminal.progress import command
 def seed_everything(recipe: Recipe) -> None:
     """Before any weight is drawn."""
     set_seed(recipe.train.seed)
-
-
-def weights_dtype(recipe: Recipe) -> torch.dtype:
-    """Dtype in which the base is held: that of the computation, but float32 where all of it is trained."""
-    return torch.float32 if recipe.adapter.method == "full" else getattr(torch, recipe.model.dtype)
 
 
 def policy(recipe: Recipe, base: Base, machine: Hardware) -> Any:

@@ -60,6 +60,15 @@ def read(header: Header) -> tuple[Any, Any]:
         return network(where, config, header), tokenizer
 
 
+def config_of(header: Header) -> Any:
+    """transformers' config of what is in a file; its weights are not read."""
+    with tempfile.TemporaryDirectory() as scratch, as_user_error(ModelConfig(name=str(header.path))):
+        (Path(scratch) / "model.gguf").symlink_to(header.path.resolve())
+        config = AutoConfig.from_pretrained(scratch, gguf_file="model.gguf")
+        correct(config, header)
+        return config
+
+
 def network(where: dict[str, Any], config: Any, header: Header) -> Any:
     dtype = getattr(torch, stored_dtype(header))
     plain = GgufConfig(dequantize=True)

@@ -1,0 +1,227 @@
+"""`ft plan`: what a recipe needs before it is run. Nothing is loaded: the network is built from its config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from finetune.errors import FinetuneError, UserError
+from finetune.models import hardware, sources
+from finetune.places import check_file, json_with
+from finetune.planning import cards, fits, sizing, speed
+from finetune.planning.memory import Estimate, estimate
+from finetune.planning.network import Network, build
+from finetune.planning.source import shipped, skeleton
+from finetune.recipe.file import load
+from finetune.recipe.resolve import Hardware, a_step, resolve
+from finetune.recipe.sections import as_list
+from finetune.recipe.stages import ROWS, Recipe
+from finetune.run.writing import write_json
+from finetune.terminal.progress import note, output, say, say_json, task
+
+GB = 1e9
+ENDLESS = "builtin:world"
+NAMES = {
+    "weights": "weights of the base", "adapter": "adapter", "gradients": "gradients", "optimizer": "optimizer",
+    "activations": "activations", "logits": "logits and loss", "kv_cache": "KV cache",
+    "ppo": "PPO's other adapters, with theirs", "framework": "framework", "fragmentation": "fragmentation",
+}  # fmt: skip
+
+
+def run(reference: str, overrides: Sequence[str] = (), gpu: str | None = None, json_file: str | None = None) -> None:
+    if json_file is not None and json_file != "-":
+        check_file(Path(json_file), "--json", json_with("peak_memory_gb", "memory"))
+    raw: Recipe = load(reference, None, overrides)
+    machine, card = machine_of(gpu)
+    if (notice := start_missing(raw)) is not None:
+        note(notice)
+    with task("building the network without its weights", after=1.0):
+        network = skeleton(raw.model)
+        raw = sizing.continued(raw)  # type: ignore[type-var]
+        recipe, built = planned(raw, network, machine)
+    rows, length = recipe.train.per_device_train_batch_size or 1, fits.length_of(recipe)
+    with task("going through a step", after=1.0):
+        found = attempt(
+            recipe, lambda: estimate(built, recipe, rows, length, machine.device, fits.accumulation(recipe))
+        )
+        data, steps, tokens = amount(recipe)
+        work = speed.work(built, recipe, found, steps, data, tokens)
+        tflops = card.tflops if card is not None else speed.measured_tflops(getattr(torch, recipe.model.dtype))
+        more = room(recipe, network, built, found, machine)
+    report = as_json(recipe, built, found, work, tflops, machine, more)
+    if json_file == "-":
+        say_json(report)
+        return
+    show(recipe, built, found, work, tflops, machine, card, more)
+    if json_file is not None:
+        write_json(Path(json_file), report)
+
+
+def start_missing(recipe: Recipe) -> str | None:
+    """A note where the adapter that training goes on from is not there yet."""
+    named = recipe.model.adapter
+    if named is None or sources.find_adapter(named) is not None:
+        return None
+    return f"{named} is not there yet: planned as adapter.method: {recipe.adapter.method}, as the recipe says"
+
+
+def machine_of(gpu: str | None) -> tuple[Hardware, cards.Card | None]:
+    if gpu is None:
+        return hardware.detect(), None
+    card = cards.card(gpu)
+    return Hardware("cuda", card.bf16, card.memory), card
+
+
+def planned(raw: Recipe, network: Any, machine: Hardware) -> tuple[Recipe, Network]:
+    """The complete recipe for that machine, and its network."""
+    if raw.data.packing and raw.train.per_device_train_batch_size is None:
+        raw = raw.model_copy(update={"data": raw.data.model_copy(update={"packing": False})})
+        first = planned(raw, network, machine)[0]
+        step = {"per_device_train_batch_size": first.train.per_device_train_batch_size}
+        recipe = first.model_copy(update={"data": first.data.model_copy(update={"packing": True})})
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=step)})
+        return recipe, attempt(recipe, lambda: build(recipe, network))
+    recipe = resolve(raw, machine)
+    built = attempt(recipe, lambda: build(recipe, network))
+    if raw.train.per_device_train_batch_size or raw.train.gradient_accumulation_steps:
+        return recipe, built
+    rows = attempt(recipe, lambda: sizing.rows_of(built, recipe, machine))
+    return resolve(raw, replace(machine, rows=rows)), built
+
+
+def attempt(recipe: Recipe, work: Any) -> Any:
+    """UserError, by the architecture's name, where its network does something that cannot be followed."""
+    try:
+        return work()
+    except FinetuneError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
+        raise UserError(
+            f"its network computes in a way that cannot be planned without weights ({reason})", path=recipe.model.name,
+            key="model.name", fix="try a few rows of it: train.max_steps 1",
+        ) from error  # fmt: skip
+
+
+def amount(recipe: Recipe) -> tuple[int | None, int | None, float | None]:
+    """(training rows, steps, mean tokens of a row), each where it is known: a tokenizer that is not here is not
+    fetched."""
+    from finetune.base import Base
+    from finetune.data import audit
+
+    train, model = recipe.train, recipe.model
+    rows: int | None = None
+    tokens: float | None = None
+    if ENDLESS not in as_list(recipe.data.train):
+        try:
+            here = not model.is_new and isinstance(sources.place(model), Path) and shipped(model) is None
+            encoder = Base.open(model).encoder if here else None
+            counts = audit.check(recipe.data, encoder, kind=ROWS[recipe.stage]).counts
+            rows = counts["rows"] - counts["dropped"]
+            tokens = counts["tokens"] / rows if encoder is not None and rows else None
+        except FinetuneError:
+            pass  # ft data check says what is wrong with them
+    if train.max_steps is not None or not rows:
+        return rows, train.max_steps, tokens
+    held = recipe.data.eval_split or 0
+    kept = max(1, int(rows * (1 - held)) if held < 1 else rows - int(held))
+    return kept, max(1, round(-(-kept // train.effective_batch_size) * train.num_train_epochs)), tokens
+
+
+def room(recipe: Recipe, network: Any, built: Network, now: Estimate, machine: Hardware) -> dict[str, Any]:
+    """What else fits, and what would make it fit."""
+    step, _ = a_step(recipe)
+    fit = now.peak <= fits.budget(machine)
+    rows = fits.rows_that_fit(built, recipe, now.length, machine, max(step.effective_batch_size, 64), now.rows)
+    found: dict[str, Any] = {"fits": fit, "largest_batch": rows, "changes": []}
+    longest = built.model.config.get_text_config()
+    cap = int(getattr(longest, "max_position_embeddings", None) or 131_072)
+    found["longest_rows"] = fits.length_that_fits(built, recipe, now, machine, cap)
+    if not fit:
+        found["changes"] = [
+            {"set": change.settings, "slowdown": round(change.slowdown, 3), "why": change.why,
+             "peak_memory_gb": round(change.peak / GB, 3)}
+            for change in fits.changes(recipe, network, now, machine)
+        ]  # fmt: skip
+    return found
+
+
+def as_json(
+    recipe: Recipe, built: Network, found: Estimate, work: speed.Work, tflops: float | None, machine: Hardware,
+    more: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    timed = speed.seconds(work.flops, tflops) if work.flops is not None and tflops else None
+    return {
+        "peak_memory_gb": round(found.peak / GB, 4),
+        "memory": {part: round(size / GB, 4) for part, size in found.parts.items()},
+        "when": found.when, "memory_gb": round(machine.memory_gb, 2), "device": machine.device,
+        "total_parameters": built.total, "active_parameters": built.active, "trainable_parameters": built.trainable,
+        "flops": work.flops, "step_flops": work.step_flops, "pass_flops": found.flops, "steps": work.steps,
+        "seconds": timed and round(timed[1], 1), "seconds_range": timed and [round(timed[0], 1), round(timed[2], 1)],
+        "tflops": tflops and round(tflops, 3),
+        "per_device_train_batch_size": found.rows, "gradient_accumulation_steps": fits.accumulation(recipe),
+        "max_length": found.length, "tokens_per_row": work.tokens and round(work.tokens, 1),
+        "gradient_checkpointing": recipe.train.gradient_checkpointing,
+        "dtype": recipe.model.dtype, "quantization": recipe.model.quantization,
+        "kv_cache_gb": round(found.kv_cache / GB, 4), **more,
+    }  # fmt: skip
+
+
+def show(
+    recipe: Recipe, built: Network, found: Estimate, work: speed.Work, tflops: float | None, machine: Hardware,
+    card: cards.Card | None, more: dict[str, Any],
+) -> None:  # fmt: skip
+    share = built.trainable / built.total
+    active = "" if built.active == built.total else f", {built.active / 1e9:.3g} billion of them for each token"
+    say(f"{recipe.model.name}: {built.total:,} parameters{active}; {built.trainable:,} are trained ({share:.3%})")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("memory")
+    table.add_column("GB", justify="right")
+    for part, size in found.parts.items():
+        if size:
+            table.add_row(NAMES[part], f"{size / GB:,.3f}")
+    table.add_row("peak", f"{found.peak / GB:,.3f}")
+    output.print(table)
+    where = card.name if card is not None else f"this machine ({machine.device})"
+    accumulated = fits.accumulation(recipe)
+    say(f"at its peak in {found.when}; {found.rows} x {found.length:,} tokens a pass, {accumulated} passes a step")
+    say(f"{'fits' if more['fits'] else 'does not fit'} {where}: {fits.budget(machine) / GB:,.3g} of "
+        f"{machine.memory_gb:,.3g} GB can be planned with")  # fmt: skip
+    rows, longest = more["largest_batch"], more["longest_rows"]
+    most = f"{rows} rows of {found.length:,} tokens in a pass" if rows else f"not one row of {found.length:,} tokens"
+    say(f"most that fits: {most}{f', or {found.rows} of {longest:,} tokens' if longest else ''}")
+    for change in more["changes"]:
+        keys = " ".join(f"--set {key}={str(value).lower() if isinstance(value, bool) else value}"
+                        for key, value in change["set"].items())  # fmt: skip
+        say(f"  {keys}: {change['peak_memory_gb']:,.2f} GB, {change['slowdown']:.2f} x the time ({change['why']})")
+    if not more["fits"] and not more["changes"]:
+        say("  nothing that can be changed in the recipe makes it fit: a smaller base, or a larger card")
+    timing(recipe, work, tflops)
+    if tflops is None:
+        note("how fast a card of that size is, its size does not say: --gpu 'RTX 4090' plans the time, too")
+
+
+def timing(recipe: Recipe, work: speed.Work, tflops: float | None) -> None:
+    step = f"{work.step_flops / 1e12:,.3g} TFLOP a {'rollout' if recipe.stage == 'ppo' else 'step'}"
+    if work.flops is None:
+        say(f"{step}; how many, the data says, which is not here")
+        return
+    kind = (
+        f"{work.tokens:,.0f} tokens a row" if work.tokens else f"at most: every row {recipe.data.max_length:,} tokens"
+    )
+    line = f"{step}, {work.flops / 1e12:,.4g} in {work.steps:,} ({kind})"
+    if tflops:
+        fast, _, slow = speed.seconds(work.flops, tflops)
+        line += f": {lasting(fast)} to {lasting(slow)} at 70 to 30% of {tflops:,.3g} TFLOP/s"
+    say(line)
+
+
+def lasting(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

@@ -1,0 +1,162 @@
+"""What fits a machine's memory: the most rows, the longest rows, and the cheapest change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.planning.memory import Estimate, estimate, writes
+from finetune.planning.network import Network, build
+from finetune.recipe.resolve import Hardware, a_step
+from finetune.recipe.stages import PpoRecipe, Recipe
+
+USABLE = {"cuda": 0.95, "mps": 0.5, "cpu": 0.5}
+"""Share of the memory that a run may plan with; in main memory other programs live, too."""
+MOST_TOKENS_ON_CPU = 12_288  # of a pass: more at once is not faster there
+STEP = 64  # tokens, in which lengths are planned
+CLOSE = 0.06  # what is said to fit may be so much less than what does
+UNPACKED = {"int8": 1.25, "int4": 1.3}
+"""Seconds a step against bfloat16, measured on a CPU with a model of 112M parameters."""
+
+
+@dataclass(frozen=True)
+class Change:
+    settings: dict[str, Any]
+    """{key: value} of the recipe."""
+    slowdown: float
+    """Time of the same work, against before."""
+    why: str
+    peak: int
+    recipe: Recipe
+
+
+def budget(machine: Hardware) -> float:
+    """Bytes that a run may take."""
+    return machine.memory_gb * 1e9 * USABLE.get(machine.device, USABLE["cpu"])
+
+
+def most(peak: Callable[[int], int], limit: float, cap: int, start: int = 1, close: float = 0.0) -> int:
+    """The largest n up to cap whose peak is within the limit; 0 where none is.
+
+    Args:
+        peak: rises with n. start: where to look first; close: how far below the largest the answer may be, as a share.
+    """
+    low, high, n = 0, cap + 1, min(max(1, start), cap)
+    while low < n:  # upwards, doubling
+        if peak(n) > limit:
+            high = n
+            break
+        low, n = n, min(cap, 2 * n)
+    straight = True
+    while high - low > max(1, int(close * low)) and low < cap:
+        guess = (low + high) // 2
+        if straight and low and high <= cap:
+            guess = low + int((high - low) * (limit - peak(low)) / (peak(high) - peak(low)))
+        guess, straight = min(max(guess, low + 1), high - 1), not straight
+        if peak(guess) <= limit:
+            low = guess
+        else:
+            high = guess
+    return low
+
+
+def rows_that_fit(network: Network, recipe: Recipe, length: int, machine: Hardware, cap: int, start: int) -> int:
+    """Rows per pass, at most cap; 0 where not even one fits. start: where to look first."""
+    limit = budget(machine)
+    return most(lambda n: estimate(network, recipe, n, length, machine.device, 2).peak, limit, cap, start, CLOSE)
+
+
+def length_that_fits(network: Network, recipe: Recipe, now: Estimate, machine: Hardware, cap: int) -> int:
+    """Tokens of a row, in steps of STEP, for as many rows as now; at most cap."""
+
+    def peak(n: int) -> int:
+        return estimate(network, recipe, now.rows, n * STEP, machine.device).peak
+
+    return STEP * most(peak, budget(machine), max(1, cap // STEP), max(1, now.length // STEP), CLOSE)
+
+
+def changes(recipe: Recipe, skeleton: Any, now: Estimate, machine: Hardware) -> list[Change]:
+    """What makes a recipe that does not fit fit, the cheapest first; alone, or where nothing does alone, together."""
+    limit, found = budget(machine), list[Change]()
+    options = [*candidates(recipe)]
+    for settings, slowdown, why in options:
+        if (change := tried(recipe, skeleton, settings, slowdown, why, now, machine)) and change.peak <= limit:
+            found.append(change)
+    if not found:
+        settings, slowdown, reasons = dict[str, Any](), 1.0, list[str]()
+        for more, slower, why in options:
+            settings, slowdown, reasons = {**settings, **more}, slowdown * (slower or 1.0), [*reasons, why]
+            change = tried(recipe, skeleton, settings, slowdown, "; ".join(reasons), now, machine)
+            if change is not None and change.peak <= limit:
+                found.append(change)
+                break
+    return sorted(found, key=lambda change: change.slowdown)
+
+
+def candidates(recipe: Recipe) -> Iterator[tuple[dict[str, Any], float | None, str]]:
+    """(settings, slowdown where it is not computed, what it costs), roughly by price."""
+    train = recipe.train
+    micro = train.per_device_train_batch_size or 1
+    if train.optim in ("adamw", "paged_adamw"):
+        yield {"train.optim": "adamw_8bit"}, 1.0, "its moments in 8 bits"
+    if micro > 1:
+        yield {"train.per_device_train_batch_size": 1}, 1.0, "more passes of fewer rows: the same gradient"
+    if not train.gradient_checkpointing:
+        yield {"train.gradient_checkpointing": True}, None, "computes the forward pass twice"
+    if recipe.adapter.method == "full":
+        yield {"adapter.method": "lora"}, None, "trains a small part"
+    if recipe.model.quantization is None and recipe.adapter.method not in ("full", "loha", "lokr"):
+        yield {"model.quantization": "int8"}, UNPACKED["int8"], "the base is rounded to 8 bits"
+    if recipe.model.quantization in (None, "int8") and recipe.adapter.method not in ("full", "loha", "lokr"):
+        yield {"model.quantization": "int4"}, UNPACKED["int4"], "the base is rounded to 4 bits"
+    if writes(recipe) and recipe.eval.batch_size > 4:
+        yield {"eval.batch_size": 4}, 1.0, "replies are written in smaller batches"
+    if recipe.data.max_length > 256:
+        yield {"data.max_length": recipe.data.max_length // 2}, 1.0, "longer rows are cut"
+
+
+def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    """The recipe with other values. Resolved recipes stay resolved."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    update: dict[str, Any] = {}
+    for section, values in sections.items():
+        if section == "adapter":
+            from finetune.recipe.adapters import LoraAdapter
+
+            update[section] = LoraAdapter()
+        else:
+            update[section] = getattr(recipe, section).model_copy(update=values)
+    return recipe.model_copy(update=update)
+
+
+def tried(
+    recipe: Recipe, skeleton: Any, settings: dict[str, Any], slowdown: float | None, why: str, now: Estimate,
+    machine: Hardware,
+) -> Change | None:  # fmt: skip
+    other = changed(recipe, settings)
+    try:
+        network = build(other, skeleton)
+    except UserError:
+        return None  # it cannot be had for this model
+    rows, length = other.train.per_device_train_batch_size or 1, length_of(other)
+    then = estimate(network, other, rows, length, machine.device, max(2, accumulation(other)))
+    if slowdown is None:
+        slowdown = (then.flops / then.rows) / (now.flops / now.rows)
+    return Change(settings, slowdown, why, then.peak, other)
+
+
+def length_of(recipe: Recipe) -> int:
+    """Tokens of the longest row that may come, with its reply."""
+    return recipe.data.max_length + (recipe.ppo.max_new_tokens if isinstance(recipe, PpoRecipe) else 0)
+
+
+def accumulation(recipe: Recipe) -> int:
+    """Passes of a step."""
+    train, _ = a_step(recipe)
+    return math.ceil(train.effective_batch_size / (train.per_device_train_batch_size or 1))

@@ -1,0 +1,39 @@
+"""Where a network's shape is known from: config.json, a GGUF file's header, or the facts that come with ft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.models import loading, sources
+from finetune.models.gguf import cache
+from finetune.recipe.sections import ModelConfig
+
+SHIPPED = Path(__file__).parent / "configs"
+"""config.json of the models that shipped recipes name, as far as it says how the network is built."""
+
+
+def skeleton(model: ModelConfig) -> Any:
+    """The network without weights. Nothing is downloaded but config.json, where it is neither here nor shipped."""
+    if model.is_new:
+        with torch.device("meta"):
+            return loading.new_model(model.config, torch.float32)  # type: ignore[attr-defined]
+    folder = shipped(model)
+    if folder is not None:
+        model = model.model_copy(update={"name": str(folder), "source": "local", "revision": None})
+    elif sources.is_gguf_base(model) and not cache.complete(cache.folder_of(sources.gguf_base(model))):
+        from finetune.models.gguf.conversion import config_of
+        from finetune.models.gguf.header import read_header
+
+        cache.check(sources.gguf_base(model))
+        return loading.of_config(config_of(read_header(sources.gguf_base(model))), model)
+    return loading.skeleton(model, with_weights=False)
+
+
+def shipped(model: ModelConfig) -> Path | None:
+    """The folder with the config.json of a model that is not in a folder of that name here."""
+    folder = SHIPPED / model.name.replace("/", "--")
+    here = Path(model.name).expanduser().exists() or model.gguf_file is not None or "/" not in model.name
+    return folder if not here and folder.is_dir() else None
