@@ -29,7 +29,7 @@ from finetune.recipe.sections import DataConfig
 from finetune.recipe.stages import RECIPES, ROWS
 from finetune.resources import resource_path
 
-FEW, MANY = 60, 4000
+FEW, MANY = 60, 1500
 TEXTS = [path.read_text(encoding="utf-8") for path in shipped().values()]
 KEYS = sorted({key for stage in RECIPES for keys in fields_of(stage).values() for key in keys})
 ODD = st.one_of(
