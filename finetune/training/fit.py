@@ -33,10 +33,14 @@ def callbacks(recipe: Recipe, run: Run, has_eval: bool) -> list[TrainerCallback]
     return found
 
 
+def vocabulary(model: Any) -> int:
+    return int(getattr(model.config.get_text_config(), "vocab_size", None) or 1 << 17)
+
+
 def finish_setup(trainer: Any, recipe: Recipe) -> Any:
     """What a trainer of trl needs after it is made."""
     trainer.recipe, trainer.recipe_train = recipe, recipe.train
-    trainer.health = Health(recipe.stage, len(trainer.processing_class))
+    trainer.health = Health(recipe.stage, vocabulary(trainer.model))
     trainer.loraplus_lr_ratio = getattr(recipe.adapter, "loraplus_lr_ratio", None)
     trainer.remove_callback(PrinterCallback)  # Recorder prints
     return trainer

@@ -93,13 +93,12 @@ def named(places: Sequence[Row]) -> str:
     return f"row{'s' * (len(same) > 1)} {', '.join(same)} of {Path(file).name}" + (f" and {more} more" if more else "")
 
 
-def in_batch(trainer: Any, run: Run, data: Rows, max_length: int) -> Callable[[int], str]:
+def in_batch(trainer: Any, run: Run, data: Rows, max_length: int, decode: Callable[[Any], str]) -> Callable[[int], str]:
     """Says which rows a step of a transformers trainer was made of, and keeps them."""
     rows, places = data.train, data.places
 
     def told(step: int) -> str:
         numbers = samples_of(trainer, rows_of_step(trainer, step), max_length, rows)
-        decode = trainer.processing_class.decode
         texts = [
             {name.removesuffix("_ids"): decode(ids) for name, ids in rows[n].items() if name.endswith("_ids")}
             for n in numbers

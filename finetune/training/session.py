@@ -215,7 +215,8 @@ class Session(Generic[AnyRecipe]):
             if self.further:
                 self.note(f"the learning rate follows the longer schedule from {checkpoint.name} on")
         trainer.during = self.during
-        trainer.in_batch = in_batch(trainer, self.folder, self.rows, self.recipe.data.max_length)
+        length, decode = self.recipe.data.max_length, self.base.tokenizer.decode
+        trainer.in_batch = in_batch(trainer, self.folder, self.rows, length, decode)
         outcome = (fit or fit_trainer)(trainer, self.folder, checkpoint, self.known)
         if "failed" in outcome:
             self.folder.keep_apart()

@@ -198,11 +198,12 @@ def test_data_that_changes_while_it_trains_is_told_on_resume(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, step = of_rows(tmp_path, base), Trainer.training_step
+    row = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)[0].replace("say 0", "say 99")
 
     def written_to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 2:
+        if self.state.global_step == 2 and row not in (tmp_path / "rows.jsonl").read_text():
             with (tmp_path / "rows.jsonl").open("a") as file:
-                file.write('{"prompt": "one", "completion": "more"}\n')
+                file.write(row)
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *args, **kwargs)
 
@@ -212,8 +213,9 @@ def test_data_that_changes_while_it_trains_is_told_on_resume(
     done = ft("sft", path, "--resume")
     assert done.returncode == 2
     size = (tmp_path / "rows.jsonl").stat().st_size
-    assert f"has another content than when the run to resume was started ({size - 40:,} bytes then, {size:,} now)" in (
-        done.stderr
+    assert (
+        f"has another content than when the run to resume was started ({size - len(row):,} bytes then, {size:,} now)"
+        in (done.stderr)
     )
 
 
@@ -231,7 +233,7 @@ def test_clocks_that_jump(base: Path, tmp_path: Path, whole: Path, monkeypatch: 
     step = Trainer.training_step
 
     def stopping(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 3 and not (tmp_path / "stopped").exists():
+        if self.state.global_step == 1 and not (tmp_path / "stopped").exists():
             (tmp_path / "stopped").touch()
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *args, **kwargs)
