@@ -13,6 +13,7 @@ from finetune.early.inputs import ENDLESS, announce, base, file, reward_model, r
 from finetune.errors import UserError
 from finetune.metrics import asked
 from finetune.models import sources
+from finetune.recipe.extending import base_of
 from finetune.recipe.file import load
 from finetune.recipe.reading import find, recipe_text
 from finetune.recipe.resolve import Hardware, resolve
@@ -50,7 +51,9 @@ def recipe(
             ours = MACHINE | ({"adapter"} if found.model.adapter is not None else set())
             check_resumable(resolve(found, Hardware()), ours)
 
-    together(lambda: check_inputs(found, find(reference)) if overwrite else None, place, *checks_of(found))
+    read = [path for path in (find(reference), base_of(find(reference))) if path is not None]
+    kept = [lambda path=path: check_inputs(found, path) for path in read] if overwrite else []
+    together(*kept, place, *checks_of(found))
     if ENDLESS not in as_list(found.data.train):
         from finetune.data.audit import screen
 

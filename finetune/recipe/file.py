@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, overload
@@ -17,16 +17,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from finetune.errors import Problem, UserError
 from finetune.recipe import effects
+from finetune.recipe.extending import read_whole
 from finetune.recipe.foreign_keys import foreign_name
 from finetune.recipe.overrides import forget_other_method, forget_other_reward, override, unset
-from finetune.recipe.problems import KeyPath, as_path, explain, fields_of, placed
-from finetune.recipe.reading import find, read
+from finetune.recipe.problems import KeyPath, Place, as_path, explain, fields_of, placed
+from finetune.recipe.reading import find
+from finetune.recipe.reference import EXTENDS
 from finetune.recipe.sections import as_list
 from finetune.recipe.stages import RECIPES, R, Recipe
 
 
 def check(
-    values: dict[str, Any], stage: str | None, path: Path | None = None, lines: dict[KeyPath, int] | None = None,
+    values: dict[str, Any], stage: str | None, path: Path | None = None, lines: Mapping[KeyPath, Place] | None = None,
     overridden: AbstractSet[KeyPath] = frozenset(),
 ) -> Recipe:  # fmt: skip
     """Validate a mapping as the recipe of `stage`; UserError lists all problems."""
@@ -88,13 +90,13 @@ def load(
     path = find(reference)
     more = [] if output is None else [f"output.dir={json.dumps(output)}"]
     stage = next((name for name, cls in RECIPES.items() if cls is kind), None)
-    values, lines = read(path)
+    values, lines = read_whole(path)
     return with_settings(values, stage, [*overrides, *more], path, lines, say)
 
 
 def with_settings(
     values: dict[str, Any], stage: str | None, overrides: Sequence[str], path: Path | None = None,
-    lines: dict[KeyPath, int] | None = None, say: Callable[[str], None] = lambda line: None,
+    lines: Mapping[KeyPath, Place] | None = None, say: Callable[[str], None] = lambda line: None,
 ) -> Any:  # fmt: skip
     """The recipe of a mapping with --set applied. UserError also for keys that would have no effect in it."""
     lines = lines or {}
@@ -134,6 +136,12 @@ def to_yaml(recipe: Recipe, header: str = "") -> str:
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema for editors: any stage's recipe."""
+    """JSON schema for editors: any stage's recipe, or one that builds on another and may leave out what that says."""
     built = TypeAdapter(Recipe).json_schema()
+    sections = {name: {"type": ["object", "null"]} for kind in RECIPES.values() for name in kind.model_fields}
+    about = {"type": "string", "description": EXTENDS}
+    head = {"extends": about, "version": {"const": 1}, "stage": {"enum": list(RECIPES)}}
+    extending = {"type": "object", "required": ["extends"], "additionalProperties": False}
+    built["$defs"]["Extending"] = {**extending, "properties": {**sections, **head}}
+    built["anyOf"].append({"$ref": "#/$defs/Extending"})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "ft recipe", **built}

@@ -45,6 +45,7 @@ ADVICE = {
     ),
     "bnb_4bit_quant_type": "write model: {quantization: int4, quantization_type: nf4}",
     "bnb_4bit_compute_dtype": "write model: {dtype: bfloat16}",
+    "extends": "write it at the top of a recipe's file",
     "template": "leave it out: the tokenizer's own chat template is used; model.chat_template names another",
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "ddp_timeout"), "leave it out: a run uses one device so far"),
     "wandb_project": "write train: {report_to: [wandb]}, and set WANDB_PROJECT in the environment",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from finetune.recipe.stages import RECIPES
 from finetune.resources import resource_path
 
 KeyPath = tuple[str | int, ...]
+Place = int | tuple[Path, int]
+"""A line of the recipe's own file, or of the one that it builds on."""
 _TYPE_TAGS = {
     "str", "int", "float", "bool", "function-after", "constrained-int", "constrained-float", "constrained-str", "dict",
     "list", "SourceConfig",
@@ -91,16 +93,17 @@ def wanted(error: Any, loc: KeyPath) -> str:
 
 
 def placed(
-    path: Path | None, lines: dict[KeyPath, int], overridden: AbstractSet[KeyPath]
+    path: Path | None, lines: Mapping[KeyPath, Place], overridden: AbstractSet[KeyPath]
 ) -> Callable[[KeyPath, str, str | None], Problem]:
     """A maker of problems that knows where each key stands: in a line of the file, or in --set."""
 
     def problem(key: KeyPath, message: str, fix: str | None) -> Problem:
-        where: str | Path | None = path
-        if path is not None and path.parent == resource_path("recipes"):
-            where = f"shipped recipe {path.name}"  # where it is installed helps nobody
         from_set = any(key[: len(k)] == k or k[: len(key)] == key for k in overridden)
         at = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+        file, at = at if isinstance(at, tuple) else (path, at)
+        where: str | Path | None = file
+        if file is not None and file.parent == resource_path("recipes"):
+            where = f"shipped recipe {file.name}"  # where it is installed helps nobody
         if from_set:
             where, at = "--set", None
         return Problem(message, where, line=at, key=dotted(key), fix=fix)

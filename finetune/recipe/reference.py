@@ -17,7 +17,25 @@ from finetune.recipe.foreign_keys import foreign_name
 from finetune.recipe.stages import RECIPES
 
 REQUIRED = object()
-ORDER = ("version", "stage", "model", "data", "adapter", "train", "eval", "dpo", "kto", "reward", "ppo", "output")
+EXTENDS = (
+    "A recipe that this one builds on: a file beside it, or a shipped recipe's name. Its sections are merged with "
+    "these key by key; values are replaced whole. One level deep."
+)
+ORDER = (
+    "version",
+    "stage",
+    "extends",
+    "model",
+    "data",
+    "adapter",
+    "train",
+    "eval",
+    "dpo",
+    "kto",
+    "reward",
+    "ppo",
+    "output",
+)
 
 
 @dataclass
@@ -62,6 +80,7 @@ def keys() -> list[Key]:
                 key.stages.append(stage)
             if method is not None and method not in key.methods:
                 key.methods.append(method)
+    found["extends",] = Key("extends", "recipe file", None, EXTENDS, list(RECIPES))
     names = list(dict.fromkeys(key.name for key in found.values()))  # keys of one name stand together
     return sorted(found.values(), key=lambda key: (ORDER.index(key.name.partition(".")[0]), names.index(key.name)))
 

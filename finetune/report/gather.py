@@ -18,8 +18,13 @@ POINTS = 2000
 """Of a line in the report of one run."""
 LONGEST = 1500
 SAMPLES = 40
-UNSAID = ("n", "num_tokens", "reward_before", "reward_mean", "reward_difference")
-"""Of a run's held-out figures: counts, and what has a row of its own."""
+UNSAID = (
+    "n", "num_tokens", "reward_before", "reward_mean", "reward_difference", "trained_on", "weights_gb",
+    "tokens_per_second",
+)  # fmt: skip
+"""Of the held-out figures: counts, what is of the machine, and what has a row of its own."""
+LINES = 12
+"""Of a text that are shown."""
 
 
 def run_view(record: Record, points: int = POINTS) -> dict[str, Any]:
@@ -92,10 +97,11 @@ def held_out(record: Record) -> list[dict[str, Any]]:
         rows = [
             (name.replace("_", " "), figure(before, name), figure(after, name), differences.get(name, ""))
             for name in dict.fromkeys([*after, *before])
-            if is_number(after.get(name, before.get(name)))
+            if is_number(after.get(name, before.get(name))) and name not in UNSAID
         ]
-        title = f"{shown_name(str(one.get('data')))}, n = {one.get('n'):,}"
-        found.append({"name": one.get("name"), "title": title, "rows": rows, "by": "ft eval"})
+        name, data = shown_name(str(one.get("name"))), shown_name(str(one.get("data")))
+        title = f"{name if name == data else f'{name}: {data}'}, n = {one.get('n'):,}"
+        found.append({"name": name, "title": title, "rows": rows, "by": "ft eval"})
     figures = record.result.get("eval")
     if isinstance(figures, dict) and figures and not found:
         rows = [
@@ -119,11 +125,16 @@ def samples(record: Record) -> list[dict[str, Any]]:
     """[{title, base, rows}]: answers of base and tuned beside the reference, rows that changed first."""
     found = []
     for one in record.evaluation.get("sets", []):
-        rows = one.get("rows", [])[:SAMPLES]
+        rows = [
+            {key: clipped(value) if key in TEXTS and value is not None else value for key, value in row.items()}
+            for row in one.get("rows", [])[:SAMPLES]
+        ]
         if rows:
             shown_of = f"{len(rows)} of {one['n']:,} rows" if len(rows) < one["n"] else f"{len(rows)} rows"
             by = f", by {one['by'].replace('_', ' ')}" if one.get("by") else ""
-            title = f"{one['name']}: {shown_of}{by}" + (f", {one['changed']} changed" if one.get("before") else "")
+            title = f"{shown_name(str(one['name']))}: {shown_of}{by}" + (
+                f", {one['changed']} changed" if one.get("before") else ""
+            )
             found.append({"title": title, "base": one.get("before") is not None, "rows": rows})
     return found
 
@@ -142,8 +153,13 @@ def replies(record: Record) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+TEXTS = ("asked", "reference", "base", "tuned")
+
+
 def clipped(text: Any) -> str:
-    text = "" if text is None else str(text)
+    """The first lines of a text, of a long one both ends."""
+    lines = ("" if text is None else str(text)).split("\n")
+    text = "\n".join([*lines[:LINES], f"… {len(lines) - LINES} more lines"] if len(lines) > LINES + 1 else lines)
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
 
 

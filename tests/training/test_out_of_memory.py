@@ -22,6 +22,7 @@ from finetune.recipe.resolve import Hardware
 from finetune.run.directory import Run
 from finetune.training import memory
 from finetune.training.health import ADVICE
+from finetune.training.longest import LongestFirst
 
 CUDA = "CUDA out of memory. Tried to allocate 1.00 GiB"
 ERRORS: dict[str, Callable[[], BaseException]] = {
@@ -62,6 +63,7 @@ def too_many(
         seen.append(rows)
         return step(self, model, inputs, *more, **named)
 
+    monkeypatch.setattr(LongestFirst, "on_train_begin", lambda *_, **__: None)  # steps are counted here
     monkeypatch.setattr(Trainer, "training_step", limited)
     return seen
 
@@ -76,7 +78,8 @@ def test_one_message_with_figures_and_three_ways_out(
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("out of memory (")
     for part in (
-        "by ft plan ", "GB for the weights and ", "with passes of 8 rows of up to ", "GB were in use at most. Ways out: ",
+        "by ft plan ", "GB for the weights and ", "with passes of 8 rows of up to ",
+        "GB were in use at most. Ways out: ",
         "train.per_device_train_batch_size: 4, or train.auto_find_batch_size: true", "(the result is the same)",
         "train.gradient_checkpointing: true", "model.quantization: int4",
     ):  # fmt: skip
