@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 import transformers
 import trl
 from peft import LoraConfig
@@ -23,7 +24,7 @@ from peft.utils.peft_types import PeftType
 from sacrebleu.metrics.base import Metric as SACREBLEU
 from transformers import core_model_loading
 from transformers import modeling_gguf_pytorch_utils as gguf_loader
-from transformers.integrations import ggml, moe
+from transformers.integrations import ggml, integration_utils, moe
 from transformers.integrations.gguf import gguf_config_mapping, gguf_tokenizer_mapping
 from transformers.integrations.gguf import reader as gguf_reader
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -103,6 +104,15 @@ IN_THE_SOURCE: dict[str, tuple[Any, str, str]] = {
     "_attn_implementation": (
         transformers.PreTrainedConfig, r"self\._attn_implementation = ", "whether documents may have any length",
     ),
+    "_wandb": (integration_utils, r"self\._wandb = wandb", "recipe and result go to the run that transformers began"),
+    "_log_model": (integration_utils, r"self\._log_model = WandbLogModel", "whether the weights go there, too"),
+    "_swanlab": (integration_utils, r"self\._swanlab = swanlab", "as wandb"),
+    "_trackio": (integration_utils, r"self\._trackio = trackio", "as wandb"),
+    "_ml_flow": (integration_utils, r"self\._ml_flow = mlflow", "as wandb"),
+    "_parameters": (torch.nn.Module, r"self\._parameters\[name\] = param", "numbers are put in the place of shapes"),
+    "_buffers": (torch.nn.Module, r"self\._buffers\[name\] = tensor", "the same"),
+    "_overloadpacket": (torch._ops, r"self\._overloadpacket = ", "which operator allocates, for ft plan"),
+    "_cdata": (torch.storage, r"_cdata", "which tensors share their bytes, for ft plan"),
     "_apply_gate": (
         moe, r"experts_class\._apply_gate = _default_apply_gate", "what experts compute between their two products",
     ),
@@ -113,6 +123,18 @@ IN_THE_SOURCE: dict[str, tuple[Any, str, str]] = {
     ),
     "_fingerprint": (datasets.Dataset, r"self\._fingerprint", "packed rows are kept under the name of their content"),
 }  # fmt: skip
+
+
+OPERATORS = {
+    "_grouped_mm",
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+}  # fmt: skip
+"""Of torch.ops.aten: what ft plan counts otherwise than by their results."""
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_operators(name: str) -> None:
+    assert hasattr(torch.ops.aten, name)
 
 
 @pytest.mark.parametrize("name", IN_THE_SOURCE)
@@ -264,7 +286,7 @@ def private_names() -> dict[str, list[str]]:
 
 def test_every_private_name_is_here() -> None:
     of_python = {"_exit", "_replace", "_name_", "_value_"}  # os, namedtuple, enum
-    known = of_python | {name for _, name, _, _ in METHODS} | set(IN_THE_SOURCE) | set(HARNESS)
+    known = of_python | {name for _, name, _, _ in METHODS} | set(IN_THE_SOURCE) | set(HARNESS) | OPERATORS
     known |= {"_metrics", "_total_train_tokens", "_member_map_", "_value2member_map_", "_member_names_"}
     assert {name: files for name, files in private_names().items() if name not in known} == {}
 

@@ -11,9 +11,9 @@ import pytest
 from conftest import train, write_rows
 from transformers import Trainer
 
-Recipe = Callable[..., Path]
-
 from finetune.training.longest import LongestFirst
+
+Recipe = Callable[..., Path]
 
 Pass = list[tuple[int, ...]]
 
