@@ -156,6 +156,7 @@ class Extras:
 
     def count_on(self, checkpoint: Path) -> None:
         """From where the run stood at a checkpoint; called when transformers has set everything to zero."""
+        self.state.compute_steps(self.args, self.state.max_steps)  # of the recipe as it is now, not as it was
         known = known_of(checkpoint).get("counters")
         if known is None:
             return
