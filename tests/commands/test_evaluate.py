@@ -58,6 +58,16 @@ def test_run_and_base(recipe: Recipe, held_out: Path, tmp_path: Path) -> None:
     assert (loss["wins"], loss["losses"], loss["ties"]) == (lower, 7 - lower, 0)
     assert loss["difference"] == pytest.approx(tuned["loss"] - base["loss"]), "of the same tokens"
     assert exact["n"] == loss["n"] == 7
+    (kept,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sets"]
+    assert (kept["before"], kept["after"], kept["comparisons"]) == (base, tuned, [exact, loss])
+    assert sorted(row["row"] for row in kept["rows"]) == list(range(1, 8))
+    assert {row["asked"] for row in kept["rows"]} == {"say" * n for n in range(1, 8)}
+    assert ft("report", "run", cwd=tmp_path).returncode == 0
+    assert "Base and tuned" not in (tmp_path / "run" / "report.html").read_text()
+    audit = json.loads((tmp_path / "run" / "data_audit.json").read_text())
+    assert (audit["counts"]["rows"], audit["languages"]) == (64, {"en": 64})
+    first = audit["preview"][0]
+    assert "".join(text for trained, text in first["parts"] if trained) == "0 0<|im_end|>"
 
 
 def test_json_to_stdout_is_only_json(recipe: Recipe, held_out: Path, base: Path) -> None:
