@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 import transformers
 import trl
 from peft import LoraConfig
@@ -240,6 +241,31 @@ def test_torch_maps_over_trees() -> None:
     assert tree_map(lambda x: x + 1, {"a": (1, 2)}) == {"a": (2, 3)}
 
 
+OF_TORCH = {
+    "_buffers", "_parameters", "_cdata", "_overloadpacket", "_grouped_mm",
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+}  # fmt: skip
+"""What planning reads, which goes through a pass op by op."""
+
+
+def test_torch_names_its_ops_and_storages() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import flop_registry
+
+    layer, aten = torch.nn.Linear(2, 3), torch.ops.aten
+    assert {*layer._parameters} == {"weight", "bias"}
+    assert layer._buffers == {}
+    assert layer.weight.untyped_storage()._cdata == layer.weight.detach().untyped_storage()._cdata
+    assert aten.mm.default._overloadpacket is aten.mm
+    assert aten.addmm in flop_registry
+    attends = [aten._scaled_dot_product_flash_attention_for_cpu, aten._grouped_mm]
+    assert all("default" in packet.overloads() for packet in attends)
+    back = str(aten._scaled_dot_product_flash_attention_for_cpu_backward.default._schema)
+    assert "grad_out, Tensor query, Tensor key" in back, "queries and keys are the second and third argument"
+    with FakeTensorMode():
+        assert torch.empty(2, 3).untyped_storage().nbytes() == 24
+
+
 def private_names() -> dict[str, list[str]]:
     """Names with one underscore that finetune/ reads of others: {name: files}."""
     own: set[str] = set()
@@ -262,6 +288,7 @@ def private_names() -> dict[str, list[str]]:
 def test_every_private_name_is_here() -> None:
     of_python = {"_exit", "_replace", "_name_", "_value_"}  # os, namedtuple, enum
     known = of_python | {name for _, name, _, _ in METHODS} | set(IN_THE_SOURCE) | set(HARNESS)
+    known |= OF_TORCH
     known |= {"_metrics", "_total_train_tokens", "_member_map_", "_value2member_map_", "_member_names_"}
     assert {name: files for name, files in private_names().items() if name not in known} == {}
 
