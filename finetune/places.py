@@ -109,6 +109,16 @@ def built_beside(target: Path, key: str, replaced: Callable[[], Collection[str]]
         replaced: called at the end, when there is something at `target`: the names in it that are ours and go; what
             else lies there moves to the new folder. Raises when nothing may go.
     """
+    with unfinished(target, key) as part:
+        yield part
+        as_umask(part)
+        _swap(part, target, key, replaced)
+
+
+@contextmanager
+def unfinished(target: Path, key: str) -> Iterator[Path]:
+    """An empty folder beside `target` to build it in, gone at the end. What one that was killed left in it goes first;
+    UserError while another process is at it."""
     check_part(target, key)
     part = part_of(target)
     part.mkdir(parents=True, exist_ok=True)
@@ -117,16 +127,15 @@ def built_beside(target: Path, key: str, replaced: Callable[[], Collection[str]]
     except Timeout:
         raise UserError("another process is writing here", path=part, key=key, fix="wait, or choose another") from None
     with lock:
+        made = part.stat().st_ino
         try:
-            for left in part.iterdir():  # by one that was killed
+            for left in part.iterdir():
                 if left.name != UNFINISHED:
                     remove(left)
             yield part
-            as_umask(part)
-            _swap(part, target, key, replaced)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
+        finally:
+            if part.is_dir() and part.stat().st_ino == made:  # not somebody else's, where ours was renamed
+                shutil.rmtree(part, ignore_errors=True)
 
 
 def _swap(part: Path, target: Path, key: str, replaced: Callable[[], Collection[str]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ CHATML = (
     "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's "&": Ctrl-C would be ignored, and so by children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
 

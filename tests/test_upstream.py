@@ -101,6 +101,9 @@ IN_THE_SOURCE: dict[str, tuple[Any, str, str]] = {
         moe, r"get_interface\(self\.config\._experts_implementation, original_forward\)",
         "experts are summed in float64, which grouped products lack",
     ),
+    "_attn_implementation": (
+        transformers.PreTrainedConfig, r"self\._attn_implementation = ", "whether documents may have any length",
+    ),
     "_apply_gate": (
         moe, r"experts_class\._apply_gate = _default_apply_gate", "what experts compute between their two products",
     ),

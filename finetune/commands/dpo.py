@@ -34,7 +34,7 @@ def run(raw: DpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         base = merged_start(recipe, folder) if recipe.dpo.start == "merge" else session.base
         trainer = make_trainer(session, policy(recipe, base, session.machine))
         if recipe.dpo.loss_type not in REFERENCE_FREE:
-            reference.add(trainer, recipe, base)
+            reference.add(trainer, recipe, base, session.layout)
         session.train(trainer, base, look=lambda run: stuck(run.read_metrics()))
 
 

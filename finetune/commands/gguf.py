@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import shlex
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from finetune import child, places
 from finetune.base import Base
-from finetune.errors import RunError, UserError
+from finetune.errors import Interrupted, RunError, UserError
 from finetune.models import sources
 from finetune.models.gguf.export import OF_DTYPE, Written, check_folder, write_model
 from finetune.models.gguf.modelfile import Modelfile
@@ -37,12 +36,12 @@ def run(
     # Before minutes of merging; what is merged is of the same family.
     check_folder(sources.folder(base), kind or "f32", shown_name(base.name))
     # Beside the target: a rename is all that is left to do, and there is room for what has to fit anyway.
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as scratch:
-        folder = merged(adapter, model, Path(scratch) / "merged", options) if adapter else sources.folder(base)
+    with places.unfinished(target, "--output") as scratch:
+        folder = merged(adapter, model, scratch / "merged", options) if adapter else sources.folder(base)
         opened = Base.open(ModelConfig(name=str(folder)) if adapter else base)
-        file = Path(scratch) / target.name
+        file = scratch / target.name
         written, beside_it = write(opened, folder, file, kind, named(base, target))
-        places.as_umask(Path(scratch))
+        places.as_umask(scratch)
         check_unwritten(target, overwrite)
         os.replace(file, target)
         if beside_it is not None:
@@ -56,6 +55,8 @@ def merged(adapter: str, model: str | None, folder: Path, options: Sequence[str]
     code, said = child.run(*words, shown=False)
     for line in said.splitlines():
         note(line)
+    if code == 130:
+        raise Interrupted("stopped; nothing was written")
     if code == 2:
         raise UserError("cannot be merged, as is said above", path=adapter, key="--adapter")
     if code:

@@ -36,7 +36,7 @@ def run(raw: KtoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
     with session.run(overwrite) as folder:
         base = merged_start(recipe, folder) if recipe.kto.start == "merge" else session.base
         trainer = make_trainer(session, policy(recipe, base, session.machine))
-        reference.add(trainer, recipe, base)
+        reference.add(trainer, recipe, base, session.layout)
         session.train(trainer, base, look=lambda run: stuck(run.read_metrics()))
 
 

@@ -36,7 +36,7 @@ from finetune.models.weight_files import read_json
 from finetune.recipe.sections import ModelConfig
 from finetune.run.directory import read_recipe, versions
 from finetune.run.writing import write_atomically, write_json
-from finetune.terminal.progress import command, note, task, warn
+from finetune.terminal.progress import advise, command, note, task, warn
 from finetune.training import model_card
 
 SAMPLES = (
@@ -311,4 +311,4 @@ def tell(job: Job, sums: Sums, figures: dict[str, float], target: Path) -> None:
     if (recipe.get("eval") or {}).get("data") or (recipe.get("data") or {}).get("eval_split"):
         lines.insert(0, ("eval", shown, "--compare-base"))
     for number, parts in enumerate(lines):
-        note(f"{'' if number else 'next':7} {command(*parts)}")
+        advise(f"{'' if number else 'next':7} {command(*parts)}")

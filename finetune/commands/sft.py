@@ -10,7 +10,7 @@ from finetune.data import conversations
 from finetune.evaluation import during
 from finetune.recipe.stages import SftRecipe
 from finetune.training.fit import finish_setup
-from finetune.training.packing import pack_if_isolated, packing_outlook
+from finetune.training.packing import one_row, pack_if_isolated, packing_outlook
 from finetune.training.plan import longest_row, one_device, pad_multiple
 from finetune.training.session import Session, prepare
 from finetune.training.start import policy
@@ -36,6 +36,7 @@ def run(raw: SftRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
 def make_trainer(session: Session[SftRecipe], model: Any, train: Any) -> Sft:
     """trl's SFTTrainer over encoded rows (input_ids, labels and, when packed, seq_lengths)."""
     packed = "seq_lengths" in train.column_names
+    flat = packed and one_row(model)
     if packed:
         session.repack(len(train))
     config = SFTConfig(**session.arguments(), dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
@@ -47,8 +48,9 @@ def make_trainer(session: Session[SftRecipe], model: Any, train: Any) -> Sft:
         processing_class=session.base.tokenizer,
         data_collator=Collator(
             pad_token_id=session.base.tokenizer.pad_token_id,
-            padding_free=packed,
-            pad_to_multiple_of=None if packed else pad_multiple(session.machine),
+            padding_free=flat,
+            return_position_ids=packed and not flat,
+            pad_to_multiple_of=None if flat else pad_multiple(session.machine),
         ),
         callbacks=session.callbacks(),
     )

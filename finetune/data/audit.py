@@ -187,6 +187,9 @@ class Audit:
         for turn in dict.fromkeys(turn for c in part.values() for turn in thinking.unfinished(c.messages, marks)):
             what = f"turn {turn}: its thinking does not end (no {marks.end}), which teaches to think for ever"
             self.notes.warn(item, "unfinished_thinking", what, f"add {marks.end} and the answer, or remove the row")
+        if self.config.thinking != "drop":
+            turns = [message for c in part.values() for message in c.messages]
+            self.counts["thinking_moved"] += any(thinking.moves(message, marks) for message in turns)
         if any(row.thinks for row in encoded.values()):
             self.counts["thinking"] += 1
             if self.config.thinking == "drop":

@@ -137,6 +137,7 @@ class TemplateEncoder:
         without; by default what the encoder `asks` for."""
         if self.treatment == "drop":
             messages = thinking.dropped(messages, self.thinking)
+        messages = thinking.moved(messages, self.thinking)
         messages, tools, _, mark = self._guarded(*self._expressible(messages, tools))
         text = templates.render(self.template, messages, tools, self.told[self.asks if on is None else on], prompt=True)
         ids = self._tokenize([text])[0].ids if mark is None else self.guard.tokens(text, mark).ids
@@ -178,6 +179,7 @@ class TemplateEncoder:
         trained = {i for i, w in turn_weights(turns, train_on).items() if w}
         if self.treatment == "drop" or (self.treatment == "empty" and not thinks):
             turns = thinking.dropped(turns, self.thinking, trained)
+        turns = thinking.moved(turns, self.thinking)
         lost = self.lost[on].of(turns, conversation.tools)
         messages, tools = self._expressible(turns, conversation.tools)
         weights = turn_weights(messages, train_on)

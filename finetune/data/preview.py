@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from finetune.data import thinking
 from finetune.data.audit import Audit
 from finetune.data.encoder import Encoder
 from finetune.data.packing import plan
@@ -25,10 +26,12 @@ def samples(config: DataConfig, encoder: Encoder, limit: int = 10, kind: str | N
             if row is None:
                 continue
             decoded = tokens(encoder.tokenizer, row.input_ids)
+            given = item.usable.conversations()[name].messages
+            turns = given if encoder.treatment == "drop" else thinking.moved(given, encoder.thinking)
             sample = {
                 "file": item.file, "row": item.row, "input_ids": row.input_ids, "labels": row.labels,
                 "tokens": decoded, "text": encoder.tokenizer.decode(row.input_ids),
-                "roles": roles("".join(decoded), item.usable.conversations()[name].messages),
+                "roles": roles("".join(decoded), turns), **({"moved": True} if turns is not given else {}),
             }  # fmt: skip
             out.append({"answer": name, **sample} if name else sample)
     if not out:
@@ -79,6 +82,7 @@ def runs(sample: dict[str, Any]) -> Iterator[tuple[bool, str]]:
 def heading(sample: dict[str, Any]) -> str:
     trained = sum(label != IGNORED for label in sample["labels"])
     answer = f" · {sample['answer']}" if "answer" in sample else ""
+    answer += " · <think> tags moved into reasoning_content" if sample.get("moved") else ""
     return f"{sample['file']}, row {sample['row']}{answer} · {len(sample['input_ids'])} tokens, {trained} trained"
 
 

@@ -64,6 +64,7 @@ COUNTED = {
     "cut_away": "rows left out: nothing trained within max_length",
     "overlong_dropped": "rows left out: over data.max_length",
     "forged_markers": "turn markers inside content",
+    "thinking_moved": "rows whose <think> tags became reasoning_content: the chat template does not look into content",
     "thinking_dropped": "rows without the thinking that they hold (data.thinking: drop)",
 }
 FOUND = {

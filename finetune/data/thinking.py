@@ -40,6 +40,8 @@ class Thinking:
     end: str = MARKS[0][1]
     shown: bool = False
     """Whether the last turn's reasoning_content is written."""
+    reads_tags: bool = True
+    """Whether <think>…</think> inside the content is written like reasoning_content, and an empty one like none."""
 
     @property
     def known(self) -> bool:
@@ -67,7 +69,19 @@ def detected(template: str, variables: tuple[tuple[str, str], ...]) -> Thinking:
     if shown and before.split() and between.strip():
         begin, end = before.split()[-1], between.strip()
         begin = MARKS[0][0] if begin.endswith(MARKS[0][0]) else MARKS[1][0] if end == MARKS[1][1] else begin
-    return Thinking(switch, default, begin, end, bool(shown))
+    if not shown:
+        return Thinking(switch, default, begin, end)
+    return Thinking(switch, default, begin, end, True, reads_tags(template, text, known, switch))
+
+
+def reads_tags(template: str, text: str, known: dict[str, Any], switch: str | None) -> bool:
+    """text: with "qthoughtz" as reasoning_content before "qanswerz"."""
+    begin, end = MARKS[0]
+    off = {**known, **({switch: False} if switch else {})}
+    thinks, empty = (turn("assistant", f"{begin}\n{words}\n{end}\n\nqanswerz") for words in ("qthoughtz", ""))
+    tagged, none = (attempt(template, [U, given], None, off) or "" for given in (empty, turn("assistant", "qanswerz")))
+    found = attempt(template, [U, thinks], None, known) or ""
+    return found.split() == text.split() and tagged.split() == none.split()
 
 
 USUAL = Thinking()
@@ -134,6 +148,30 @@ def unfinished(messages: list[Message], marks: Thinking) -> list[int]:
     """The turns, from 1, that begin to think and never end."""
     said = [(i, m) for i, m in enumerate(messages, 1) if m["role"] == "assistant" and is_marked(m, marks)]
     return [i for i, message in said if answer(message["content"], marks).unfinished]
+
+
+def moves(message: Message, marks: Thinking) -> Answer | None:
+    """What a turn says and thinks where the template does not look for tags in its content, and some stand there: it
+    would write an empty block before them (Qwen3.8), take them for a part of the answer (Gemma 4, gpt-oss), or write an
+    empty block of the row's otherwise than none (Nemotron 3)."""
+    if marks.reads_tags or message["role"] != "assistant" or not is_marked(message, marks):
+        return None
+    said = answer(message["content"], marks)
+    twice = said.thought and message.get("reasoning_content")
+    return None if said.unfinished or twice or said.text == message["content"] else said
+
+
+def moved(messages: list[Message], marks: Thinking) -> list[Message]:
+    """The turns with their thinking in `reasoning_content`; the same list where there is nothing to move."""
+    found = {i: said for i, message in enumerate(messages) if (said := moves(message, marks)) is not None}
+    if not found:
+        return messages
+    out = list(messages)
+    for i, said in found.items():
+        out[i] = {**messages[i], "content": said.text}
+        if said.thought:
+            out[i]["reasoning_content"] = said.thought
+    return out
 
 
 def dropped(messages: list[Message], marks: Thinking, needed: Collection[int] = ()) -> list[Message]:

@@ -83,13 +83,20 @@ def _as_stored(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> bool:
 
     For some model types (qwen2 among them) AutoTokenizer of transformers 5 takes the class of the type whatever
     tokenizer_config.json names, and that class brings its own pre-tokenizer (MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
-    in transformers/models/auto/tokenization_auto.py). A base with another tokenizer would read other tokens than it
-    was trained on, without a word.
+    in transformers/models/auto/tokenization_auto.py); that of Llama puts no space before what follows a token like <s>,
+    as the files of Llama 2 and its kin do. A base with another tokenizer would read other tokens than it was trained
+    on, without a word.
     """
     if type(tokenizer) is PreTrainedTokenizerFast or (file := sources.file(model, "tokenizer.json")) is None:
         return True
-    stored = Tokenizer.from_file(str(file)).encode(SPLIT_PROBE, add_special_tokens=False).ids
-    return bool(tokenizer.encode(SPLIT_PROBE, add_special_tokens=False) == stored)
+    stored = Tokenizer.from_file(str(file))
+    known = {token.content for token in stored.get_added_tokens_decoder().values()}
+    own = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token in known]
+    texts = [SPLIT_PROBE, f"  {SPLIT_PROBE}", *(f"{token}{space}{SPLIT_PROBE}" for token in own for space in ("", " "))]
+    return all(
+        tokenizer.encode(text, add_special_tokens=False) == stored.encode(text, add_special_tokens=False).ids
+        for text in texts
+    )
 
 
 def _unused_token(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -64,9 +64,11 @@ class Engine:
             row.put(Closing())
 
     def abort(self) -> None:
-        """What runs ends with its next token."""
+        """What runs ends with its next token, and whoever waits for it is told now."""
         for row in list(self.running):
             row.gone = True
+            if not row.done:
+                row.put(Closing())
 
     # --- the thread ---
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import socket
+import sys
 import threading
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
+from finetune.child import HANGUP, at_terminal, leave, stopping
 from finetune.errors import Interrupted
 from finetune.serving.engine import Engine
-from finetune.terminal.progress import warn
+from finetune.terminal.progress import note, warn
 
 LAST_SECONDS = 10  # for answers that are written but not yet read
 
@@ -27,16 +31,20 @@ class Server(uvicorn.Server):
         )  # fmt: skip
         super().__init__(config)
         self.engine = engine
-        self.stopped = False
+        self.asked = self.stopped = False
+        self.terminals = at_terminal()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """In place of uvicorn's, which closes the door at once: a client in the queue would see a broken connection."""
-        if self.engine.closing:
+        if sig == HANGUP:
+            leave(self.terminals)
+        if not self.asked:
+            self.asked = True
+            # In a thread: the signal may have come while this one holds the queue's lock.
+            threading.Thread(target=self._close, daemon=True).start()
+        elif sig != HANGUP:  # which comes beside others
             self.stopped = self.force_exit = self.should_exit = True
             self.engine.abort()
-            return
-        # In a thread: the signal may have come while this one holds the queue's lock.
-        threading.Thread(target=self._close, daemon=True).start()
 
     def _close(self) -> None:
         warn("closing: what runs is finished, everything else refused; once more stops at once")
@@ -46,8 +54,14 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def serve_on(self, listener: socket.socket) -> None:
-        """Until it is told to end. Interrupted where it was told twice."""
+        """Until it is told to end; told twice, the process ends here."""
         self.engine.thread.start()
+        for number in stopping():  # uvicorn knows no hang-up, and gives these back when it has ended
+            signal.signal(number, self.handle_exit)
         self.run(sockets=[listener])
         if self.stopped:
-            raise Interrupted("stopped; what was being written is lost")
+            note("stopped; what was being written is lost", "yellow")
+            sys.stderr.flush()
+            os._exit(Interrupted.exit_code)  # Python's end would wait for a thread in the middle of a step
+        for number in stopping():  # Python's own end takes a second with torch, and all is done
+            signal.signal(number, signal.SIG_IGN)

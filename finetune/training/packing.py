@@ -14,9 +14,16 @@ from finetune.terminal.progress import task
 ROUNDED = 1e-5  # of the largest logit, in float32
 
 
+def one_row(model: PreTrainedModel) -> bool:
+    """Whether the packed rows of a pass become one: attention then takes documents of any length (varlen), where it
+    would compute, and mask, the square of a row's length otherwise."""
+    return "flash" in str(model.config._attn_implementation)
+
+
 @torch.no_grad()
 def documents_isolated(model: PreTrainedModel, ids: list[int]) -> bool:
-    """Whether documents packed into one row are invisible to each other, found by trying.
+    """Whether documents packed into one row are invisible to each other, found by trying, in as many rows as `Collator`
+    makes of them.
 
     Two documents share a row, told apart by position ids alone. If changing the first changes the logits of the
     second, attention (or virtual tokens, or ALiBi) leaks, whatever the documentation says.
@@ -27,7 +34,9 @@ def documents_isolated(model: PreTrainedModel, ids: list[int]) -> bool:
     was_training = model.training
     model.eval()
     try:
-        rows = [torch.tensor([row], device=model.device) for row in (ids, changed)]
+        copies = 1 if one_row(model) else 2
+        positions = positions.expand(copies, -1)
+        rows = [torch.tensor([row] * copies, device=model.device) for row in (ids, changed)]
         # As in training: what is trained is float32, also on a bfloat16 base.
         with torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32):
             a, b = (model(input_ids=row, position_ids=positions, use_cache=False).logits for row in rows)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from finetune.adapters.load import weights_dtype
@@ -25,6 +26,7 @@ from finetune.models.quantization import is_quantized
 from finetune.recipe.stages import DpoRecipe, KtoRecipe
 from finetune.run.writing import write_json
 from finetune.terminal.progress import task
+from finetune.training.plan import Layout
 
 
 class NoReference(nn.Module):
@@ -37,8 +39,8 @@ class NoReference(nn.Module):
 
 
 # Of what is kept: 1 had other references where an adapter was continued, 2 rounded adapters on quantized bases and one
-# name for every precision of `full`.
-VERSION = "3"
+# name for every precision of `full`, 3 had all rows.
+VERSION = "4"
 
 
 def key_of(recipe: DpoRecipe | KtoRecipe, base: Base) -> str:
@@ -57,44 +59,60 @@ def key_of(recipe: DpoRecipe | KtoRecipe, base: Base) -> str:
     return " ".join(parts)
 
 
-def add(trainer: Any, recipe: DpoRecipe | KtoRecipe, base: Base) -> None:
-    """The columns that trl reads, computed once per content and kept on disk. base: what the adapter sits on."""
+def add(trainer: Any, recipe: DpoRecipe | KtoRecipe, base: Base, layout: Layout) -> None:
+    """The columns that trl reads, computed once per content and kept on disk, of the rows that `layout` will train.
+
+    base: what the adapter sits on.
+    """
     key, folder, args = key_of(recipe, base), cache_folder() / "reference", trainer.args
     bare = base.model.adapter is None and active(trainer.model).virtual_tokens is not None
     with trainer.model.disable_adapter() if bare else nullcontext():
+        order = trained_rows(trainer, layout)
         trainer.train_dataset = _with_columns(
-            trainer, trainer.train_dataset, args.per_device_train_batch_size, True, f"{key} train", folder
+            trainer, trainer.train_dataset, args.per_device_train_batch_size, order, f"{key} train", folder
         )
-        if trainer.eval_dataset is not None:
+        if (held_out := trainer.eval_dataset) is not None:
             trainer.eval_dataset = _with_columns(
-                trainer, trainer.eval_dataset, args.per_device_eval_batch_size, False, f"{key} eval", folder
-            )
+                trainer, held_out, args.per_device_eval_batch_size, range(len(held_out)), f"{key} eval", folder,
+                training=False,
+            )  # fmt: skip
 
 
-def _with_columns(trainer: Any, rows: Any, size: int, training: bool, key: str, folder: Path) -> Any:
-    """The rows with the columns; `size` of them make a pass."""
+def trained_rows(trainer: Any, layout: Layout) -> list[int]:
+    """Numbers of the rows that will be trained, in the order of the first epoch; all of them after that."""
+    order = list(trainer._get_train_sampler())
+    return order[: layout.total_steps * layout.accumulation * layout.rows_per_pass]
+
+
+def _with_columns(
+    trainer: Any, rows: Any, size: int, order: Sequence[int], key: str, folder: Path, training: bool = True
+) -> Any:
+    """The rows with the columns, which are no numbers where a row is not in `order`; `size` of them make a pass."""
     digest = hashlib.sha256(key.encode())
     for row in rows:
         digest.update(repr(sorted(row.items())).encode())
     file = folder / f"{digest.hexdigest()}.json"
+    columns: dict[str, list[float | None]] = {name: [None] * len(rows) for name in trainer.reference_columns}
     if file.is_file():
         columns = json.loads(file.read_text(encoding="utf-8"))
-    else:
+    missing = [i for i in order if any(values[i] is None for values in columns.values())]
+    if missing:
         as_measured(trainer.model, training)
         what = "scoring with the reference" if training else "scoring held-out rows with the reference"
-        with task(what, len(rows)) as advance:
-            passes = []
-            for start in range(0, len(rows), size):
-                batch = trainer.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
+        with task(what, len(missing)) as advance:
+            for start in range(0, len(missing), size):
+                numbers = missing[start : start + size]
+                batch = trainer.data_collator([rows[i] for i in numbers])
                 batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
-                passes.append(trainer.compute_ref_log_probs(trainer.model, batch))
-                advance(size)
-        found = (torch.cat(values).tolist() for values in zip(*passes, strict=True))
-        columns = dict(zip(trainer.reference_columns, found, strict=True))
+                found = trainer.compute_ref_log_probs(trainer.model, batch)
+                for name, values in zip(trainer.reference_columns, found, strict=True):
+                    for i, value in zip(numbers, values.tolist(), strict=True):
+                        columns[name][i] = value
+                advance(len(numbers))
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, columns)
     for name, values in columns.items():
-        rows = rows.add_column(name, values)
+        rows = rows.add_column(name, [math.nan if value is None else value for value in values])
     return rows
 
 

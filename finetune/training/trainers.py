@@ -368,7 +368,11 @@ class RowMeans:
 
 
 class Collator(DataCollatorForLanguageModeling):
-    """trl's, with the loss weights of turns where the data has them."""
+    """trl's, with the loss weights of turns where the data has them.
+
+    Packed rows: with `padding_free` all of a pass are one row, for kernels that take documents of any length. Without,
+    each stays a row (`return_position_ids`): attention that masks documents apart costs the square of a row's length.
+    """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super().torch_call(examples)
@@ -377,10 +381,17 @@ class Collator(DataCollatorForLanguageModeling):
             rows = [[w for row in rows for w in row]] if self.padding_free else rows
             longest = batch["labels"].shape[1]
             batch["weights"] = torch.tensor([row + [0.0] * (longest - len(row)) for row in rows])
+        if self.return_position_ids:
+            # Documents begin at position 0, and padding is documents of one token: transformers tells them apart by
+            # that alone, and only where there is no other mask.
+            batch["tokens"] = int(batch.pop("attention_mask").sum())
+            batch["labels"][batch["position_ids"] == 0] = -100
         return batch
 
 
 class _WeightedSft(SFTTrainer):
+    _total_train_tokens: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.own_scores = scores_are_its_own(self.model)
@@ -394,8 +405,13 @@ class _WeightedSft(SFTTrainer):
         all loss of a model whose log-probabilities trl gets wrong, from its logits.
         """
         weights, smoothing = inputs.pop("weights", None), self.args.label_smoothing_factor
+        tokens, seen = inputs.pop("tokens", None), self._total_train_tokens
         if weights is None and not smoothing and self.own_scores:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if tokens is not None and self.model.training:  # trl counts the positions of the first row
+                self._total_train_tokens = seen + tokens
+                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            return found
         labels = inputs["labels"][:, 1:]
         trained = labels != -100
         if smoothing or not self.own_scores:
@@ -413,7 +429,7 @@ class _WeightedSft(SFTTrainer):
         self._metrics["train" if self.model.training else "eval"]["mean_token_accuracy"].append(accuracy.item())
         losses = -logps if weights is None else -logps * weights[:, 1:].to(logps)
         if self.model.training:
-            self._total_train_tokens += int(inputs["labels"].numel())
+            self._total_train_tokens += int(inputs["labels"].numel()) if tokens is None else tokens
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         loss = losses.sum() / (trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss

@@ -19,6 +19,9 @@ PASTED = b"\x1b[200~one\ntwo\x1b[201~"
 
 QUIET = 0.5
 """Seconds without output after which the program waits for keys; nothing is asserted of them."""
+WAITED = 10.0
+"""Seconds after which Ctrl-C is helped."""
+NOTHING = b"\x05"  # Ctrl-E: to the end of the line, where the cursor is
 PROMPT = r"(^|[\r\n])> (\x1b\[\?2004h)?$"
 
 
@@ -41,13 +44,16 @@ class Terminal:
         self.text = ""
 
     def type(self, keys: bytes, then: str, quiet: bool = True, seconds: float = 120) -> str:
-        """What is written up to `then`, a pattern, and with `quiet` until nothing more comes: Ctrl-C pressed while
-        input() is being set up is handled only with the next key (CPython, Modules/readline.c), and an answer may look
-        like a prompt."""
+        """What is written up to `then`, a pattern, and with `quiet` until nothing more comes: an answer may look like a
+        prompt. Ctrl-C pressed while input() is being set up, which takes long on a busy machine, is handled only with
+        the next key (CPython, Modules/readline.c): one that does nothing is pressed where nothing comes of it."""
         os.write(self.ours, keys)
-        begun, read, gone, there = time.monotonic(), b"", False, None
+        begun, read, gone, there, pressed = time.monotonic(), b"", False, None, not keys.endswith(CTRL_C)
         while not gone and time.monotonic() - begun < seconds:
             more = bool(select.select([self.ours], [], [], QUIET)[0])
+            if not pressed and time.monotonic() - begun > WAITED:
+                os.write(self.ours, NOTHING)
+                pressed = True
             if more:
                 try:
                     read += os.read(self.ours, 1 << 16)

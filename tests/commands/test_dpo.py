@@ -175,6 +175,31 @@ def test_reference_is_computed_once(
     assert len(calls) > computed
 
 
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_only_rows_that_are_trained_are_scored(
+    aligned: Write, unpaired: Path, tmp_path: Path, cache: Path, stage: str
+) -> None:
+    """In two steps of four rows; a run of more steps scores the others, and has the same first steps."""
+    sections: dict[str, Any] = {"data": {"train": str(unpaired)}} if stage == "kto" else {}
+
+    def trained(steps: int) -> tuple[Run, set[int]]:
+        settings = {"max_steps": steps, "effective_batch_size": 4, "logging_steps": 1}
+        found = run(aligned(stage, train=settings, output={"dir": str(tmp_path / f"{steps}")}, **sections))
+        [file] = cache.iterdir()
+        columns = list(json.loads(file.read_text()).values())
+        scored = {i for i, value in enumerate(columns[0]) if value is not None}
+        assert all({i for i, value in enumerate(column) if value is not None} == scored for column in columns)
+        return found, scored
+
+    few, eight = trained(2)
+    more, twenty = trained(5)
+    assert (len(eight), len(twenty)) == (8, 20)
+    assert eight < twenty
+    assert logged(few, "grad_norm") == pytest.approx(logged(more, "grad_norm")[:2], rel=1e-6)
+    _, every = trained(9)  # one more than an epoch has
+    assert every == set(range(32))
+
+
 @pytest.mark.parametrize("start", ["continue", "merge"])
 def test_from_an_sft_run(aligned: Write, recipe: Write, start: str, tmp_path: Path) -> None:
     """Policy and reference begin as the SFT model, whichever way; merged, the base is a new one."""

@@ -128,7 +128,7 @@ def test_the_reference_is_where_the_policy_starts(
         sft = train(recipe(train={"max_steps": 6}))
         values["model"]["adapter"] = str(sft.path)
         expected = PeftModel.from_pretrained(expected, sft.adapter)
-    trainer = made(check(yaml.safe_load(json.dumps(values, default=str)), stage), tmp_path)
+    trainer = made(check(yaml.safe_load(json.dumps(values, default=str)), stage), tmp_path, 16)  # all in one step
     for rows in (trainer.train_dataset, trainer.eval_dataset):
         for row in rows:
             if stage == "dpo":

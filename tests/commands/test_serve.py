@@ -387,7 +387,7 @@ def test_the_last_signal(client: openai.OpenAI, server: Server) -> None:
 
 
 def test_kill_leaves_nothing(base: Path, tmp_path: Path) -> None:
-    """A second signal stops at once; kill -9 leaves no child, and the port is free."""
+    """kill -9 leaves no child, and the port is free."""
     started = Server(tmp_path, str(base), "--max-new-tokens", "400")
     name = started.client().models.list().data[0].id
     assert name == base.name
@@ -402,6 +402,39 @@ def test_kill_leaves_nothing(base: Path, tmp_path: Path) -> None:
 
     address.check("127.0.0.1", int(started.url.removesuffix("/v1").rpartition(":")[2]))
     started.kill()
+
+
+def test_a_second_signal_stops_at_once(base: Path, tmp_path: Path) -> None:
+    """The first, here that of a closed terminal, finishes what runs: a long answer and a longer stream."""
+    from finetune.serving import address
+
+    started = Server(tmp_path, str(base), "--max-new-tokens", "400", "--batch-size", "2")
+    client, name = started.client(), base.name
+    long: dict[str, Any] = {"max_tokens": 400, "temperature": 1.0, "logit_bias": {"2": -100}}  # its end of turn
+    stream = asked(client, name, "ab", stream=True, **long)
+    next(stream)
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(asked, client, name, f"{n}", **long) for n in range(3)]
+        for _ in range(600):
+            if len(psutil.Process(started.process.pid).net_connections()) > 4:  # all are there
+                break
+            time.sleep(0.05)
+        for number, told in ((signal.SIGHUP, "closing"), (signal.SIGTERM, "stopped")):
+            assert started.process.poll() is None
+            assert told not in started.said
+            started.process.send_signal(number)
+            for _ in range(600):
+                if told in started.said:
+                    break
+                time.sleep(0.05)
+        assert started.process.wait(30) == 130
+        with pytest.raises((openai.APIError, httpx.HTTPError)):  # an error in the stream, or the end of the connection
+            list(stream)
+        for one in waiting:
+            assert isinstance(one.exception(), openai.APIStatusError | openai.APIConnectionError)
+            assert getattr(one.exception(), "status_code", 503) == 503
+    assert "Traceback" not in started.said
+    address.check("127.0.0.1", int(started.url.removesuffix("/v1").rpartition(":")[2]))
 
 
 def test_a_base_that_its_adapter_rewrites_is_not_served(adapters: dict[str, Path], tmp_path: Path) -> None:

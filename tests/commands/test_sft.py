@@ -260,7 +260,16 @@ def test_the_accuracy_is_measured_however_the_loss_is(recipe: Recipe, tmp_path: 
         assert len(logged(run, "eval_mean_token_accuracy")) == 1
 
 
-def test_packing_leaves_the_loss_as_it_is(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flat", [False, True])
+def test_packing_leaves_the_loss_as_it_is(
+    recipe: Recipe, tmp_path: Path, flat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In rows, and in one row as for kernels that take documents of any length."""
+    from finetune.commands import sft
+    from finetune.training import packing
+
+    for module in (sft, packing):
+        monkeypatch.setattr(module, "one_row", lambda model: flat)
     settings = {"max_steps": 1, "effective_batch_size": 64}
     plain = train(recipe(output={"dir": str(tmp_path / "plain")}, train=settings))
     packed = train(
@@ -268,7 +277,46 @@ def test_packing_leaves_the_loss_as_it_is(recipe: Recipe, tmp_path: Path) -> Non
     )
     assert logged(packed, "loss") == pytest.approx(logged(plain, "loss"), abs=1e-5)
     assert logged(packed, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-3)
-    assert not any("packing" in line for line in json.loads(packed.result.read_text())["decisions"]), "it was packed"
+    one, other = (json.loads(run.result.read_text()) for run in (plain, packed))
+    assert other["seen_tokens"] == one["seen_tokens"]
+    assert not any("packing" in line for line in other["decisions"]), "it was packed"
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_documents_in_rows_are_apart(flat: bool) -> None:
+    """Each document's logits are those that it has alone, behind padding and between others; a mask for all would show
+    them to each other."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from finetune.training.trainers import Collator
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    rows = [[range(3, 10), range(20, 25)], [range(40, 42)], [range(50, 60), range(60, 61), range(70, 72)]]
+    examples = [
+        {"input_ids": ids, "labels": ids, "seq_lengths": [len(document) for document in row]}
+        for row in rows
+        for ids in [[token for document in row for token in document]]
+    ]
+    collator = Collator(0, padding_free=flat, return_position_ids=not flat, pad_to_multiple_of=None if flat else 32)
+    batch = collator(examples)
+    assert batch["input_ids"].shape == ((1, 27) if flat else (3, 32))
+    names = ("input_ids", "position_ids")
+    with torch.no_grad():
+        together = model(**{name: batch[name] for name in names}, use_cache=False).logits
+        for place, row in enumerate(rows):
+            at = sum(len(document) for other in rows[:place] for document in other) if flat else 0
+            for document in row:
+                alone = model(input_ids=torch.tensor([list(document)])).logits[0]
+                found = together[0 if flat else place, at : at + len(document)]
+                torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+                trained = batch["labels"][0 if flat else place, at : at + len(document)]
+                assert trained.tolist() == [-100, *document[1:]]
+                at += len(document)
+    assert flat or batch["tokens"] == 27
 
 
 def test_packed_steps_hold_effective_batch_size_samples(recipe: Recipe, tmp_path: Path) -> None:

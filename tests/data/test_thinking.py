@@ -144,6 +144,42 @@ def test_goldens(encoders: Any, template: str, treatment: str, row: Any, train_o
         assert last == len(prompt) - 1, "the answer is trained from its first token on"
 
 
+@pytest.mark.parametrize(
+    "template", ["qwen3", "qwen3_8", "glm4moe", "nemotron_3_nano", "gemma4_v5", "gptoss", "lfm2_2_5"]
+)
+def test_thinking_in_tags_is_thinking(encoders: Any, template: str) -> None:
+    """Also where the template does not look for tags: as a part of the answer it would be trained behind an empty block
+    (Qwen3.8) or in the final channel (gpt-oss); and an empty block of the row's is none."""
+    encoder = encoders(template)
+    for tagged, row in ((INLINE, THINKS), (EMPTY, PLAIN)):
+        found, wanted = encoder.encode(Conversation(tagged)), encoder.encode(Conversation(row))
+        assert marked(encoder, found) == marked(encoder, wanted)
+        assert found.input_ids == wanted.input_ids
+        asked = [*tagged, u("r")], [*row, u("r")]
+        assert encoder.prompt_ids(asked[0]) == encoder.prompt_ids(asked[1])
+
+
+def test_tags_that_become_thinking_are_told(encoders: Any, tmp_path: Path) -> None:
+    """Where the template reads them, nothing is done; what only speaks of tags stays, and so does a row with both."""
+    both = [u("q"), a("<think>\none\n</think>\n\nyes", "two")]
+    spoken = [u("q"), a("write <think> and </think>")]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": m} for m in (INLINE, EMPTY, PLAIN, THINKS, both, spoken)])
+    told = "2 rows whose <think> tags became reasoning_content: the chat template does not look into content"
+    for template, treatment, found in (
+        ("qwen3_8", "keep", True), ("gptoss", "keep", True), ("qwen3_8", "drop", False), ("qwen3", "keep", False),
+    ):  # fmt: skip
+        config = DataConfig(
+            train=str(rows), thinking=treatment, on_error="drop", max_dropped=0.5
+        )  # Qwen3: the last row
+        assert (told in load_sft(config, encoders(template, treatment)).warnings) is found, (template, treatment)
+    encoder = encoders("qwen3_8")
+    assert "write <think> and </think><|im_end|>" in marked(encoder, encoder.encode(Conversation(spoken)))
+    shown = preview.samples(DataConfig(train=str(rows)), encoder)
+    assert [sample.get("moved", False) for sample in shown] == [True, True, False, False, False, False]
+    assert (shown[0]["input_ids"], shown[0]["roles"]) == (shown[3]["input_ids"], shown[3]["roles"])
+    assert "row 1 · <think> tags moved into reasoning_content" in str(preview.as_text(shown))
+
+
 @pytest.mark.parametrize("template", ["qwen3", "qwen3_5_think", "qwen3_5_nothink", "glm4moe", "nemotron_3_nano"])
 def test_what_is_asked_is_what_was_shown(encoders: Any, template: str) -> None:
     """The prompts of --thinking off and on are the context of `empty` on plain rows and of `keep` on thinking ones."""

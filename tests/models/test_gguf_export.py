@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ft, write_rows
+from conftest import adapter, ft, write_rows
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from finetune.errors import UserError
+from finetune.errors import Interrupted, RunError, UserError
 from finetune.resources import BUILTIN_MODELS
 
 gguf = pytest.importorskip("gguf")
@@ -32,6 +32,7 @@ from gguf_tiny import prompt_of, said  # noqa: E402
 
 from finetune.models.gguf import export, layout, vocabulary  # noqa: E402
 from finetune.models.gguf.adapter import write_adapter  # noqa: E402
+from finetune.models.gguf.conversion import read  # noqa: E402
 from finetune.models.gguf.export import portable, write_model  # noqa: E402
 from finetune.models.gguf.header import read_header  # noqa: E402
 
@@ -135,6 +136,18 @@ def test_a_number_too_large_for_f16(tmp_path: Path) -> None:
     model.save_pretrained(folder)
     with pytest.raises(UserError, match="numbers that f16 has no place for → use bf16 or f32"):
         write_model(folder, tmp_path / "x.gguf", "f16")
+
+
+def test_a_file_of_another_model_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers looks there first, whatever folder it is given."""
+    monkeypatch.chdir(tmp_path)
+    write_model(folder_of("llama untied", tmp_path / "one"), tmp_path / "model.gguf", "f32")
+    other = folder_of("llama linear", tmp_path / "two")
+    write_model(other, tmp_path / "x.gguf", "f32")
+    network, _ = read(read_header(tmp_path / "x.gguf"))
+    wanted = AutoModelForCausalLM.from_pretrained(other).state_dict()
+    for name, weight in network.state_dict().items():
+        assert torch.equal(weight, wanted[name])
 
 
 def test_what_is_written_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +276,7 @@ def test_merge_for_ollama(tmp_path: Path, recipe: Any) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "proven: transformers reads all" in done.stderr
+    assert not [line for line in done.stderr.splitlines() if line.startswith("next") and ".part" in line]
     assert (tmp_path / "mine.Modelfile").read_text().count("FROM ./mine.gguf\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir() if "part" in p.name) == []
     again = ft("merge", tmp_path / "run", "--output", target, "--format", "gguf")
@@ -291,3 +305,37 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
     assert "x.Modelfile" in done.stderr
     assert "unknown type 'q3' → one of f32, f16, bf16, q8_0" in done.stderr
     assert "is no name of a GGUF file" in ft("merge", "--model", "tiny-llama", "-o", "x", "--format", "gguf").stderr
+
+
+@pytest.mark.parametrize(("code", "error"), [(130, Interrupted), (1, RunError), (2, UserError)])
+def test_a_merge_that_does_not_end_leaves_nothing(
+    code: int, error: type[Exception], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what an earlier one left that was killed is gone: gigabytes, under a name that nobody looks for."""
+    from finetune import child, places
+    from finetune.commands import gguf as command
+
+    made = adapter(base, tmp_path / "adapter", 0)
+    left = tmp_path / "x.gguf.part"
+    left.mkdir()
+    for name in (places.UNFINISHED, "x.gguf", "merged"):
+        (left / name).write_text("of one that was killed")
+
+    def ends(*words: str, **_: Any) -> tuple[int, str]:
+        assert [path.name for path in left.iterdir()] == [places.UNFINISHED]
+        with (
+            pytest.raises(UserError, match="another process is writing here"),
+            places.unfinished(tmp_path / "x.gguf", ""),
+        ):
+            pass
+        return code, ""
+
+    monkeypatch.setattr(child, "run", ends)
+    with pytest.raises(error):
+        command.run(str(made), str(tmp_path / "x.gguf"), kind="f32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+    left.mkdir()
+    (left / "mine").write_text("a user's")
+    with pytest.raises(UserError, match="is in the way, and is nothing that ft wrote"):
+        command.run(str(made), str(tmp_path / "x.gguf"), kind="f32")
+    assert (left / "mine").read_text() == "a user's"

@@ -23,7 +23,7 @@ from finetune.models.gguf.header import KEY, read_header
 from finetune.run.writing import write_json
 from finetune.terminal.progress import task
 
-VERSION = 1  # of the conversion: another number, and every file is converted again
+VERSION = 2  # of the conversion: another number, and every file is converted again
 NOTES = "ft-gguf.json"  # what a converted folder was made of, and the sizes of its files
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,10 @@ def convert(header: Header, out: Path) -> None:
 def read(header: Header) -> tuple[Any, Any]:
     """(network, tokenizer)"""
     with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "model.gguf").symlink_to(header.path.resolve())  # Ollama's files have no suffix
-        where: dict[str, Any] = {"pretrained_model_name_or_path": scratch, "gguf_file": "model.gguf"}
+        # Ollama's files have no suffix; and transformers reads a file of that name in the working directory first.
+        name = f"{uuid.uuid4().hex}.gguf"
+        (Path(scratch) / name).symlink_to(header.path.resolve())
+        where: dict[str, Any] = {"pretrained_model_name_or_path": scratch, "gguf_file": name}
         config = AutoConfig.from_pretrained(**where)
         correct(config, header)
         tokenizer = rebuild(where, header)

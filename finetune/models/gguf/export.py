@@ -21,7 +21,7 @@ from finetune.models.gguf.checks import stored_dtype
 from finetune.models.gguf.config import FREQUENCIES
 from finetune.models.gguf.header import check_package, read_header
 from finetune.models.gguf.places import MADE, TYPES, check_type
-from finetune.models.gguf.vocabulary import TEXTS, vocabulary
+from finetune.models.gguf.vocabulary import vocabulary
 from finetune.models.tokenizers import load_tokenizer
 from finetune.models.weight_files import DERIVED, read_json, shapes, tensors, weight_files
 from finetune.recipe.sections import ModelConfig
@@ -96,8 +96,8 @@ def write_model(
         expected, error = write_tensors(writer, files, config, kind, folder)
     finally:
         writer.close()
-    texts = check_written(path, expected, tokenizer, folder)
-    return Written(len(expected), texts, words.rule, kind, error, begins, silenced)
+    check_written(path, expected, tokenizer, words.texts, folder)
+    return Written(len(expected), len(words.texts), words.rule, kind, error, begins, silenced)
 
 
 def file_type(kind: str) -> str:
@@ -225,9 +225,8 @@ def digest(tensor: torch.Tensor) -> str:
     return f"{list(tensor.shape)} {xxhash.xxh3_128_hexdigest(content)}"
 
 
-def check_written(path: Path, expected: dict[str, Any], tokenizer: Any, folder: Path) -> int:
-    """Read the file back through transformers; the number of texts that were tokenized. UserError for any weight or
-    token that is not the folder's."""
+def check_written(path: Path, expected: dict[str, Any], tokenizer: Any, texts: list[str], folder: Path) -> None:
+    """Read the file back through transformers. UserError for any weight or token that is not the folder's."""
     from finetune.models.gguf.conversion import read
 
     header = read_header(path)
@@ -240,7 +239,7 @@ def check_written(path: Path, expected: dict[str, Any], tokenizer: Any, folder: 
             same = digest(ours) == wanted if isinstance(wanted, str) else close(ours, wanted.to(read_as), name, header)
             if not same:
                 raise UserError(f"{name} does not come back from the GGUF file as it was", path=folder, key="--format")
-        return same_tokens(words, tokenizer, folder)
+        same_tokens(words, tokenizer, texts, folder)
 
 
 def close(ours: torch.Tensor, wanted: torch.Tensor, name: str, header: Any) -> bool:
@@ -249,18 +248,8 @@ def close(ours: torch.Tensor, wanted: torch.Tensor, name: str, header: Any) -> b
     return torch.equal(ours, wanted)
 
 
-def same_tokens(words: Any, tokenizer: Any, folder: Path) -> int:
-    texts = [*TEXTS, *(text for text in map(str, chat_texts(tokenizer)) if text)]
+def same_tokens(words: Any, tokenizer: Any, texts: list[str], folder: Path) -> None:
     for text in texts:
         ours, theirs = (one(text, add_special_tokens=False)["input_ids"] for one in (tokenizer, words))
         if ours != theirs:
             raise UserError(f"the GGUF file's tokenizer gives other ids for {text!r}", path=folder, key="--format")
-    return len(texts)
-
-
-def chat_texts(tokenizer: Any) -> list[str]:
-    """A question as the chat template writes it: control tokens between words."""
-    if not tokenizer.chat_template:
-        return []
-    chat = [{"role": "user", "content": "Hello, 1, 2 world\n\n 北京"}]
-    return [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)]

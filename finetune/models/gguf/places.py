@@ -41,6 +41,7 @@ def check_unwritten(path: Path, overwrite: bool) -> None:
         places.check_file(file, "--output", ours)
         if file.exists() and file.stat().st_size and not overwrite:
             raise UserError("exists", path=file, key="--output", fix="choose another name, or --overwrite")
+    places.check_part(path, "--output")
 
 
 def is_gguf_of_ours(path: Path) -> bool:

@@ -1,12 +1,12 @@
 """The tokenizer of a GGUF file, through transformers, with what that leaves out. Compared with llama.cpp itself in
-tests/models/test_gguf_tokenizer.py."""
+tests/models/test_gguf_llama_cpp.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import Regex, pre_tokenizers
-from transformers import AutoTokenizer
+from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.gguf import read_gguf_metadata
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -29,6 +29,7 @@ WHOLE_WORDS = {
     "jina-v5-nano",
 }
 TOKENS = "tokenizer.ggml.tokens"
+SPACES = normalizers.Replace(" ", "▁")
 
 
 def rebuild(where: dict[str, Any], header: Header) -> Any:
@@ -42,8 +43,25 @@ def rebuild(where: dict[str, Any], header: Header) -> Any:
         tokenizer.backend_tokenizer.model.ignore_merges = True
     if header.values["tokenizer.ggml.model"] == "gpt2" and pre in DIGIT_SPLITS | NUMBER_SPLITS:
         tokenizer.backend_tokenizer.pre_tokenizer = splitter(pre)
+    if header.values["tokenizer.ggml.model"] == "llama" and not header.architecture.startswith("gemma"):
+        tokenizer = as_sentencepiece(tokenizer, bool(header.values.get("tokenizer.ggml.add_space_prefix", True)))
     check_ids(tokenizer, header)
     return tokenizer
+
+
+def as_sentencepiece(tokenizer: Any, prefix: bool) -> Any:
+    """With a space before every text that begins, or that follows a token of the vocabulary's own, as llama.cpp and
+    sentencepiece have it. transformers' class puts none behind tokens, and none where one is already; a class that
+    says nothing stays what its tokenizer.json says."""
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([*([normalizers.Prepend("▁")] if prefix else []), SPACES])
+    backend.pre_tokenizer = None
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, chat_template=tokenizer.chat_template, **named
+    )
 
 
 def splitter(pre: str) -> Any:

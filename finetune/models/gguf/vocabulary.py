@@ -2,7 +2,8 @@
 
 A byte-level vocabulary names one of llama.cpp's rules for cutting text into words. Which one is found by behaviour: the
 rule is put in the place of the tokenizer's own, and must give the same ids on every probe. A sentencepiece vocabulary
-has scores instead of merges; llama.cpp's way of joining by scores is written out here and held against the ids.
+has scores instead of merges; llama.cpp's way of joining by scores is written out here and held against the ids, also
+behind the vocabulary's own tokens: llama.cpp puts a space before every text that follows one, or before none.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
@@ -37,12 +39,17 @@ TEXTS = (
 )  # fmt: skip
 
 
+CHATS = ("Hello, 1, 2 world\n\n 北京", " x", "\n  y 🙂 ", "订单B98，退款128元。")
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     values: dict[str, Any]
     """Metadata of the file, under llama.cpp's keys."""
     rule: str
     """How it cuts text into words, in words."""
+    texts: list[str]
+    """Such as have the same ids; the chats are always among them."""
 
 
 def vocabulary(tokenizer: Any, rows: int, path: Path) -> Vocabulary:
@@ -64,20 +71,20 @@ def vocabulary(tokenizer: Any, rows: int, path: Path) -> Vocabulary:
     if len(tokens) > rows:
         refuse(path, f"its tokenizer has {len(tokens):,} tokens and its embedding {rows:,} rows")
     values: dict[str, Any] = {}
+    chats, texts = chats_of(tokenizer), list(TEXTS)
     if model.get("byte_fallback"):
         scores = scores_of(model["merges"], tokens)
-        values |= {"model": "llama", "pre": "default", "scores": scores}
-        values["add_space_prefix"] = prefixed(backend)
         for number, token in enumerate(tokens):
             if types[number] == USER_DEFINED:
                 tokens[number] = token.replace("▁", " ")
-        rule = check_scores(backend, tokens, types, scores, values["add_space_prefix"], path)
+        prefix, rule, texts = spaced(backend, Scores(tokens, types, scores), chats, path)
+        values |= {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": prefix}
     else:
         pre = rule_of(made, path)
         values |= {"model": "gpt2", "pre": pre, "merges": [pair(merge) for merge in model["merges"]]}
         rule = f"text is cut into words as {pre} does"
     values |= {"tokens": tokens, "token_type": types}
-    return Vocabulary({f"tokenizer.ggml.{key}": value for key, value in values.items()}, rule)
+    return Vocabulary({f"tokenizer.ggml.{key}": value for key, value in values.items()}, rule, [*texts, *chats])
 
 
 def refuse(path: Path, what: str) -> Any:
@@ -149,10 +156,17 @@ def ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return [found.ids for found in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def prefixed(backend: Tokenizer) -> bool:
-    """Whether a text begins as if a space stood before it."""
-    found = backend.encode("a", add_special_tokens=False).tokens
-    return bool(found) and found[0].startswith("▁")
+def chats_of(tokenizer: Any) -> list[str]:
+    """Conversations as the chat template writes them: control tokens between words. Some templates know no answers."""
+    found = []
+    for text in CHATS if tokenizer.chat_template else ():
+        turns = [{"role": role, "content": text} for role in ("user", "assistant", "user")]
+        for chat in (turns[:1], turns):
+            try:
+                found.append(str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)))
+            except TemplateError:
+                continue
+    return list(filter(None, found))
 
 
 def scores_of(merges: list[Any], tokens: list[str]) -> list[float]:
@@ -194,22 +208,53 @@ def joined(text: str, ranks: dict[str, int], scores: list[float], prefix: bool) 
     return out
 
 
-def check_scores(
-    backend: Tokenizer, tokens: list[str], types: list[int], scores: list[float], prefix: bool, path: Path
-) -> str:
-    """UserError when joining by scores gives other ids than the tokenizer."""
-    ranks = {token: number for number, token in enumerate(tokens) if types[number] in (NORMAL, BYTE, USER_DEFINED)}
-    own = [token for number, token in enumerate(tokens) if types[number] == USER_DEFINED and token]
-    cut = re.compile("(" + "|".join(map(re.escape, sorted(own, key=len, reverse=True))) + ")") if own else None
-    made = json.loads(backend.to_str())
-    texts = probes(made)
-    for text, ours in zip(texts, ids(backend, texts), strict=True):
-        theirs: list[int] = []
-        parts = cut.split(text) if cut else [text]
-        for number, part in enumerate(parts):
-            if part:
-                whole = number % 2 == 1
-                theirs += [ranks[part]] if whole else joined(part, ranks, scores, prefix and not theirs)
-        if theirs != ours:
-            refuse(path, f"its tokenizer gives other ids than llama.cpp's sentencepiece would for {text!r}")
-    return "text is joined by scores, as sentencepiece does"
+PREFIXED = (
+    "with a space before each text and behind each special token, which a bare gguf_file= of transformers leaves out"
+)
+
+
+class Scores:
+    """A sentencepiece vocabulary in llama.cpp."""
+
+    def __init__(self, tokens: list[str], types: list[int], scores: list[float]) -> None:
+        self.scores = scores
+        self.ranks = {t: n for n, t in enumerate(tokens) if types[n] in (NORMAL, BYTE, USER_DEFINED)}
+        self.own = {t: n for n, t in enumerate(tokens) if types[n] in (CONTROL, USER_DEFINED) and t}
+        longest = sorted(self.own, key=len, reverse=True)
+        self.cut = re.compile("(" + "|".join(map(re.escape, longest)) + ")") if longest else re.compile("(?!)()")
+
+    def ids(self, text: str, prefix: bool) -> list[int]:
+        """prefix: add_space_prefix of the file."""
+        out: list[int] = []
+        begins = True  # the text, or behind a token of the vocabulary's own
+        for number, part in enumerate(self.cut.split(text)):
+            if not part:
+                continue
+            own = number % 2 == 1
+            out += [self.own[part]] if own else joined(part, self.ranks, self.scores, prefix and begins)
+            begins = own
+        return out
+
+
+def spaced(backend: Tokenizer, scores: Scores, chats: list[str], path: Path) -> tuple[bool, str, list[str]]:
+    """(add_space_prefix, the rule in words, the texts of TEXTS that have the same ids). UserError when joining by
+    scores gives a chat, or a text without one, other ids than the tokenizer either way."""
+    texts = [*probes(json.loads(backend.to_str())), *chats]
+    ours = ids(backend, texts)
+    wrong = {
+        prefix: [text for text, own in zip(texts, ours, strict=True) if scores.ids(text, prefix) != own]
+        for prefix in (True, False)
+    }
+    rule, fewer = "text is joined by scores, as sentencepiece does", min(wrong, key=lambda prefix: len(wrong[prefix]))
+    if not wrong[fewer]:
+        return fewer, f"{rule}; {PREFIXED}" if fewer else rule, list(TEXTS)
+    # transformers' LlamaTokenizer puts a space before a text, unless one is there, and none behind its own tokens.
+    same = all(text.startswith(" ") or text in chats for text in wrong[True])
+    if same and chats and not set(chats) & set(wrong[False]):
+        kept = [text for text in TEXTS if text not in wrong[False]]
+        return False, f"{rule}; what is no chat begins without its first space in llama.cpp", kept
+    if same and not chats:
+        kept = [text for text in TEXTS if text not in wrong[True]]
+        return True, f"{rule}; what begins with a space gets one more in llama.cpp", kept
+    text = (wrong[fewer] if not same else [text for text in wrong[False] if text in chats])[0]
+    return refuse(path, f"its tokenizer gives other ids than llama.cpp's sentencepiece would for {text!r}")
