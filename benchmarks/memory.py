@@ -299,7 +299,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name in wanted:
             case = DEVELOPMENT.get(name) or HELD_OUT[name]
-            results[name] = run(name, case, Path(scratch))
+            found = run(name, case, Path(scratch))
+            results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}  # others may add, too
+            results[name] = found
             results[name]["machine"] = f"{platform.machine()}, torch {torch.__version__}"
             RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             planned, peak = (results[name][key] / 1e9 for key in ("planned", "measured"))

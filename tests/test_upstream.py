@@ -109,10 +109,6 @@ IN_THE_SOURCE: dict[str, tuple[Any, str, str]] = {
     "_swanlab": (integration_utils, r"self\._swanlab = swanlab", "as wandb"),
     "_trackio": (integration_utils, r"self\._trackio = trackio", "as wandb"),
     "_ml_flow": (integration_utils, r"self\._ml_flow = mlflow", "as wandb"),
-    "_parameters": (torch.nn.Module, r"self\._parameters\[name\] = param", "numbers are put in the place of shapes"),
-    "_buffers": (torch.nn.Module, r"self\._buffers\[name\] = tensor", "the same"),
-    "_overloadpacket": (torch._ops, r"self\._overloadpacket = ", "which operator allocates, for ft plan"),
-    "_cdata": (torch.storage, r"_cdata", "which tensors share their bytes, for ft plan"),
     "_apply_gate": (
         moe, r"experts_class\._apply_gate = _default_apply_gate", "what experts compute between their two products",
     ),
@@ -123,18 +119,6 @@ IN_THE_SOURCE: dict[str, tuple[Any, str, str]] = {
     ),
     "_fingerprint": (datasets.Dataset, r"self\._fingerprint", "packed rows are kept under the name of their content"),
 }  # fmt: skip
-
-
-OPERATORS = {
-    "_grouped_mm",
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
-}  # fmt: skip
-"""Of torch.ops.aten: what ft plan counts otherwise than by their results."""
-
-
-@pytest.mark.parametrize("name", sorted(OPERATORS))
-def test_operators(name: str) -> None:
-    assert hasattr(torch.ops.aten, name)
 
 
 @pytest.mark.parametrize("name", IN_THE_SOURCE)
@@ -265,6 +249,31 @@ def test_torch_maps_over_trees() -> None:
     assert tree_map(lambda x: x + 1, {"a": (1, 2)}) == {"a": (2, 3)}
 
 
+OF_TORCH = {
+    "_buffers", "_parameters", "_cdata", "_overloadpacket", "_grouped_mm",
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+}  # fmt: skip
+"""What planning reads, which goes through a pass op by op."""
+
+
+def test_torch_names_its_ops_and_storages() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import flop_registry
+
+    layer, aten = torch.nn.Linear(2, 3), torch.ops.aten
+    assert {*layer._parameters} == {"weight", "bias"}
+    assert layer._buffers == {}
+    assert layer.weight.untyped_storage()._cdata == layer.weight.detach().untyped_storage()._cdata
+    assert aten.mm.default._overloadpacket is aten.mm
+    assert aten.addmm in flop_registry
+    attends = [aten._scaled_dot_product_flash_attention_for_cpu, aten._grouped_mm]
+    assert all("default" in packet.overloads() for packet in attends)
+    back = str(aten._scaled_dot_product_flash_attention_for_cpu_backward.default._schema)
+    assert "grad_out, Tensor query, Tensor key" in back, "queries and keys are the second and third argument"
+    with FakeTensorMode():
+        assert torch.empty(2, 3).untyped_storage().nbytes() == 24
+
+
 def private_names() -> dict[str, list[str]]:
     """Names with one underscore that finetune/ reads of others: {name: files}."""
     own: set[str] = set()
@@ -286,7 +295,8 @@ def private_names() -> dict[str, list[str]]:
 
 def test_every_private_name_is_here() -> None:
     of_python = {"_exit", "_replace", "_name_", "_value_"}  # os, namedtuple, enum
-    known = of_python | {name for _, name, _, _ in METHODS} | set(IN_THE_SOURCE) | set(HARNESS) | OPERATORS
+    known = of_python | {name for _, name, _, _ in METHODS} | set(IN_THE_SOURCE) | set(HARNESS)
+    known |= OF_TORCH
     known |= {"_metrics", "_total_train_tokens", "_member_map_", "_value2member_map_", "_member_names_"}
     assert {name: files for name, files in private_names().items() if name not in known} == {}
 
