@@ -189,7 +189,9 @@ def show(
     output.print(table)
     where = card.name if card is not None else f"this machine ({machine.device})"
     accumulated = fits.accumulation(recipe)
-    say(f"at its peak in {found.when}; {found.rows} x {found.length:,} tokens a pass, {accumulated} passes a step")
+    say(
+        f"at its peak in {found.when}; {found.rows} x {found.length:,} tokens a pass, {accumulated} pass{'' if accumulated == 1 else 'es'} a step"
+    )
     say(f"{'fits' if more['fits'] else 'does not fit'} {where}: {fits.budget(machine) / GB:,.3g} of "
         f"{machine.memory_gb:,.3g} GB can be planned with")  # fmt: skip
     rows, longest = more["largest_batch"], more["longest_rows"]
@@ -214,7 +216,8 @@ def timing(recipe: Recipe, work: speed.Work, tflops: float | None) -> None:
     kind = (
         f"{work.tokens:,.0f} tokens a row" if work.tokens else f"at most: every row {recipe.data.max_length:,} tokens"
     )
-    line = f"{step}, {work.flops / 1e12:,.4g} in {work.steps:,} ({kind})"
+    digits = 0 if work.flops >= 1e14 else 2
+    line = f"{step}, {work.flops / 1e12:,.{digits}f} in {work.steps:,} ({kind})"
     if tflops:
         fast, _, slow = speed.seconds(work.flops, tflops)
         line += f": {lasting(fast)} to {lasting(slow)} at 70 to 30% of {tflops:,.3g} TFLOP/s"
