@@ -189,9 +189,8 @@ def show(
     output.print(table)
     where = card.name if card is not None else f"this machine ({machine.device})"
     accumulated = fits.accumulation(recipe)
-    say(
-        f"at its peak in {found.when}; {found.rows} x {found.length:,} tokens a pass, {accumulated} pass{'' if accumulated == 1 else 'es'} a step"
-    )
+    passes = "a pass" if accumulated == 1 else f"{accumulated} passes"
+    say(f"at its peak in {found.when}; {found.rows} x {found.length:,} tokens a pass, {passes} a step")
     say(f"{'fits' if more['fits'] else 'does not fit'} {where}: {fits.budget(machine) / GB:,.3g} of "
         f"{machine.memory_gb:,.3g} GB can be planned with")  # fmt: skip
     rows, longest = more["largest_batch"], more["longest_rows"]
