@@ -135,12 +135,23 @@ def to_yaml(recipe: Recipe, header: str = "") -> str:
     return header + yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
 
 
+SECTION = "Of this section only what differs from the recipe that is built on."
+
+
 def schema() -> dict[str, Any]:
     """JSON schema for editors: any stage's recipe, or one that builds on another and may leave out what that says."""
     built = TypeAdapter(Recipe).json_schema()
-    sections = {name: {"type": ["object", "null"]} for kind in RECIPES.values() for name in kind.model_fields}
+    sections = {
+        name: {"type": ["object", "null"], "description": SECTION}
+        for kind in RECIPES.values()
+        for name in kind.model_fields
+    }
     about = {"type": "string", "description": EXTENDS}
-    head = {"extends": about, "version": {"const": 1}, "stage": {"enum": list(RECIPES)}}
+    head = {
+        "extends": about,
+        "version": {"const": 1, "description": "Version of the recipe format."},
+        "stage": {"enum": list(RECIPES), "description": "The command that runs this recipe."},
+    }
     extending = {"type": "object", "required": ["extends"], "additionalProperties": False}
     built["$defs"]["Extending"] = {**extending, "properties": {**sections, **head}}
     built["anyOf"].append({"$ref": "#/$defs/Extending"})

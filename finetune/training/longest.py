@@ -41,6 +41,8 @@ class LongestFirst(TrainerCallback):
 def longest(trainer: Any) -> list[int]:
     """Numbers of the longest rows, as many as make a pass."""
     dataset = trainer.train_dataset
+    if not hasattr(dataset, "column_names"):  # blocks of text, all of one length
+        return list(range(min(len(dataset), trainer.args.train_batch_size)))
     columns = zip(*(dataset[name] for name in trainer.length_columns), strict=True)
     lengths = [sum(len(ids) for ids in row) for row in columns]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])

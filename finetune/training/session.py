@@ -75,7 +75,7 @@ class Session(Generic[AnyRecipe]):
     during: During | None = None
     """Answers held-out rows while the run trains, where the recipe asks for it."""
     folder: Run = field(init=False)
-    trackers: Trackers = field(init=False)
+    trackers: Trackers | None = None
     known: dict[str, str] = field(init=False)
     """What the run reads, by content."""
     longest: int = 0
@@ -133,7 +133,8 @@ class Session(Generic[AnyRecipe]):
         return arguments(self.recipe, self.folder, self.layout, self.machine, self.has_eval, self.best)
 
     def callbacks(self) -> list[Any]:
-        return [*callbacks(self.recipe, self.folder, self.has_eval), self.trackers]
+        told = [] if self.trackers is None else [self.trackers]
+        return [*callbacks(self.recipe, self.folder, self.has_eval), *told]
 
     def note(self, line: str | None) -> None:
         if line is not None:
@@ -173,7 +174,7 @@ class Session(Generic[AnyRecipe]):
             self.further = goes_further(self.recipe)
         with open_run(self.recipe, overwrite, self.resume) as self.folder:
             write_json(self.folder.data_audit, audited(self.recipe, self.base, self.rows))
-            self.trackers = Trackers(self.recipe, self.folder, self.arguments(), self.resume)
+            trackers = self.trackers = Trackers(self.recipe, self.folder, self.arguments(), self.resume)
             try:
                 seed_everything(self.recipe)
                 yield self.folder
@@ -182,7 +183,7 @@ class Session(Generic[AnyRecipe]):
                     raise
                 raise self.out_of_memory(error) from None
             finally:
-                self.trackers.finish(None)
+                trackers.finish(None)
 
     def out_of_memory(self, error: BaseException) -> OutOfMemory:
         """What was tried, what it takes, and the cheapest ways out."""
@@ -223,7 +224,8 @@ class Session(Generic[AnyRecipe]):
         weights = save(self.recipe, self.folder, trainer.model, base, self.template)
         self.note(look(self.folder))
         result = finish(self.recipe, self.folder, trainer.model, outcome, self.rows.counts, self.notes, base)
-        self.trackers.finish(result)
+        if self.trackers is not None:
+            self.trackers.finish(result)
         if "failed" in outcome:
             raise RunError(f"{outcome['failed']}; the weights are kept in {shown_path(weights)}, to be looked at")
         summary(self.recipe, self.folder, weights, result, words)

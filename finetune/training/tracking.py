@@ -20,6 +20,7 @@ from finetune.recipe.stages import Recipe
 from finetune.run.directory import Run
 from finetune.run.records import flat, is_number
 from finetune.terminal.progress import warn
+from finetune.training.plan import one_device
 
 KEY = "train.report_to"
 FIX = {
@@ -39,7 +40,7 @@ class Trackers(TrainerCallback):
         names = recipe.train.report_to
         if not names:
             return
-        self.args = TrainingArguments(**{**arguments, "run_name": run.path.name})
+        self.args = one_device(TrainingArguments(**{**arguments, "run_name": run.path.name}))
         config = yaml.safe_load(to_yaml(recipe))
         for name in names:
             try:

@@ -384,7 +384,7 @@ def test_what_is_given_twice_or_is_no_name(base: Path, tmp_path: Path) -> None:
     """An unset variable of the shell is not the working directory; runs of one name are told apart by their places."""
     rows = sums(tmp_path / "rows.jsonl", range(2))
     for arguments, said in {
-        ("--data", ""): "--data: names no file",
+        ("--data", ""): "--data: an argument is empty",
         (base, "--data", rows): "is given twice → name it once",
     }.items():
         done = ft("eval", base, *arguments, cwd=tmp_path)

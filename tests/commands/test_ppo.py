@@ -668,7 +668,7 @@ def test_out_of_memory_says_what_to_do(tmp_path: Path, base: Path, monkeypatch: 
         raise torch.OutOfMemoryError("tried to allocate 1 GiB")
 
     monkeypatch.setattr(Collector, "collect", full)
-    with pytest.raises(RunError, match=r"out of memory .*a shorter ppo\.max_new_tokens"):
+    with pytest.raises(RunError, match=r"out of memory .*Ways out: train\.per_device_train_batch_size"):
         run_ppo(ppo_recipe(tmp_path, base))
 
 

@@ -47,7 +47,8 @@ def listed(*arguments: Any) -> list[dict[str, Any]]:
     return found
 
 
-def test_list(runs: Path) -> None:
+def test_list(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     found = {one["name"]: one for one in listed(runs)}
     assert {name: one["status"] for name, one in found.items()} == {
         "broken": "failed", "deeper/worse": "done", "good": "done", "stopped": "interrupted",

@@ -26,7 +26,8 @@ def logged(run: Any, key: str) -> list[float]:
 def test_run_directory(recipe: Recipe) -> None:
     run = train(recipe())
     assert {p.name for p in run.path.iterdir()} == {
-        "recipe.yaml", "adapter", "metrics.jsonl", "result.json", "report.html", "loss.png", "checkpoints"
+        "recipe.yaml", "adapter", "metrics.jsonl", "result.json", "report.html", "loss.png", "checkpoints",
+        "data_audit.json",
     }  # fmt: skip
     result = json.loads(run.result.read_text())
     assert result["status"] == "done"

@@ -61,8 +61,8 @@ def test_rules_may_hold_dataclasses_and_tensors(tmp_path: Path) -> None:
     [
         (None, "no such file"),
         ("def g(prompts, completions):\n    return []\n", "has no function f"),
-        ("import nothing_like_this\n", "cannot be imported"),
-        ("def f(:\n", "cannot be imported"),
+        ("import nothing_like_this\ndef f(prompts, completions):\n    return []\n", "cannot be imported"),
+        ("def f(:\n", "is no Python"),
         ("f = 3\n", "has no function f"),
     ],
 )

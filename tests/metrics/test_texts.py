@@ -210,7 +210,7 @@ def test_names_that_cannot_be(name: str, said: str) -> None:
     ("body", "said"),
     [
         ("def f(prediction): pass", "does not take an answer and a reference"), ("g = 1", "has no function f"),
-        ("async def f(a, b): pass", "coroutine"), ("import nothing_here", "cannot be imported"),
+        ("async def f(a, b): pass", "coroutine"), ("import nothing_here\ndef f(a, b): pass", "cannot be imported"),
     ],
 )  # fmt: skip
 def test_functions_that_cannot_be(tmp_path: Path, body: str, said: str) -> None:
