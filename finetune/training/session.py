@@ -133,8 +133,8 @@ class Session(Generic[AnyRecipe]):
         return arguments(self.recipe, self.folder, self.layout, self.machine, self.has_eval, self.best)
 
     def callbacks(self) -> list[Any]:
-        told = [] if self.trackers is None else [self.trackers]
-        return [*callbacks(self.recipe, self.folder, self.has_eval), *told]
+        found: list[Any] = callbacks(self.recipe, self.folder, self.has_eval)
+        return found if self.trackers is None else [*found, self.trackers]
 
     def note(self, line: str | None) -> None:
         if line is not None:

@@ -225,7 +225,9 @@ def training(name: str, folder: Path, recipe: dict[str, Any], stage: str, *flags
     def goes_on() -> list[Words]:
         again = [flag for flag in flags if flag not in ("--overwrite", "--resume")]
         if found.result.exists():
-            return [[stage, path, *flags]] if flags else []
+            steps = json.loads(found.result.read_text())["steps"]
+            done = not flags or f"train.max_steps={steps}" in flags  # only what it replaced was still to go
+            return [] if done else [[stage, path, *flags]]
         if resumable(found):
             return [[stage, path, "--resume", *again]]
         return [[stage, path], [stage, path, "--overwrite"]]
@@ -256,7 +258,10 @@ def training(name: str, folder: Path, recipe: dict[str, Any], stage: str, *flags
         rows = [{k: v for k, v in row.items() if k not in timed} for row in found.read_metrics()]
         result = json.loads(found.result.read_text())
         kept = {key: result[key] for key in ("status", "steps", "epochs", "train_loss", "eval")}
-        names = sorted(p.name for p in found.path.iterdir() if p.name != ".lock" and p.suffix not in (".part", ".old"))
+        passing = (".lock", ".replaced")
+        names = sorted(
+            p.name for p in found.path.iterdir() if p.name not in passing and p.suffix not in (".part", ".old")
+        )
         return {"weights": weights(found.adapter), "rows": rows, "result": kept, "left": names}
 
     (folder.parent / "stock" / f"{name}.yaml").write_text(json.dumps(recipe), encoding="utf-8")
