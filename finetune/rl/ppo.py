@@ -277,7 +277,7 @@ class Ppo:
         """What metrics.jsonl says of replies to the first held-out prompts: their scores and eval.during.metrics."""
         assert self.recipe.eval.during is not None
         prompts = self.held_out[: self.recipe.eval.during.limit]
-        self.progress.doing(f"answering {len(prompts):,} held-out prompts")
+        self.progress.doing(f"answering {len(prompts):,} held-out prompts", self.state.step)
         texts, scores = self.held_out_replies(prompts)
         low, high = paired([0.0] * len(scores), scores)["ci"]
         rows = [

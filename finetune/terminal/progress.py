@@ -135,14 +135,14 @@ class Progress:
         if self.bar is not None:
             self.bar.update(self.task, completed=step)
 
-    def doing(self, what: str) -> None:
-        """What a long step is at; elsewhere than on a terminal every ten seconds."""
+    def doing(self, what: str, step: int | None = None) -> None:
+        """What a long step is at (default: the one after the last done); on no terminal told every ten seconds."""
         now = time.perf_counter()
         if self.bar is not None:
             self.bar.update(self.task, status=what)
         elif now - self.told >= QUIET:
             self.told = now
-            note(f"step {self.done + 1}/{self.total}  {what}")
+            note(f"step {self.done + 1 if step is None else step}/{self.total}  {what}")
 
     def rate(self, tokens: float) -> float:
         """Tokens per second since the last call."""

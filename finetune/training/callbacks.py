@@ -40,7 +40,7 @@ class Recorder(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         self.scored += 1
-        self.progress.doing(f"held-out batch {self.scored:,}/{len(eval_dataloader):,}")
+        self.progress.doing(f"held-out batch {self.scored:,}/{len(eval_dataloader):,}", state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.scored = 0
