@@ -12,7 +12,7 @@ import typer
 
 from finetune import __version__
 from finetune.child import PART, as_interrupts
-from finetune.cli import shared
+from finetune.cli import completion, shared
 from finetune.cli.commands import app
 from finetune.errors import FinetuneError, UserError, explained, render, visible, without_secrets
 
@@ -33,6 +33,8 @@ OTHER_COMMANDS = {
 
 def main() -> None:
     """Entry point: one renderer for errors, the exit codes of the contract."""
+    if completion.ASKED in os.environ:  # by the shell, at the Tab key
+        completion.answer(app)
     arguments = [a for a in sys.argv[1:] if a not in ("--debug", "--verbose")]
     part = arguments[:1] == [PART]
     arguments = arguments[part:]
