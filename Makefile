@@ -46,7 +46,7 @@ chromium:
 	  (apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium)
 
 docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 notebook: .venv/installed
 	$(BIN)/python -m pytest -m slow tests/test_notebook.py

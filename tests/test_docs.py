@@ -175,3 +175,24 @@ def test_llms_names_every_page_and_command() -> None:
         assert (ROOT / "docs" / link).exists(), link
     for name in TREE.commands:
         assert f"[ft {name}]" in text
+
+
+def test_the_image_is_made_of_what_is_here() -> None:
+    """To be seen without Docker: what is copied is there, what is made is a target, what it starts is a command."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    ignored = {line.strip("*/") for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").split()}
+    targets = set(re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    copied = [name for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for name in line.split()[:-1]]
+    assert "." in copied
+    for name in copied:
+        assert (ROOT / name).exists(), name
+        assert name == "." or name not in ignored
+    made = re.findall(r"\bmake (\S+)", text) + re.findall(r'"make", "(\w+)"', text)
+    assert {"quickstart", "test", ".venv/installed"} <= set(made) - {"g++"}
+    assert {name for name in made if name != "g++"} <= targets
+    for line in re.findall(r"(?:ft|ft-cuda) (ft [a-z].*)$", text, re.MULTILINE):
+        parsed(shlex.split(line)[1:])
+    needed = re.findall(
+        r'^(?:readme|license-files) = (?:\[)?"([^"]+)"', (ROOT / "pyproject.toml").read_text("utf-8"), re.M
+    )
+    assert set(needed) <= set(copied), "pip reads these before anything is built"
