@@ -56,6 +56,7 @@ CONTENTS: dict[str, dict[str, str]] = {
     },
     "中文": {
         "zh/quickstart.md": "从零到一个合并好的模型",
+        "zh/install.md": "安装、CUDA、镜像、ModelScope、Docker、Windows 与 macOS",
         "zh/data.md": "数据格式与选项",
         "zh/methods.md": "适配方法",
     },

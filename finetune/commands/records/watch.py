@@ -107,6 +107,8 @@ def last_samples(record: Record) -> list[tuple[str, str | None]]:
         return [
             (f"ft eval, row {row.get('row')}  {one_line(row.get('asked'))}", one_line(row.get("tuned"))) for row in kept
         ]
+    if record.stage in ("pretrain", "reward"):
+        return [(f"ft {record.stage} writes no answers", None)]
     during = (record.recipe.get("eval") or {}).get("during")
     if record.status == "done":
         return [("no samples: ft eval of the run keeps some", None)]
