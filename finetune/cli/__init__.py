@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import re
 import sys
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
 import typer
 
 from finetune import __version__
 from finetune.child import PART, as_interrupts
-from finetune.cli import shared
+from finetune.cli import completion, shared
 from finetune.cli.commands import app
 from finetune.errors import FinetuneError, UserError, explained, render, visible, without_secrets
+from finetune.resources import resource_path
 
 OTHER_COMMANDS = {
     **dict.fromkeys(("train", "finetune"), "ft sft, ft pretrain, ft reward, ft dpo, ft kto or ft ppo"),
@@ -33,6 +37,8 @@ OTHER_COMMANDS = {
 
 def main() -> None:
     """Entry point: one renderer for errors, the exit codes of the contract."""
+    if completion.ASKED in os.environ:  # by the shell, at the Tab key
+        completion.answer(app)
     arguments = [a for a in sys.argv[1:] if a not in ("--debug", "--verbose")]
     part = arguments[:1] == [PART]
     arguments = arguments[part:]
@@ -49,6 +55,9 @@ def main() -> None:
     try:
         if arguments and arguments[0] in OTHER_COMMANDS:
             raise UserError(f"no command {arguments[0]!r}", fix=OTHER_COMMANDS[arguments[0]])
+        if arguments and arguments[0].lower().endswith((".yaml", ".yml")):
+            command = progress.command(stage_of(arguments[0]), *arguments)
+            raise UserError(f"no command {arguments[0]!r}: it is a recipe", fix=command)
         with as_interrupts():
             check_given(arguments)
             code = app(args=arguments, prog_name="ft", standalone_mode=False) or 0
@@ -94,6 +103,15 @@ def main() -> None:
             sys.exit(known.exit_code)
         _print_bug(error)
         sys.exit(1)
+
+
+def stage_of(recipe: str) -> str:
+    """The command that a recipe is for, as far as its lines say so."""
+    for path in (Path(recipe), resource_path("recipes", recipe)):
+        with contextlib.suppress(OSError):
+            if found := re.search(r"^stage: *(\w+)", path.read_text("utf-8", errors="replace"), re.MULTILINE):
+                return found[1]
+    return "sft"
 
 
 def check_given(arguments: list[str]) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune.cli import answering, groups, merging, shared
+from finetune.cli import answering, completion, groups, merging, shared
+from finetune.cli.examples import with_examples
 from finetune.errors import Interrupted, OutOfMemory
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ app = typer.Typer(
     name="ft",
     help="Fine-tune open language models from one YAML recipe.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -110,8 +110,12 @@ def plan(
 def compare(
     plain: shared.RecipeArgument = None,
     recipe: shared.RecipeOption = None,
-    methods: Annotated[str, typer.Option(help="Adapter methods, separated by commas.")] = "lora",
-    quantization: Annotated[str, typer.Option(help="none, int8, int4, separated by commas.")] = "none",
+    methods: Annotated[
+        str, typer.Option(help="Adapter methods, separated by commas.", autocompletion=completion.methods)
+    ] = "lora",
+    quantization: Annotated[
+        str, typer.Option(help="none, int8, int4, separated by commas.", autocompletion=completion.QUANTIZED)
+    ] = "none",
     data_fractions: Annotated[str, typer.Option(help="Shares of the training rows, e.g. 0.125,0.25,0.5,1.")] = "1",
     set_: shared.Override = [],  # noqa: B006
     output: Annotated[str, typer.Option(help="Folder of the comparison.")] = "runs/compare",
@@ -145,7 +149,10 @@ def compare(
 
 
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs, or a folder of runs.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN", help="Runs, or a folder of runs.", autocompletion=completion.runs_or_folders),
+    ],
     output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="The page.")] = None,
 ) -> None:
     """A page of a run: curves, figures, samples, data. Of several runs one over another; of a folder an index."""
@@ -155,12 +162,12 @@ def report(
     run(runs, output)
 
 
-def doctor() -> None:
+def doctor(json_: groups.JsonOption = None) -> None:
     """Versions, hardware, precision, and which extras are missing."""
     shared.quiet()
     from finetune.commands.doctor import run
 
-    run()
+    run(json_)
 
 
 for _stage, _help in TRAINING.items():
@@ -173,3 +180,4 @@ OTHERS: dict[str, Callable[..., None]] = {
 """In the order of `ft --help`."""
 for _name, _command in OTHERS.items():
     app.command(_name)(_command)
+with_examples(app)

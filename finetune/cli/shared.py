@@ -11,29 +11,58 @@ from typing import Annotated, NoReturn
 import typer
 
 from finetune.child import PART
+from finetune.cli import completion
 from finetune.errors import UserError
 
 MOST, SEEDS = (1 << 31) - 1, (1 << 32) - 1  # as in recipes; larger ones end in an overflow somewhere
-RecipeArgument = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="The same as --recipe.")]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe file, or a shipped recipe's name.")]
-Override = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeats.")]
+RecipeArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="RECIPE", help="The same as --recipe.", autocompletion=completion.recipes),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--recipe", "-r", help="Recipe file, or a shipped recipe's name.", autocompletion=completion.recipes),
+]
+Override = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeats.", autocompletion=completion.settings),
+]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Run directory (instead of output.dir).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ft wrote there, once the new is complete.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the complete recipe, write nothing.")]
-Model = Annotated[str | None, typer.Option("--model", help="Built-in base, local folder or hub id.")]
-AdapterOption = Annotated[str | None, typer.Option("--adapter", help="Run directory or adapter folder.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="Built-in base, local folder or hub id.", autocompletion=completion.bases),
+]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option("--adapter", help="Run directory or adapter folder.", autocompletion=completion.runs_or_folders),
+]
 Answering = Annotated[
-    list[str] | None, typer.Argument(metavar="[RUN|ADAPTER|MODEL]...", help="What answers, known by its content.")
-]
+    list[str] | None,
+    typer.Argument(
+        metavar="RUN|ADAPTER|MODEL", help="What answers, known by its content.",
+        autocompletion=completion.answering,
+    ),
+]  # fmt: skip
 Adapters = Annotated[
-    list[str], typer.Option("--adapter", metavar="[NAME=]ADAPTER", help="Run or adapter, called NAME; repeats.")
-]
+    list[str],
+    typer.Option(
+        "--adapter", metavar="[NAME=]ADAPTER", help="Run or adapter, called NAME; repeats.",
+        autocompletion=completion.runs_or_folders,
+    ),
+]  # fmt: skip
 TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest that hold so much.", max=1.0)]
 TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 from all.", min=0, max=MOST)]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 against repeating.")]
 Thinking = Annotated[
-    str | None, typer.Option(metavar="on|off", help="Ask a thinking model to think or not to; by default as trained.")
+    str | None,
+    typer.Option(
+        metavar="on|off",
+        help="Ask a thinking model to think or not to; by default as trained.",
+        autocompletion=completion.listed("on", "off"),
+    ),
 ]
 Temperature = Annotated[
     float | None,

@@ -39,7 +39,7 @@ class Run:
         self.path = path
         self.adapter, self.model, self.checkpoints = path / "adapter", path / "model", path / "checkpoints"
         self.metrics, self.result = path / "metrics.jsonl", path / "result.json"
-        self.samples = path / "samples.jsonl"  # replies of PPO's rollouts
+        self.samples = path / "samples.jsonl"  # replies of PPO's rollouts, answers of eval.during
         self.data_audit = path / "data_audit.json"  # what was trained on: lengths, languages, problems, a few rows
         self.evaluation = path / "evaluation.json"  # what `ft eval` last found
         self.error = path / "error.json"  # why an unfinished run failed

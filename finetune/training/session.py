@@ -215,7 +215,7 @@ class Session(Generic[AnyRecipe]):
             self.note(not_to_the_bit(known_of(checkpoint), self.recomputed))
             if self.further:
                 self.note(f"the learning rate follows the longer schedule from {checkpoint.name} on")
-        trainer.during = self.during
+        trainer.during, trainer.samples = self.during, self.folder.samples
         length, decode = self.recipe.data.max_length, self.base.tokenizer.decode
         trainer.in_batch = in_batch(trainer, self.folder, self.rows, length, decode)
         outcome = (fit or fit_trainer)(trainer, self.folder, checkpoint, self.known)

@@ -31,6 +31,7 @@ from finetune.metrics import Metric, ratio_interval
 from finetune.models.hardware import rounding
 from finetune.recipe.sections import TrainConfig
 from finetune.run.checkpoints import complete, damage, discard, known_of, rotate
+from finetune.run.writing import append_lines
 from finetune.training.callbacks import Proven
 from finetune.training.health import Health
 from finetune.training.loss_parts import balances, score_trained_positions, scores_are_its_own
@@ -211,6 +212,8 @@ class Extras:
     # --- held-out rows ---
 
     during: During | None = None
+    samples: Path | None = None
+    """Where the answers of `during` are kept, to be looked at."""
     doing: Callable[[str], None] = staticmethod(lambda what: None)
     """Is told what a long step is at."""
     all_due = False
@@ -259,6 +262,8 @@ class Extras:
         assert self.during is not None
         with self.accelerator.autocast():
             figures = self.during.figures(self.model, self.doing)
+        if self.samples is not None and self.is_world_process_zero():  # type: ignore[attr-defined]
+            append_lines(self.samples, [{"step": self.state.global_step, **row} for row in self.during.samples])
         return {f"eval_{name}": value for name, value in figures.items()}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -319,6 +324,7 @@ class During(Protocol):
     """What answers held-out rows while a run trains: `evaluation.during`."""
 
     metrics: Sequence[Metric]
+    samples: list[dict[str, Any]]
 
     def due(self, step: int) -> bool: ...
 

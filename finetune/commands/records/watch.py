@@ -23,6 +23,7 @@ DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Of a Braille character, which is two dots wide and four high: the bits of each row, from above."""
 SHOWN = ("loss", "eval_loss", "reward_mean", "kl", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb")
 ROWS_HIGH = 10
+SAMPLES = 4
 
 
 def watch(name: str, interval: float = 2.0) -> None:
@@ -50,6 +51,8 @@ def follow(record: Record, interval: float) -> None:
             say(line(row), flush=True)
         told = len(rows)
         if ended:
+            for asked, answer in last_samples(record):
+                say(asked if answer is None else f"{asked} → {answer}")
             say(status_of(record))
             return
         time.sleep(interval)
@@ -83,14 +86,40 @@ def screen(record: Record, width: int) -> Group:
         parts.append(Text(f"no curve of {key.replace('_', ' ')} yet", "dim"))
     if rows:
         parts.append(Text(visible(cut(line(rows[-1]), width))))
-    samples = read_lines(record.run.samples)
-    last = [row for row in samples if row.get("step") == samples[-1].get("step")][:4]
-    for row in last:
-        parts.append(Text(cut(f"step {row.get('step')}  {one_line(row.get('prompt'))}", width), "dim"))
-        parts.append(Text(cut(f"  {one_line(row.get('reply'))}", width)))
+    for asked, answer in last_samples(record):
+        parts.append(Text(cut(asked, width), "dim"))
+        if answer is not None:
+            parts.append(Text(cut(f"  {answer}", width)))
     if record.error:
         parts.append(Text(visible(cut(str(record.error.get("error")), width)), "red"))
     return Group(*parts)
+
+
+def last_samples(record: Record) -> list[tuple[str, str | None]]:
+    """[(what was asked, the answer)]: the last that were written while it trained, else those that `ft eval` kept, else
+    a line on how there would be some."""
+    written = read_lines(record.run.samples)
+    last = [row for row in written if row.get("step") == written[-1].get("step")][-SAMPLES:]
+    if last:
+        return [(f"step {row.get('step')}  {one_line(row.get('prompt'))}", scored(row)) for row in last]
+    kept = [row for one in record.evaluation.get("sets", []) for row in one.get("rows", [])][:SAMPLES]
+    if kept:
+        return [
+            (f"ft eval, row {row.get('row')}  {one_line(row.get('asked'))}", one_line(row.get("tuned"))) for row in kept
+        ]
+    if record.stage in ("pretrain", "reward"):
+        return [(f"ft {record.stage} writes no answers", None)]
+    during = (record.recipe.get("eval") or {}).get("during")
+    if record.status == "done":
+        return [("no samples: ft eval of the run keeps some", None)]
+    return [
+        ("no samples yet" if during or record.stage == "ppo" else "no samples: eval.during answers some rows", None)
+    ]
+
+
+def scored(row: dict[str, Any]) -> str:
+    score = f"  ({shown(row['score'])})" if records.is_number(row.get("score")) else ""
+    return f"{one_line(row.get('reply'))}{score}"
 
 
 def one_line(text: Any) -> str:
