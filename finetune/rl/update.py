@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -64,8 +65,9 @@ class Learner:
             if parameter.requires_grad and (not shared or adapter in name.split(".")):
                 yield parameter
 
+    @functools.cached_property
     def weights(self) -> dict[str, torch.Tensor]:
-        """What is trained, by name."""
+        """What is trained, by name; the same from the first step to the last."""
         return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
 
     def stateful(self) -> dict[str, Any]:
@@ -147,7 +149,7 @@ class Learner:
     def _step(self, step: int) -> float:
         """The norm of the gradient, not finite where loss scaling leaves the step out."""
         limit = self.recipe.train.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(list(self.weights().values()), limit))
+        norm = float(nn.utils.clip_grad_norm_(list(self.weights.values()), limit))
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise RunError(f"the gradient became {norm} at step {step}: lower train.learning_rate")
         self.scaler.step(self.optimizer)

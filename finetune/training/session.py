@@ -33,14 +33,14 @@ from finetune.errors import OutOfMemory, RunError, UserError
 from finetune.models import attach, hardware, loading, sources
 from finetune.models.quantization import check_network, is_held_quantized, planned_bytes
 from finetune.models.rope import check_length
-from finetune.planning import sizing
+from finetune.planning import precision, sizing
 from finetune.recipe.file import to_yaml
 from finetune.recipe.resolve import Hardware, resolve
 from finetune.recipe.stages import HELD_OUT_FIGURES, Recipe
 from finetune.run.checkpoints import known_of
 from finetune.run.directory import Run
 from finetune.run.opening import open_run
-from finetune.run.resuming import check_resumable, goes_further, other_rounding
+from finetune.run.resuming import begun_with, check_resumable, goes_further, other_rounding, value_at
 from finetune.run.writing import write_json
 from finetune.terminal.progress import encodable, note, say, shown_path, warn
 from finetune.training import memory
@@ -82,6 +82,8 @@ class Session(Generic[AnyRecipe]):
     """Tokens of the longest row, replies included."""
     recomputed: list[str] = field(default_factory=list)
     """Keys that a run that goes on has another value of, and that change how a step is computed, not what."""
+    precision: str | None = None
+    """Why the computation is in bfloat16 or float32, where that was timed."""
     further: bool = False
     """Whether it goes on for longer than it was begun."""
 
@@ -145,6 +147,8 @@ class Session(Generic[AnyRecipe]):
         """What the run reads, by content; the notes are said."""
         found = known_inputs(self.recipe, self.base, self.template, self.resume, dry_run)
         check_still(self.recipe, self.stamps)
+        if self.precision is not None:
+            note(self.precision)
         for line in self.notes:
             warn(line)
         return found
@@ -223,7 +227,8 @@ class Session(Generic[AnyRecipe]):
             self.folder.keep_apart()
         weights = save(self.recipe, self.folder, trainer.model, base, self.template)
         self.note(look(self.folder))
-        result = finish(self.recipe, self.folder, trainer.model, outcome, self.rows.counts, self.notes, base)
+        notes = [*self.notes, *filter(None, [self.precision])]
+        result = finish(self.recipe, self.folder, trainer.model, outcome, self.rows.counts, notes, base)
         if self.trackers is not None:
             self.trackers.finish(result)
         if "failed" in outcome:
@@ -238,6 +243,8 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
     """
     machine = hardware.detect()
     sources.check(raw.model)
+    before = value_at(begun_with(Run.of(raw)), "model.dtype") if resume else None
+    machine, said = precision.timed(raw, machine, before)
     machine = sizing.sized(raw, machine)
     recipe = resolved(raw, machine)
     if resume:
@@ -258,7 +265,7 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
         raise UserError(what, key="train.gradient_checkpointing", fix="leave it out, or set it to false")
     if recipe.eval.thinking is not None and recipe.stage != "pretrain":
         thinking.asked(base.encoder, thinking.switched(recipe.eval.thinking), "eval.thinking")
-    return Session(recipe, base, machine, resume, stamps(recipe))
+    return Session(recipe, base, machine, resume, stamps(recipe), precision=said)
 
 
 def resolved(raw: AnyRecipe, machine: Hardware) -> AnyRecipe:
