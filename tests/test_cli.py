@@ -116,8 +116,10 @@ def test_a_new_recipe_of_ppo_has_a_reward_that_its_rows_can_give(tmp_path: Path,
     assert getattr(load(str(tmp_path / "ppo.yaml"), PpoRecipe).reward, reward)
 
 
-TABLES = ("eval", "plan", "doctor", "models list", "recipes list", "recipes explain", "data check", "data preview",
-          "runs list", "runs show", "runs diff")  # fmt: skip
+TABLES = (
+    "eval", "plan", "compare", "doctor", "models list", "recipes list", "recipes explain", "data check", "data preview",
+    "runs list", "runs show", "runs diff",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", TABLES)

@@ -119,6 +119,7 @@ def compare(
     data_fractions: Annotated[str, typer.Option(help="Shares of the training rows, e.g. 0.125,0.25,0.5,1.")] = "1",
     set_: shared.Override = [],  # noqa: B006
     output: Annotated[str, typer.Option(help="Folder of the comparison.")] = "runs/compare",
+    json_: groups.JsonOption = None,
 ) -> None:
     """Train methods on the same data and budget, and measure what each costs and brings."""
     from finetune.recipe.file import load
@@ -139,11 +140,13 @@ def compare(
         together(place, fit, lambda: training.inputs(checked))
         shared.quiet()
         shared.warn_if(training.gpu_missing(reference, checked))
-        compare.run(checked, methods=names, quantizations=kinds, fractions=shares, output=output)
+        compare.run(
+            checked, methods=names, quantizations=kinds, fractions=shares, output=output, json_file=json_
+        )  # fmt: skip
     except (KeyboardInterrupt, Interrupted):
         settings = {"--methods": methods, "--quantization": quantization, "--data-fractions": data_fractions}
         options = [part for pair in settings.items() for part in pair]
-        options += [part for item in set_ for part in ("--set", item)]
+        options += [part for item in set_ for part in ("--set", item)] + (["--json", json_] if json_ else [])
         again = command("compare", "--recipe", reference, *options, "--output", output)
         raise Interrupted(f"stopped; what is done is kept; go on with {again}") from None
 

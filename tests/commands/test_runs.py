@@ -185,3 +185,5 @@ def test_curve_goes_from_its_first_to_its_last_value() -> None:
     assert lines[-1].split() == ["0", "step", "10"]
     assert lines[1].split("│")[1][0] != "\u2800"
     assert lines[-2][-1] != "\u2800"
+    columns = zip(*(line.partition("│")[2] for line in lines[1:-1]), strict=True)
+    assert all(any(c != "\u2800" for c in column) for column in columns), "a line, not two points"

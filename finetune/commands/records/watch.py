@@ -137,14 +137,20 @@ def curve(points: Sequence[tuple[float, float]], title: str, width: int) -> list
     margin = max(len(shown(low)), len(shown(high))) + 1
     columns, dots = max(10, width - margin - 1), [[0] * max(10, width - margin - 1) for _ in range(ROWS_HIGH)]
     first, last = points[0][0], points[-1][0]
-    before: int | None = None
-    for step, value in points:
-        x = round((step - first) / max(last - first, 1e-12) * (columns * 2 - 1))
-        y = round((high - value) / max(high - low, 1e-12) * (ROWS_HIGH * 4 - 1))
-        # From the last height to this one, so that a steep curve does not fall apart.
-        for height in range(min(y, y if before is None else before), max(y, y if before is None else before) + 1):
-            dots[height // 4][x // 2] |= DOTS[height % 4][x % 2]
+    spots = [
+        (
+            round((step - first) / max(last - first, 1e-12) * (columns * 2 - 1)),
+            round((high - value) / max(high - low, 1e-12) * (ROWS_HIGH * 4 - 1)),
+        )
+        for step, value in points
+    ]
+    for (x, y), (right, to) in zip(spots, spots[1:] or spots, strict=False):
         before = y
+        for here in range(x, right + 1):  # a straight line, of which steep parts do not fall apart
+            height = round(y + (to - y) * (here - x) / (right - x)) if right > x else to
+            for one in range(min(before, height), max(before, height) + 1):
+                dots[one // 4][here // 2] |= DOTS[one % 4][here % 2]
+            before = height
     plain = not encodable("\u28ff")
     marks = [["*" if bits else " " for bits in row] if plain else [chr(0x2800 + bits) for bits in row] for row in dots]
     labels = [shown(high), *[""] * (ROWS_HIGH - 2), shown(low)]
