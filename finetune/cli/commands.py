@@ -3,12 +3,15 @@ answers at once."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finetune import ranks
 from finetune.cli import answering, completion, groups, merging, shared
 from finetune.cli.examples import with_examples
 from finetune.errors import Interrupted, OutOfMemory
@@ -60,18 +63,38 @@ def training_command(stage: str) -> Callable[..., None]:
         resume: shared.Resume = False,
         overwrite: shared.Overwrite = False,
         dry_run: shared.DryRun = False,
+        launch: shared.Kind = None,
+        num_processes: shared.Processes = None,
+        num_machines: shared.Machines = None,
+        machine_rank: shared.MachineRank = None,
+        main_address: shared.MainAddress = None,
+        main_port: shared.MainPort = None,
+        zero: shared.Zero = None,
+        offload: shared.Offload = False,
     ) -> None:
         reference = shared.one_of(plain, recipe, "--recipe", f"ft {stage} RECIPE")
-        shared.alone()
         shared.quiet(bars=False)
-        from finetune.early import training
+        from finetune.early import launching, training
+
+        place = (num_machines, machine_rank, main_address, main_port)
+        several = launching.given(launch, num_processes, *place, zero, offload)
+        launching.check_environment()
+        ranks.hush()
 
         checked: Recipe | None = None
         try:
             checked = training.recipe(reference, stage, set_, output, resume, overwrite, dry_run)
+            if several is not None:
+                os.environ[ranks.WORDS] = " ".join(several.words())  # for a command that is to be typed again
+                launching.check(checked, several.kind, several.processes)
+                words = launching.words(stage, reference, set_, output, resume, overwrite, dry_run)
+                shared.quiet()
+                sys.exit(shared.module("launch").run(words, several))
+            launching.check(checked, ranks.kind(), ranks.count())
             shared.quiet()
             shared.warn_if(training.gpu_missing(reference, checked))
-            shared.module(stage).run(checked, resume=resume, overwrite=overwrite, dry_run=dry_run)
+            with ranks.joined(lambda: shared.module(stage)) as command_:
+                command_.run(checked, resume=resume, overwrite=overwrite, dry_run=dry_run)
         except OutOfMemory as error:
             if error.smaller is None or checked is None:
                 raise

@@ -70,6 +70,14 @@ Temperature = Annotated[
         "--temperature", help="0 answers greedily, above it answers are drawn; the recipe's by default.", min=0.0
     ),
 ]
+Kind = Annotated[str | None, typer.Option("--launch", metavar="ddp|fsdp|deepspeed|ray", help="In several processes.")]
+Processes = Annotated[int | None, typer.Option("--num-processes", help="Of all machines together.", min=1, max=MOST)]
+Machines = Annotated[int | None, typer.Option("--num-machines", help="Each has its share of them.", min=1, max=MOST)]
+MachineRank = Annotated[int | None, typer.Option("--machine-rank", help="Which this one is, from 0.", min=0, max=MOST)]
+MainAddress = Annotated[str | None, typer.Option("--main-address", help="Of the machine with rank 0.")]
+MainPort = Annotated[int | None, typer.Option("--main-port", help="There; 29500 by default.", min=1, max=65535)]
+Zero = Annotated[int | None, typer.Option("--zero", help="Stage of deepspeed, 2 by default.", min=2, max=3)]
+Offload = Annotated[bool, typer.Option("--offload", help="fsdp, deepspeed: keep what waits in main memory.")]
 
 VERBOSE = False
 
@@ -133,17 +141,3 @@ def replace_process(words: list[str]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, "-m", "finetune", *before, *words])
-
-
-RANKS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-
-
-def alone() -> None:
-    """UserError in one of several processes of a launcher: each would write into the same run directory."""
-    for name in RANKS:
-        count = os.environ.get(name, "")
-        if count.isdigit() and int(count) > 1:
-            raise UserError(
-                f"this is one of {count} processes, and ft trains in one, on one device", key=name,
-                fix="start ft by itself, without torchrun, accelerate launch or mpirun",
-            )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from finetune import ranks
 from finetune.adapters import adalora
 from finetune.child import HANGUP, at_terminal, leave, stopping
 from finetune.errors import RunError
@@ -178,6 +179,7 @@ class Guard(TrainerCallback):
             signal.signal(*self.before.popitem())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        self.stopped = ranks.any_of(self.stopped)  # all stop at the same step
         if self.stopped:
             ends_epoch = state.epoch == int(state.epoch)
             # At the end of an epoch the evaluation that belongs there comes first, then its checkpoint.
