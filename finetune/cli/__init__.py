@@ -10,9 +10,10 @@ from typing import NoReturn
 
 import typer
 
-from finetune import __version__
+from finetune import __version__, language
 from finetune.child import PART, as_interrupts
 from finetune.cli import shared
+from finetune.cli.chinese import in_chinese
 from finetune.cli.commands import app
 from finetune.errors import FinetuneError, UserError, explained, render, visible, without_secrets
 
@@ -51,7 +52,8 @@ def main() -> None:
             raise UserError(f"no command {arguments[0]!r}", fix=OTHER_COMMANDS[arguments[0]])
         with as_interrupts():
             check_given(arguments)
-            code = app(args=arguments, prog_name="ft", standalone_mode=False) or 0
+            run = in_chinese(app) if language.chinese() else app
+            code = run(args=arguments, prog_name="ft", standalone_mode=False) or 0
         if code == 130:  # typer makes this of Ctrl-C, without a word
             raise KeyboardInterrupt
         sys.stdout.flush()  # or a full disk is told too late for a line and an exit code of its own
@@ -84,7 +86,8 @@ def main() -> None:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong arguments, in typer's own words
             said = io.StringIO()
             error.show(file=said)
-            print(visible(without_secrets(said.getvalue())), end="", file=sys.stderr)
+            lines = visible(without_secrets(said.getvalue())).splitlines(keepends=True)
+            print("".join(language.translated(line[:-1]) + line[-1] for line in lines), end="", file=sys.stderr)
             sys.exit(error.exit_code)
         if debug:
             _print_traceback()
@@ -97,7 +100,10 @@ def main() -> None:
 
 
 def check_given(arguments: list[str]) -> None:
-    """UserError for an argument that is empty: as a path it would be the working directory."""
+    """UserError for an argument that is empty (as a path it would be the working directory), and for FT_LANG."""
+    if (given := language.unknown()) is not None:
+        fix = f"one of {', '.join(language.LANGUAGES)}, or unset it"
+        raise UserError(f"unknown language {given!r}", key=language.VARIABLE, fix=fix)
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if not argument and before != "--system":
             key = before if before.startswith("--") else None
