@@ -13,9 +13,10 @@ from typing import NoReturn
 
 import typer
 
-from finetune import __version__, ranks
+from finetune import __version__, language, ranks
 from finetune.child import PART, as_interrupts
 from finetune.cli import completion, shared
+from finetune.cli.chinese import in_chinese
 from finetune.cli.commands import app
 from finetune.errors import FinetuneError, UserError, explained, render, visible, without_secrets
 from finetune.resources import resource_path
@@ -60,7 +61,8 @@ def main() -> None:
             raise UserError(f"no command {arguments[0]!r}: it is a recipe", fix=command)
         with as_interrupts():
             check_given(arguments)
-            code = app(args=arguments, prog_name="ft", standalone_mode=False) or 0
+            run = in_chinese(app) if language.chinese() else app
+            code = run(args=arguments, prog_name="ft", standalone_mode=False) or 0
         if code == 130:  # typer makes this of Ctrl-C, without a word
             raise KeyboardInterrupt
         sys.stdout.flush()  # or a full disk is told too late for a line and an exit code of its own
@@ -95,7 +97,8 @@ def main() -> None:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong arguments, in typer's own words
             said = io.StringIO()
             error.show(file=said)
-            print(visible(without_secrets(said.getvalue())), end="", file=sys.stderr)
+            lines = visible(without_secrets(said.getvalue())).splitlines(keepends=True)
+            print("".join(language.translated(line[:-1]) + line[-1] for line in lines), end="", file=sys.stderr)
             sys.exit(error.exit_code)
         if debug:
             _print_traceback()
@@ -118,7 +121,10 @@ def stage_of(recipe: str) -> str:
 
 
 def check_given(arguments: list[str]) -> None:
-    """UserError for an argument that is empty: as a path it would be the working directory."""
+    """UserError for an argument that is empty (as a path it would be the working directory), and for FT_LANG."""
+    if (given := language.unknown()) is not None:
+        fix = f"one of {', '.join(language.LANGUAGES)}, or unset it"
+        raise UserError(f"unknown language {given!r}", key=language.VARIABLE, fix=fix)
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if not argument and before != "--system":
             key = before if before.startswith("--") else None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.language import translated
 from finetune.recipe.adapters import ADAPTERS
 from finetune.recipe.foreign_keys import foreign_name
 from finetune.recipe.stages import RECIPES
@@ -200,17 +201,22 @@ def as_json(name: str | None) -> list[dict[str, Any]]:
 def _index(everything: list[Key]) -> list[str]:
     """Every key once, with the first sentence of what it does."""
     width = max(len(key.name) for key in everything)
-    return list(dict.fromkeys(f"{key.name:{width}}  {_first_sentence(key.description)}" for key in everything))
+    said = ((key.name, _first_sentence(translated(key.description))) for key in everything)
+    return list(dict.fromkeys(f"{name:{width}}  {text}" for name, text in said))
 
 
 def _lines(key: Key) -> list[str]:
     scope = f"   ({key.scope})" if key.scope else ""
-    return [f"{key.name}: {key.values}   default: {key.shown_default}{scope}", f"  {key.description}"]
+    values = " | ".join(map(translated, key.values.split(" | ")))
+    head = f"{key.name}: {values}   {translated('default')}: {translated(key.shown_default)}{scope}"
+    return [head, f"  {translated(key.description)}"]
 
 
 def _first_sentence(text: str) -> str:
-    head, stop, _ = text.partition(". ")
-    return head + ("." if stop else "")
+    for stop in (". ", "。"):
+        if stop in text:
+            return text.partition(stop)[0] + stop.strip()
+    return text
 
 
 HEAD = """# Recipe keys

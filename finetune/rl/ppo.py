@@ -178,7 +178,7 @@ class Ppo:
 
     def save(self) -> None:
         """A checkpoint between rollouts, complete or not there."""
-        weights, keep = self.learner.weights(), self.recipe.train.save_total_limit
+        weights, keep = self.learner.weights, self.recipe.train.save_total_limit
         if ranks.first():
             save_checkpoint(self.run, self.state, weights, self.learner.stateful(), keep, self.inputs)
 

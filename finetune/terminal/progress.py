@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.errors import CONTROL, visible
+from finetune.language import translated
 
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 console = Console(stderr=True, **PLAIN)
@@ -128,7 +129,7 @@ class Progress:
                 console=console, expand=True,
             )  # fmt: skip
             self.bar.start()
-            self.task = self.bar.add_task(self.description, total=total, completed=done, status="")
+            self.task = self.bar.add_task(translated(self.description), total=total, completed=done, status="")
 
     def step(self, step: int) -> None:
         self.done = step
@@ -203,6 +204,7 @@ def task(
     line at the start (where it takes more than `after` seconds), and one every ten seconds with what is known by then.
     """
     done, begun = 0, time.perf_counter()
+    what, unit = translated(what), translated(unit)
 
     def advance(n: int) -> None:
         nonlocal done
@@ -282,7 +284,7 @@ def _end_of(text: str, width: int) -> str:
 
 def note(message: str, style: str | None = None) -> None:
     """One line for the user."""
-    console.print(visible(message), style=style, soft_wrap=True)
+    console.print(visible(translated(message)), style=style, soft_wrap=True)
 
 
 advising = True  # not in a part of a command: the whole says what to type next
