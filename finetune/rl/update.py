@@ -151,7 +151,7 @@ class Learner:
             seen["log_ratio_max"] = max(seen.get("log_ratio_max", 0.0), float(ratio))
         if not shared:
             return seen
-        add_gradients(self.weights().values())
+        add_gradients(self.weights.values())
         return figures(seen)
 
     def _step(self, step: int) -> float:
