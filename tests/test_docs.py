@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,16 @@ def test_command_lines(page: Path) -> None:
         for word in rest:
             assert not word.startswith("-") or word in ("-", "--") or word.split("=")[0] in options, f"{line}: {word}"
         assert names or rest or "help" in line
+
+
+def test_shell_blocks_are_shell() -> None:
+    """`bash -n` reads them without running them, each by itself."""
+    for page in PAGES:
+        for block in re.findall(
+            r"^```(?:bash|sh)\n(.*?)^```$", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE
+        ):
+            done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+            assert (done.returncode, done.stderr) == (0, ""), f"{page.name}: {block}"
 
 
 def test_lines_are_found_and_refused() -> None:
