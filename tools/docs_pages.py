@@ -6,12 +6,9 @@ python tools/docs_pages.py        writes them again (a test says when they are o
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from pathlib import Path
 from typing import Any
-
-os.environ["FT_LANG"] = "en"  # whatever the machine speaks
 
 import typer
 
