@@ -78,6 +78,20 @@ def test_runs_and_files_of_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert offered(monkeypatch, "ft runs show nowhere/", tmp_path) == []
 
 
+def test_a_home_full_of_folders_is_not_gone_through(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a" / "run").mkdir(parents=True)
+    (tmp_path / "a" / "run" / "recipe.yaml").touch()
+    for name in range(30):
+        (tmp_path / "z" / str(name) / "deep").mkdir(parents=True)
+    monkeypatch.setattr(completion, "LOOKS", 20)
+    looked: list[Path] = []
+    monkeypatch.setattr(
+        completion, "folders_in", lambda path, of=completion.folders_in: looked.append(path) or of(path)
+    )
+    assert "a/run" in offered(monkeypatch, "ft chat ", tmp_path)
+    assert 2 < len(looked) <= 20
+
+
 @pytest.mark.parametrize("stage", RECIPES)
 def test_keys_are_those_of_the_recipes(stage: str) -> None:
     named = {key.name for key in reference.keys() if stage in key.stages and key.name != "extends"}  # noqa: SIM118

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from finetune.cli import completion
-from finetune.cli.examples import EXAMPLES
+from finetune.cli.examples import EXAMPLES, examples
 from finetune.errors import UserError
 from finetune.recipe.file import check
 from finetune.recipe.stages import RECIPES
@@ -102,6 +103,16 @@ def test_command_lines(page: Path) -> None:
         assert names or rest or "help" in line
 
 
+def test_shell_blocks_are_shell() -> None:
+    """`bash -n` reads them without running them, each by itself."""
+    for page in PAGES:
+        for block in re.findall(
+            r"^```(?:bash|sh)\n(.*?)^```$", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE
+        ):
+            done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+            assert (done.returncode, done.stderr) == (0, ""), f"{page.name}: {block}"
+
+
 def test_lines_are_found_and_refused() -> None:
     """The net has no holes of the obvious kinds."""
     text = "```bash\necho hi | ft chat runs/a  # x\nA=b ft serve m\n```\n```\nft plan a.yaml      for you\n```\n"
@@ -159,7 +170,8 @@ def commands(command: Any, names: tuple[str, ...] = ()) -> list[str]:
 
 def test_every_command_has_an_example_that_it_takes() -> None:
     assert set(EXAMPLES) == {"", *commands(TREE)}
-    for name, lines in EXAMPLES.items():
+    for name in EXAMPLES:
+        lines = examples(name)
         assert lines
         for line in lines:
             assert line.startswith(f"ft {name}".rstrip())

@@ -6,17 +6,14 @@ python tools/docs_pages.py        writes them again (a test says when they are o
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-os.environ["FT_LANG"] = "en"  # whatever the machine speaks
-
 import typer
 
 from finetune.cli.commands import app
-from finetune.cli.examples import EXAMPLES
+from finetune.cli.examples import examples
 
 DOCS = Path(__file__).parent.parent / "docs"
 NAME = "ft"
@@ -109,10 +106,10 @@ def described(command: Any, name: str, level: int) -> list[str]:
     """A command: what it does, how it is called, examples, its arguments and options."""
     context = command.make_context(f"{NAME} {name}", [], resilient_parsing=True)
     usage = " ".join([f"{NAME} {name}", *command.collect_usage_pieces(context)])
-    examples = ["```bash", *EXAMPLES.get(name, ()), "```", ""] if EXAMPLES.get(name) else []
+    shown = ["```bash", *examples(name), "```", ""] if examples(name) else []
     return [
         f"{'#' * level} {NAME} {name}", "", *inspect.cleandoc(command.help or "").splitlines(), "",
-        "```text", usage, "```", "", *examples, *rows(command, context, "argument"), *rows(command, context, "option"),
+        "```text", usage, "```", "", *shown, *rows(command, context, "argument"), *rows(command, context, "option"),
     ]  # fmt: skip
 
 
@@ -194,7 +191,7 @@ def listing(prefix: str = "") -> list[str]:
 
 
 def index() -> str:
-    return "\n".join([f"# {NAME}", "", MADE, "", ABOUT, "", "```bash", *EXAMPLES[""], "```", "", *listing()])
+    return "\n".join([f"# {NAME}", "", MADE, "", ABOUT, "", "```bash", *examples(""), "```", "", *listing()])
 
 
 MACHINES = """\

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ STAGES = ("pretrain", "sft", "reward", "dpo", "kto", "ppo")
 RUN_FILES = ("recipe.yaml", "adapter_config.json")
 DEEP = 3
 """Levels below a folder in which runs are looked for."""
-MOST = 200
+LOOKS = 1000
+"""Folders that are looked into for runs."""
 SPECIAL = re.compile(r"""[\s"'\\$&;()|<>*?`!#\[\]]""")
 """To a shell; bash puts in what it is given as it is, the others quote it."""
 
@@ -32,7 +34,8 @@ def answer(app: Callable[..., Any]) -> None:
     """Print what the shell asks for, and end."""
     bash = os.environ[ASKED] == "complete_bash"
     kept = rejoined() if bash else ""
-    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+    # Whatever is wrong: an error in the middle of a line that is being typed helps nobody.
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit, Exception):
         app(args=[], prog_name="ft")
     for line in filter(None, said.getvalue().splitlines()):
         print(SPECIAL.sub(r"\\\g<0>", line.removeprefix(kept)) if bash else line)
@@ -92,7 +95,7 @@ def entries(incomplete: str) -> Iterator[tuple[Path, str]]:
     head, slash, tail = incomplete.rpartition("/")
     place = Path(f"{head}{slash}" or ".").expanduser()
     try:
-        listed = sorted(place.iterdir())[: 10 * MOST]
+        listed = sorted(place.iterdir())
     except OSError:
         return
     for path in listed:
@@ -101,24 +104,26 @@ def entries(incomplete: str) -> Iterator[tuple[Path, str]]:
 
 
 def runs(ctx: Any, incomplete: str) -> list[str]:
-    """Runs and adapters below what was typed; without anything typed those of the folder, `runs/` among them."""
+    """Runs and adapters below what was typed, near ones first; without anything typed those of the folder."""
     found: list[str] = []
-    for path, shown in entries(incomplete):
-        if path.is_dir():
-            found += below(path, shown, DEEP)
-    return found[:MOST]
+    ahead = deque((path, shown, DEEP) for path, shown in entries(incomplete) if path.is_dir())
+    for _ in range(LOOKS):  # a home with all its projects is not gone through
+        if not ahead:
+            break
+        path, shown, deep = ahead.popleft()
+        if any((path / name).is_file() for name in RUN_FILES):
+            found.append(shown)
+        elif deep:
+            ahead += [(path / name, f"{shown}/{name}", deep - 1) for name in folders_in(path)]
+    return found
 
 
-def below(path: Path, shown: str, deep: int) -> list[str]:
-    if any((path / name).is_file() for name in RUN_FILES):
-        return [shown]
-    if deep == 0 or path.name.startswith("."):
-        return []
+def folders_in(path: Path) -> list[str]:
     try:
-        inside = [one for one in sorted(path.iterdir())[:MOST] if one.is_dir()]
+        with os.scandir(path) as inside:
+            return sorted(one.name for one in inside if not one.name.startswith(".") and one.is_dir())
     except OSError:
         return []
-    return [found for one in inside for found in below(one, f"{shown}/{one.name}", deep - 1)]
 
 
 def runs_or_folders(ctx: Any, incomplete: str) -> list[str]:
