@@ -95,6 +95,8 @@ FOREIGN = {
     "ft": [
         "row {0}",
         "line {0}",
+        "line {0}: {a}",
+        "rows",
         "… and {0} more problems",
         "number",
         "number {0}",
