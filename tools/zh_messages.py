@@ -408,6 +408,8 @@ def is_words(text: str) -> bool:
     literal = re.sub(r"\{\w\}", "", text).strip(" .,:;")
     if text.startswith("#") or "\n" in text:  # of a file that is written
         return False
+    if re.match(r"ft [a-z{]", text) and not re.search(r"\b(and|in|is|or|this|with)\b", text):  # a command
+        return False
     if re.search(r"\{[a-h]\}", text):
         return text != "{a}"
     return bool(re.search(r"[A-Za-z]{2}", literal)) and (" " in literal or literal.isalpha())
