@@ -28,6 +28,8 @@ FOREIGN = {
         "Arguments",
         "Commands",
         "Show this message and exit.",
+        "Example:",
+        "Examples:",
         "default: {0}",
         "env var: {0}",
         "required",
@@ -95,6 +97,9 @@ FOREIGN = {
     "ft": [
         "row {0}",
         "line {0}",
+        "line {0}: {a}",
+        "process {0}: {a}",
+        "rows",
         "… and {0} more problems",
         "number",
         "number {0}",

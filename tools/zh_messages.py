@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 SINKS: dict[str, dict[str, int]] = {
     "Problem": {"message": 0, "fix": -1}, "UserError": {"problems": 0, "fix": -1}, "RunError": {"message": 0},
     "OutOfMemory": {"message": 0}, "Interrupted": {"message": 0}, "warn": {"message": 0}, "warn_if": {"message": 0},
+    "translated": {"text": 0}, "found": {"line": 0}, "_print_errors": {"lines": 0},
     "note": {"message": 0}, "advise": {"message": 0}, "task": {"what": 0, "unit": 2},
     "Finding": {"message": 2, "fix": 3}, "error": {"message": 1, "fix": 2}, "warning": {"message": 1, "fix": 2},
     "RowProblem": {"message": 1, "fix": 2},
@@ -118,6 +119,9 @@ class Messages:
 
     def texts(self, given: ast.expr, scope: Scope) -> Iterator[tuple[str, str]]:
         place = f"{scope.module.name.replace('.', '/')}.py:{given.lineno}"
+        if isinstance(given, ast.List):
+            for one in given.elts:
+                yield from self.texts(one, scope)
         for parts in self.ways(given, scope):
             if is_words(text := template(parts)):
                 yield text, place
@@ -162,6 +166,8 @@ class Messages:
                 | ast.Call(func=ast.Attribute(value=ast.Name() as name, attr="get"))
             ):
                 return self.of_table(name.id, scope)
+            case ast.Call(func=ast.Name(id="translated")):
+                return unknown
             case ast.Attribute(attr=name) if name in ATTRIBUTES:
                 return self.of_field(name)
             case ast.Attribute(value=ast.Name(id=row), attr=name) if (kind := annotation(row, scope)) in ROWS:
@@ -401,6 +407,8 @@ def is_words(text: str) -> bool:
     """Whether a template says anything of its own: a lone name is a value."""
     literal = re.sub(r"\{\w\}", "", text).strip(" .,:;")
     if text.startswith("#") or "\n" in text:  # of a file that is written
+        return False
+    if re.match(r"ft [a-z{]", text) and not re.search(r"\b(and|in|is|or|this|with)\b", text):  # a command
         return False
     if re.search(r"\{[a-h]\}", text):
         return text != "{a}"
