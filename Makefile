@@ -1,7 +1,7 @@
 # make quickstart   train, evaluate and merge the built-in base (about four minutes on 2 cores, no GPU)
 # make align        SFT, then DPO, and a reward model with PPO, on the built-in base (some 35 minutes on one core)
 # make real         SmolLM2-135M, a published chat model: SFT, merging, int8 and int4, DPO, PPO (an hour or two on 2 cores)
-# make test         the test suite, a process per core
+# make test         the test suite, a process per core (some ten minutes on 2 cores)
 # make llama-cpp    llama.cpp beside it, compiled in some minutes: the tests that let it read our GGUF files run then, too
 # make lint         ruff and mypy
 PYTHON ?= python3
@@ -25,7 +25,7 @@ real: .venv/installed
 	$(BIN)/python benchmarks/real.py
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
