@@ -2,7 +2,7 @@
 # make align        SFT, then DPO, and a reward model with PPO, on the built-in base (some 35 minutes on one core)
 # make real         SmolLM2-135M, a published chat model: SFT, merging, int8 and int4, DPO, PPO (an hour or two on 2 cores)
 # make bench        ft beside LLaMA-Factory, ms-swift, trl and axolotl, each in an environment of its own (downloads them; hours)
-# make test         the test suite, a process per core
+# make test         the test suite, a process per core (some ten minutes on 2 cores)
 # make llama-cpp    llama.cpp beside it, compiled in some minutes: the tests that let it read our GGUF files run then, too
 # make extras       trackers, playwright, mkdocs, nbclient beside it: what tests with them runs then, too
 # make chromium     a browser from Debian's packages, for the tests of report.html (with extras; wants root)
@@ -35,7 +35,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/peers/compare.py
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

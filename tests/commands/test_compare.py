@@ -43,6 +43,7 @@ def compared(
     compare.run(recipe, methods=methods, quantizations=quantizations, fractions=fractions, output=output, **more)
 
 
+@pytest.mark.whole
 def test_a_comparison_from_start_to_end(
     checked: SftRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
