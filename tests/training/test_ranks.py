@@ -17,8 +17,8 @@ from ranks_script import replies
 
 SCRIPT = Path(__file__).parent / "ranks_script.py"
 ROWS = 27  # 5 of them held out: steps of 8 rows, and a last one of 6, of which a process of four has none
-STAGES = ("sft", "packed", "smoothed", "full", "dpo", "simpo", "kto", "reward", "pretrain", "ppo")
-IN_PARTS = ("sft", "packed", "full", "dpo")
+STAGES = ("sft", "packed", "smoothed", "full", "qlora", "dpo", "simpo", "kto", "reward", "pretrain", "ppo")
+IN_PARTS = ("sft", "packed", "full", "dpo", "qlora")
 
 
 def launched(folder: Path, commands: Sequence[Sequence[str]], processes: int = 2) -> list[list[dict[str, Any]]]:
@@ -70,6 +70,7 @@ def recipes(folder: Path, base: Path) -> dict[str, Path]:
     data = {"max_length": 64, "eval_split": 5}
     made = {
         "sft": {"stage": "sft", "data": {"train": rows["chats"], **data}},
+        "qlora": {"stage": "sft", "data": {"train": rows["chats"], **data}},
         "packed": {"stage": "sft", "data": {"train": rows["even"], "max_length": 80, "packing": True}},
         "smoothed": {"stage": "sft", "data": {"train": rows["chats"], **data}},
         "dpo": {"stage": "dpo", "data": {"train": rows["pairs"], **data}},
@@ -96,8 +97,9 @@ def recipes(folder: Path, base: Path) -> dict[str, Path]:
         more |= {"per_device_train_batch_size": None} if name == "packed" else {}
         more |= {"learning_rate": 1e-3, "max_steps": 2} if name == "ppo" else {}
         section = {**train, **more}
+        model = {**common["model"], **({"quantization": "int4"} if name == "qlora" else {})}
         written[name] = folder / f"{name}.yaml"
-        written[name].write_text(yaml.safe_dump({**common, **sections, "train": section}))
+        written[name].write_text(yaml.safe_dump({**common, **sections, "model": model, "train": section}))
     return written
 
 
@@ -163,6 +165,8 @@ def test_two_processes_are_one(together: Together, stage: str) -> None:
 def test_weights_in_parts_are_one(together: Together, stage: str) -> None:
     """Losses, the result's own weights, and answers while the run trains."""
     check_codes(together, f"{stage}.fsdp")
+    for own in together[1][f"{stage}.fsdp"]:
+        assert max(own["shares"]) < 0.6
     one, parts = together[0] / f"{stage}.one", together[0] / f"{stage}.fsdp"
     assert_alike(one, parts)
     kept = "model" if (one / "model").is_dir() else "adapter"
