@@ -103,6 +103,13 @@ def test_another_launcher_says_all_that_is_needed(monkeypatch: pytest.MonkeyPatc
         launching.check_environment()
 
 
+def test_what_several_would_do_several_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    done = ft("eval", "run", cwd=tmp_path)
+    assert (done.returncode, "WORLD_SIZE: ft eval works in one process" in done.stderr) == (2, True), done.stderr
+
+
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("train", [{}, {"per_device_train_batch_size": 2}, {"gradient_accumulation_steps": 4}])
 def test_a_step_is_the_same_for_any_number_of_processes(train: dict[str, int], processes: int) -> None:

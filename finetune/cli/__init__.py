@@ -17,7 +17,7 @@ from finetune import __version__, language, ranks
 from finetune.child import PART, as_interrupts
 from finetune.cli import completion, shared
 from finetune.cli.chinese import in_chinese
-from finetune.cli.commands import app
+from finetune.cli.commands import TRAINING, app
 from finetune.errors import FinetuneError, UserError, explained, render, visible, without_secrets
 from finetune.resources import resource_path
 
@@ -61,6 +61,7 @@ def main() -> None:
             raise UserError(f"no command {arguments[0]!r}: it is a recipe", fix=command)
         with as_interrupts():
             check_given(arguments)
+            check_processes(arguments)
             run = in_chinese(app) if language.chinese() else app
             code = run(args=arguments, prog_name="ft", standalone_mode=False) or 0
         if code == 130:  # typer makes this of Ctrl-C, without a word
@@ -130,6 +131,13 @@ def check_given(arguments: list[str]) -> None:
             key = before if before.startswith("--") else None
             fix = "is a variable of the shell not set? Leave it out otherwise"
             raise UserError("an argument is empty", key=key, fix=fix)
+
+
+def check_processes(arguments: list[str]) -> None:
+    """UserError for a command that several processes would do several times."""
+    if ranks.count() > 1 and arguments and arguments[0] not in TRAINING and "RANK" in os.environ:
+        what = f"ft {arguments[0]} works in one process, and this is one of {ranks.count()}"
+        raise UserError(what, key="WORLD_SIZE", fix=f"start it by itself; several train: {', '.join(TRAINING)}")
 
 
 def without_key(arguments: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -148,12 +149,17 @@ class Ranks(TrainerCallback):
             adalora.allocate(model, state.global_step + 1)
 
 
+PASSED_ON = 5.0
+"""Seconds in which a second signal may be the first again: schedulers send it to all processes, and so do launchers."""
+
+
 class Guard(TrainerCallback):
     """SIGINT, SIGTERM and SIGHUP: finish the step, save a checkpoint, stop. A second one stops at once, but for SIGHUP,
     which shells and the system send beside others."""
 
     def __init__(self) -> None:
         self.stopped = self.asked = False
+        self.since = 0.0
         self.before: dict[signal.Signals, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -162,10 +168,10 @@ class Guard(TrainerCallback):
         def stop(number: int, frame: Any) -> None:
             if number == HANGUP:
                 leave(terminals)
-            elif self.asked:
+            elif not self.asked:
+                self.asked, self.since = True, time.monotonic()
+            elif ranks.count() == 1 or time.monotonic() - self.since > PASSED_ON:
                 raise KeyboardInterrupt
-            else:
-                self.asked = True
             self.stopped = True
 
         for number in stopping():

@@ -2,7 +2,8 @@
 
     torchrun … ranks_script.py FOLDER        FOLDER/commands.json: [[ddp or fsdp, words of ft …], …]
 
-FOLDER/seen.RANK.json: [{"code": …, "rows": numbers of the rows that it was given, "loads": how often it read data}, …]
+FOLDER/seen.RANK.json: [{"code": …, "rows": numbers of the rows that it was given, "loads": how often it read data,
+"shares": of the frozen and of the trained weights that lay here}, …]
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from finetune import ranks
 from finetune.cli import main
 from finetune.data import audit
-from finetune.training import sampler
+from finetune.training import sampler, sharded
 
 
 @contextmanager
@@ -61,8 +62,21 @@ def run(folder: Path) -> None:
     patch.setattr(sampler.Spared, "__getitem__", lambda self, number: (rows.append(number), given(self, number))[1])
     patch.setattr(audit.Audit, "__init__", lambda self, *a, **k: (loads.append(""), read(self, *a, **k))[1])
     patch.setattr(ranks, "leave", lambda: None)  # the next command meets the same processes
+    together = sharded.bring_together
+
+    def counted(model: Any) -> None:
+        """How much of the frozen and of the trained weights lies here."""
+        for trained in (False, True):
+            tensors = [p for p in model.parameters() if p.requires_grad is trained]
+            here = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in tensors)
+            shares.append(here / max(1, sum(p.numel() for p in tensors)))
+        together(model)
+
+    shares: list[float] = []
+    patch.setattr(sharded, "bring_together", counted)
     seen = []
     for kind, *words in json.loads((folder / "commands.json").read_text()):
+        shares.clear()
         rows.clear()
         loads.clear()
         os.environ[ranks.KIND] = kind
@@ -76,7 +90,7 @@ def run(folder: Path) -> None:
                 main()
         except SystemExit as ended:
             code = int(str(ended.code or 0))
-        seen.append({"code": code, "rows": list(rows), "loads": len(loads)})
+        seen.append({"code": code, "rows": list(rows), "loads": len(loads), "shares": list(shares)})
     (folder / f"seen.{ranks.rank()}.json").write_text(json.dumps(seen))
 
 

@@ -17,8 +17,12 @@ from ranks_script import replies
 
 SCRIPT = Path(__file__).parent / "ranks_script.py"
 ROWS = 27  # 5 of them held out: steps of 8 rows, and a last one of 6, of which a process of four has none
-STAGES = ("sft", "packed", "smoothed", "full", "dpo", "simpo", "kto", "reward", "pretrain", "ppo")
-IN_PARTS = ("sft", "packed", "full", "dpo")
+DAILY, SLOW = ("sft", "packed", "dpo", "ppo"), ("smoothed", "full", "qlora", "simpo", "kto", "reward", "pretrain")
+DAILY_IN_PARTS, SLOW_IN_PARTS = ("sft", "dpo"), ("full", "qlora")
+STAGES, IN_PARTS = (
+    [*daily, *(pytest.param(stage, marks=pytest.mark.slow) for stage in slow)]
+    for daily, slow in ((DAILY, SLOW), (DAILY_IN_PARTS, SLOW_IN_PARTS))
+)
 
 
 def launched(folder: Path, commands: Sequence[Sequence[str]], processes: int = 2) -> list[list[dict[str, Any]]]:
@@ -70,6 +74,7 @@ def recipes(folder: Path, base: Path) -> dict[str, Path]:
     data = {"max_length": 64, "eval_split": 5}
     made = {
         "sft": {"stage": "sft", "data": {"train": rows["chats"], **data}},
+        "qlora": {"stage": "sft", "data": {"train": rows["chats"], **data}},
         "packed": {"stage": "sft", "data": {"train": rows["even"], "max_length": 80, "packing": True}},
         "smoothed": {"stage": "sft", "data": {"train": rows["chats"], **data}},
         "dpo": {"stage": "dpo", "data": {"train": rows["pairs"], **data}},
@@ -96,8 +101,9 @@ def recipes(folder: Path, base: Path) -> dict[str, Path]:
         more |= {"per_device_train_batch_size": None} if name == "packed" else {}
         more |= {"learning_rate": 1e-3, "max_steps": 2} if name == "ppo" else {}
         section = {**train, **more}
+        model = {**common["model"], **({"quantization": "int4"} if name == "qlora" else {})}
         written[name] = folder / f"{name}.yaml"
-        written[name].write_text(yaml.safe_dump({**common, **sections, "train": section}))
+        written[name].write_text(yaml.safe_dump({**common, **sections, "model": model, "train": section}))
     return written
 
 
@@ -126,26 +132,38 @@ def assert_alike(one: Path, several: Path, tolerance: float = 1e-5) -> None:
 Together = tuple[Path, dict[str, list[dict[str, Any]]]]
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Together:
+def trained(folder: Path, base: Path, stages: Sequence[str], in_parts: Sequence[str], resumed: bool) -> Together:
     """A folder with each stage trained by one process and by two, and what the two saw."""
-    folder = tmp_path_factory.mktemp("ranks")
     written = recipes(folder, base)
     five, three = (("--set", f"train.max_steps={steps}") for steps in (5, 3))
-    for name, recipe in written.items():
+    for name in stages:
         with replies(folder / "replies.json", recorded=False):
-            done = ft(*command(recipe, folder / f"{name}.one"))
+            done = ft(*command(written[name], folder / f"{name}.one"))
         assert done.returncode == 0, (name, done.stderr)
-    assert ft(*command(written["sft"], folder / "ddp.from_one", *three)).returncode == 0
-    assert ft(*command(written["sft"], folder / "fsdp.from_one", *three)).returncode == 0
-    commands = [["ddp", *command(recipe, folder / f"{name}.ddp")] for name, recipe in written.items()]
-    commands += [["fsdp", *command(written[name], folder / f"{name}.fsdp")] for name in IN_PARTS]
-    for kind in ("ddp", "fsdp"):
+    commands = [["ddp", *command(written[name], folder / f"{name}.ddp")] for name in stages]
+    commands += [["fsdp", *command(written[name], folder / f"{name}.fsdp")] for name in in_parts]
+    for kind in ("ddp", "fsdp") if resumed else ():
+        assert ft(*command(written["sft"], folder / f"{kind}.from_one", *three)).returncode == 0
         commands.append([kind, *command(written["sft"], folder / f"{kind}.from_one", "--resume", *five)])
         commands.append([kind, *command(written["sft"], folder / f"{kind}.to_one", *three)])
     by_rank = launched(folder, commands)
     seen = {Path(words[5]).name: [own[i] for own in by_rank] for i, words in enumerate(commands)}
     return folder, seen
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Together:
+    return trained(tmp_path_factory.mktemp("ranks"), base, DAILY, DAILY_IN_PARTS, resumed=True)
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Together:
+    return trained(tmp_path_factory.mktemp("ranks"), base, SLOW, SLOW_IN_PARTS, resumed=False)
+
+
+def of(request: pytest.FixtureRequest, stage: str) -> Together:
+    found: Together = request.getfixturevalue("together" if stage in DAILY else "rest")
+    return found
 
 
 def check_codes(together: Together, name: str) -> None:
@@ -154,15 +172,19 @@ def check_codes(together: Together, name: str) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_are_one(together: Together, stage: str) -> None:
+def test_two_processes_are_one(request: pytest.FixtureRequest, stage: str) -> None:
+    together = of(request, stage)
     check_codes(together, f"{stage}.ddp")
     assert_alike(together[0] / f"{stage}.one", together[0] / f"{stage}.ddp")
 
 
 @pytest.mark.parametrize("stage", IN_PARTS)
-def test_weights_in_parts_are_one(together: Together, stage: str) -> None:
+def test_weights_in_parts_are_one(request: pytest.FixtureRequest, stage: str) -> None:
     """Losses, the result's own weights, and answers while the run trains."""
+    together = of(request, stage)
     check_codes(together, f"{stage}.fsdp")
+    for own in together[1][f"{stage}.fsdp"]:
+        assert max(own["shares"]) < 0.6
     one, parts = together[0] / f"{stage}.one", together[0] / f"{stage}.fsdp"
     assert_alike(one, parts)
     kept = "model" if (one / "model").is_dir() else "adapter"
