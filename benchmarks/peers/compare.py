@@ -177,8 +177,8 @@ def report(folder: Path, found: dict[str, Any]) -> str:
         "`make bench` writes this page (`python benchmarks/peers/compare.py`). Every figure is processor seconds (user",
         "and system) of one thread: other work on the machine moves them by up to a third, but all alike, as every",
         "contestant runs under the same conditions, in turn, and a ratio is of runs that followed each other. Ratios",
-        "above 1: ft needs less. In brackets the 95% interval of the mean ratio over n pairs; of one pair there is none,",
-        "and differences of a tenth are noise then.", "",
+        "above 1: ft needs less. In brackets the 95% interval of the mean ratio over n pairs; one pair has none, and a",
+        "difference of a tenth is noise then.", "",
         f"Base: a Llama of {about['parameters'] / 1e6:.1f}M parameters with random weights, vocabulary 6,144. SFT: "
         f"{about['chats']} chats of {about['median']:,} tokens in the median and {about['longest']:,} at most, "
         f"{about['tokens_cut_at_512']:,} after the cut at 512, batch 8. DPO: 32 pairs, batch 4. PPO: 16 prompts "
