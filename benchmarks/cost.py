@@ -29,12 +29,12 @@ from finetune.recipe.stages import SftRecipe
 
 HIDDEN, LAYERS, INNER, STEPS = 384, 6, 1024, 4
 POINTS: dict[str, list[dict[str, Any]]] = {
-    "length": [{"length": n} for n in (64, 128, 256, 512, 1024, 2048)],
+    "length": [{"length": n} for n in (64, 128, 256, 512, 1024)],
     "batch": [{"batch": n} for n in (1, 2, 4, 8, 16)],
-    "rows": [{"rows": n} for n in (16, 32, 64, 128)],
+    "rows": [{"rows": n} for n in (16, 32, 64)],
     "vocabulary": [{"vocabulary": n} for n in (2_000, 8_000, 32_000, 128_000)],
     "adapters": [
-        *({"adapter": {"method": "lora", "r": r}} for r in (2, 8, 32, 128)),
+        *({"adapter": {"method": "lora", "r": r}} for r in (2, 8, 128)),
         *(
             {"adapter": {"method": m}}
             for m in ("dora", "ia3", "vera", "oft", "loha", "bitfit", "prompt_tuning", "full")

@@ -57,6 +57,8 @@ def main() -> None:
                         measured(folder, task, name, number)
     found = {task: results(folder, task) for task in TASKS}
     (HERE.parent / "RESULTS.md").write_text(report(folder, found), encoding="utf-8")
+    if other := unequal(found["sft"]):
+        raise SystemExit(f"no comparison of equals: {', '.join(other)} train another number of label tokens than ft")
 
 
 def workload(folder: Path) -> None:
@@ -173,9 +175,10 @@ def report(folder: Path, found: dict[str, Any]) -> str:
     lines = [
         "# Side by side", "",
         "`make bench` writes this page (`python benchmarks/peers/compare.py`). Every figure is processor seconds (user",
-        "and system) of one thread, so that other work on the machine does not count; every contestant runs under the",
-        "same conditions, in turn, and a ratio is of runs that followed each other. Ratios above 1: ft needs less. In",
-        "brackets the 95% interval of the mean ratio.", "",
+        "and system) of one thread: other work on the machine moves them by up to a third, but all alike, as every",
+        "contestant runs under the same conditions, in turn, and a ratio is of runs that followed each other. Ratios",
+        "above 1: ft needs less. In brackets the 95% interval of the mean ratio over n pairs; one pair has none, and a",
+        "difference of a tenth is noise then.", "",
         f"Base: a Llama of {about['parameters'] / 1e6:.1f}M parameters with random weights, vocabulary 6,144. SFT: "
         f"{about['chats']} chats of {about['median']:,} tokens in the median and {about['longest']:,} at most, "
         f"{about['tokens_cut_at_512']:,} after the cut at 512, batch 8. DPO: 32 pairs, batch 4. PPO: 16 prompts "
@@ -216,24 +219,29 @@ def table(task: str, runs: dict[str, list[dict[str, Any] | None]]) -> list[str]:
             continue
         seconds = statistics.median(run["seconds"] for run in good)
         compared = ratio(listed, ours)
-        against = (
-            "1"
-            if name == "ft"
-            else ""
-            if compared is None
-            else f"**{compared[0]:.2f}** ({compared[1]:.2f}–{compared[2]:.2f})"
-        )
+        against = "1"
+        if name != "ft":
+            interval = (
+                "" if compared is None else "one pair" if compared[3] == 1 else f"{compared[1]:.2f}–{compared[2]:.2f}"
+            )
+            against = "" if compared is None else f"**{compared[0]:.2f}** ({interval})"
         count = len(good) if name == "ft" or compared is None else compared[3]
         labels[name] = good[-1].get("labels")
         losses = good[-1].get("losses") or [good[-1]["loss"]]
         shown = f"{losses[0]:.4f} → {losses[-1]:.4f}" if len(losses) > 1 else f"{losses[0]:.4f}"
         peak = statistics.median(run["peak_mb"] or 0 for run in good)
         lines.append(f"| {name} | {seconds:.2f} | {against} | {count} | {labels[name] or ''} | {shown} | {peak:,.0f} |")
-    other = {name: n for name, n in labels.items() if n and n != labels.get("ft")}
     if task == "sft":
-        lines += ["", "All train the same label tokens." if not other else
-                  f"Not the same label tokens as ft: {', '.join(other)}: no comparison of equals."]  # fmt: skip
+        other = unequal(runs)
+        said = f"Not the same label tokens as ft: {', '.join(other)}." if other else "All train the same label tokens."
+        lines += ["", said]
     return lines
+
+
+def unequal(runs: dict[str, list[dict[str, Any] | None]]) -> list[str]:
+    """Contestants that train another number of label tokens in an epoch than ft."""
+    labels = {name: {run["labels"] for run in listed if run} for name, listed in runs.items()}
+    return [name for name, counts in labels.items() if counts and counts != labels.get("ft")]
 
 
 def machine() -> str:
