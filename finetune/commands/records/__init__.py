@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from finetune.errors import UserError, visible
 from finetune.places import check_file, json_with
+from finetune.recipe.stages import RECIPES
 from finetune.run import records
 from finetune.run.differences import differences, from_defaults, result_values
 from finetune.run.records import Record
@@ -49,12 +51,16 @@ def show_list(
 ) -> None:  # fmt: skip
     """A table of the runs below a folder, or the same as JSON."""
     one_of("--sort", sort, tuple(SORTS))
+    if stage is not None:
+        one_of("--stage", stage, tuple(RECIPES))
     if status is not None:
         one_of("--status", status, records.STATUSES)
     check_json(json_file)
     place = Path(folder).expanduser()
     if not place.is_dir():
         raise UserError("no such folder", path=folder, fix="name a folder that holds runs")
+    if not os.access(place, os.R_OK | os.X_OK):
+        raise UserError("cannot be read: Permission denied", path=folder, fix="check the folder's permissions")
     everything = list(records.below(place))
     kept = [
         r for r in everything
