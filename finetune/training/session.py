@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic
 
@@ -33,7 +34,9 @@ from finetune.errors import OutOfMemory, RunError, UserError
 from finetune.models import attach, hardware, loading, sources
 from finetune.models.quantization import check_network, is_held_quantized, planned_bytes
 from finetune.models.rope import check_length
-from finetune.planning import sizing
+from finetune.planning import fits, sizing
+from finetune.planning.memory import Estimate
+from finetune.planning.network import Network
 from finetune.recipe.file import to_yaml
 from finetune.recipe.resolve import Hardware, resolve
 from finetune.recipe.stages import HELD_OUT_FIGURES, Recipe
@@ -84,6 +87,8 @@ class Session(Generic[AnyRecipe]):
     """Keys that a run that goes on has another value of, and that change how a step is computed, not what."""
     further: bool = False
     """Whether it goes on for longer than it was begun."""
+    network: Network | None = None
+    """That which said how many rows fit."""
 
     @property
     def template(self) -> str | None:
@@ -185,17 +190,26 @@ class Session(Generic[AnyRecipe]):
             finally:
                 trackers.finish(None)
 
+    @cached_property
+    def planned(self) -> Estimate | None:
+        """What a pass takes by `ft plan`, with the longest rows that there are, to the next 64 tokens; None where it
+        cannot say."""
+        most = fits.length_of(self.recipe)
+        longest = most if self.recipe.data.packing else -(-self.longest // fits.STEP) * fits.STEP
+        length = min(longest, most)
+        return memory.planned(self.recipe, self.machine, self.layout.rows_per_pass, length, self.network)
+
     def out_of_memory(self, error: BaseException) -> OutOfMemory:
         """What was tried, what it takes, and the cheapest ways out."""
-        rows, length = self.layout.rows_per_pass, self.longest
         said = (str(error).splitlines() or [""])[0]
-        figures = memory.figures(self.recipe, self.machine, rows, length)
-        ways = memory.ways_out(self.recipe, rows, REPLIES.get(self.recipe.stage, "data.max_length"))
+        found = self.planned
         peak = f"{hardware.peak_memory_gb():.3g} GB were in use at most"
-        text = "; ".join(part for part in (figures, peak) if part)
-        return OutOfMemory(
-            f"out of memory ({said}): {text}. Ways out: {'; '.join(ways)}", fewer_rows(self.recipe, self.layout)
-        )
+        text = peak if found is None else f"{memory.figures(found, self.machine)}; {peak}"
+        smaller = fewer_rows(self.recipe, self.layout)
+        if smaller is None:
+            ways = memory.ways_out(self.recipe, self.machine, self.layout.rows_per_pass, found)
+            text = f"{text}. Ways out: {'; '.join(ways)}"
+        return OutOfMemory(f"out of memory ({said}): {text}", smaller)
 
     def train(
         self, trainer: Any, base: Base | None = None, *, fit: Callable[..., dict[str, Any]] | None = None,
@@ -223,7 +237,8 @@ class Session(Generic[AnyRecipe]):
             self.folder.keep_apart()
         weights = save(self.recipe, self.folder, trainer.model, base, self.template)
         self.note(look(self.folder))
-        result = finish(self.recipe, self.folder, trainer.model, outcome, self.rows.counts, self.notes, base)
+        counts = self.rows.counts
+        result = finish(self.recipe, self.folder, trainer.model, outcome, counts, self.notes, base, self.planned)
         if self.trackers is not None:
             self.trackers.finish(result)
         if "failed" in outcome:
@@ -238,7 +253,7 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
     """
     machine = hardware.detect()
     sources.check(raw.model)
-    machine = sizing.sized(raw, machine)
+    machine, network = sizing.sized(raw, machine)
     recipe = resolved(raw, machine)
     if resume:
         check_resumable(recipe)
@@ -258,7 +273,7 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
         raise UserError(what, key="train.gradient_checkpointing", fix="leave it out, or set it to false")
     if recipe.eval.thinking is not None and recipe.stage != "pretrain":
         thinking.asked(base.encoder, thinking.switched(recipe.eval.thinking), "eval.thinking")
-    return Session(recipe, base, machine, resume, stamps(recipe))
+    return Session(recipe, base, machine, resume, stamps(recipe), network=network)
 
 
 def resolved(raw: AnyRecipe, machine: Hardware) -> AnyRecipe:
@@ -298,7 +313,7 @@ def fewer_rows(recipe: Recipe, cut: Layout) -> dict[str, int] | None:
     """Settings for half the rows per pass, or the next number below that divides a step; None when there is one row,
     or the passes of packed rows are fixed."""
     step, passes = cut.rows_per_pass * cut.accumulation, recipe.train.gradient_accumulation_steps
-    rows = max((n for n in range(1, cut.rows_per_pass // 2 + 1) if step % n == 0), default=0)
+    rows = fits.half(cut.rows_per_pass, step)
     if not recipe.train.auto_find_batch_size or not rows or (recipe.data.packing and passes is not None):
         return None
     found = {"train.per_device_train_batch_size": rows}
