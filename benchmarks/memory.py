@@ -113,6 +113,7 @@ DEVELOPMENT: dict[str, Case] = {
     "moe lora": ("qwen3-moe-370m", "sft", 2, 128, BF16),
     "llama 1b int4 recomputed": ("llama3.2-1b", "sft", 2, 96, {**INT4, **RECOMPUTED}),
     "llama 3b lora": ("llama3.2-3b", "sft", 2, 64, BF16),
+    "qwen3 ppo recomputed": ("qwen3-0.6b", "ppo", 2, 96, {**BF16, **RECOMPUTED}),  # was held out, see docs/plan.md
 }
 HELD_OUT: dict[str, Case] = {
     "pythia lora": ("pythia-160m", "sft", 4, 128, BF16),
@@ -122,7 +123,7 @@ HELD_OUT: dict[str, Case] = {
     "glm full": ("glm-300m", "sft", 1, 192, {**BF16, **method("full")}),
     "llama 1b ia3": ("llama3.2-1b", "sft", 1, 128, {**BF16, **method("ia3")}),
     "smol kto prefix tuning": ("smollm2-135m", "kto", 2, 128, {**FP32, **method("prefix_tuning")}),
-    "qwen3 ppo recomputed": ("qwen3-0.6b", "ppo", 2, 96, {**BF16, **RECOMPUTED}),
+    "pythia ppo recomputed": ("pythia-160m", "ppo", 4, 128, {**BF16, **RECOMPUTED}),
 }
 REPLY = 32  # tokens of PPO
 

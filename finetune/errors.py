@@ -133,7 +133,7 @@ def explained(error: BaseException) -> FinetuneError | None:
     if isinstance(error, OSError) and error.errno is not None and error.errno not in FULL:
         where = error.filename if error.filename is not None else error.filename2
         path = os.fsdecode(where) if isinstance(where, str | bytes | os.PathLike) else None
-        return UserError(os.strerror(error.errno), path=path, fix="check the path and who may write there")
+        return UserError(os.strerror(error.errno), path=path, fix="check the path, and who may read and write there")
     if isinstance(error, OSError) or FULL_WORDS.search(str(error)):
         text = next(iter(str(error).splitlines()), "") or type(error).__name__
         full = FULL_WORDS.search(str(error)) or getattr(error, "errno", None) in FULL

@@ -47,6 +47,8 @@ def mapping(path: Path) -> dict[str, Any]:
         raise UserError("is not JSON (nested too deeply)", path=path, fix=AGAIN) from None
     except ValueError as error:
         raise UserError(f"is not JSON ({error})", path=path, fix=AGAIN) from None
+    except PermissionError as error:
+        raise UserError(f"cannot be read: {error.strerror}", path=path, fix="check the file's permissions") from None
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", path=path, fix=AGAIN) from None
     if not isinstance(found, dict):

@@ -76,7 +76,7 @@ def test_there_are_enough_and_of_every_command() -> None:
     commands = {line.split()[0] for line, _ in EARLY if line}
     assert commands >= {
         "pretrain", "sft", "reward", "dpo", "kto", "ppo", "merge", "export", "eval", "generate", "compare", "chat",
-        "serve", "data", "recipes", "models", "doctor",
+        "serve", "data", "recipes", "models", "doctor", "plan", "runs", "report",
     }  # fmt: skip
 
 

@@ -122,12 +122,12 @@ def plan(
 ) -> None:
     """What a recipe needs before it is run: memory by part, time, what fits, what would make it fit."""
     reference = shared.one_of(plain, recipe, "--recipe", "ft plan RECIPE")
-    shared.quiet()
-    from finetune.planning import cards
+    shared.quiet(bars=False)
+    from finetune.early import planning
 
-    if gpu is not None:
-        cards.card(gpu)
-    shared.module("plan").run(reference, overrides=set_, gpu=gpu, json_file=json_)
+    checked = planning.recipe(reference, set_, gpu, json_)
+    shared.quiet()
+    shared.module("plan").run(checked, gpu=gpu, json_file=json_)
 
 
 def compare(

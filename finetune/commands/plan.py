@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,10 @@ from rich.table import Table
 
 from finetune.errors import FinetuneError, UserError
 from finetune.models import hardware, sources
-from finetune.places import check_file, json_with
 from finetune.planning import cards, fits, sizing, speed
 from finetune.planning.memory import Estimate, estimate
 from finetune.planning.network import Network, build
-from finetune.planning.source import shipped, skeleton
-from finetune.recipe.file import load
+from finetune.planning.source import is_unconverted, shipped, skeleton
 from finetune.recipe.resolve import Hardware, a_step, resolve
 from finetune.recipe.sections import as_list
 from finetune.recipe.stages import ROWS, Recipe
@@ -33,10 +30,7 @@ NAMES = {
 }  # fmt: skip
 
 
-def run(reference: str, overrides: Sequence[str] = (), gpu: str | None = None, json_file: str | None = None) -> None:
-    if json_file is not None and json_file != "-":
-        check_file(Path(json_file), "--json", json_with("peak_memory_gb", "memory"))
-    raw: Recipe = load(reference, None, overrides)
+def run(raw: Recipe, gpu: str | None = None, json_file: str | None = None) -> None:
     machine, card = machine_of(gpu)
     if (notice := start_missing(raw)) is not None:
         note(notice)
@@ -49,7 +43,9 @@ def run(reference: str, overrides: Sequence[str] = (), gpu: str | None = None, j
         found = attempt(
             recipe, lambda: estimate(built, recipe, rows, length, machine.device, fits.accumulation(recipe))
         )
+    with task("counting the rows", after=1.0):
         data, steps, tokens = amount(recipe)
+    with task("looking what else fits", after=1.0):
         work = speed.work(built, recipe, found, steps, data, tokens)
         tflops = card.tflops if card is not None else speed.measured_tflops(getattr(torch, recipe.model.dtype))
         more = room(recipe, network, built, found, machine)
@@ -120,6 +116,7 @@ def amount(recipe: Recipe) -> tuple[int | None, int | None, float | None]:
     if ENDLESS not in as_list(recipe.data.train):
         try:
             here = not model.is_new and isinstance(sources.place(model), Path) and shipped(model) is None
+            here = here and not is_unconverted(model)
             encoder = Base.open(model).encoder if here else None
             counts = audit.check(recipe.data, encoder, kind=ROWS[recipe.stage]).counts
             rows = counts["rows"] - counts["dropped"]

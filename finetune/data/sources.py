@@ -13,6 +13,7 @@ import glob
 import importlib
 import itertools
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -148,14 +149,14 @@ def files_of(path: str | Path, split: str | None = None) -> list[Path]:
         raise UserError("names no file", fix="name one")
     groups = splits_in(text)
     if groups is not None:
-        return chosen(groups, split, text)
+        return readable(chosen(groups, split, text))
     if split is not None:
         raise UserError(f"one file has no split {split!r}", path=text, fix="name a folder, or leave `split` out")
     if text.startswith("builtin:"):
         return [builtin(text.removeprefix("builtin:"))]
     place = Path(text).expanduser()
     if place.is_file():
-        return [place]
+        return readable([place])
     if (strange := odd(place)) is not None:
         raise UserError(strange[0], path=text, fix=strange[1])
     if is_address(text):
@@ -168,12 +169,22 @@ def files_of(path: str | Path, split: str | None = None) -> list[Path]:
     raise UserError("no such file", path=text, fix=f"did you mean {place.parent / near[0]}?" if near else hint)
 
 
+def readable(files: list[Path]) -> list[Path]:
+    """UserError for one that may not be read."""
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise UserError("cannot be read: Permission denied", path=file, fix="check the file's permissions")
+    return files
+
+
 def splits_in(text: str) -> dict[str, list[Path]] | None:
     """The files of a folder or pattern by split, "" for those whose name says none; None for a single file."""
     root = root_of(text)
     if root is None:
         return None
     if root == Path(text).expanduser():
+        if not os.access(root, os.R_OK | os.X_OK):
+            raise UserError("cannot be read: Permission denied", path=text, fix="check the folder's permissions")
         files = data_files(root)
         if not files:
             raise UserError("the folder holds no data files", path=text, fix="name a file, or another folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def together(*checks: Callable[[], object]) -> None:
 def file(path: str | None, key: str, fix: str) -> None:
     if path is not None and not Path(path).is_file():
         raise UserError("no such file", path=path, key=key, fix=fix)
+    if path is not None and not os.access(path, os.R_OK):
+        raise UserError("cannot be read: Permission denied", path=path, key=key, fix="check the file's permissions")
 
 
 def rows(data: Any, key: str, held_out: bool = False) -> None:

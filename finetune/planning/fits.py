@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
+from finetune.adapters import compatibility
 from finetune.errors import UserError
 from finetune.planning.memory import Estimate, estimate, writes
 from finetune.planning.network import Network, build
+from finetune.recipe.file import check, to_yaml
 from finetune.recipe.resolve import Hardware, a_step
 from finetune.recipe.stages import PpoRecipe, Recipe
 
@@ -20,6 +24,9 @@ STEP = 64  # tokens, in which lengths are planned
 CLOSE = 0.06  # what is said to fit may be so much less than what does
 UNPACKED = {"int8": 1.25, "int4": 1.3}
 """Seconds a step against bfloat16, measured on a CPU with a model of 112M parameters."""
+ROWS = "train.per_device_train_batch_size"
+CUT = ("data.max_length", "ppo.max_new_tokens")
+"""What costs no time and some of the data: the last of the changes."""
 
 
 @dataclass(frozen=True)
@@ -78,44 +85,91 @@ def length_that_fits(network: Network, recipe: Recipe, now: Estimate, machine: H
     return STEP * most(peak, budget(machine), max(1, cap // STEP), max(1, now.length // STEP), CLOSE)
 
 
-def changes(recipe: Recipe, skeleton: Any, now: Estimate, machine: Hardware) -> list[Change]:
-    """What makes a recipe that does not fit fit, the cheapest first; alone, or where nothing does alone, together."""
-    limit, found = budget(machine), list[Change]()
-    options = [*candidates(recipe)]
+def changes(
+    recipe: Recipe, skeleton: Any, now: Estimate, machine: Hardware, limit: float | None = None
+) -> list[Change]:
+    """What makes a recipe that does not fit fit, the cheapest first; alone, or where nothing does alone, together.
+
+    Args:
+        limit: bytes that are enough; by default what can be planned with on that machine.
+    """
+    limit, found = budget(machine) if limit is None else limit, dict[tuple[str, ...], Change]()
+    options = [option for option in candidates(recipe, now.length) if is_allowed(recipe, option[0])]
     for settings, slowdown, why in options:
+        if tuple(settings) in found:
+            continue  # fewer rows than are needed
         if (change := tried(recipe, skeleton, settings, slowdown, why, now, machine)) and change.peak <= limit:
-            found.append(change)
+            found[tuple(settings)] = change
     if not found:
-        settings, slowdown, reasons = dict[str, Any](), 1.0, list[str]()
+        settings, slowdown, reasons = dict[str, Any](), 1.0, dict[str, None]()
         for more, slower, why in options:
-            settings, slowdown, reasons = {**settings, **more}, slowdown * (slower or 1.0), [*reasons, why]
+            if not is_allowed(recipe, settings | more):
+                continue
+            settings, slowdown, reasons = {**settings, **more}, slowdown * (slower or 1.0), {**reasons, why: None}
             change = tried(recipe, skeleton, settings, slowdown, "; ".join(reasons), now, machine)
             if change is not None and change.peak <= limit:
-                found.append(change)
+                found[tuple(settings)] = change
                 break
-    return sorted(found, key=lambda change: change.slowdown)
+    return sorted(found.values(), key=lambda change: (any(key in CUT for key in change.settings), change.slowdown))
 
 
-def candidates(recipe: Recipe) -> Iterator[tuple[dict[str, Any], float | None, str]]:
-    """(settings, slowdown where it is not computed, what it costs), roughly by price."""
+def candidates(recipe: Recipe, length: int) -> Iterator[tuple[dict[str, Any], float | None, str]]:
+    """(settings, slowdown where it is not computed, what it costs), roughly by price.
+
+    Args:
+        length: tokens of the longest row, with its reply.
+    """
     train = recipe.train
-    micro = train.per_device_train_batch_size or 1
     if train.optim in ("adamw", "paged_adamw"):
         yield {"train.optim": "adamw_8bit"}, 1.0, "its moments in 8 bits"
-    if micro > 1:
-        yield {"train.per_device_train_batch_size": 1}, 1.0, "more passes of fewer rows: the same gradient"
+    for rows in fewer(recipe):
+        yield rows_of_a_pass(recipe, rows), 1.0, "more passes of fewer rows: the same gradient"
     if not train.gradient_checkpointing:
         yield {"train.gradient_checkpointing": True}, None, "computes the forward pass twice"
     if recipe.adapter.method == "full":
         yield {"adapter.method": "lora"}, None, "trains a small part"
-    if recipe.model.quantization is None and recipe.adapter.method not in ("full", "loha", "lokr"):
+    if recipe.model.quantization is None:
         yield {"model.quantization": "int8"}, UNPACKED["int8"], "the base is rounded to 8 bits"
-    if recipe.model.quantization in (None, "int8") and recipe.adapter.method not in ("full", "loha", "lokr"):
+    if recipe.model.quantization in (None, "int8"):
         yield {"model.quantization": "int4"}, UNPACKED["int4"], "the base is rounded to 4 bits"
     if writes(recipe) and recipe.eval.batch_size > 4:
         yield {"eval.batch_size": 4}, 1.0, "replies are written in smaller batches"
-    if recipe.data.max_length > 256:
-        yield {"data.max_length": recipe.data.max_length // 2}, 1.0, "longer rows are cut"
+    if isinstance(recipe, PpoRecipe) and recipe.ppo.max_new_tokens > 32:
+        yield {"ppo.max_new_tokens": recipe.ppo.max_new_tokens // 2}, 1.0, "longer replies are cut"
+    asked = min(recipe.data.max_length, length - replied(recipe))
+    if asked > 256:
+        yield {"data.max_length": asked // 2}, 1.0, "longer rows are cut"
+
+
+def fewer(recipe: Recipe) -> Iterator[int]:
+    """Half the rows of a pass, and half of those, down to 1."""
+    rows = recipe.train.per_device_train_batch_size or 1
+    step = rows * accumulation(recipe)
+    while rows := half(rows, step):
+        yield rows
+
+
+def half(rows: int, step: int) -> int:
+    """Half of so many rows, or the next number below that divides the rows of a step; 0 of one row."""
+    return max((n for n in range(1, rows // 2 + 1) if step % n == 0), default=0)
+
+
+def rows_of_a_pass(recipe: Recipe, rows: int) -> dict[str, int]:
+    """The settings for so many rows, with the rows of a step as they are."""
+    step = a_step(recipe)[0].effective_batch_size
+    passes = {} if recipe.data.packing or step % rows else {"train.gradient_accumulation_steps": step // rows}
+    return {ROWS: rows, **passes}
+
+
+def is_allowed(recipe: Recipe, settings: dict[str, Any]) -> bool:
+    """Whether a recipe with these settings can be run: stage, method and quantization may refuse some."""
+    other = changed(recipe, settings)
+    try:
+        check(yaml.safe_load(to_yaml(other)), other.stage)
+        compatibility.check(other)
+    except UserError:
+        return False
+    return recipe.model.adapter is None or "adapter.method" not in settings
 
 
 def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
@@ -140,11 +194,14 @@ def tried(
     machine: Hardware,
 ) -> Change | None:  # fmt: skip
     other = changed(recipe, settings)
+    if settings.get("train.gradient_checkpointing") and not skeleton.supports_gradient_checkpointing:
+        return None
     try:
         network = build(other, skeleton)
     except UserError:
         return None  # it cannot be had for this model
-    rows, length = other.train.per_device_train_batch_size or 1, length_of(other)
+    rows = other.train.per_device_train_batch_size or now.rows
+    length = min(now.length - replied(recipe), other.data.max_length) + replied(other)
     then = estimate(network, other, rows, length, machine.device, max(2, accumulation(other)))
     if slowdown is None:
         slowdown = (then.flops / then.rows) / (now.flops / now.rows)
@@ -153,7 +210,12 @@ def tried(
 
 def length_of(recipe: Recipe) -> int:
     """Tokens of the longest row that may come, with its reply."""
-    return recipe.data.max_length + (recipe.ppo.max_new_tokens if isinstance(recipe, PpoRecipe) else 0)
+    return recipe.data.max_length + replied(recipe)
+
+
+def replied(recipe: Recipe) -> int:
+    """Tokens of the longest reply that is trained on, where replies are."""
+    return recipe.ppo.max_new_tokens if isinstance(recipe, PpoRecipe) else 0
 
 
 def accumulation(recipe: Recipe) -> int:

@@ -19,16 +19,18 @@ CANNOT = (UserError, RuntimeError, TypeError, ValueError, AttributeError, KeyErr
 """What networks raise that cannot be gone through without numbers; of a UserError training says it itself."""
 
 
-def sized(raw: AnyRecipe, machine: Hardware) -> Hardware:
-    """The machine with the rows that fit it, where that is asked for and known: `ft plan` says why it is not."""
+def sized(raw: AnyRecipe, machine: Hardware) -> tuple[Hardware, Network | None]:
+    """(the machine with the rows that fit it, the network that said so), where that is asked for and known: `ft plan`
+    says why it is not."""
     train = raw.train
     if train.per_device_train_batch_size or train.gradient_accumulation_steps:
-        return machine
+        return machine, None
     try:
         recipe = resolve(continued(raw), machine)
-        return replace(machine, rows=rows_of(build(recipe, skeleton(recipe.model)), recipe, machine))
+        network = build(recipe, skeleton(recipe.model))
+        return replace(machine, rows=rows_of(network, recipe, machine)), network
     except CANNOT:
-        return machine
+        return machine, None
 
 
 def continued(recipe: AnyRecipe) -> AnyRecipe:

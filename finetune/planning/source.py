@@ -23,13 +23,18 @@ def skeleton(model: ModelConfig) -> Any:
     folder = shipped(model)
     if folder is not None:
         model = model.model_copy(update={"name": str(folder), "source": "local", "revision": None})
-    elif sources.is_gguf_base(model) and not cache.complete(cache.folder_of(sources.gguf_base(model))):
+    elif is_unconverted(model):
         from finetune.models.gguf.conversion import config_of
         from finetune.models.gguf.header import read_header
 
         cache.check(sources.gguf_base(model))
         return loading.of_config(config_of(read_header(sources.gguf_base(model))), model)
     return loading.skeleton(model, with_weights=False)
+
+
+def is_unconverted(model: ModelConfig) -> bool:
+    """Whether the base is a GGUF file that would first be converted: gigabytes in the cache."""
+    return sources.is_gguf_base(model) and not cache.complete(cache.folder_of(sources.gguf_base(model)))
 
 
 def shipped(model: ModelConfig) -> Path | None:

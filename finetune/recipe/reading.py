@@ -96,6 +96,11 @@ def _size(node: yaml.Node | None, known: dict[int, int]) -> int:
 
 
 def recipe_text(path: Path) -> str:
+    """UserError for what is no file of text."""
+    if (found := odd(path)) is not None:
+        raise UserError(found[0], path=path, fix=found[1])
+    if path.is_dir():
+        raise UserError("is a folder", path=path, fix="give a file in it")
     try:
         with path.open("rb") as file:
             raw = file.read(LARGEST + 1)
@@ -104,6 +109,8 @@ def recipe_text(path: Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text ({error.reason})", path=path, fix="save the file as UTF-8") from None
+    except FileNotFoundError:
+        raise UserError("no such file", path=path, fix="check its name, and the folder it is looked for in") from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", path=path, fix="check its permissions") from None
 

@@ -198,14 +198,20 @@ def memory(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     plan = result.get("plan")
     rows = []
     if isinstance(plan, dict):
-        parts = plan.get("memory") or {}
+        parts = plan["memory"] if isinstance(plan.get("memory"), dict) else {}
         rows += [
             (f"planned: {part.replace('_', ' ')}", f"{shown(gb)} GB") for part, gb in parts.items() if is_number(gb)
         ]
         if is_number(plan.get("peak_memory_gb")):
-            rows.append(("planned peak", f"{shown(plan['peak_memory_gb'])} GB"))
+            passes = ""
+            if is_number(plan.get("rows")) and is_number(plan.get("tokens")):
+                passes = f", for passes of {plan['rows']:,} x {plan['tokens']:,} tokens"
+            rows.append(("planned peak", f"{shown(plan['peak_memory_gb'])} GB{passes}"))
     if is_number(result.get("peak_memory_gb")):
-        rows.append(("measured peak", f"{shown(result['peak_memory_gb'])} GB"))
+        machine = result.get("machine")
+        on_gpu = isinstance(machine, dict) and machine.get("device") == "cuda"
+        of = "tensors on the GPU: without framework and fragmentation" if on_gpu else "of the whole process"
+        rows.append(("measured peak", f"{shown(result['peak_memory_gb'])} GB, {of}"))
     return rows
 
 

@@ -19,6 +19,7 @@ import yaml
 
 from finetune import places
 from finetune.errors import UserError
+from finetune.recipe.reading import parse_value, recipe_text
 from finetune.recipe.stages import RECIPES
 from finetune.run.checkpoints import known_of
 from finetune.run.directory import ASIDE, LOCK, Run
@@ -86,18 +87,20 @@ class Record:
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        rows = [row for row in read_lines(self.run.metrics) if isinstance(row.get("step"), int | float)]
+        rows = [row for row in read_lines(self.run.metrics) if is_number(row.get("step"))]
         return sorted(rows, key=lambda row: row["step"])  # the best checkpoint's may come last
 
     @cached_property
     def evaluation(self) -> dict[str, Any]:
         """What `ft eval` last found of this run; {} where it was not asked."""
         found = places.read_json(self.run.evaluation)
-        return found if isinstance(found.get("sets"), list) else {}
+        if not isinstance(found.get("sets"), list):
+            return {}
+        return {**found, "sets": [one for given in found["sets"] if (one := evaluated(given)) is not None]}
 
     @cached_property
     def data_audit(self) -> dict[str, Any]:
-        return places.read_json(self.run.data_audit)
+        return of_kinds(places.read_json(self.run.data_audit), AUDIT)
 
     @cached_property
     def inputs(self) -> dict[str, str]:
@@ -144,9 +147,12 @@ def read(path: Path) -> Record:
         fix = f"did you mean {known[near[0]]}?" if near else "`ft runs list` shows the runs below a folder"
         raise UserError("is no run directory" if path.exists() else "no such run", path=path, fix=fix)
     recipe: Any = None
-    with suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
-        recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
-    return Record(path, recipe if isinstance(recipe, dict) else {}, places.read_json(path / "result.json"))
+    with suppress(UserError, yaml.YAMLError):
+        recipe = parse_value(recipe_text(path / "recipe.yaml"))
+    sections = recipe if isinstance(recipe, dict) else {}
+    # Files may be half, old, or mended by hand: what is of another kind than ours counts as not there.
+    kept = {k: v for k, v in sections.items() if isinstance(v, dict) or k in ("version", "stage")}
+    return Record(path, kept, of_kinds(places.read_json(path / "result.json"), RESULT))
 
 
 def near_by(path: Path) -> dict[str, Path]:
@@ -161,6 +167,51 @@ def is_run(path: Path) -> bool:
         return False
     run = Run(path)
     return any(p.exists() for p in (run.result, run.metrics, run.checkpoints, run.error, path / LOCK, run.data_audit))
+
+
+def of_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what should be of a kind and is not; of lists of mappings without what is none."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        kind = kinds.get(key)
+        if kind == "rows" and isinstance(value, list):
+            found[key] = [row for row in value if isinstance(row, dict)]
+        elif kind == "number" and is_number(value):
+            found[key] = value
+        elif kind == "counts" and isinstance(value, dict):
+            found[key] = {name: number for name, number in value.items() if is_number(number)}
+        elif kind is None or (isinstance(kind, type) and isinstance(value, kind)):
+            found[key] = value
+    return found
+
+
+def evaluated(given: Any) -> dict[str, Any] | None:
+    """A set of `ft eval`; None for what is none."""
+    if not isinstance(given, dict) or not is_number(given.get("n")):
+        return None
+    one = of_kinds(given, SET)
+    one["comparisons"] = [
+        item for item in one.get("comparisons", [])
+        if isinstance(item.get("metric"), str) and is_number(item.get("difference")) and is_interval(item.get("ci"))
+    ]  # fmt: skip
+    return one
+
+
+def is_interval(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+
+
+RESULT: dict[str, Any] = {
+    "stage": str, "status": str, "eval": dict, "decisions": list, "versions": dict, "machine": dict, "plan": dict,
+    "data": dict, **dict.fromkeys(
+        ("seconds", "steps", "epochs", "train_loss", "trainable_parameters", "total_parameters", "peak_memory_gb"),
+        "number"),
+}  # fmt: skip
+AUDIT: dict[str, Any] = {
+    "preview": "rows", "problems": "rows", "kinds": "counts", "tokens": "counts", "characters": "counts",
+    "languages": "counts", "counts": dict,
+}  # fmt: skip
+SET: dict[str, Any] = {"rows": "rows", "comparisons": "rows", "before": dict, "after": dict, "n": "number"}
 
 
 def below(folder: Path) -> Iterator[Record]:

@@ -22,7 +22,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
     A line ends at a newline only: texts may hold U+2028, at which str.splitlines would cut.
     """
-    if not path.exists():
+    if not path.is_file():
         return []
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):

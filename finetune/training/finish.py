@@ -22,13 +22,14 @@ from finetune.models import sources
 from finetune.models.hardware import described, peak_memory_gb
 from finetune.models.identity import write_identity
 from finetune.models.quantization import parameter_counts
+from finetune.planning.memory import Estimate
 from finetune.recipe.file import to_yaml
 from finetune.recipe.stages import Recipe
 from finetune.report import page, picture
 from finetune.run.directory import Run, versions
 from finetune.run.writing import write_atomically, write_json
 from finetune.terminal.progress import advise, command, duration, note, shown_path
-from finetune.training import model_card
+from finetune.training import memory, model_card
 from finetune.training.weight_check import check_finite
 
 
@@ -61,11 +62,12 @@ def whole(target: Path) -> Iterator[Path]:
 
 
 def finish(
-    recipe: Recipe, run: Run, model: Any, outcome: dict[str, Any], counts: dict[str, Any], notes: list[str], base: Base
-) -> dict[str, Any]:
+    recipe: Recipe, run: Run, model: Any, outcome: dict[str, Any], counts: dict[str, Any], notes: list[str], base: Base,
+    planned: Estimate | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The model card, loss.png, report.html and, last, result.json.
 
-    outcome: what the trainer says, of `fit`; base: as for `save`.
+    outcome: what the trainer says, of `fit`; base: as for `save`; planned: what `ft plan` says that a pass takes.
     """
     trainable, total = parameter_counts(model)
     thought = recorded(recipe, run, counts, base)
@@ -74,6 +76,7 @@ def finish(
         "trainable_parameters": trainable, "total_parameters": total,
         "trained_tokens": counts["trained_tokens"], "dropped_rows": counts["dropped"], "data": counts,
         "peak_memory_gb": round(peak_memory_gb(), 3), "decisions": notes, "machine": described(),
+        **({} if planned is None else {"plan": memory.record(planned)}),
         **({} if thought is None else {"thinking": thought}),
     }  # fmt: skip
     write_card(recipe, run, result, base)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic
 
@@ -34,7 +35,9 @@ from finetune.errors import OutOfMemory, RunError, UserError
 from finetune.models import attach, hardware, loading, sources
 from finetune.models.quantization import check_network, is_held_quantized, planned_bytes
 from finetune.models.rope import check_length
-from finetune.planning import precision, sizing
+from finetune.planning import fits, precision, sizing
+from finetune.planning.memory import Estimate
+from finetune.planning.network import Network
 from finetune.recipe.file import to_yaml
 from finetune.recipe.resolve import Hardware, resolve
 from finetune.recipe.stages import HELD_OUT_FIGURES, Recipe
@@ -87,6 +90,8 @@ class Session(Generic[AnyRecipe]):
     """Why the computation is in bfloat16 or float32, where that was timed."""
     further: bool = False
     """Whether it goes on for longer than it was begun."""
+    network: Network | None = None
+    """That which said how many rows fit."""
 
     @property
     def template(self) -> str | None:
@@ -193,17 +198,26 @@ class Session(Generic[AnyRecipe]):
             finally:
                 trackers.finish(None)
 
+    @cached_property
+    def planned(self) -> Estimate | None:
+        """What a pass takes by `ft plan`, with the longest rows that there are, to the next 64 tokens; None where it
+        cannot say."""
+        most = fits.length_of(self.recipe)
+        longest = most if self.recipe.data.packing else -(-self.longest // fits.STEP) * fits.STEP
+        length = min(longest, most)
+        return memory.planned(self.recipe, self.machine, self.layout.rows_per_pass, length, self.network)
+
     def out_of_memory(self, error: BaseException) -> OutOfMemory:
         """What was tried, what it takes, and the cheapest ways out."""
-        rows, length = self.layout.rows_per_pass, self.longest
         said = (str(error).splitlines() or [""])[0]
-        figures = memory.figures(self.recipe, self.machine, rows, length)
-        ways = memory.ways_out(self.recipe, rows, REPLIES.get(self.recipe.stage, "data.max_length"))
+        found = self.planned
         peak = f"{hardware.peak_memory_gb():.3g} GB were in use at most"
-        text = "; ".join(part for part in (figures, peak) if part)
-        return OutOfMemory(
-            f"out of memory ({said}): {text}. Ways out: {'; '.join(ways)}", fewer_rows(self.recipe, self.layout)
-        )
+        text = peak if found is None else f"{memory.figures(found, self.machine)}; {peak}"
+        smaller = fewer_rows(self.recipe, self.layout)
+        if smaller is None:
+            ways = memory.ways_out(self.recipe, self.machine, self.layout.rows_per_pass, found)
+            text = f"{text}. Ways out: {'; '.join(ways)}"
+        return OutOfMemory(f"out of memory ({said}): {text}", smaller)
 
     def train(
         self, trainer: Any, base: Base | None = None, *, fit: Callable[..., dict[str, Any]] | None = None,
@@ -236,7 +250,8 @@ class Session(Generic[AnyRecipe]):
         weights = save(self.recipe, self.folder, trainer.model, base, self.template)
         self.note(look(self.folder))
         notes = [*self.notes, *filter(None, [self.precision])]
-        result = finish(self.recipe, self.folder, trainer.model, outcome, self.rows.counts, notes, base)
+        counts = self.rows.counts
+        result = finish(self.recipe, self.folder, trainer.model, outcome, counts, notes, base, self.planned)
         if self.trackers is not None:
             self.trackers.finish(result)
         if "failed" in outcome:
@@ -253,7 +268,7 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
     sources.check(raw.model)
     before = value_at(begun_with(Run.of(raw)), "model.dtype") if resume else None
     machine, said = precision.timed(raw, machine, before)
-    machine = sizing.sized(raw, machine)
+    machine, network = sizing.sized(raw, machine)
     recipe = resolved(raw, machine)
     if resume:
         check_resumable(recipe)
@@ -273,7 +288,7 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
         raise UserError(what, key="train.gradient_checkpointing", fix="leave it out, or set it to false")
     if recipe.eval.thinking is not None and recipe.stage != "pretrain":
         thinking.asked(base.encoder, thinking.switched(recipe.eval.thinking), "eval.thinking")
-    return Session(recipe, base, machine, resume, stamps(recipe), precision=said)
+    return Session(recipe, base, machine, resume, stamps(recipe), precision=said, network=network)
 
 
 def resolved(raw: AnyRecipe, machine: Hardware) -> AnyRecipe:
@@ -313,7 +328,7 @@ def fewer_rows(recipe: Recipe, cut: Layout) -> dict[str, int] | None:
     """Settings for half the rows per pass, or the next number below that divides a step; None when there is one row,
     or the passes of packed rows are fixed."""
     step, passes = cut.rows_per_pass * cut.accumulation, recipe.train.gradient_accumulation_steps
-    rows = max((n for n in range(1, cut.rows_per_pass // 2 + 1) if step % n == 0), default=0)
+    rows = fits.half(cut.rows_per_pass, step)
     if not recipe.train.auto_find_batch_size or not rows or (recipe.data.packing and passes is not None):
         return None
     found = {"train.per_device_train_batch_size": rows}

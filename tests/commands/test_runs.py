@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -187,3 +188,57 @@ def test_curve_goes_from_its_first_to_its_last_value() -> None:
     assert lines[-2][-1] != "\u2800"
     columns = zip(*(line.partition("│")[2] for line in lines[1:-1]), strict=True)
     assert all(any(c != "\u2800" for c in column) for column in columns), "a line, not two points"
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join(['*' + a] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+BROKEN: dict[str, tuple[str, str]] = {
+    "a cut result": ("result.json", '{"stage": "sft", "eval": {"loss'),
+    "another result": ("result.json", "[1, 2]"),
+    "a result of other kinds": (
+        "result.json",
+        '{"stage": 3, "eval": [1], "decisions": "abc", "versions": 7, "train_loss": "x", "steps": "many", '
+        '"seconds": null, "plan": {"memory": [1]}, "data": 4, "machine": [], "trainable_parameters": "a"}',
+    ),
+    "cut metrics": ("metrics.jsonl", '{"step": 1, "loss": 0.5}\n{"step": 2, "lo'),
+    "odd metrics": (
+        "metrics.jsonl",
+        '{"step": "a", "loss": {}}\n3\nnull\n{"step": 1e400, "loss": 1}\n{"step": 9, "loss": NaN, "grad_norm": [1]}\n',
+    ),
+    "a recipe without sections": ("recipe.yaml", "version: 1\nstage: [sft]\nmodel: 5\nadapter: lora\ntrain: []\n"),
+    "a recipe that grows": ("recipe.yaml", BOMB),
+    "an odd audit": (
+        "data_audit.json", '{"preview": 3, "problems": {"a": 1}, "counts": [1], "tokens": "x", "kinds": [1]}',
+    ),
+    "an odd evaluation": (
+        "evaluation.json",
+        '{"sets": [3, {"name": 3}, {"n": 2, "comparisons": [{"metric": "m", "ci": 5}], "rows": [1], "after": []}]}',
+    ),
+    "odd samples": ("samples.jsonl", '3\n"x"\n{"step": [], "prompt": {}, "reply": 3, "score": "x"}\n'),
+}  # fmt: skip
+
+
+def test_a_broken_run_hides_no_other(tmp_path: Path) -> None:
+    """Half, old, mended by hand: what cannot be read counts as not there, and everything else is shown."""
+    folder = tmp_path / "runs"
+    for name, (file, text) in BROKEN.items():
+        (make_run(folder / name, stage="ppo") / file).write_text(text, encoding="utf-8")
+    (make_run(folder / "a pipe", done=False) / "metrics.jsonl").unlink()
+    os.mkfifo(folder / "a pipe" / "metrics.jsonl")
+    (make_run(folder / "a folder", done=False) / "result.json").mkdir()
+    good = make_run(tmp_path / "good")
+    assert [one["name"] for one in listed(folder)] == sorted([*BROKEN, "a pipe", "a folder"])
+    index = ft("report", folder)
+    assert index.returncode == 0, index.stderr
+    for path in folder.iterdir():
+        if path.is_dir():
+            for words in (["runs", "show", path], ["runs", "diff", path, good], ["report", path]):
+                done = ft(*words)
+                assert done.returncode == 0, (path.name, words[:2], done.stderr)
+
+
+def test_a_stage_that_is_none_is_refused(runs: Path) -> None:
+    done = ft("runs", "list", runs, "--stage", "sfft")
+    assert done.returncode == 2
+    assert "'sfft' is not possible here → one of pretrain, sft," in done.stderr

@@ -37,7 +37,11 @@ def test_run_directory(recipe: Recipe) -> None:
     assert result["decisions"] == ["only 4 updates; 50 or more want more data or epochs, or a smaller batch"]
     row = run.read_metrics()[0]
     assert {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb"} <= row.keys()
-    assert "data:image/png;base64," in (run.path / "report.html").read_text()
+    plan, report = result["plan"], (run.path / "report.html").read_text()
+    assert plan["peak_memory_gb"] == pytest.approx(sum(plan["memory"].values()), abs=0.001)
+    assert (plan["rows"], plan["memory"]["weights"] > 0) == (8, True)
+    assert "planned: weights" in report
+    assert "data:image/png;base64," in report
     assert (run.path / "loss.png").stat().st_size > 5000
 
 

@@ -47,6 +47,16 @@ def load(name: str | Path, **keys: Any) -> Any:
     return loading.load_model(config_of(name, **keys), torch.float32)
 
 
+def test_the_head_gets_its_input_in_one_piece(checkpoint: Path) -> None:
+    """Of a slice torch would copy the head's weight once per row, in bfloat16 on CPUs."""
+    model, seen = load(checkpoint), list[bool]()
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, given, out: seen.append(given[0].is_contiguous())
+    )
+    model(torch.tensor([*IDS, *IDS]), logits_to_keep=2)
+    assert seen == [True]
+
+
 # --- sources ---
 
 

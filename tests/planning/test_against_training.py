@@ -13,6 +13,7 @@ import torch
 from conftest import ft, train
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
+from finetune.commands import plan
 from finetune.errors import UserError
 from finetune.planning import cards, fits, network, sizing
 from finetune.planning.memory import estimate
@@ -137,8 +138,9 @@ def test_what_is_unset_is_planned_and_what_is_set_stays() -> None:
         "data": {"train": "d", "max_length": 256}, "train": {"effective_batch_size": 64},
     }  # fmt: skip
     machine = Hardware("cpu", False, 2.2)
-    few = sizing.sized(check(values, "sft"), machine)
+    few, found = sizing.sized(check(values, "sft"), machine)
     assert few.rows is not None
+    assert found is not None
     assert 0 < few.rows < 64
     made = resolve(check(values, "sft"), few)
     micro, passes = made.train.per_device_train_batch_size, made.train.gradient_accumulation_steps
@@ -146,7 +148,7 @@ def test_what_is_unset_is_planned_and_what_is_set_stays() -> None:
     assert micro <= few.rows
     assert micro * (passes or 0) == 64, "the effective batch is kept"
     values["train"] |= {"per_device_train_batch_size": 64}
-    assert sizing.sized(check(values, "sft"), machine) == machine
+    assert sizing.sized(check(values, "sft"), machine) == (machine, None)
 
 
 def test_training_takes_the_rows_that_fit(recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +179,8 @@ def test_changes_that_make_it_fit() -> None:
     assert found
     assert all(change.peak <= fits.budget(machine) for change in found)
     assert [change.slowdown for change in found] == sorted(change.slowdown for change in found)
-    assert {"train.per_device_train_batch_size": 1} in [change.settings for change in found]
+    rows = {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 8}
+    assert rows in [change.settings for change in found], "4 and 2 do not fit"
 
 
 @pytest.mark.parametrize(
@@ -225,3 +228,18 @@ def test_what_cannot_be_planned_is_named(recipe: Callable[..., Path], tmp_path: 
     assert "did you mean RTX 4090?" in wrong.stderr
     odd = recipe(model={"name": "owner/nothing-like-that"})
     assert ft("plan", odd).returncode == 2
+
+
+def test_a_network_that_looks_at_its_numbers_is_refused_by_name() -> None:
+    made, base = recipe(model={"name": "owner/curious", "dtype": "float32"}), skeleton("llama")
+    found = network.build(made, base)
+
+    def look(module: Any, given: Any) -> None:
+        assert given[0].sum() < torch.inf
+
+    found.blocks[0].register_forward_pre_hook(look)
+    with pytest.raises(UserError) as refused:
+        plan.attempt(made, lambda: estimate(found, made, 1, 16, "cpu"))
+    (line,) = refused.value.lines()
+    assert line.startswith("owner/curious: model.name: its network computes in a way that cannot be planned")
+    assert line.endswith("try a few rows of it: train.max_steps 1")

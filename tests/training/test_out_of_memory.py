@@ -17,8 +17,10 @@ from conftest import ft, tensors, write_rows
 from transformers import Trainer
 
 from finetune.cli import shared
+from finetune.planning import fits
 from finetune.recipe.file import load
-from finetune.recipe.resolve import Hardware
+from finetune.recipe.resolve import Hardware, resolve
+from finetune.rl.update import Learner
 from finetune.run.directory import Run
 from finetune.training import memory
 from finetune.training.health import ADVICE
@@ -73,6 +75,12 @@ def test_one_message_with_figures_and_three_ways_out(
     recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     too_many(monkeypatch, 0, ERRORS[kind])
+    if kind != "gpu":  # once is enough: it takes seconds
+        rows = {fits.ROWS: 4, "train.gradient_accumulation_steps": 2}
+        any_recipe = load(str(recipe()), None)
+        made = [fits.Change(rows, 1.0, "more passes of fewer rows: the same gradient", 10**9, any_recipe),
+                *(fits.Change({f"a.key{i}": i}, 1 + i / 10, "why", 10**9, any_recipe) for i in (1, 2))]  # fmt: skip
+        monkeypatch.setattr(fits, "changes", lambda *_: made)
     done = ft("sft", written(recipe, tmp_path, "sft"))
     assert done.returncode == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -80,8 +88,9 @@ def test_one_message_with_figures_and_three_ways_out(
     for part in (
         "by ft plan ", "GB for the weights and ", "with passes of 8 rows of up to ",
         "GB were in use at most. Ways out: ",
-        "train.per_device_train_batch_size: 4, or train.auto_find_batch_size: true", "(the result is the same)",
-        "train.gradient_checkpointing: true", "model.quantization: int4",
+        "train.per_device_train_batch_size: 4 and train.gradient_accumulation_steps: 2, or "
+        "train.auto_find_batch_size: true, which finds it by itself (more passes of fewer rows: the same gradient; ",
+        " GB, the same time); ", " x the time)" if kind != "gpu" else "",
     ):  # fmt: skip
         assert part in last
     assert "bug" not in done.stderr
@@ -95,28 +104,101 @@ def test_other_errors_stay_what_they_are(recipe: Any, tmp_path: Path, monkeypatc
     assert "shapes do not match" in done.stderr
 
 
-def test_ways_out_are_the_cheapest_that_are_left(recipe: Any) -> None:
-    def ways(rows: int, **sections: Any) -> str:
-        return " | ".join(memory.ways_out(load(str(recipe(**sections)), None), rows, "data.max_length"))
+def test_ways_out_are_the_three_cheapest_of_ft_plan(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Hardware("cuda", True, 24.0)
+    made = resolve(load(str(recipe()), None), machine)
+    found = memory.planned(made, machine, 8, 60)
+    assert found is not None
+    held = found.parts["weights"] + found.parts["framework"]
+    assert memory.enough(found, machine) == held + 0.9 * (found.peak - held), "it was said to fit"
+    assert memory.enough(found, Hardware("cuda", True, 0.5)) == 0.95 * 0.5e9
+    clear = [fits.Change({f"a.key{i}": i > 0}, 1 + i / 10, f"why {i}", 10**9 + i, made) for i in range(4)]
+    slight = [fits.Change({"b.c": 3}, 1.0, "slightly", 10**9, made), fits.Change({"d.e": 3}, 2.0, "more", 10**8, made)]
 
-    assert ways(1).startswith("train.gradient_checkpointing: true")
-    assert ways(1, train={"gradient_checkpointing": True}).startswith("model.quantization: int4")
-    assert "a shorter data.max_length" in ways(1, train={"gradient_checkpointing": True})
-    full = recipe(adapter={"method": "lora"})
-    values = yaml.safe_load(full.read_text()) | {"adapter": {"method": "full"}}
-    full.write_text(yaml.safe_dump(values))
-    assert "adapter.method: lora" in " | ".join(memory.ways_out(load(str(full), None), 4, "data.max_length"))
-    assert ways(4, train={"auto_find_batch_size": True}).startswith("train.per_device_train_batch_size: 2 (")
+    def told(clearly: list[fits.Change]) -> list[str]:
+        def changes(_: Any, __: Any, now: Any, ___: Any, limit: float) -> list[fits.Change]:
+            return [*clearly, *slight] if limit == now.peak - 1 else list(clearly)
+
+        monkeypatch.setattr(fits, "changes", changes)
+        return memory.ways_out(made, machine, 8, found)
+
+    three = ["a.key0: false (why 0; 1 GB, the same time)", "a.key1: true (why 1; 1 GB, 1.10 x the time)"]
+    assert told(clear) == [*three, "a.key2: true (why 2; 1 GB, 1.20 x the time)"]
+    assert told(clear[:2]) == [*three, "d.e: 3 (more; 0.1 GB, 2.00 x the time)"]
+    slight.clear()
+    assert told([]) == [memory.NOTHING]
+
+
+def test_ways_out_are_none_that_the_stage_or_the_method_refuses(recipe: Any, tmp_path: Path) -> None:
+    """Without a plan, all that there are; what a recipe may not say is not told."""
+
+    def ways(path: Path, rows: int = 1) -> str:
+        return " | ".join(memory.ways_out(resolve(load(str(path), None), Hardware()), Hardware(), rows, None))
+
+    assert "auto_find_batch_size" in ways(recipe(train={"effective_batch_size": 8}), 4)
+    assert "auto_find" not in ways(recipe(train={"effective_batch_size": 8, "auto_find_batch_size": True}), 4)
+    settings = {"gradient_checkpointing": True, "optim": "sgd", "per_device_train_batch_size": 1}
+    loha = recipe(train=settings, data={"max_length": 1024})
+    values = yaml.safe_load(loha.read_text()) | {"adapter": {"method": "loha"}}
+    loha.write_text(yaml.safe_dump(values))
+    assert ways(loha) == "data.max_length: 512 (longer rows are cut)", "LoHa takes no quantized base"
+    packed = recipe(data={"packing": True}, train={"gradient_accumulation_steps": 2})
+    assert fits.ROWS not in ways(packed, 4), "with the passes of packed rows given, their number cannot be"
+
+
+def test_replies_may_be_shorter_in_ppo_and_rows_fewer_by_themselves(ppo_recipe: Path) -> None:
+    made = resolve(load(str(ppo_recipe), None), Hardware())
+    keys = [key for settings, *_ in fits.candidates(made, fits.length_of(made)) for key in settings]
+    assert {"ppo.max_new_tokens", fits.ROWS, "eval.batch_size"} <= {*keys}
+    assert all(fits.is_allowed(made, settings) for settings, *_ in fits.candidates(made, fits.length_of(made)))
+
+
+@pytest.fixture
+def ppo_recipe(base: Path, tmp_path: Path) -> Path:
+    (tmp_path / "rule.py").write_text("def f(prompts, completions, **_):\n    return [len(c) for c in completions]\n")
+    values = {
+        "version": 1, "stage": "ppo", "model": {"name": str(base), "dtype": "float32"},
+        "data": {"train": str(write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"say {i}"} for i in range(16)])),
+                 "max_length": 512},
+        "train": {"effective_batch_size": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
+                  "max_steps": 3, "save_steps": 1, "auto_find_batch_size": True},
+        "ppo": {"max_new_tokens": 64, "num_mini_batches": 2}, "reward": {"functions": [f"{tmp_path / 'rule.py'}:f"]},
+        "output": {"dir": str(tmp_path / "run")},
+    }  # fmt: skip
+    path = tmp_path / "ppo.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_ppo_goes_on_with_fewer_rows(ppo_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn, begun = Learner.minibatch, list[list[str]]()
+
+    def limited(self: Any, rollout: Any, index: Any) -> Any:
+        if self.rows > 2 and self.scheduler.last_epoch >= 1:  # after a rollout
+            raise torch.OutOfMemoryError(CUDA)
+        return learn(self, rollout, index)
+
+    def here(words: list[str]) -> None:
+        begun.append(words)
+        sys.exit(ft(*words).returncode)
+
+    monkeypatch.setattr(Learner, "minibatch", limited)
+    monkeypatch.setattr(shared, "replace_process", here)
+    done = ft("ppo", ppo_recipe, "--set", "ppo.max_new_tokens=4")
+    assert done.returncode == 0, done.stderr
+    assert ["--resume" in words for words in begun] == [True]
+    assert Run(tmp_path / "run").done()
 
 
 def test_figures_grow_with_rows_and_are_left_out_where_nothing_is_known(recipe: Any, tmp_path: Path) -> None:
-    one = load(str(recipe()), None)
-    said = [memory.figures(one, Hardware("cuda", True, 24.0), rows, 1000) or "" for rows in (4, 40)]
+    one, machine = resolve(load(str(recipe()), None), Hardware()), Hardware("cuda", True, 24.0)
+    found = [memory.planned(one, machine, rows, 1000) for rows in (4, 40)]
+    said = [memory.figures(estimate, machine) for estimate in found if estimate is not None]
     passes = [float(text.split(" and ")[1].split()[0]) for text in said]
     assert passes[1] > 1.5 * passes[0]
     assert "of 24 GB" in said[0]
     nowhere = load(str(recipe(model={"name": str(tmp_path / "nowhere")})), None)
-    assert memory.figures(nowhere, Hardware(), 1, 1) is None
+    assert memory.planned(nowhere, Hardware(), 1, 1) is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from finetune.errors import UserError, visible
+from finetune.recipe.stages import RECIPES
 from finetune.run import json_option, records
 from finetune.run.differences import differences, from_defaults, result_values
 from finetune.run.records import Record
@@ -46,12 +48,16 @@ def show_list(
 ) -> None:  # fmt: skip
     """A table of the runs below a folder, or the same as JSON."""
     one_of("--sort", sort, tuple(SORTS))
+    if stage is not None:
+        one_of("--stage", stage, tuple(RECIPES))
     if status is not None:
         one_of("--status", status, records.STATUSES)
     json_option.check(json_file, "runs")
     place = Path(folder).expanduser()
     if not place.is_dir():
         raise UserError("no such folder", path=folder, fix="name a folder that holds runs")
+    if not os.access(place, os.R_OK | os.X_OK):
+        raise UserError("cannot be read: Permission denied", path=folder, fix="check the folder's permissions")
     everything = list(records.below(place))
     kept = [
         r for r in everything

@@ -12,6 +12,7 @@ import yaml
 
 from finetune.errors import UserError
 from finetune.recipe.reading import parse_value, recipe_text
+from finetune.recipe.reading import read as as_recipe
 
 LLAMA_FACTORY, AXOLOTL, SWIFT, TRL = "LLaMA-Factory", "axolotl", "ms-swift", "trl"
 COMMANDS = (
@@ -49,6 +50,8 @@ def read(path: Path) -> Source:
     try:
         values = parse_value(text)
     except yaml.YAMLError:
+        if path.suffix.lower() in (".yaml", ".yml", ".json"):
+            as_recipe(path)  # says where
         values = None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         tools = "LLaMA-Factory, axolotl, ms-swift or trl"
@@ -58,7 +61,8 @@ def read(path: Path) -> Source:
 
 def of_keys(values: dict[str, Any], path: Path) -> Source:
     if {"version", "stage"} <= values.keys() and isinstance(values.get("model"), dict):
-        raise UserError("is a recipe already", path=path, fix="run it: ft sft --recipe …")
+        run = f"ft {values['stage']} --recipe {shlex.quote(str(path))}"
+        raise UserError("is a recipe already", path=path, fix=f"run it: {run}")
     if "compute_environment" in values:
         raise UserError(
             "is accelerate's, and says nothing of what is trained", path=path, fix="give the training config"
