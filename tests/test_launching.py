@@ -103,6 +103,17 @@ def test_another_launcher_says_all_that_is_needed(monkeypatch: pytest.MonkeyPatc
         launching.check_environment()
 
 
+def test_parts_of_deepspeed_fit_no_others() -> None:
+    from finetune.training.session import check_zero
+
+    two = {"launch": "deepspeed", "processes": "2"}
+    check_zero(two, two)
+    check_zero({}, {"launch": "ddp", "processes": "1"})
+    for then, now in ((two, {**two, "processes": "4"}), (two, {**two, "launch": "ddp"}), ({}, two)):
+        with pytest.raises(UserError, match="DeepSpeed's parts fit no others"):
+            check_zero(then, now)
+
+
 def test_what_several_would_do_several_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)

@@ -101,6 +101,7 @@ def told(codes: dict[int, int], launch: Launch) -> int:
 
 def on_ray(words: Sequence[str], launch: Launch) -> int:
     """The same on a Ray cluster, by Ray Train's TorchTrainer; this process waits. Folders must be shared."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import torch
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer

@@ -55,7 +55,7 @@ def rounding() -> dict[str, str]:
     else:
         device = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {_cpu_name()}"
     found = {"device": device, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
-    return {**found, "processes": str(ranks.count())}
+    return {**found, "processes": str(ranks.count()), "launch": ranks.kind()}
 
 
 def _cpu_name() -> str:

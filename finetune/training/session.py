@@ -234,6 +234,7 @@ class Session(Generic[AnyRecipe]):
         base = base or self.base
         checkpoint = ranks.from_first(self.folder.usable_checkpoint) if self.resume else None
         if checkpoint is not None:
+            check_zero(known_of(checkpoint).get("rounding") or {}, hardware.rounding())
             self.note(not_to_the_bit(known_of(checkpoint), self.recomputed))
             if self.further:
                 self.note(f"the learning rate follows the longer schedule from {checkpoint.name} on")
@@ -316,6 +317,15 @@ def not_to_the_bit(known: dict[str, Any], keys: list[str]) -> str | None:
     ]
     found += [f"another {key}" for key in keys]
     return f"not equal to the last bit to the run without a stop: {'; '.join(found)}" if found else None
+
+
+def check_zero(then: dict[str, str], now: dict[str, str]) -> None:
+    """UserError for a checkpoint of DeepSpeed that goes on otherwise: each of its processes has saved a part."""
+    keys = ("launch", "processes")
+    if "deepspeed" in (then.get("launch"), now["launch"]) and any(then.get(key) != now[key] for key in keys):
+        was, is_ = (" ".join(str(found.get(key)) for key in reversed(keys)) for found in (then, now))
+        what = f"the checkpoint is of {was} processes, and these are {is_}: DeepSpeed's parts fit no others"
+        raise UserError(what, key="--launch", fix="go on as it was begun, or use --launch fsdp from the start")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
