@@ -16,6 +16,7 @@ import gc
 import json
 import platform
 import string
+import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -25,9 +26,8 @@ from typing import Any
 
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
 
 from finetune.commands import dpo, kto, ppo, pretrain, reward, sft
 from finetune.models import hardware
@@ -39,6 +39,9 @@ from finetune.recipe.file import load
 from finetune.recipe.resolve import resolve
 from finetune.recipe.stages import RECIPES
 from finetune.rl.ppo import Ppo
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from byte_tokenizer import make_tokenizer
 
 COMMANDS: dict[str, Any] = {"sft": sft, "dpo": dpo, "kto": kto, "reward": reward, "ppo": ppo, "pretrain": pretrain}
 RESULTS = Path(__file__).parent / "memory.json"
@@ -192,16 +195,8 @@ def write_model(shape: str, folder: Path) -> None:
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 2, 0
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(specials + alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(specials)
     template = "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"  # next to nothing is untrained
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template
-    ).save_pretrained(folder)
+    make_tokenizer(template).save_pretrained(folder)
 
 
 def write_rows(stage: str, length: int, file: Path) -> None:

@@ -1,5 +1,6 @@
 # ruff: noqa: E501  (a case a line reads best)
-"""A folder of what people give to ft by mistake: files of other tools, half files, files that are none."""
+"""A folder of what people give to ft by mistake: files of other tools, half files, files that are none; and many
+command lines in one process, where torch cannot be imported."""
 
 from __future__ import annotations
 
@@ -7,10 +8,15 @@ import codecs
 import gzip
 import json
 import os
+import shlex
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
+
+import finetune
 
 ROW = '{"instruction": "q", "output": "a"}\n'
 HEAD = "version: 1\nstage: sft\n"
@@ -211,3 +217,50 @@ def models(root: Path) -> None:
     write(root, "adapters/pointer/adapter_model.safetensors", DATA["pointer.jsonl"])
     (root / "adapters/pickle/adapter_model.safetensors").unlink()
     torch.save({"x": Evil()}, root / "adapters/pickle/adapter_model.bin")
+
+
+ENVIRONMENT = {"PYTHONPATH": str(Path(finetune.__file__).parents[1]), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+WITHOUT_TORCH = """
+import json, sys
+
+asked = []
+
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "transformers"):
+            asked.append(name)
+            raise RuntimeError(f"{name} is imported")
+
+sys.meta_path.insert(0, Refused())
+from finetune.cli import main
+
+for line in sys.stdin:
+    sys.argv, code = ["ft", *json.loads(line)], 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    print(f"<end {json.dumps([code, asked])}>", file=sys.stderr, flush=True)
+    asked.clear()
+"""
+Told = tuple[int, list[str], str]
+"""Exit code, heavy modules that were asked for, stderr."""
+
+
+def process(program: str, where: Path, *words: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *words], input=given, capture_output=True, text=True, cwd=where,
+        env={**os.environ, **ENVIRONMENT}, timeout=300,
+    )  # fmt: skip
+
+
+def typed(where: Path, lines: list[str]) -> dict[str, Told]:
+    """What is said of each command line, all typed in `where`, in one process without torch and transformers."""
+    done = process(WITHOUT_TORCH, where, given="".join(json.dumps(shlex.split(line)) + "\n" for line in lines))
+    found, text = [], done.stderr
+    for _ in lines:
+        said, end, text = text.partition("<end ")
+        assert end, done.stderr[-3000:]
+        known, _, text = text.partition(">\n")
+        found.append((*json.loads(known), said))
+    return dict(zip(lines, found, strict=True))

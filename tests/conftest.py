@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gc
 import io
 import json
 import os
@@ -16,37 +18,51 @@ from typing import Any
 
 import hypothesis
 import pytest
+from byte_tokenizer import CHATML, make_tokenizer
+
+__all__ = ["CHATML", "make_tokenizer"]
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no bug
 hypothesis.settings.load_profile("untimed")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["FT_LANG"] = "en"  # whatever this machine speaks
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's "&": Ctrl-C would be ignored, and so by children
     signal.signal(signal.SIGINT, signal.default_int_handler)
 SHARED = Path(__file__).parent.parent.parent / "shared"
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+"""A PNG of one pixel."""
 
 
-def make_tokenizer() -> Any:
-    """A byte-level tokenizer: one token per byte, and ChatML markers."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+imported = 0
+"""Modules, when garbage was last put aside."""
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(specials + alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(specials)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
-    )
+
+@pytest.fixture(autouse=True)
+def frozen() -> None:
+    """What is imported stays: accelerate collects garbage at the end of every run, and need not look through it."""
+    global imported
+    if len(sys.modules) > imported + 300:
+        imported = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
+def shorten(put: Callable[[Any, str, Any], None]) -> None:
+    """Half the time of a short run: tiny models fit, without a pass to see how many rows do, and matplotlib draws no
+    pixels. put: setattr, or pytest's own."""
+    if fits := sys.modules.get("finetune.planning.fits"):
+        put(fits, "rows_that_fit", lambda network, recipe, length, machine, cap, start: cap)
+    if figure := sys.modules.get("matplotlib.figure"):
+        put(figure.Figure, "savefig", lambda self, file, **_: file.write(PIXEL))
+
+
+@pytest.fixture(autouse=True)
+def shortened(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that is marked `whole` has all of it, as users do."""
+    if not request.node.get_closest_marker("whole"):
+        shorten(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")

@@ -7,18 +7,12 @@ of every kind are run as processes of their own, too.
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import bad_inputs_kit as kit
 import pytest
 from conftest import ft
-
-import finetune
 
 TABLE = Path(__file__).parent / "fixtures" / "bad_inputs.txt"
 Case = tuple[str, str]
@@ -38,26 +32,6 @@ def cases() -> tuple[list[Case], list[Case]]:
 
 
 EARLY, LATE = cases()
-WITHOUT_TORCH = """
-import json, sys
-
-class Refused:
-    def find_spec(self, name, path=None, target=None):
-        if name in ("torch", "transformers"):
-            raise RuntimeError(f"{name} is imported")
-
-sys.meta_path.insert(0, Refused())
-from finetune.cli import main
-
-for line in sys.stdin:
-    sys.argv = ["ft", *json.loads(line)]
-    try:
-        main()
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    print(f"<end {code}>", file=sys.stderr, flush=True)
-"""
 ALONE = """
 import atexit, sys
 from finetune.cli import main
@@ -65,14 +39,6 @@ from finetune.cli import main
 atexit.register(lambda: print("heavy", *(n for n in ("torch", "transformers") if n in sys.modules), flush=True))
 main()
 """
-ENVIRONMENT = {"PYTHONPATH": str(Path(finetune.__file__).parents[1]), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-
-
-def process(program: str, where: Path, *words: str, given: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", program, *words], input=given, capture_output=True, text=True, cwd=where,
-        env={**os.environ, **ENVIRONMENT}, timeout=300,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +50,11 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(here: Path) -> dict[str, tuple[str, str]]:
-    """Command line -> (exit code, stderr), all in one process without torch."""
+def told(here: Path) -> dict[str, kit.Told]:
     before = sorted(str(path) for path in here.rglob("*"))
-    asked = "".join(json.dumps(shlex.split(line)) + "\n" for line, _ in EARLY)
-    done = process(WITHOUT_TORCH, here, given=asked)
-    *texts, rest = done.stderr.split("<end ")
-    assert len(texts) == len(EARLY), done.stderr[-3000:]
+    found = kit.typed(here, [line for line, _ in EARLY])
     assert sorted(str(path) for path in here.rglob("*")) == before, "something was written"
-    codes = [text.partition(">\n")[0] for text in (*texts[1:], rest)]
-    words = [texts[0], *(text.partition(">\n")[2] for text in texts[1:])]
-    return {line: (c, text) for (line, _), c, text in zip(EARLY, codes, words, strict=True)}
+    return found
 
 
 def as_table(text: str, here: Path) -> str:
@@ -105,10 +65,10 @@ def as_table(text: str, here: Path) -> str:
 
 
 @pytest.mark.parametrize(("line", "said"), EARLY, ids=[line for line, _ in EARLY])
-def test_told_without_torch(told: dict[str, tuple[str, str]], here: Path, line: str, said: str) -> None:
-    code, text = told[line]
+def test_told_without_torch(told: dict[str, kit.Told], here: Path, line: str, said: str) -> None:
+    code, heavy, text = told[line]
     assert as_table(text, here) == said
-    assert code == "2"
+    assert (code, heavy) == (2, [])
 
 
 def test_there_are_enough_and_of_every_command() -> None:
@@ -125,7 +85,7 @@ ALONE_LINES = [EARLY[i] for i in range(0, len(EARLY), len(EARLY) // 12)]
 
 @pytest.mark.parametrize(("line", "said"), ALONE_LINES, ids=[line for line, _ in ALONE_LINES])
 def test_as_a_process(here: Path, line: str, said: str) -> None:
-    done = process(ALONE, here, *shlex.split(line))
+    done = kit.process(ALONE, here, *shlex.split(line))
     assert (done.returncode, as_table(done.stderr, here)) == (2, said)
     assert done.stdout.splitlines()[-1] == "heavy"
 

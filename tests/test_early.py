@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from bad_inputs_kit import Told, typed
 
 from finetune import early, hub
 from finetune.early import answering, evaluating, inputs, training
@@ -95,22 +96,6 @@ CASES: list[tuple[str, str]] = [
     *((f"{stage} {stage}.yaml --set data.train=broken.jsonl", "broken.jsonl, row 1") for stage in ROWS),
     ("sft mine.yaml --set model.name=bert --set data.train=rowz.jsonl", "BERT"),
 ]
-PROGRAM = """
-import json, sys
-from finetune.cli import main
-
-for line in sys.stdin:
-    sys.argv = ["ft", *json.loads(line)]
-    try:
-        main()
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    heavy = [name for name in ("torch", "transformers") if name in sys.modules]
-    sys.stderr.flush()
-    print(json.dumps({"code": code, "heavy": heavy}), flush=True)
-    print("<end>", file=sys.stderr, flush=True)
-"""
 
 
 def folder_of_runs(tmp: Path) -> None:
@@ -141,25 +126,14 @@ def folder_of_runs(tmp: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[str], str]]:
-    """Command line -> (exit code, heavy modules that were imported, stderr), all in one process."""
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     where = tmp_path_factory.mktemp("first hour")
     folder_of_runs(where)
-    asked = "".join(json.dumps(line.split()) + "\n" for line, _ in CASES)
-    env = {**os.environ, "PYTHONPATH": str(Path(early.__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], input=asked, capture_output=True, text=True, cwd=where, env=env, timeout=300
-    )
-    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    texts = done.stderr.split("<end>\n")
-    assert len(answers) == len(CASES), done.stderr[-2000:]
-    return {line: (a["code"], a["heavy"], t) for (line, _), a, t in zip(CASES, answers, texts[:-1], strict=True)}
+    return typed(where, [line for line, _ in CASES])
 
 
 @pytest.mark.parametrize(("line", "expected"), CASES, ids=[line for line, _ in CASES])
-def test_what_is_not_there_is_told_without_torch(
-    said: dict[str, tuple[int, list[str], str]], line: str, expected: str
-) -> None:
+def test_what_is_not_there_is_told_without_torch(said: dict[str, Told], line: str, expected: str) -> None:
     code, heavy, text = said[line]
     assert expected in text
     assert code == 2
@@ -167,12 +141,12 @@ def test_what_is_not_there_is_told_without_torch(
     assert "bug" not in text
 
 
-def test_all_that_is_missing_at_once(said: dict[str, tuple[int, list[str], str]]) -> None:
+def test_all_that_is_missing_at_once(said: dict[str, Told]) -> None:
     text = said["sft mine.yaml --set model.name=bert --set data.train=rowz.jsonl"][2]
     assert "rowz.jsonl" in text
 
 
-def test_what_the_machine_decides_is_no_difference(said: dict[str, tuple[int, list[str], str]]) -> None:
+def test_what_the_machine_decides_is_no_difference(said: dict[str, Told]) -> None:
     text = said["sft mine.yaml --resume --output runs/half --set train.seed=7"][2]
     assert "dtype" not in text
     assert len(text.splitlines()) == 1

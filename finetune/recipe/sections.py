@@ -284,7 +284,8 @@ class TrainConfig(Section):
     """When memory runs out while training, go on from the last checkpoint with half the rows per forward pass, and with
     half of those again; effective_batch_size stays as it is, and so do the rows of every step."""
     gradient_accumulation_steps: Count | None = None
-    """Forward passes per optimizer step, a divisor of effective_batch_size; derived when unset."""
+    """Forward passes per optimizer step, of all processes together; a divisor of effective_batch_size; derived when
+    unset."""
     per_device_eval_batch_size: Count | None = None
     """Rows per forward pass in evaluation; derived when unset."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0.03

@@ -22,6 +22,7 @@ import torch
 import yaml
 from accelerate.utils.memory import should_reduce_batch_size
 
+from finetune import ranks
 from finetune.adapters import compatibility
 from finetune.adapters.compatibility import AnyRecipe
 from finetune.adapters.load import adapter_config
@@ -43,7 +44,7 @@ from finetune.run.opening import open_run
 from finetune.run.resuming import begun_with, check_resumable, goes_further, other_rounding, value_at
 from finetune.run.writing import write_json
 from finetune.terminal.progress import encodable, note, say, shown_path, warn
-from finetune.training import memory
+from finetune.training import memory, sharded
 from finetune.training.audited import audited
 from finetune.training.finish import Words, finish, save, summary
 from finetune.training.fit import callbacks
@@ -145,7 +146,8 @@ class Session(Generic[AnyRecipe]):
 
     def inputs(self, dry_run: bool = False) -> dict[str, str]:
         """What the run reads, by content; the notes are said."""
-        found = known_inputs(self.recipe, self.base, self.template, self.resume, dry_run)
+        found = ranks.once(lambda: known_inputs(self.recipe, self.base, self.template, self.resume, dry_run))
+        ranks.same(found, "what the run reads")
         check_still(self.recipe, self.stamps)
         if self.precision is not None:
             note(self.precision)
@@ -177,11 +179,13 @@ class Session(Generic[AnyRecipe]):
             self.recomputed = other_rounding(self.recipe, folder)
             self.further = goes_further(self.recipe)
         with open_run(self.recipe, overwrite, self.resume) as self.folder:
-            write_json(self.folder.data_audit, audited(self.recipe, self.base, self.rows))
+            if ranks.first():
+                write_json(self.folder.data_audit, audited(self.recipe, self.base, self.rows))
             trackers = self.trackers = Trackers(self.recipe, self.folder, self.arguments(), self.resume)
             try:
                 seed_everything(self.recipe)
-                yield self.folder
+                with ranks.broken():
+                    yield self.folder
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -214,15 +218,19 @@ class Session(Generic[AnyRecipe]):
             look: what the run's metrics should warn of; words: what the summary says.
         """
         base = base or self.base
-        checkpoint = self.folder.usable_checkpoint() if self.resume else None
+        checkpoint = ranks.from_first(self.folder.usable_checkpoint) if self.resume else None
         if checkpoint is not None:
             self.note(not_to_the_bit(known_of(checkpoint), self.recomputed))
             if self.further:
                 self.note(f"the learning rate follows the longer schedule from {checkpoint.name} on")
-        trainer.during = self.during
+        trainer.during, trainer.samples = self.during, self.folder.samples
         length, decode = self.recipe.data.max_length, self.base.tokenizer.decode
         trainer.in_batch = in_batch(trainer, self.folder, self.rows, length, decode)
         outcome = (fit or fit_trainer)(trainer, self.folder, checkpoint, self.known)
+        if ranks.sharded():
+            sharded.bring_together(trainer.model)
+        if not ranks.first():
+            return
         if "failed" in outcome:
             self.folder.keep_apart()
         weights = save(self.recipe, self.folder, trainer.model, base, self.template)

@@ -34,7 +34,9 @@ def run(folder: Path, stage: str, family: str, *settings: str) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(*FAMILIES[0].values, marks=[*FAMILIES[0].marks, pytest.mark.whole]), *FAMILIES[1:]]
+)
 @pytest.mark.parametrize("stage", SHORT)
 def test_trains(tmp_path: Path, stage: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PPO's trains its reward model first (test_ppo.py does so in a process of its own, as it is)."""

@@ -12,7 +12,9 @@ import pytest
 import torch
 import yaml
 from conftest import SHARED, tensors, train, write_rows
+from rl_kit import here
 
+from finetune import child
 from finetune.commands import dpo, kto
 from finetune.errors import UserError
 from finetune.evaluation import targets
@@ -201,8 +203,9 @@ def test_only_rows_that_are_trained_are_scored(
 
 
 @pytest.mark.parametrize("start", ["continue", "merge"])
-def test_from_an_sft_run(aligned: Write, recipe: Write, start: str, tmp_path: Path) -> None:
+def test_from_an_sft_run(aligned: Write, recipe: Write, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Policy and reference begin as the SFT model, whichever way; merged, the base is a new one."""
+    monkeypatch.setattr(child, "run", here)
     sft = train(recipe(train={"max_steps": 20}))
     found = run(aligned(model={"adapter": str(sft.path)}, dpo={"start": start}, data={"eval_split": 8}))
     assert logged(found, "loss")[0] == pytest.approx(0.6931, abs=1e-3)

@@ -23,6 +23,7 @@ def logged(run: Any, key: str) -> list[float]:
     return [row[key] for row in run.read_metrics() if key in row]
 
 
+@pytest.mark.whole
 def test_run_directory(recipe: Recipe) -> None:
     run = train(recipe())
     assert {p.name for p in run.path.iterdir()} == {
@@ -37,6 +38,7 @@ def test_run_directory(recipe: Recipe) -> None:
     row = run.read_metrics()[0]
     assert {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb"} <= row.keys()
     assert "data:image/png;base64," in (run.path / "report.html").read_text()
+    assert (run.path / "loss.png").stat().st_size > 5000
 
 
 def test_adapter_loads_with_plain_peft(recipe: Recipe, base: Path) -> None:

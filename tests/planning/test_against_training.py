@@ -22,6 +22,7 @@ from finetune.recipe.file import check, load
 from finetune.recipe.resolve import Hardware, resolve
 from finetune.recipe.stages import SftRecipe
 
+pytestmark = pytest.mark.whole
 SHAPE: dict[str, Any] = {
     "hidden_size": 48, "num_hidden_layers": 3, "intermediate_size": 96, "vocab_size": 300, "num_attention_heads": 4,
     "num_key_value_heads": 2, "pad_token_id": 0,
@@ -146,6 +147,20 @@ def test_what_is_unset_is_planned_and_what_is_set_stays() -> None:
     assert micro * (passes or 0) == 64, "the effective batch is kept"
     values["train"] |= {"per_device_train_batch_size": 64}
     assert sizing.sized(check(values, "sft"), machine) == machine
+
+
+def test_training_takes_the_rows_that_fit(recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.models import hardware
+    from finetune.planning.source import skeleton as of
+    from finetune.training.session import prepare
+
+    loaded = load(str(recipe(data={"max_length": 128}, train={"effective_batch_size": 64})), SftRecipe)
+    made = resolve(loaded, Hardware())
+    eight = estimate(network.build(made, of(made.model)), made, 8, 128, "cpu", 2).peak
+    for rows, limit in ((8, 1.01 * eight), (64, 16e9)):
+        machine = Hardware("cpu", False, limit / fits.USABLE["cpu"] / 1e9)
+        monkeypatch.setattr(hardware, "detect", lambda machine=machine: machine)
+        assert prepare(loaded, False).recipe.train.per_device_train_batch_size == rows
 
 
 def test_changes_that_make_it_fit() -> None:

@@ -18,6 +18,7 @@ from finetune.recipe.resolve import Hardware, resolve
 from finetune.recipe.sections import ModelConfig
 from finetune.training.optim import OPTIMIZERS, MuonWithAdamW
 
+pytestmark = pytest.mark.whole
 H, L, INNER, V = 64, 5, 160, 500
 SMALL: dict[str, Any] = {
     "hidden_size": H, "num_hidden_layers": L, "intermediate_size": INNER, "vocab_size": V, "num_attention_heads": 4,

@@ -10,6 +10,8 @@ import pytest
 from finetune.report.picture import plot
 from finetune.terminal.values import in_cell, shown, with_intervals
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.mark.parametrize(
     ("value", "text"),

@@ -379,8 +379,12 @@ def stable(report: Path) -> Any:
 
 
 def warm() -> None:
-    """Everything that is slow to import, before the first fork."""
+    """Everything that is slow to import, before the first fork; garbage is not looked for in it."""
+    import gc
     import importlib
+
+    from conftest import shorten
+    from matplotlib import pyplot  # noqa: F401
 
     from finetune.terminal import noise
 
@@ -388,6 +392,9 @@ def warm() -> None:
     noise.silence_bars()
     for name in ("sft", "dpo", "ppo", "merge", "evaluate", "generate"):
         importlib.import_module(f"finetune.commands.{name}")
+    shorten(setattr)
+    gc.collect()
+    gc.freeze()
 
 
 def main() -> None:
