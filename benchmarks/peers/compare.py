@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -147,7 +148,7 @@ def figures(work: Path, task: str) -> dict[str, Any] | None:
     part = wanted[steps:]
     return {
         "seconds": part[-1][CLOCK] - wanted[steps - 1][CLOCK], "inside": sum(e["spent"] for e in part), "steps": steps,
-        "labels": sum(e["labels"] or 0 for e in part), "real": sum(e["real"] or 0 for e in part),
+        "labels": sum(e["labels"] or 0 for e in part), "positions": sum(math.prod(e["shape"]) for e in part),
         "peak_mb": end.get("peak_mb"), "first": wanted[0]["cpu"], "losses": [e["loss"] for e in wanted],
     }  # fmt: skip
 
@@ -167,8 +168,6 @@ def ratio(
     theirs: list[dict[str, Any] | None], ours: list[dict[str, Any] | None]
 ) -> tuple[float, float, float, int] | None:
     """(mean, 95% interval, pairs) of theirs / ours, in logarithms, as ratios are symmetrical there."""
-    import math
-
     pairs = [math.log(t["seconds"] / o["seconds"]) for t, o in zip(theirs, ours, strict=False) if t and o]
     if not pairs:
         return None
@@ -187,7 +186,7 @@ def report(folder: Path, found: dict[str, Any]) -> str:
         "and system) of one thread: other work on the machine moves them by up to a third, but all alike, as every",
         "contestant runs under the same conditions, in turn, and a ratio is of runs that followed each other. Ratios",
         "above 1: ft needs less. In brackets the 95% interval of the mean ratio over n pairs; one pair has none, and a",
-        "difference of a tenth is noise then.", "",
+        "difference of a tenth is noise then. Positions are tokens with their padding.", "",
         f"Base: a Llama of {about['parameters'] / 1e6:.1f}M parameters with random weights, vocabulary 6,144. SFT: "
         f"{about['chats']} chats of {about['median']:,} tokens in the median and {about['longest']:,} at most, "
         f"{about['tokens_cut_at_512']:,} after the cut at 512, batch 8. DPO: 32 pairs, batch 4. PPO: 16 prompts "
@@ -218,14 +217,13 @@ def table(task: str, runs: dict[str, list[dict[str, Any] | None]]) -> list[str]:
     ours = runs.get("ft", [])
     unit = ("CPU-s" if CLOCK == "cpu" else "s") + (" a rollout" if task == "ppo" else " an epoch")
     lines = [
-        f"| | {unit} | against ft | n | label tokens | loss, first → last | peak MB |",
-        "|---|---|---|---|---|---|---|",
+        f"| | {unit} | against ft | n | label tokens | positions | loss, first → last | peak MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    labels = {}
     for name, listed in runs.items():
         good = [run for run in listed if run]
         if not good:
-            lines.append(f"| {name} | does not run | | {len(listed)} | | | |")
+            lines.append(f"| {name} | does not run | | {len(listed)} | | | | |")
             continue
         seconds = statistics.median(run["seconds"] for run in good)
         compared = ratio(listed, ours)
@@ -236,11 +234,15 @@ def table(task: str, runs: dict[str, list[dict[str, Any] | None]]) -> list[str]:
             )
             against = "" if compared is None else f"**{compared[0]:.2f}** ({interval})"
         count = len(good) if name == "ft" or compared is None else compared[3]
-        labels[name] = good[-1].get("labels")
         losses = good[-1].get("losses") or [good[-1]["loss"]]
         shown = f"{losses[0]:.4f} → {losses[-1]:.4f}" if len(losses) > 1 else f"{losses[0]:.4f}"
         peak = statistics.median(run["peak_mb"] or 0 for run in good)
-        lines.append(f"| {name} | {seconds:.2f} | {against} | {count} | {labels[name] or ''} | {shown} | {peak:,.0f} |")
+        trained, positions = (
+            f"{good[-1].get(key) or 0:,}" if good[-1].get(key) else "" for key in ("labels", "positions")
+        )
+        lines.append(
+            f"| {name} | {seconds:.2f} | {against} | {count} | {trained} | {positions} | {shown} | {peak:,.0f} |"
+        )
     if task == "sft":
         other = unequal(runs)
         said = f"Not the same label tokens as ft: {', '.join(other)}." if other else "All train the same label tokens."
