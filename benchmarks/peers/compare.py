@@ -1,18 +1,20 @@
 """`make bench`: ft beside what people would pick instead, on the same work, in interleaved pairs.
 
-    python benchmarks/peers/compare.py [--only sft,packed,defaults,dpo,ppo] [--pairs 10] [--folder DIR] [--report]
+    python benchmarks/peers/compare.py [--only sft,packed,defaults,dpo,ppo] [--pairs 10] [--folder DIR] [--cuda]
 
 Makes the workload and an environment per peer, runs every contestant in turn, and writes benchmarks/RESULTS.md. A run
 that is there already is not repeated: the command goes on where it was stopped.
 
 Measured are processor seconds (user and system) of an epoch after the first, in one thread, which other work on the
-machine leaves as they are, within some percent. `hook/sitecustomize.py` takes them, in the same way for everybody.
+machine leaves as they are, within some percent. `hook/sitecustomize.py` takes them, in the same way for everybody. With
+`--cuda` everybody runs on the GPU, and it is seconds on the clock.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -27,6 +29,8 @@ import contestants
 from contestants import DPO, EPOCHS, PPO, SFT, Places
 
 HERE = Path(__file__).parent
+CLOCK = "cpu"
+"""Of the hook's events: cpu or wall."""
 T_95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's, of 1 to 9 degrees of freedom
 VENVS = {"trl": "trl", "llamafactory": "llamafactory", "ms-swift": "ms-swift", "axolotl": "axolotl", "trl112": "trl"}
 BATCH = {"sft": 8, "packed": 8, "defaults": 8, "dpo": 4, "ppo": 4}
@@ -46,7 +50,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"))
     parser.add_argument("--report", action="store_true", help="measure nothing more")
     parser.add_argument("--contestants", default="", help="only these, by name, and ft")
+    parser.add_argument("--cuda", action="store_true", help="on the GPU, by the clock")
     given = parser.parse_args()
+    global CLOCK
+    CLOCK = "wall" if given.cuda else "cpu"
     folder = given.folder.resolve()
     if not given.report:
         workload(folder)
@@ -89,7 +96,8 @@ def workload(folder: Path) -> None:
 
 def run(command: list[str], more: dict[str, str], log: Path, hook: Path | None = None) -> int:
     environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+        **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        **({"CUDA_VISIBLE_DEVICES": ""} if CLOCK == "cpu" else {}),
         "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", **more,
     }  # fmt: skip
     ours = str(HERE.parent.parent) if command[0] == sys.executable else ""
@@ -107,7 +115,9 @@ def measured(folder: Path, task: str, name: str, number: int) -> None:
         return
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    place = Places(folder / "load", folder / "venvs", work, BATCH[task], task == "packed", task == "defaults")
+    place = Places(
+        folder / "load", folder / "venvs", work, BATCH[task], task == "packed", task == "defaults", CLOCK == "wall"
+    )
     command, more = TASKS[task][1][name](place)
     code = run(command, more, work / "log.txt", work / "events.jsonl")
     (work / "done").write_text(str(code), encoding="utf-8")
@@ -128,7 +138,7 @@ def figures(work: Path, task: str) -> dict[str, Any] | None:
         part = wanted[1:]
         if len(wanted) < 2:
             return None
-        seconds = (part[-1]["cpu"] - wanted[0]["cpu"]) / len(part)
+        seconds = (part[-1][CLOCK] - wanted[0][CLOCK]) / len(part)
         return {"seconds": seconds, "rollouts": len(wanted), "peak_mb": end.get("peak_mb"), "loss": wanted[-1]["loss"]}
     if wanted and work.parent.name == "ft":  # the longest rows go through once before the first step
         wanted = wanted[1:]
@@ -137,8 +147,8 @@ def figures(work: Path, task: str) -> dict[str, Any] | None:
         return None
     part = wanted[steps:]
     return {
-        "seconds": part[-1]["cpu"] - wanted[steps - 1]["cpu"], "inside": sum(e["spent"] for e in part), "steps": steps,
-        "labels": sum(e["labels"] or 0 for e in part), "real": sum(e["real"] or 0 for e in part),
+        "seconds": part[-1][CLOCK] - wanted[steps - 1][CLOCK], "inside": sum(e["spent"] for e in part), "steps": steps,
+        "labels": sum(e["labels"] or 0 for e in part), "positions": sum(math.prod(e["shape"]) for e in part),
         "peak_mb": end.get("peak_mb"), "first": wanted[0]["cpu"], "losses": [e["loss"] for e in wanted],
     }  # fmt: skip
 
@@ -158,8 +168,6 @@ def ratio(
     theirs: list[dict[str, Any] | None], ours: list[dict[str, Any] | None]
 ) -> tuple[float, float, float, int] | None:
     """(mean, 95% interval, pairs) of theirs / ours, in logarithms, as ratios are symmetrical there."""
-    import math
-
     pairs = [math.log(t["seconds"] / o["seconds"]) for t, o in zip(theirs, ours, strict=False) if t and o]
     if not pairs:
         return None
@@ -178,7 +186,7 @@ def report(folder: Path, found: dict[str, Any]) -> str:
         "and system) of one thread: other work on the machine moves them by up to a third, but all alike, as every",
         "contestant runs under the same conditions, in turn, and a ratio is of runs that followed each other. Ratios",
         "above 1: ft needs less. In brackets the 95% interval of the mean ratio over n pairs; one pair has none, and a",
-        "difference of a tenth is noise then.", "",
+        "difference of a tenth is noise then. Positions are tokens with their padding.", "",
         f"Base: a Llama of {about['parameters'] / 1e6:.1f}M parameters with random weights, vocabulary 6,144. SFT: "
         f"{about['chats']} chats of {about['median']:,} tokens in the median and {about['longest']:,} at most, "
         f"{about['tokens_cut_at_512']:,} after the cut at 512, batch 8. DPO: 32 pairs, batch 4. PPO: 16 prompts "
@@ -200,22 +208,22 @@ def report(folder: Path, found: dict[str, Any]) -> str:
                 *table(task, runs),
                 "",
             ]
-    lines += ["## GPU", "", "Not run: no GPU was at hand.", ""]
+    if CLOCK == "cpu":
+        lines += ["## GPU", "", "Not run: no GPU was at hand (`--cuda` is for such a machine, and untried).", ""]
     return "\n".join(lines)
 
 
 def table(task: str, runs: dict[str, list[dict[str, Any] | None]]) -> list[str]:
     ours = runs.get("ft", [])
-    unit = "CPU-s a rollout" if task == "ppo" else "CPU-s an epoch"
+    unit = ("CPU-s" if CLOCK == "cpu" else "s") + (" a rollout" if task == "ppo" else " an epoch")
     lines = [
-        f"| | {unit} | against ft | n | label tokens | loss, first → last | peak MB |",
-        "|---|---|---|---|---|---|---|",
+        f"| | {unit} | against ft | n | label tokens | positions | loss, first → last | peak MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    labels = {}
     for name, listed in runs.items():
         good = [run for run in listed if run]
         if not good:
-            lines.append(f"| {name} | does not run | | {len(listed)} | | | |")
+            lines.append(f"| {name} | does not run | | {len(listed)} | | | | |")
             continue
         seconds = statistics.median(run["seconds"] for run in good)
         compared = ratio(listed, ours)
@@ -226,11 +234,15 @@ def table(task: str, runs: dict[str, list[dict[str, Any] | None]]) -> list[str]:
             )
             against = "" if compared is None else f"**{compared[0]:.2f}** ({interval})"
         count = len(good) if name == "ft" or compared is None else compared[3]
-        labels[name] = good[-1].get("labels")
         losses = good[-1].get("losses") or [good[-1]["loss"]]
         shown = f"{losses[0]:.4f} → {losses[-1]:.4f}" if len(losses) > 1 else f"{losses[0]:.4f}"
         peak = statistics.median(run["peak_mb"] or 0 for run in good)
-        lines.append(f"| {name} | {seconds:.2f} | {against} | {count} | {labels[name] or ''} | {shown} | {peak:,.0f} |")
+        trained, positions = (
+            f"{good[-1].get(key) or 0:,}" if good[-1].get(key) else "" for key in ("labels", "positions")
+        )
+        lines.append(
+            f"| {name} | {seconds:.2f} | {against} | {count} | {trained} | {positions} | {shown} | {peak:,.0f} |"
+        )
     if task == "sft":
         other = unequal(runs)
         said = f"Not the same label tokens as ft: {', '.join(other)}." if other else "All train the same label tokens."

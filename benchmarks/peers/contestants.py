@@ -31,6 +31,7 @@ class Places:
     batch: int
     packed: bool = False
     defaults: bool = False
+    cuda: bool = False
     base: str | None = None
     """Another base than the workload's."""
 
@@ -57,7 +58,7 @@ def trl_arguments(p: Places, rows_per_step: int) -> dict[str, Any]:
         "output_dir": str(p.work / "out"), "max_length": LENGTH, "per_device_train_batch_size": rows_per_step,
         "gradient_accumulation_steps": 1, "learning_rate": RATE, "lr_scheduler_type": "constant",
         "num_train_epochs": EPOCHS, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "seed": 42,
-        "use_cpu": True, "assistant_only_loss": True, **({} if p.defaults else equal),
+        "use_cpu": not p.cuda, "assistant_only_loss": True, **({} if p.defaults else equal),
     }  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def llamafactory(stage: str) -> Callable[[Places], Command]:
             "dataset": stage, "cutoff_len": LENGTH, "preprocessing_num_workers": 1,
             "output_dir": str(p.work / "out"), "per_device_train_batch_size": p.batch, "gradient_accumulation_steps": 1,
             "learning_rate": RATE, "lr_scheduler_type": "constant", "num_train_epochs": EPOCHS, "optim": "adamw_torch",
-            "logging_steps": 1, "save_strategy": "no", "report_to": "none", "seed": 42, "use_cpu": True,
+            "logging_steps": 1, "save_strategy": "no", "report_to": "none", "seed": 42, "use_cpu": not p.cuda,
             **more, **({} if p.defaults else equal),
         })  # fmt: skip
         return [p.program("llamafactory", "llamafactory-cli"), "train", given], {}
@@ -120,7 +121,7 @@ def swift(stage: str) -> Callable[[Places], Command]:
             "per_device_train_batch_size": p.batch, "gradient_accumulation_steps": 1, "learning_rate": RATE,
             "lr_scheduler_type": "constant", "warmup_ratio": 0, "num_train_epochs": EPOCHS, "optim": "adamw_torch",
             "weight_decay": 0, "adam_beta2": 0.999, "logging_steps": 1, "save_strategy": "no", "eval_strategy": "no",
-            "report_to": "none", "seed": 42, "use_cpu": True, "dataloader_num_workers": 0, "dataset_num_proc": 1,
+            "report_to": "none", "seed": 42, "use_cpu": not p.cuda, "dataloader_num_workers": 0, "dataset_num_proc": 1,
             "add_version": False, "check_model": False, "output_dir": str(p.work / "out"),
             **({"beta": 0.1} if stage == "dpo" else {}), **({} if p.defaults else equal),
         }  # fmt: skip
@@ -163,7 +164,7 @@ def trl_ppo(p: Places) -> Command:
         "num_mini_batches": 4, "num_ppo_epochs": 2, "total_episodes": PROMPTS * ROLLOUTS, "response_length": REPLY,
         "local_rollout_forward_batch_size": PROMPTS, "learning_rate": 1e-4, "lr_scheduler_type": "constant",
         "temperature": 1.0, "kl_coef": 0.05, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "seed": 42,
-        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "num_sample_generations": 0,
+        "use_cpu": not p.cuda, "bf16": False, "gradient_checkpointing": False, "num_sample_generations": 0,
         "missing_eos_penalty": 1.0, "stop_token": "eos",
     }  # fmt: skip
     values = {"base": p.model, "data": str(p.load / "ppo.jsonl"), "reward": str(p.load / "reward" / "adapter")}
