@@ -34,6 +34,7 @@ def test_nothing_that_it_printed_is_kept() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Jupyter's own affairs
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """About a minute on one core: five commands that import torch."""
     nbformat = pytest.importorskip("nbformat", reason="pip install '.[notebook]'")
@@ -48,8 +49,8 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAIN", "--set train.max_steps=2 --set train.effective_batch_size=4")
     monkeypatch.setenv("EVAL", "--limit 4")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", cwd=tmp_path)
-    client.execute()
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
     said = ["".join(o.get("text", "") for o in cell.get("outputs", [])) for cell in notebook.cells]
     assert any("exact match" in text for text in said)
     assert (tmp_path / "merged" / "config.json").exists()

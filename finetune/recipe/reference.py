@@ -151,21 +151,21 @@ def _one_line(text: str) -> str:
 
 def explain(name: str | None) -> list[str]:
     """What a key does, or the keys of a section. UserError for a name that is no key, with the nearest one."""
-    here, below = named(name)
+    everything = keys()
+    here, below = named(name, everything)
     if name is None:
         return _index(below)
     if here and not (below and "." not in name):
         return [line for key in here for line in _lines(key)] + [f"  {key.name}" for key in below]
     if below:
         return _index(below)
-    if (foreign := foreign_name(name, {key.name for key in keys()})) is not None:
+    if (foreign := foreign_name(name, {key.name for key in everything})) is not None:
         return [f"{name} is another tool's key: {foreign}"]
-    raise unknown(name)
+    raise unknown(name, everything)
 
 
-def named(name: str | None) -> tuple[list[Key], list[Key]]:
+def named(name: str | None, everything: list[Key]) -> tuple[list[Key], list[Key]]:
     """(the keys of this name, also without its section; those below it)"""
-    everything = keys()
     if name is None:
         return [], everything
     here = [key for key in everything if key.name == name]
@@ -174,8 +174,7 @@ def named(name: str | None) -> tuple[list[Key], list[Key]]:
     return here, [key for key in everything if key.name.startswith(f"{name}.")]
 
 
-def unknown(name: str) -> UserError:
-    everything = keys()
+def unknown(name: str, everything: list[Key]) -> UserError:
     close = difflib.get_close_matches(name, [key.name for key in everything], n=1, cutoff=0.5)
     sections = ", ".join(dict.fromkeys(key.name.partition(".")[0] for key in everything if "." in key.name))
     fix = f"did you mean {close[0]}?" if close else f"a key, or one of the sections {sections}"
@@ -185,9 +184,10 @@ def unknown(name: str) -> UserError:
 
 def as_json(name: str | None) -> list[dict[str, Any]]:
     """The same as values; `default` is null where it is unset, and missing where the key must be given."""
-    here, below = named(name)
+    everything = keys()
+    here, below = named(name, everything)
     if not here and not below:
-        raise unknown(str(name))
+        raise unknown(str(name), everything)
     return [
         {
             "key": key.name, "values": key.values, **({} if key.default is REQUIRED else {"default": key.default}),
