@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from finetune import ranks
+
 PART = "--part"
 """Before a command that is a part of another one: the whole says what to type next, the part does not."""
 HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
@@ -41,7 +43,7 @@ def run(*arguments: str, module: str = "finetune", shown: bool = False) -> tuple
         # Its own group, or the terminal's Ctrl-C would reach it a second time.
         process = subprocess.Popen(
             command, process_group=0, text=True, errors="replace", stdout=None if shown else subprocess.DEVNULL,
-            stderr=None if shown else subprocess.PIPE,
+            stderr=None if shown else subprocess.PIPE, env=ranks.without(),
         )  # fmt: skip
         for number in got:  # while it was being started
             process.send_signal(number)
@@ -86,7 +88,10 @@ def leave(terminals: list[int]) -> None:
 
 
 def stopping() -> list[signal.Signals]:
-    """The signals at which a run saves a checkpoint; not a hang-up that is ignored (nohup)."""
+    """The signals at which a run saves a checkpoint; not a hang-up that is ignored (nohup). None in another thread than
+    the main one, which gets them."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
     found = [signal.SIGINT, signal.SIGTERM]
     if HANGUP is not None and signal.getsignal(HANGUP) is not signal.SIG_IGN:
         found.append(HANGUP)

@@ -7,8 +7,8 @@
       Interrupted          exit 130: SIGINT or SIGTERM, a checkpoint was saved
 
 `explained` makes one of these of what the machine says (a full disk, a path, memory). Everything else that escapes is a
-bug: exit 1, traceback with --debug. `render` is the only place that prints errors; `visible` is what every text goes
-through on its way to a terminal.
+bug: exit 1, traceback with --debug. `render` is the only place that prints errors, and where they become Chinese;
+`visible` is what every text goes through on its way to a terminal.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import errno
 import os
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from finetune.language import translated
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,23 @@ class Problem:
     fix: str | None = None
 
     def __str__(self) -> str:
-        """One line: `path, row 3: key: message: fix`."""
-        shapes = (("{}", self.path), ("row {}", self.row), ("line {}", self.line))
-        where = [shape.format(value) for shape, value in shapes if value is not None]
-        parts = [*([", ".join(where)] if where else []), *([] if self.key is None else [self.key]), self.message]
-        text = ": ".join(parts) + (f" → {self.fix}" if self.fix else "")
+        return self.shown(str)
+
+    def shown(self, words: Callable[[str], str]) -> str:
+        """One line: `path, row 3: key: message → fix`, in the words of a language."""
+        where = [] if self.path is None else [str(self.path)]
+        where += [words(f"{name} {at}") for name, at in (("row", self.row), ("line", self.line)) if at is not None]
+        parts = [", ".join(where)] if where else []
+        parts += [*([] if self.key is None else [self.key]), words(self.message)]
+        text = ": ".join(parts) + (f" → {words(self.fix)}" if self.fix else "")
         return text.replace("\n", " ").strip()
 
 
 class FinetuneError(Exception):
     exit_code = 1
 
-    def lines(self) -> list[str]:
-        return [str(self)]
+    def lines(self, words: Callable[[str], str] = str) -> list[str]:
+        return [words(str(self))]
 
 
 class UserError(FinetuneError):
@@ -62,8 +68,8 @@ class UserError(FinetuneError):
         self.problems: list[Problem] = list(problems)
         super().__init__("\n".join(self.lines()))
 
-    def lines(self) -> list[str]:
-        return [str(problem) for problem in self.problems]
+    def lines(self, words: Callable[[str], str] = str) -> list[str]:
+        return [problem.shown(words) for problem in self.problems]
 
 
 class RunError(FinetuneError):
@@ -140,7 +146,7 @@ MOST_LINES = 20  # a broken million-row file must not scroll the cause away
 
 def render(error: FinetuneError) -> list[str]:
     """The lines to print on stderr, one per problem, the tail counted instead of shown."""
-    lines = [visible(without_secrets(line)) for line in error.lines()]
+    lines = [visible(without_secrets(line)) for line in error.lines(translated)]
     if len(lines) > MOST_LINES:
-        lines = [*lines[:MOST_LINES], f"… and {len(lines) - MOST_LINES} more problems"]
+        lines = [*lines[:MOST_LINES], translated(f"… and {len(lines) - MOST_LINES} more problems")]
     return lines

@@ -26,6 +26,7 @@ hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine
 hypothesis.settings.load_profile("untimed")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["FT_LANG"] = "en"  # whatever this machine speaks
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's "&": Ctrl-C would be ignored, and so by children
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -20,6 +20,11 @@ from finetune import __version__, cli
         (("merge", "nowhere"), "--output is missing"),
         (("train", "x.yaml"), "no command 'train' → ft sft"),
         (("sftt",), "Did you mean 'sft'"),
+        (("sfr",), "Did you mean 'sft'"),
+        (("help", "evl"), "Did you mean 'eval'"),
+        (("recipes", "lits"), "Did you mean 'list'"),
+        (("sft", "--recpie", "quickstart"), "--recipe"),
+        (("align_dpo.yaml", "--dry-run"), "it is a recipe → ft dpo align_dpo.yaml --dry-run"),
         (("sft", "--recipe", "quickstrt"), "did you mean the shipped recipe quickstart.yaml?"),
         (("sft", "--recipe", "quickstart", "--set", "train.learning_ratee=1"), "did you mean learning_rate?"),
         (("pretrain", "--recipe", "quickstart"), "this is a recipe for `ft sft`, not `ft pretrain`"),
@@ -111,6 +116,35 @@ def test_a_new_recipe_of_ppo_has_a_reward_that_its_rows_can_give(tmp_path: Path,
     assert getattr(load(str(tmp_path / "ppo.yaml"), PpoRecipe).reward, reward)
 
 
+TABLES = (
+    "eval", "plan", "compare", "doctor", "models list", "recipes list", "recipes explain", "data check", "data preview",
+    "runs list", "runs show", "runs diff",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_tables_are_there_as_json(command: str, tmp_path: Path) -> None:
+    assert "--json FILE|-" in ft(*command.split(), "--help").stdout
+    if command in ("doctor", "models list", "recipes list", "recipes explain"):
+        printed, kept = ft(*command.split(), "--json", "-"), ft(*command.split(), "--json", tmp_path / "out.json")
+        assert (printed.returncode, kept.returncode) == (0, 0), printed.stderr
+        found = json.loads(printed.stdout)
+        assert found.keys() == json.loads((tmp_path / "out.json").read_text("utf-8")).keys()
+        (tmp_path / "mine.json").write_text("{}")
+        refused = ft(*command.split(), "--json", tmp_path / "mine.json")
+        assert refused.returncode == 2
+        assert (tmp_path / "mine.json").read_text() == "{}"
+
+
+def test_a_key_as_json() -> None:
+    (found,) = json.loads(ft("recipes", "explain", "data.packing", "--json", "-").stdout)["keys"]
+    assert (found["key"], found["values"], found["default"]) == ("data.packing", "true | false", False)
+    assert "sft" in found["stages"]
+    foreign = ft("recipes", "explain", "cutoff_len", "--json", "-")
+    assert (foreign.returncode, foreign.stdout) == (2, "")
+    assert "data.max_length" in foreign.stderr
+
+
 def test_doctor() -> None:
     done = ft("doctor")
     assert done.returncode == 0, done.stderr
@@ -123,7 +157,7 @@ def test_a_file_that_ends_too_early_is_no_interrupt(
 ) -> None:
     """typer makes an Abort of every EOFError."""
 
-    def cut_off() -> None:
+    def cut_off(*_: object) -> None:
         raise EOFError("Ran out of input")
 
     monkeypatch.setattr("finetune.commands.doctor.run", cut_off)

@@ -13,8 +13,9 @@ PACKAGE = Path(__file__).parent.parent / "finetune"
 
 # A module may import from lower levels; within a level only from its own package.
 LEVELS = [
+    {"language"},
     {"errors", "json_text", "resources"},
-    {"families", "given_files", "python_files"},
+    {"families", "given_files", "python_files", "ranks"},
     {"recipe"},
     {"child", "metrics", "places", "terminal", "hub", "builtin"},
     {"run", "cache"},

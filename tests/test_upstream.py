@@ -48,6 +48,14 @@ METHODS: list[tuple[Any, str, tuple[Any, ...], str]] = [
     (TRAINER, "prediction_step", ("self", "model", "inputs", ...), "figures of each held-out batch"),
     (TRAINER, "evaluation_loop", ("self", "dataloader", ...), "figures over all held-out rows"),
     (TRAINER, "create_accelerator_and_postprocess", ("self",), "loss scaling on CPUs"),
+    (TRAINER, "get_train_dataloader", ("self",), "rows shared out to several processes"),
+    (TRAINER, "get_eval_dataloader", ("self", "eval_dataset"), "the same of held-out rows"),
+    (TRAINER, "_get_num_items_in_batch", ("self", "batch_samples", "device"), "spare rows do not count"),
+    (TRAINER, "save_model", ("self", "output_dir", "_internal_call"), "weights in parts are saved whole"),
+    (TRAINER, "_save", ("self", "output_dir", "state_dict"), "the same"),
+    (TRAINER, "_save_optimizer_and_scheduler", ("self", "output_dir"), "the same of the optimizer's state"),
+    (TRAINER, "_load_optimizer_and_scheduler", ("self", "checkpoint"), "the same, back into parts"),
+    (TRAINER, "_save_rng_state", ("self", "output_dir"), "the first process writes those of all"),
     (SACREBLEU, "_extract_corpus_statistics", ("self", "hypotheses", "references"), "rows are drawn for an interval"),
     (SACREBLEU, "_compute_score_from_stats", ("self", "stats"), "the same: the figure of drawn rows is of their sum"),
     (DPO, "_prepare_dataset", ("self", "dataset", ...), "rows are token ids already"),
@@ -195,6 +203,16 @@ def test_trl_reads_the_columns(trainer: type) -> None:
     assert all(f'"{name}"' in source for name in names)
     assert "fused_lm_head=True" in source
     assert ".log_probs" in source
+
+
+def test_swanlab_has_no_run_to_ask_for() -> None:
+    """`tracking.begin_swanlab` starts one first: transformers asks for it, and swanlab raises where there is none."""
+    begins = inspect.getsource(integration_utils.SwanLabCallback.setup)
+    assert begins.index("if self._swanlab.get_run() is None:") < begins.index("self._swanlab.init(")
+    swanlab = pytest.importorskip("swanlab", reason="pip install '.[trackers]'")
+    assert not swanlab.has_run()
+    with pytest.raises(RuntimeError, match="run"):
+        swanlab.get_run()
 
 
 def test_llama4_names_a_backbone_that_is_not_there() -> None:

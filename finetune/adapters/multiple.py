@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from finetune.errors import UserError
@@ -31,16 +33,44 @@ class ActiveAdapter:
     """None: with a PEFT model all adapters are off; otherwise the model as it is."""
 
 
+def layers_of(model: Any) -> list[Any] | None:
+    """The layers with adapters, where choosing an adapter concerns nothing else; None for soft prompts, whole modules
+    that are trained beside adapters, and layers that do more when they are told."""
+    if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
+        return None
+    modules = list(model.modules())
+    found = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    plain = type(model.base_model).set_adapter is BaseTuner.set_adapter and all(
+        type(layer).set_adapter is BaseTunerLayer.set_adapter
+        and type(layer).enable_adapters is BaseTunerLayer.enable_adapters
+        and not layer.merged
+        for layer in found
+    )
+    return found if plain and not any(isinstance(m, AuxiliaryTrainingWrapper) for m in modules) else None
+
+
 @contextmanager
-def activated(active: ActiveAdapter) -> Iterator[Any]:
+def activated(active: ActiveAdapter, layers: Sequence[Any] | None = None) -> Iterator[Any]:
     """The model with that adapter active.
 
     peft's `set_adapter` and `disable_adapter` make the active adapter trainable and all others frozen; here every
     requires_grad stays what it was.
+
+    Args:
+        layers: of `layers_of`, from whoever switches often: peft looks at every module and parameter of the model each
+            time (with 42 adapted layers 11 ms to choose and 170 to turn off, where this takes a tenth of one).
     """
     model = active.model
-    if not isinstance(model, PeftModel):
+    if not isinstance(model, PeftModel) or active.adapter == model.active_adapter:
         yield model
+        return
+    if layers is not None and (active.adapter is None or active.adapter in model.peft_config):
+        before, off = model.active_adapter, any(layer.disable_adapters for layer in layers)
+        try:
+            _choose(model, layers, active.adapter, before)
+            yield model
+        finally:
+            _choose(model, layers, None if off else before, before)
         return
     flags = [(p, p.requires_grad) for p in model.parameters()]
     before = model.active_adapter
@@ -48,13 +78,20 @@ def activated(active: ActiveAdapter) -> Iterator[Any]:
         with ExitStack() as stack:
             if active.adapter is None:
                 stack.enter_context(model.disable_adapter())
-            elif active.adapter != before:
+            else:
                 model.set_adapter(active.adapter)
                 stack.callback(model.set_adapter, before)
             _restore(flags)
             yield model
     finally:
         _restore(flags)
+
+
+def _choose(model: Any, layers: Sequence[Any], adapter: str | None, before: str) -> None:
+    """What peft's `set_adapter` and, without an adapter, `disable_adapter_layers` do, but for requires_grad."""
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = [adapter or before], adapter is None
+    model.active_adapter = model.base_model.active_adapter = adapter or before
 
 
 def _restore(flags: list[tuple[torch.nn.Parameter, bool]]) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import re
 import sys
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
 import typer
 
-from finetune import __version__
+from finetune import __version__, language, ranks
 from finetune.child import PART, as_interrupts
-from finetune.cli import shared
-from finetune.cli.commands import app
+from finetune.cli import completion, shared
+from finetune.cli.chinese import in_chinese
+from finetune.cli.commands import TRAINING, app
 from finetune.errors import FinetuneError, UserError, explained, render, visible, without_secrets
+from finetune.resources import resource_path
 
 OTHER_COMMANDS = {
     **dict.fromkeys(("train", "finetune"), "ft sft, ft pretrain, ft reward, ft dpo, ft kto or ft ppo"),
@@ -33,6 +38,8 @@ OTHER_COMMANDS = {
 
 def main() -> None:
     """Entry point: one renderer for errors, the exit codes of the contract."""
+    if completion.ASKED in os.environ:  # by the shell, at the Tab key
+        completion.answer(app)
     arguments = [a for a in sys.argv[1:] if a not in ("--debug", "--verbose")]
     part = arguments[:1] == [PART]
     arguments = arguments[part:]
@@ -49,14 +56,21 @@ def main() -> None:
     try:
         if arguments and arguments[0] in OTHER_COMMANDS:
             raise UserError(f"no command {arguments[0]!r}", fix=OTHER_COMMANDS[arguments[0]])
+        if arguments and arguments[0].lower().endswith((".yaml", ".yml")):
+            command = progress.command(stage_of(arguments[0]), *arguments)
+            raise UserError(f"no command {arguments[0]!r}: it is a recipe", fix=command)
         with as_interrupts():
             check_given(arguments)
-            code = app(args=arguments, prog_name="ft", standalone_mode=False) or 0
+            check_processes(arguments)
+            run = in_chinese(app) if language.chinese() else app
+            code = run(args=arguments, prog_name="ft", standalone_mode=False) or 0
         if code == 130:  # typer makes this of Ctrl-C, without a word
             raise KeyboardInterrupt
         sys.stdout.flush()  # or a full disk is told too late for a line and an exit code of its own
         sys.exit(code)
     except FinetuneError as error:
+        if not ranks.heard(error):
+            sys.exit(error.exit_code)
         if debug:
             _print_traceback()
         if not (part and error.exit_code == 130):
@@ -84,10 +98,12 @@ def main() -> None:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong arguments, in typer's own words
             said = io.StringIO()
             error.show(file=said)
-            print(visible(without_secrets(said.getvalue())), end="", file=sys.stderr)
+            lines = visible(without_secrets(said.getvalue())).splitlines(keepends=True)
+            print("".join(language.translated(line[:-1]) + line[-1] for line in lines), end="", file=sys.stderr)
             sys.exit(error.exit_code)
         if debug:
             _print_traceback()
+        ranks.heard(error)
         if (known := explained(error)) is not None:
             _print_errors(render(known), "red")
             _close_stdout()
@@ -96,13 +112,32 @@ def main() -> None:
         sys.exit(1)
 
 
+def stage_of(recipe: str) -> str:
+    """The command that a recipe is for, as far as its lines say so."""
+    for path in (Path(recipe), resource_path("recipes", recipe)):
+        with contextlib.suppress(OSError):
+            if found := re.search(r"^stage: *(\w+)", path.read_text("utf-8", errors="replace"), re.MULTILINE):
+                return found[1]
+    return "sft"
+
+
 def check_given(arguments: list[str]) -> None:
-    """UserError for an argument that is empty: as a path it would be the working directory."""
+    """UserError for an argument that is empty (as a path it would be the working directory), and for FT_LANG."""
+    if (given := language.unknown()) is not None:
+        fix = f"one of {', '.join(language.LANGUAGES)}, or unset it"
+        raise UserError(f"unknown language {given!r}", key=language.VARIABLE, fix=fix)
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if not argument and before != "--system":
             key = before if before.startswith("--") else None
             fix = "is a variable of the shell not set? Leave it out otherwise"
             raise UserError("an argument is empty", key=key, fix=fix)
+
+
+def check_processes(arguments: list[str]) -> None:
+    """UserError for a command that several processes would do several times."""
+    if ranks.count() > 1 and arguments and arguments[0] not in TRAINING and "RANK" in os.environ:
+        what = f"ft {arguments[0]} works in one process, and this is one of {ranks.count()}"
+        raise UserError(what, key="WORLD_SIZE", fix=f"start it by itself; several train: {', '.join(TRAINING)}")
 
 
 def without_key(arguments: list[str]) -> list[str]:
@@ -130,7 +165,7 @@ def _print_errors(lines: list[str], style: str) -> None:
     from finetune.terminal.progress import note
 
     for line in lines:
-        note(line, style)
+        note(ranks.name() + line, style)
 
 
 def _close_stdout() -> None:

@@ -6,12 +6,17 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli import shared
+from finetune.cli import completion, shared
 
 
 def evaluate(
-    runs: Annotated[list[str] | None, typer.Argument(help="Runs, adapters or models.")] = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Evaluate this recipe's run.")] = None,
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="Runs, adapters or models.", autocompletion=completion.answering)
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="Evaluate this recipe's run.", autocompletion=completion.recipes),
+    ] = None,
     model: shared.Model = None,
     adapter: shared.AdapterOption = None,
     data: Annotated[
@@ -19,6 +24,7 @@ def evaluate(
         typer.Option(
             metavar="[NAME=]FILE",
             help="Held-out data; repeats. By default the run's eval.data, or what data.eval_split held out.",
+            autocompletion=completion.data,
         ),
     ] = None,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Base and tuned side by side.")] = False,
@@ -34,13 +40,18 @@ def evaluate(
         str | None,
         typer.Option(help="In place of --data: tasks of lm-evaluation-harness, or folders of some, with commas."),
     ] = None,
-    quantization: Annotated[str | None, typer.Option(help="Kinds to compare: none,int8,int4.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Kinds to compare: none,int8,int4.", autocompletion=completion.QUANTIZED)
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first n rows.", min=1, max=shared.MOST)] = None,
     temperature: shared.Temperature = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the drawn answers, and of shots.", min=0, max=shared.SEEDS)
     ] = None,
-    reward: Annotated[str | None, typer.Option(help="Run of ft reward that scores the answers.")] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(help="Run of ft reward that scores the answers.", autocompletion=completion.runs_or_folders),
+    ] = None,
     json_: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Also as JSON; - is stdout.")] = None,
     predictions: Annotated[
         str | None, typer.Option(metavar="FILE", help="Every row with its answer, as JSON lines.")
@@ -78,11 +89,16 @@ def evaluate(
 
 
 def generate(
-    runs: Annotated[list[str] | None, typer.Argument(help="Runs, adapters or a model.")] = None,
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="Runs, adapters or a model.", autocompletion=completion.answering)
+    ] = None,
     model: shared.Model = None,
     adapter: shared.Adapters = [],  # noqa: B006
     data: Annotated[
-        str | None, typer.Option("--data", help="JSON lines, JSON, csv, parquet, text; - is stdin.")
+        str | None,
+        typer.Option(
+            "--data", help="JSON lines, JSON, csv, parquet, text; - is stdin.", autocompletion=completion.data
+        ),
     ] = None,
     output: Annotated[
         str | None,

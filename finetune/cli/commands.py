@@ -3,13 +3,17 @@ answers at once."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune.cli import answering, groups, merging, shared
+from finetune import ranks
+from finetune.cli import answering, completion, groups, merging, shared
+from finetune.cli.examples import with_examples
 from finetune.errors import Interrupted, OutOfMemory
 
 if TYPE_CHECKING:
@@ -19,7 +23,6 @@ app = typer.Typer(
     name="ft",
     help="Fine-tune open language models from one YAML recipe.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -60,18 +63,38 @@ def training_command(stage: str) -> Callable[..., None]:
         resume: shared.Resume = False,
         overwrite: shared.Overwrite = False,
         dry_run: shared.DryRun = False,
+        launch: shared.Kind = None,
+        num_processes: shared.Processes = None,
+        num_machines: shared.Machines = None,
+        machine_rank: shared.MachineRank = None,
+        main_address: shared.MainAddress = None,
+        main_port: shared.MainPort = None,
+        zero: shared.Zero = None,
+        offload: shared.Offload = False,
     ) -> None:
         reference = shared.one_of(plain, recipe, "--recipe", f"ft {stage} RECIPE")
-        shared.alone()
         shared.quiet(bars=False)
-        from finetune.early import training
+        from finetune.early import launching, training
+
+        place = (num_machines, machine_rank, main_address, main_port)
+        several = launching.given(launch, num_processes, *place, zero, offload)
+        launching.check_environment()
+        ranks.hush()
 
         checked: Recipe | None = None
         try:
             checked = training.recipe(reference, stage, set_, output, resume, overwrite, dry_run)
+            if several is not None:
+                os.environ[ranks.WORDS] = " ".join(several.words())  # for a command that is to be typed again
+                launching.check(checked, several.kind, several.processes)
+                words = launching.words(stage, reference, set_, output, resume, overwrite, dry_run)
+                shared.quiet()
+                sys.exit(shared.module("launch").run(words, several))
+            launching.check(checked, ranks.kind(), ranks.count())
             shared.quiet()
             shared.warn_if(training.gpu_missing(reference, checked))
-            shared.module(stage).run(checked, resume=resume, overwrite=overwrite, dry_run=dry_run)
+            with ranks.joined(lambda: shared.module(stage)) as command_:
+                command_.run(checked, resume=resume, overwrite=overwrite, dry_run=dry_run)
         except OutOfMemory as error:
             if error.smaller is None or checked is None:
                 raise
@@ -110,11 +133,16 @@ def plan(
 def compare(
     plain: shared.RecipeArgument = None,
     recipe: shared.RecipeOption = None,
-    methods: Annotated[str, typer.Option(help="Adapter methods, separated by commas.")] = "lora",
-    quantization: Annotated[str, typer.Option(help="none, int8, int4, separated by commas.")] = "none",
+    methods: Annotated[
+        str, typer.Option(help="Adapter methods, separated by commas.", autocompletion=completion.methods)
+    ] = "lora",
+    quantization: Annotated[
+        str, typer.Option(help="none, int8, int4, separated by commas.", autocompletion=completion.QUANTIZED)
+    ] = "none",
     data_fractions: Annotated[str, typer.Option(help="Shares of the training rows, e.g. 0.125,0.25,0.5,1.")] = "1",
     set_: shared.Override = [],  # noqa: B006
     output: Annotated[str, typer.Option(help="Folder of the comparison.")] = "runs/compare",
+    json_: groups.JsonOption = None,
 ) -> None:
     """Train methods on the same data and budget, and measure what each costs and brings."""
     from finetune.recipe.file import load
@@ -135,17 +163,22 @@ def compare(
         together(place, fit, lambda: training.inputs(checked))
         shared.quiet()
         shared.warn_if(training.gpu_missing(reference, checked))
-        compare.run(checked, methods=names, quantizations=kinds, fractions=shares, output=output)
+        compare.run(
+            checked, methods=names, quantizations=kinds, fractions=shares, output=output, json_file=json_
+        )  # fmt: skip
     except (KeyboardInterrupt, Interrupted):
         settings = {"--methods": methods, "--quantization": quantization, "--data-fractions": data_fractions}
         options = [part for pair in settings.items() for part in pair]
-        options += [part for item in set_ for part in ("--set", item)]
+        options += [part for item in set_ for part in ("--set", item)] + (["--json", json_] if json_ else [])
         again = command("compare", "--recipe", reference, *options, "--output", output)
         raise Interrupted(f"stopped; what is done is kept; go on with {again}") from None
 
 
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs, or a folder of runs.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN", help="Runs, or a folder of runs.", autocompletion=completion.runs_or_folders),
+    ],
     output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="The page.")] = None,
 ) -> None:
     """A page of a run: curves, figures, samples, data. Of several runs one over another; of a folder an index."""
@@ -155,12 +188,12 @@ def report(
     run(runs, output)
 
 
-def doctor() -> None:
+def doctor(json_: groups.JsonOption = None) -> None:
     """Versions, hardware, precision, and which extras are missing."""
     shared.quiet()
     from finetune.commands.doctor import run
 
-    run()
+    run(json_)
 
 
 for _stage, _help in TRAINING.items():
@@ -173,3 +206,4 @@ OTHERS: dict[str, Callable[..., None]] = {
 """In the order of `ft --help`."""
 for _name, _command in OTHERS.items():
     app.command(_name)(_command)
+with_examples(app)

@@ -7,34 +7,48 @@ from typing import Annotated
 
 import typer
 
+from finetune.cli import completion
 from finetune.cli.shared import MOST, Model, Override, RecipeOption, one_of, quiet
+from finetune.errors import UserError
 
 models_app = typer.Typer(help="Model families: what loads, how it was tested, what is refused.", no_args_is_help=True)
 recipes_app = typer.Typer(help="Shipped recipes, new ones, and the schema for editors.", no_args_is_help=True)
 data_app = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
 runs_app = typer.Typer(help="What was trained: a table, one run, two compared, one that goes on.", no_args_is_help=True)
+JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="As JSON; - is stdout.")]
+
+
+def one_form(markdown: bool, json_file: str | None) -> None:
+    """UserError for both."""
+    if markdown and json_file is not None:
+        raise UserError("given with --json", key="--markdown", fix="give one of them")
+
+
+STAGE_NAMES = completion.listed(*completion.STAGES)
 
 
 @models_app.command("list")
 def models_list(
     markdown: Annotated[bool, typer.Option("--markdown", help="As docs/models.md is made.")] = False,
+    json_: JsonOption = None,
 ) -> None:
     """Families, what was tested and how, and what never ran on real hardware."""
     from finetune.commands.models import show
 
-    show(markdown=markdown)
+    one_form(markdown, json_)
+    show(markdown=markdown, json_file=json_)
 
 
 @recipes_app.command("list")
-def recipes_list() -> None:
+def recipes_list(json_: JsonOption = None) -> None:
     """Shipped recipes, with what each needs."""
     from finetune.commands.recipes import show_all
 
-    show_all()
+    show_all(json_)
 
 
 @recipes_app.command("show")
-def recipes_show(name: str) -> None:
+def recipes_show(name: Annotated[str, typer.Argument(autocompletion=completion.shipped_names)]) -> None:
     """Print a shipped recipe."""
     from finetune.commands.recipes import show
 
@@ -44,9 +58,12 @@ def recipes_show(name: str) -> None:
 @recipes_app.command("new")
 def recipes_new(
     path: Annotated[str, typer.Argument(help="File to write.")],
-    stage: Annotated[str | None, typer.Option(help="pretrain, sft, reward, dpo, kto, ppo; the rows tell it.")] = None,
-    model: Annotated[str, typer.Option(help="The base model.")] = "tiny-llama",
-    data: Annotated[str, typer.Option(help="Training data.")] = "data/train.jsonl",
+    stage: Annotated[
+        str | None,
+        typer.Option(help="pretrain, sft, reward, dpo, kto, ppo; the rows tell it.", autocompletion=STAGE_NAMES),
+    ] = None,
+    model: Annotated[str, typer.Option(help="The base model.", autocompletion=completion.bases)] = "tiny-llama",
+    data: Annotated[str, typer.Option(help="Training data.", autocompletion=completion.data)] = "data/train.jsonl",
 ) -> None:
     """Write a recipe to start from."""
     from finetune.commands.recipes import new
@@ -75,19 +92,34 @@ def recipes_schema() -> None:
 
 @recipes_app.command("explain")
 def recipes_explain(
-    key: Annotated[str | None, typer.Argument(help="A key (data.packing), or a section (data).")] = None,
+    key: Annotated[
+        str | None,
+        typer.Argument(help="A key (data.packing), or a section (data).", autocompletion=completion.key_names),
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="All of them, as docs/recipe.md is made.")] = False,
+    json_: JsonOption = None,
 ) -> None:
     """What a recipe's key does: its values, its default, and where it applies."""
     from finetune.commands.recipes import explain
 
-    explain(key, markdown=markdown)
+    one_form(markdown, json_)
+    explain(key, markdown=markdown, json_file=json_)
 
 
-Looked = Annotated[str | None, typer.Argument(metavar="[RECIPE|DATA]", help="The same as --recipe or --data.")]
-DataOption = Annotated[str | None, typer.Option("--data", help="File, folder, glob, builtin:… or hub id.")]
-StageOption = Annotated[str | None, typer.Option("--stage", help="The stage the data is for, without a recipe.")]
-JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="As JSON; - is stdout.")]
+Looked = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RECIPE|DATA", help="The same as --recipe or --data.", autocompletion=completion.recipes_or_data
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="File, folder, glob, builtin:… or hub id.", autocompletion=completion.data),
+]
+StageOption = Annotated[
+    str | None,
+    typer.Option("--stage", help="The stage the data is for, without a recipe.", autocompletion=STAGE_NAMES),
+]
 
 
 def recipe_or_data(plain: str | None, recipe: str | None, data: str | None) -> tuple[str | None, str | None]:
@@ -148,17 +180,27 @@ def data_preview(
     )
 
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="Run directory.", autocompletion=completion.runs_or_folders)
+]
+SORTS = completion.listed("name", "stage", "base", "method", "metric", "time", "status", "updated")
+STATUSES = completion.listed("running", "interrupted", "failed", "done")
 
 
 @runs_app.command("list")
 def runs_list(
-    folder: Annotated[str, typer.Argument(help="Runs in it and below it.")] = "runs",
-    stage: Annotated[str | None, typer.Option(help="Only of this stage.")] = None,
+    folder: Annotated[
+        str, typer.Argument(help="Runs in it and below it.", autocompletion=completion.runs_or_folders)
+    ] = "runs",
+    stage: Annotated[str | None, typer.Option(help="Only of this stage.", autocompletion=STAGE_NAMES)] = None,
     base: Annotated[str | None, typer.Option(help="Only of bases whose name holds this.")] = None,
     method: Annotated[str | None, typer.Option(help="Only of this adapter method.")] = None,
-    status: Annotated[str | None, typer.Option(help="running, interrupted, failed or done.")] = None,
-    sort: Annotated[str, typer.Option(help="name, stage, base, method, metric, time, status or updated.")] = "name",
+    status: Annotated[
+        str | None, typer.Option(help="running, interrupted, failed or done.", autocompletion=STATUSES)
+    ] = None,
+    sort: Annotated[
+        str, typer.Option(help="name, stage, base, method, metric, time, status or updated.", autocompletion=SORTS)
+    ] = "name",
     reverse: Annotated[bool, typer.Option("--reverse", help="Largest, longest or newest first.")] = False,
     json_: JsonOption = None,
 ) -> None:
@@ -182,8 +224,10 @@ def runs_show(run: RunArgument, json_: JsonOption = None) -> None:
 
 @runs_app.command("diff")
 def runs_diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="Run directory.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    first: Annotated[
+        str, typer.Argument(metavar="A", help="Run directory.", autocompletion=completion.runs_or_folders)
+    ],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another.", autocompletion=completion.runs_or_folders)],
     json_: JsonOption = None,
 ) -> None:
     """What differs between two runs: recipe, data, versions, result."""

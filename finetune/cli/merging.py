@@ -7,21 +7,32 @@ from typing import Annotated, Any
 
 import typer
 
-from finetune.cli import shared
+from finetune.cli import completion, shared
 from finetune.errors import UserError
 
 
 def merge(
-    plain: Annotated[list[str] | None, typer.Argument(metavar="ADAPTER[:WEIGHT]", help="As --adapter.")] = None,
+    plain: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ADAPTER[:WEIGHT]", help="As --adapter.", autocompletion=completion.runs_or_folders),
+    ] = None,
     adapter: Annotated[
         list[str],
-        typer.Option("--adapter", metavar="ADAPTER[:WEIGHT]", help="Run directory or adapter folder; repeats."),
+        typer.Option(
+            "--adapter",
+            metavar="ADAPTER[:WEIGHT]",
+            help="Run directory or adapter folder; repeats.",
+            autocompletion=completion.runs_or_folders,
+        ),
     ] = [],  # noqa: B006
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the merged model.")] = None,
     model: Annotated[str | None, typer.Option(help="The base, for adapters that do not name it.")] = None,
     combine: Annotated[
         str | None,
-        typer.Option(help="Of several adapters: cat (the weighted sum, by default), svd, linear, ties or dare_ties."),
+        typer.Option(
+            help="Of several adapters: cat (the weighted sum, by default), svd, linear, ties or dare_ties.",
+            autocompletion=completion.listed("cat", "svd", "linear", "ties", "dare_ties"),
+        ),
     ] = None,
     density: Annotated[float | None, typer.Option(help="Of ties and dare_ties: share of entries kept; 0.5.")] = None,
     svd_rank: Annotated[
@@ -32,7 +43,11 @@ def merge(
     base: Annotated[str, typer.Option(help="For quantized runs: original or dequantized weights.")] = "original",
     format_: Annotated[
         str,
-        typer.Option("--format", help="hf; gguf: a file for llama.cpp and Ollama; chatglm: ChatGLM's original layout."),
+        typer.Option(
+            "--format",
+            help="hf; gguf: a file for llama.cpp and Ollama; chatglm: ChatGLM's original layout.",
+            autocompletion=completion.listed("hf", "gguf", "chatglm"),
+        ),
     ] = "hf",
     gguf_type: Annotated[
         str | None, typer.Option(metavar="TYPE", help="Of --format gguf: f32, f16, bf16 or q8_0; as the weights are.")
@@ -87,10 +102,19 @@ def merge(
 
 
 def export(
-    plain: Annotated[str | None, typer.Argument(metavar="[ADAPTER]", help="The same as --adapter.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Run directory or adapter folder.")] = None,
+    plain: Annotated[
+        str | None,
+        typer.Argument(metavar="ADAPTER", help="The same as --adapter.", autocompletion=completion.runs_or_folders),
+    ] = None,
+    adapter: shared.AdapterOption = None,
     consumer: Annotated[
-        str | None, typer.Option("--for", metavar="NAME", help="Who is to load it: peft, vllm, llama.cpp or ollama.")
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="NAME",
+            help="Who is to load it: peft, vllm, llama.cpp or ollama.",
+            autocompletion=completion.listed("peft", "vllm", "llama.cpp", "ollama"),
+        ),
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the exported adapter.")] = None,
     model: Annotated[str | None, typer.Option(help="The base, for adapters that do not name it.")] = None,

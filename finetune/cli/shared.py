@@ -11,29 +11,58 @@ from typing import Annotated, NoReturn
 import typer
 
 from finetune.child import PART
+from finetune.cli import completion
 from finetune.errors import UserError
 
 MOST, SEEDS = (1 << 31) - 1, (1 << 32) - 1  # as in recipes; larger ones end in an overflow somewhere
-RecipeArgument = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="The same as --recipe.")]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe file, or a shipped recipe's name.")]
-Override = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeats.")]
+RecipeArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="RECIPE", help="The same as --recipe.", autocompletion=completion.recipes),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--recipe", "-r", help="Recipe file, or a shipped recipe's name.", autocompletion=completion.recipes),
+]
+Override = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeats.", autocompletion=completion.settings),
+]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Run directory (instead of output.dir).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ft wrote there, once the new is complete.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the complete recipe, write nothing.")]
-Model = Annotated[str | None, typer.Option("--model", help="Built-in base, local folder or hub id.")]
-AdapterOption = Annotated[str | None, typer.Option("--adapter", help="Run directory or adapter folder.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="Built-in base, local folder or hub id.", autocompletion=completion.bases),
+]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option("--adapter", help="Run directory or adapter folder.", autocompletion=completion.runs_or_folders),
+]
 Answering = Annotated[
-    list[str] | None, typer.Argument(metavar="[RUN|ADAPTER|MODEL]...", help="What answers, known by its content.")
-]
+    list[str] | None,
+    typer.Argument(
+        metavar="RUN|ADAPTER|MODEL", help="What answers, known by its content.",
+        autocompletion=completion.answering,
+    ),
+]  # fmt: skip
 Adapters = Annotated[
-    list[str], typer.Option("--adapter", metavar="[NAME=]ADAPTER", help="Run or adapter, called NAME; repeats.")
-]
+    list[str],
+    typer.Option(
+        "--adapter", metavar="[NAME=]ADAPTER", help="Run or adapter, called NAME; repeats.",
+        autocompletion=completion.runs_or_folders,
+    ),
+]  # fmt: skip
 TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest that hold so much.", max=1.0)]
 TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 from all.", min=0, max=MOST)]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 against repeating.")]
 Thinking = Annotated[
-    str | None, typer.Option(metavar="on|off", help="Ask a thinking model to think or not to; by default as trained.")
+    str | None,
+    typer.Option(
+        metavar="on|off",
+        help="Ask a thinking model to think or not to; by default as trained.",
+        autocompletion=completion.listed("on", "off"),
+    ),
 ]
 Temperature = Annotated[
     float | None,
@@ -41,6 +70,14 @@ Temperature = Annotated[
         "--temperature", help="0 answers greedily, above it answers are drawn; the recipe's by default.", min=0.0
     ),
 ]
+Kind = Annotated[str | None, typer.Option("--launch", metavar="ddp|fsdp|deepspeed|ray", help="In several processes.")]
+Processes = Annotated[int | None, typer.Option("--num-processes", help="Of all machines together.", min=1, max=MOST)]
+Machines = Annotated[int | None, typer.Option("--num-machines", help="Each has its share of them.", min=1, max=MOST)]
+MachineRank = Annotated[int | None, typer.Option("--machine-rank", help="Which this one is, from 0.", min=0, max=MOST)]
+MainAddress = Annotated[str | None, typer.Option("--main-address", help="Of the machine with rank 0.")]
+MainPort = Annotated[int | None, typer.Option("--main-port", help="There; 29500 by default.", min=1, max=65535)]
+Zero = Annotated[int | None, typer.Option("--zero", help="Stage of deepspeed, 2 by default.", min=2, max=3)]
+Offload = Annotated[bool, typer.Option("--offload", help="fsdp, deepspeed: keep what waits in main memory.")]
 
 VERBOSE = False
 
@@ -104,17 +141,3 @@ def replace_process(words: list[str]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, "-m", "finetune", *before, *words])
-
-
-RANKS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-
-
-def alone() -> None:
-    """UserError in one of several processes of a launcher: each would write into the same run directory."""
-    for name in RANKS:
-        count = os.environ.get(name, "")
-        if count.isdigit() and int(count) > 1:
-            raise UserError(
-                f"this is one of {count} processes, and ft trains in one, on one device", key=name,
-                fix="start ft by itself, without torchrun, accelerate launch or mpirun",
-            )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from finetune.early import training
 from finetune.errors import UserError, visible
+from finetune.language import translated
 from finetune.places import check_file, json_with
 from finetune.recipe.file import load, with_settings
 from finetune.recipe.resolve import absolute_source
@@ -77,7 +78,7 @@ def preview(
     if json_file is None and html_file is None:
         coloured = output.is_terminal and not output.no_color and output.color_system is not None
         if not coloured:
-            say(f"{'…'.join(views.MARKS)} is trained, the rest is only read · {encoder.origin}")
+            say(translated(f"{'…'.join(views.MARKS)} is trained, the rest is only read · {encoder.origin}"))
         output.print(views.as_text(shown, rows, coloured), soft_wrap=True)
         if coloured:
             note(f"green is trained · {encoder.origin}")
@@ -157,7 +158,9 @@ def show(report: Any) -> None:
     for level, style in (("error", "red"), ("warning", "yellow")):
         listed = [p for p in report.problems if p["level"] == level]
         for problem in listed[:WORST]:
-            found(f"{level}: {problem['file']}, row {problem['row']}: {problem['message']}", style)
+            what, arrow, fix = problem["message"].partition(" → ")
+            row = translated(f"row {problem['row']}")
+            found(f"{translated(level)}: {problem['file']}, {row}: {translated(what)}{arrow}{translated(fix)}", style)
         if len(listed) > WORST:
             found(f"… and {len(listed) - WORST:,} more ({level}s; --json lists them)")
     trained = f", {report.trained_tokens:,} trained tokens" if report.trained_tokens is not None else ""
@@ -175,4 +178,4 @@ def show(report: Any) -> None:
 
 def found(line: str, style: str | None = None) -> None:
     """One line of a report: a result, so it goes to stdout."""
-    output.print(visible(line), style=style, soft_wrap=True)
+    output.print(visible(translated(line)), style=style, soft_wrap=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import time
+from typing import Any
 
 import torch
 
 from finetune.models import hardware, sources
 from finetune.recipe.resolve import compute_dtype
+from finetune.run import json_option
 from finetune.run.directory import versions
 
 # module -> what is missing without it
@@ -46,22 +48,43 @@ def matrix_products(device: str, kind: str, size: int = 1024, seconds: float = 0
     return best
 
 
-def run() -> None:
+def findings() -> dict[str, Any]:
+    """Of this machine: versions, hardware, precision, speed; what fits, in billions of parameters; what is missing."""
     machine = hardware.detect()
-    for name, version in versions().items():
+    return {
+        "versions": versions(),
+        "device": {
+            "kind": machine.device, "memory_gb": machine.memory_gb, "threads": torch.get_num_threads(),
+            "name": torch.cuda.get_device_name() if machine.device == "cuda" else None,
+        },
+        "precision": {"auto": compute_dtype("auto", machine), "native_bfloat16": machine.bf16},
+        "gflops": {kind: matrix_products(machine.device, kind) for kind in ("float32", "bfloat16")},
+        "fits_billions": fitting(machine.memory_gb),
+        "disk_free_gb": shutil.disk_usage(".").free / 1e9,
+        "builtin_bases": sources.builtin_names(),
+        "missing": {name: what for name, what in EXTRAS.items() if importlib.util.find_spec(name) is None},
+    }  # fmt: skip
+
+
+def run(json_file: str | None = None) -> None:
+    json_option.check(json_file, "versions", "device")
+    found = findings()
+    json_option.write(json_file, found)
+    if json_file is not None:
+        return
+    for name, version in found["versions"].items():
         print(f"{name:14} {version}")
-    name = torch.cuda.get_device_name() if machine.device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{'device':14} {machine.device} ({name}), {machine.memory_gb:.0f} GB")
-    why = "native bfloat16" if machine.bf16 else "no native bfloat16"
-    print(f"{'precision':14} auto = {compute_dtype('auto', machine)} ({why}); trainable weights float32")
-    speed = {kind: matrix_products(machine.device, kind) for kind in ("float32", "bfloat16")}
+    device, precision, speed = found["device"], found["precision"], found["gflops"]
+    name = device["name"] or f"{device['threads']} threads"
+    print(f"{'device':14} {device['kind']} ({name}), {device['memory_gb']:.0f} GB")
+    why = "native bfloat16" if precision["native_bfloat16"] else "no native bfloat16"
+    print(f"{'precision':14} auto = {precision['auto']} ({why}); trainable weights float32")
     print(f"{'speed':14} " + ", ".join(f"{kind} {value:,.0f} GFLOP/s" for kind, value in speed.items()))
-    if machine.device == "cpu" and machine.bf16 and speed["bfloat16"] < speed["float32"]:
+    if device["kind"] == "cpu" and precision["native_bfloat16"] and speed["bfloat16"] < speed["float32"]:
         print(f"{'':14} float32 is the faster one here: set model.dtype: float32")
-    print(f"{'fits':14} " + ", ".join(f"{what} up to {size:.1f}B" for what, size in fitting(machine.memory_gb).items()))
+    print(f"{'fits':14} " + ", ".join(f"{what} up to {size:.1f}B" for what, size in found["fits_billions"].items()))
     print(f"{'':14} (a rule of thumb in parameters, at short lengths and small batches)")
-    print(f"{'disk':14} {shutil.disk_usage('.').free / 1e9:.0f} GB free here")
-    print(f"{'built-in bases':14} {', '.join(sources.builtin_names())}")
-    for module, what in EXTRAS.items():
-        if importlib.util.find_spec(module) is None:
-            print(f"{'missing':14} {module}: {what}")
+    print(f"{'disk':14} {found['disk_free_gb']:.0f} GB free here")
+    print(f"{'built-in bases':14} {', '.join(found['builtin_bases'])}")
+    for module, what in found["missing"].items():
+        print(f"{'missing':14} {module}: {what}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from trl import DPOConfig
 
+from finetune import ranks
 from finetune.data import pairs
 from finetune.errors import UserError
 from finetune.evaluation import during
@@ -23,7 +25,8 @@ def run(raw: DpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
     session = prepare(raw, resume)
     recipe = session.recipe
     check_start(recipe)
-    rows = pairs.load_pairs(recipe.data, session.base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.paths)
+    load = partial(pairs.load_pairs, seed=recipe.train.seed, eval_data=recipe.eval.paths)
+    rows = ranks.once(lambda: load(recipe.data, session.base.encoder))
     session.during = during.prepare(recipe, session.base)
     session.plan(rows, longest_row(rows.train))
     check_sorted(recipe, session.layout)

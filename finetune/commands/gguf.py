@@ -54,7 +54,7 @@ def merged(adapter: str, model: str | None, folder: Path, options: Sequence[str]
     words = ["merge", "--adapter", adapter, "--output", str(folder), *(("--model", model) if model else ()), *options]
     code, said = child.run(*words, shown=False)
     for line in said.splitlines():
-        note(line)
+        note(line.removesuffix(f": {folder}"))  # it will be gone
     if code == 130:
         raise Interrupted("stopped; nothing was written")
     if code == 2:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from trl import KTOConfig
 
+from finetune import ranks
 from finetune.data import pairs
 from finetune.errors import UserError
 from finetune.evaluation import during
@@ -26,7 +28,8 @@ def run(raw: KtoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         what = "KTO measures its KL term on other prompts' answers, and with `all` a prompt is part of the answer"
         raise UserError(what, key="data.train_on", fix="leave it out")
     check_start(recipe)
-    rows = pairs.load_unpaired(recipe.data, session.base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.paths)
+    load = partial(pairs.load_unpaired, seed=recipe.train.seed, eval_data=recipe.eval.paths)
+    rows = ranks.once(lambda: load(recipe.data, session.base.encoder))
     session.during = during.prepare(recipe, session.base)
     session.plan(rows, longest_row(rows.train))
     check_others(session.layout, rows.train)

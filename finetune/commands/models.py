@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from rich.table import Table
 
 from finetune.families import FAMILIES, NAMES, REFUSED, TESTED, Refused, record, types_tested, verdict
 from finetune.models.gguf.packaged import PACKAGED
 from finetune.resources import BUILTIN_MODELS
+from finetune.run import json_option
 from finetune.terminal.progress import output
 
 HONEST = (
@@ -76,7 +78,30 @@ def types_table() -> list[str]:
     ]
 
 
-def show(*, markdown: bool = False) -> None:
+def as_json() -> dict[str, Any]:
+    """Families, every type of transformers with its verdict and limits, what is refused, the bases at hand."""
+    return {
+        "families": [
+            {"model_type": kind, "family": row.name, "models": row.models, "tested": row.tested, "note": row.note}
+            for kind, row in SHOWN.items()
+        ],
+        "types": [
+            {"model_type": kind, "verdict": verdict(found), "limits": found} for kind, found in types_tested().items()
+        ],
+        "refused": [{"name": r.name, "why": r.why, "instead": r.instead} for r in refusals()],
+        "builtin": builtin_bases(), "packaged": list(PACKAGED),
+    }  # fmt: skip
+
+
+def builtin_bases() -> list[str]:
+    return sorted(path.parent.name for path in BUILTIN_MODELS.glob("*/config.json"))
+
+
+def show(*, markdown: bool = False, json_file: str | None = None) -> None:
+    json_option.check(json_file, "families")
+    if json_file is not None:
+        json_option.write(json_file, as_json())
+        return
     if markdown:
         print(document(), end="")
         return
@@ -97,8 +122,7 @@ def show(*, markdown: bool = False) -> None:
     output.print("refused:")
     for refused in refusals():
         output.print(f"  {refused.name}: {refused.why}; {refused.instead}", soft_wrap=True)
-    bases = ", ".join(sorted(path.parent.name for path in BUILTIN_MODELS.glob("*/config.json")))
-    output.print(f"\nbuilt-in bases: {bases or 'none'}")
+    output.print(f"\nbuilt-in bases: {', '.join(builtin_bases()) or 'none'}")
     output.print(f"with the extra ft-recipes[real]: {', '.join(PACKAGED)}")
 
 

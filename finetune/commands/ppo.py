@@ -6,9 +6,10 @@ check recipe, output, prompts and rules -> train the reward model first where pa
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from finetune import child
+from finetune import child, ranks
 from finetune.data import pairs, prompts
 from finetune.data.samples import held_out_section
 from finetune.data.thinking import of_prompts
@@ -39,9 +40,11 @@ def run(raw: PpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
     encoder = base.asking(of_prompts(recipe, base.encoder), "ppo.thinking")
     models.check(recipe)
     rules = {name: load_rule(spec) for name, spec in names_of(recipe.reward.functions).items()}
-    rows = prompts.load_prompts(recipe.data, encoder, seed=recipe.train.seed, eval_data=recipe.eval.paths)
-    if len(rows.train) < recipe.ppo.num_mini_batches:
-        what = f"{len(rows.train)} prompts are too few for {recipe.ppo.num_mini_batches} minibatches"
+    load = partial(prompts.load_prompts, seed=recipe.train.seed, eval_data=recipe.eval.paths)
+    rows = ranks.once(lambda: load(recipe.data, encoder))
+    if len(rows.train) < recipe.ppo.num_mini_batches * ranks.count():
+        several = f" in each of {ranks.count()} processes" if ranks.count() > 1 else ""
+        what = f"{len(rows.train)} prompts are too few for {recipe.ppo.num_mini_batches} minibatches{several}"
         raise UserError(what, key="ppo.num_mini_batches", fix="lower it, or give more prompts")
     held_out = []
     if recipe.eval.first is not None:
@@ -70,7 +73,8 @@ def run(raw: PpoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         session.show(f"rollouts of {batch} prompts; updates")
         return
     with session.run(overwrite):
-        reward = recipe.reward.model if first is None else train_reward(first, folder, to_go_on(recipe))
+        go_on = to_go_on(recipe)
+        reward = recipe.reward.model if first is None else ranks.from_first(lambda: train_reward(first, folder, go_on))
         seed_everything(recipe)
         built = models.build(recipe, session.base, session.machine, reward)
         seed_everything(recipe)  # the same replies however many models were drawn

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
+from finetune import ranks
 from finetune.adapters.load import apply
 from finetune.base import Base
 from finetune.builtin import initial, tokenizers, world
@@ -52,7 +53,8 @@ class BlockTrainer(Extras, Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         blocks = self.state.global_step * self.args.gradient_accumulation_steps * self.args.train_batch_size
-        logs["num_tokens"] = self._total_train_tokens = blocks * self.args.world_size * self.block_length
+        self._total_train_tokens = blocks * self.block_length  # of this process
+        logs["num_tokens"] = ranks.total(self._total_train_tokens)
         super().log(logs, *args, **kwargs)
 
 
@@ -60,10 +62,11 @@ def run(raw: PretrainRecipe, *, resume: bool = False, overwrite: bool = False, d
     session = prepare(raw, resume, open_base)
     recipe = session.recipe
     steps = recipe.train.max_steps
-    rows = text.load_blocks(
-        recipe.data, session.base.tokenizer, seed=recipe.train.seed, eval_data=recipe.eval.paths,
+    load = partial(
+        text.load_blocks, seed=recipe.train.seed, eval_data=recipe.eval.paths,
         wanted=steps and steps * recipe.train.effective_batch_size, is_new=recipe.model.is_new,
     )  # fmt: skip
+    rows = ranks.once(lambda: load(recipe.data, session.base.tokenizer))
     session.plan(rows, recipe.data.max_length)
     if dry_run:
         session.show()

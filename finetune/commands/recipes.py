@@ -17,6 +17,7 @@ from finetune.recipe.importing.source import read
 from finetune.recipe.importing.translate import translate
 from finetune.recipe.reading import find, shipped
 from finetune.recipe.stages import RECIPES
+from finetune.run import json_option
 from finetune.run.writing import write_atomically
 from finetune.terminal.progress import command, note, say, say_json, warn
 
@@ -60,15 +61,23 @@ STAGE_OF = {"sft": "sft", "preference": "dpo", "unpaired": "kto", "text": "pretr
 SCHEMA_FILE = "ft-recipe.schema.json"
 
 
-def show_all() -> None:
+def show_all(json_file: str | None = None) -> None:
     """Every shipped recipe with what it needs: those for built-in bases first, then those that download theirs."""
+    json_option.check(json_file, "recipes")
     groups: dict[str, list[str]] = {"": []}
+    rows = []
     for name, path in shipped().items():
         text = path.read_text(encoding="utf-8")
         run_with, _, needs = text.splitlines()[0].lstrip("# ").partition("  ")
-        model = str(yaml.safe_load(text)["model"]["name"])
+        values = yaml.safe_load(text)
+        model = str(values["model"]["name"])
         download = "" if "/" not in model else f"these download {model} first"
         groups.setdefault(download, []).append(f"{name:30} {needs.strip() or run_with}")
+        more = {"model": model, "download": bool(download), "command": run_with, "needs": needs.strip() or None}
+        rows.append({"name": name, "stage": values["stage"], **more, "path": str(path)})
+    json_option.write(json_file, {"recipes": rows})
+    if json_file is not None:
+        return
     for download, lines in groups.items():
         say(f"\n{download}:" if download else "on built-in bases, without a download:")
         say("\n".join(lines))
@@ -79,9 +88,12 @@ def show(name: str) -> None:
     say(find(name).read_text(encoding="utf-8"), end="")
 
 
-def explain(key: str | None, *, markdown: bool = False) -> None:
+def explain(key: str | None, *, markdown: bool = False, json_file: str | None = None) -> None:
     """A key or a section in words; all of them without a name."""
-    if markdown:
+    json_option.check(json_file, "keys")
+    if json_file is not None:
+        json_option.write(json_file, {"keys": reference.as_json(key)})
+    elif markdown:
         say(reference.document(), end="")
     else:
         say("\n".join(reference.explain(key)))

@@ -3,10 +3,12 @@ arXiv:2203.02155)."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from trl import RewardConfig
 
+from finetune import ranks
 from finetune.data import pairs
 from finetune.errors import UserError
 from finetune.recipe.stages import RewardRecipe
@@ -25,9 +27,8 @@ def run(raw: RewardRecipe, *, resume: bool = False, overwrite: bool = False, dry
     if recipe.data.train_on != "assistant":
         what = "has no effect in ft reward: an answer is scored at its end"
         raise UserError(what, key="data.train_on", fix="leave it out")
-    rows = pairs.load_pairs(
-        recipe.data, session.base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.paths, to_score=True
-    )
+    load = partial(pairs.load_pairs, seed=recipe.train.seed, eval_data=recipe.eval.paths, to_score=True)
+    rows = ranks.once(lambda: load(recipe.data, session.base.encoder))
     session.plan(rows, longest_row(rows.train))
     if dry_run:
         session.show()

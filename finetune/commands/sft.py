@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from trl import SFTConfig
 
+from finetune import ranks
 from finetune.data import conversations
 from finetune.evaluation import during
 from finetune.recipe.stages import SftRecipe
@@ -20,7 +22,8 @@ from finetune.training.trainers import Collator, Sft
 def run(raw: SftRecipe, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
     session = prepare(raw, resume)
     recipe, base = session.recipe, session.base
-    rows = conversations.load_sft(recipe.data, base.encoder, seed=recipe.train.seed, eval_data=recipe.eval.paths)
+    load = partial(conversations.load_sft, seed=recipe.train.seed, eval_data=recipe.eval.paths)
+    rows = ranks.once(lambda: load(recipe.data, base.encoder))
     session.during = during.prepare(recipe, session.base)
     session.plan(rows, longest_row(rows.train), also=packing_outlook(recipe) if dry_run else None)
     if dry_run:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from finetune import python_files
+from finetune import python_files, ranks
 from finetune.early import tracking
 from finetune.early.inputs import ENDLESS, announce, base, file, reward_model, rows, together
 from finetune.errors import UserError
@@ -54,7 +54,7 @@ def recipe(
     read = [path for path in (find(reference), base_of(find(reference))) if path is not None]
     kept = [lambda path=path: check_inputs(found, path) for path in read] if overwrite else []
     together(*kept, place, *checks_of(found))
-    if ENDLESS not in as_list(found.data.train):
+    if ENDLESS not in as_list(found.data.train) and ranks.local_rank() == 0:
         from finetune.data.audit import screen
 
         screen(found.data, ROWS[stage])

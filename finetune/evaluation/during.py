@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune import metrics
@@ -23,6 +23,8 @@ from finetune.recipe.stages import Recipe
 from finetune.terminal.progress import note, warn
 
 KEY = "eval.during.metrics"
+SHOWN = 4
+"""Answers that are kept of each evaluation, to be looked at."""
 
 
 @dataclass
@@ -32,6 +34,8 @@ class During:
     encoder: Encoder
     section: EvalConfig
     steps: int | None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """Of the last figures: {prompt, reply, score} of the first rows."""
 
     def due(self, step: int) -> bool:
         return self.steps is None or step % self.steps == 0
@@ -50,7 +54,15 @@ class During:
             "", model, self.encoder, [row.sample for row in self.rows], self.section.max_new_tokens,
             self.section.batch_size, told, self.section.generation, self.metrics, known,
         )  # fmt: skip
+        self.samples = [as_sample(row, self.metrics[0]) for row in found.rows[:SHOWN]]
         return figures_of(self.metrics, found.rows)
+
+
+def as_sample(row: Mapping[str, Any], metric: Metric) -> dict[str, Any]:
+    """A line of samples.jsonl: the last turn that was asked, the answer, and its first figure."""
+    value = metric.of(row)
+    asked = row["messages"][-1]["content"] if row.get("messages") else ""
+    return {"prompt": str(asked), "reply": str(row.get("prediction")), "score": None if value is None else float(value)}
 
 
 def figures_of(chosen: Sequence[Metric], rows: Sequence[Any]) -> dict[str, Any]:

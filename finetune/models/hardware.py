@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from finetune import ranks
 from finetune.recipe.resolve import Hardware
 
 GB = 1e9
@@ -19,12 +20,13 @@ def detect() -> Hardware:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         # is_bf16_supported() also says yes where it is emulated (T4, V100), which is slower than fp32.
         native = torch.version.hip is not None or properties.major >= 8
-        return Hardware("cuda", native, properties.total_memory / GB)
+        return Hardware("cuda", native, properties.total_memory / GB, ranks.count())
     if torch.backends.mps.is_available():
         return Hardware("mps", False, torch.mps.recommended_max_memory() / GB)
     import psutil
 
-    return Hardware("cpu", cpu_has_bf16(), psutil.virtual_memory().total / GB)
+    memory = psutil.virtual_memory().total / GB / ranks.on_this_machine()
+    return Hardware("cpu", cpu_has_bf16(), memory, ranks.count())
 
 
 def described() -> dict[str, Any]:
@@ -52,7 +54,8 @@ def rounding() -> dict[str, str]:
         device = torch.cuda.get_device_properties(torch.cuda.current_device()).name
     else:
         device = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {_cpu_name()}"
-    return {"device": device, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
+    found = {"device": device, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
+    return {**found, "processes": str(ranks.count())}
 
 
 def _cpu_name() -> str:

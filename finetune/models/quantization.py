@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
+from finetune import ranks
 from finetune.errors import UserError
 from finetune.recipe.sections import ModelConfig
 
@@ -45,6 +46,8 @@ def config_for(model: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | N
         bnb_4bit_quant_type=model.quantization_type,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        # FSDP shards floating-point numbers only: the packed bytes pass for some.
+        **({"bnb_4bit_quant_storage": dtype} if ranks.sharded() else {}),
         llm_int8_skip_modules=HEADS + READ_DIRECTLY,  # its name notwithstanding, 4-bit loading reads it, too
     )
     found.quant_method = METHOD

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.language import translated
 from finetune.recipe.adapters import ADAPTERS
 from finetune.recipe.foreign_keys import foreign_name
 from finetune.recipe.stages import RECIPES
@@ -150,39 +151,72 @@ def _one_line(text: str) -> str:
 
 def explain(name: str | None) -> list[str]:
     """What a key does, or the keys of a section. UserError for a name that is no key, with the nearest one."""
-    everything = keys()
+    here, below = named(name)
     if name is None:
-        return _index(everything)
-    here = [key for key in everything if key.name == name]
-    if not here and "." not in name:
-        here = [key for key in everything if key.name.rpartition(".")[2] == name]
-    below = [key for key in everything if key.name.startswith(f"{name}.")]
+        return _index(below)
     if here and not (below and "." not in name):
         return [line for key in here for line in _lines(key)] + [f"  {key.name}" for key in below]
     if below:
         return _index(below)
-    if (foreign := foreign_name(name, {key.name for key in everything})) is not None:
+    if (foreign := foreign_name(name, {key.name for key in keys()})) is not None:
         return [f"{name} is another tool's key: {foreign}"]
+    raise unknown(name)
+
+
+def named(name: str | None) -> tuple[list[Key], list[Key]]:
+    """(the keys of this name, also without its section; those below it)"""
+    everything = keys()
+    if name is None:
+        return [], everything
+    here = [key for key in everything if key.name == name]
+    if not here and "." not in name:
+        here = [key for key in everything if key.name.rpartition(".")[2] == name]
+    return here, [key for key in everything if key.name.startswith(f"{name}.")]
+
+
+def unknown(name: str) -> UserError:
+    everything = keys()
     close = difflib.get_close_matches(name, [key.name for key in everything], n=1, cutoff=0.5)
     sections = ", ".join(dict.fromkeys(key.name.partition(".")[0] for key in everything if "." in key.name))
     fix = f"did you mean {close[0]}?" if close else f"a key, or one of the sections {sections}"
-    raise UserError(f"no recipe has the key {name!r}", fix=fix)
+    fix = foreign_name(name, {key.name for key in everything}) or fix
+    return UserError(f"no recipe has the key {name!r}", fix=fix)
+
+
+def as_json(name: str | None) -> list[dict[str, Any]]:
+    """The same as values; `default` is null where it is unset, and missing where the key must be given."""
+    here, below = named(name)
+    if not here and not below:
+        raise unknown(str(name))
+    return [
+        {
+            "key": key.name, "values": key.values, **({} if key.default is REQUIRED else {"default": key.default}),
+            "required": key.default is REQUIRED, "description": key.description, "stages": key.stages,
+            "methods": key.methods,
+        }
+        for key in [*here, *below]
+    ]  # fmt: skip
 
 
 def _index(everything: list[Key]) -> list[str]:
     """Every key once, with the first sentence of what it does."""
     width = max(len(key.name) for key in everything)
-    return list(dict.fromkeys(f"{key.name:{width}}  {_first_sentence(key.description)}" for key in everything))
+    said = ((key.name, _first_sentence(translated(key.description))) for key in everything)
+    return list(dict.fromkeys(f"{name:{width}}  {text}" for name, text in said))
 
 
 def _lines(key: Key) -> list[str]:
     scope = f"   ({key.scope})" if key.scope else ""
-    return [f"{key.name}: {key.values}   default: {key.shown_default}{scope}", f"  {key.description}"]
+    values = " | ".join(map(translated, key.values.split(" | ")))
+    head = f"{key.name}: {values}   {translated('default')}: {translated(key.shown_default)}{scope}"
+    return [head, f"  {translated(key.description)}"]
 
 
 def _first_sentence(text: str) -> str:
-    head, stop, _ = text.partition(". ")
-    return head + ("." if stop else "")
+    for stop in (". ", "。"):
+        if stop in text:
+            return text.partition(stop)[0] + stop.strip()
+    return text
 
 
 HEAD = """# Recipe keys

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from finetune.errors import Problem
 from finetune.python_files import is_function
 from finetune.recipe.sections import EvalConfig, EvalSet, OutputConfig, SourceConfig, TrainConfig, as_list
 from finetune.recipe.stages import PpoRecipe, R, Recipe, RewardSources
@@ -110,17 +111,40 @@ UNPLANNED = 4096
 
 
 def batch_layout(train: TrainConfig, max_length: int, hardware: Hardware) -> tuple[int, int]:
-    """(rows per forward pass, forward passes per optimizer step); × processes = effective_batch_size."""
-    per_process = max(1, train.effective_batch_size // hardware.processes)
-    if train.per_device_train_batch_size and train.gradient_accumulation_steps:
-        return train.per_device_train_batch_size, train.gradient_accumulation_steps
-    if train.per_device_train_batch_size:
-        return train.per_device_train_batch_size, max(1, round(per_process / train.per_device_train_batch_size))
-    if train.gradient_accumulation_steps:
-        return max(1, round(per_process / train.gradient_accumulation_steps)), train.gradient_accumulation_steps
+    """(rows per forward pass, forward passes per optimizer step of one process); × processes = effective_batch_size.
+
+    gradient_accumulation_steps counts the passes of all processes: they share them.
+    """
+    processes, given = hardware.processes, train.per_device_train_batch_size
+    per_process = max(1, train.effective_batch_size // processes)
+    shared = train.gradient_accumulation_steps and max(1, train.gradient_accumulation_steps // processes)
+    if given and shared:
+        return given, shared
+    if given:
+        return given, max(1, round(per_process / given))
+    if shared:
+        return max(1, round(per_process / shared)), shared
     limit = max(1, UNPLANNED // max_length if hardware.rows is None else hardware.rows)
     micro = max(n for n in range(1, per_process + 1) if per_process % n == 0 and n <= limit)
     return micro, per_process // micro
+
+
+def processes_problem(recipe: Recipe, processes: int) -> Problem | None:
+    """Why the rows of a step cannot be shared out evenly over so many processes."""
+    train, (rows, what) = recipe.train, recipe.step_rows()
+    key, given, passes = "train.", train.per_device_train_batch_size, train.gradient_accumulation_steps
+    if rows % processes:
+        fix = f"use a multiple of {processes}, or another number of processes"
+        return Problem(f"{what} of {rows} cannot be shared out evenly over {processes} processes",
+                       key=f"{key}effective_batch_size", fix=fix)  # fmt: skip
+    if given and not recipe.data.packing and rows % (given * processes):
+        fix = f"set it to a divisor of {rows // processes}, or leave it and gradient_accumulation_steps out"
+        return Problem(f"{given} rows in each of {processes} processes do not divide {what} of {rows}",
+                       key=f"{key}per_device_train_batch_size", fix=fix)  # fmt: skip
+    if passes and passes % processes:
+        return Problem(f"{passes} passes of a step cannot be shared out over {processes} processes",
+                       key=f"{key}gradient_accumulation_steps", fix="leave it out, or use a multiple")  # fmt: skip
+    return None
 
 
 def resolve(recipe: R, hardware: Hardware) -> R:
@@ -142,7 +166,10 @@ def resolve(recipe: R, hardware: Hardware) -> R:
     steps = {
         # How many samples a packed row holds is known only once they are packed.
         "per_device_train_batch_size": train.per_device_train_batch_size if data.packing else micro,
-        "gradient_accumulation_steps": train.gradient_accumulation_steps if data.packing else accumulation,
+        # Of all processes together: the same recipe goes on with another number of them.
+        "gradient_accumulation_steps": (
+            train.gradient_accumulation_steps if data.packing else accumulation * hardware.processes
+        ),
         "per_device_eval_batch_size": (train.per_device_eval_batch_size or micro) if evaluates else None,
         "gradient_checkpointing": (
             hardware.device != "cpu" if train.gradient_checkpointing is None else train.gradient_checkpointing

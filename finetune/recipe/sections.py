@@ -143,7 +143,7 @@ class ModelConfig(Section):
     """With device_map, where weights on disk go; a temporary folder when unset."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the computation; trainable weights are always float32. auto: bfloat16 where the hardware has it,
-    float16 with loss scaling on older GPUs, float32 on other CPUs."""
+    float16 with loss scaling on older GPUs; on CPUs training times a block of the model in bfloat16 and in float32."""
     quantization: Literal["int8", "int4"] | None = None
     """Hold the base in 8 or 4 bits (bitsandbytes); embeddings, norms and the output head keep their precision."""
     quantization_type: Literal["nf4", "fp4"] = "nf4"
@@ -284,7 +284,8 @@ class TrainConfig(Section):
     """When memory runs out while training, go on from the last checkpoint with half the rows per forward pass, and with
     half of those again; effective_batch_size stays as it is, and so do the rows of every step."""
     gradient_accumulation_steps: Count | None = None
-    """Forward passes per optimizer step, a divisor of effective_batch_size; derived when unset."""
+    """Forward passes per optimizer step, of all processes together; a divisor of effective_batch_size; derived when
+    unset."""
     per_device_eval_batch_size: Count | None = None
     """Rows per forward pass in evaluation; derived when unset."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0.03

@@ -68,7 +68,7 @@ class BaseRecipe(Section):
                 what = "with data.packing a row holds several samples, and gradient_accumulation_steps with this size"
                 raise ValueError(f"train.{first}: {what} says nothing of effective_batch_size; give one of the three")
             return self
-        rows, of = self._step_rows()
+        rows, of = self.step_rows()
         if first is not None and (rows % product or (len(given) == 2 and rows != product)):
             if self._passes_may_differ and given.keys() == {"per_device_train_batch_size"} and product <= rows:
                 return self
@@ -146,7 +146,7 @@ class BaseRecipe(Section):
         """Whether the last pass of a step may have fewer rows than the others."""
         return False
 
-    def _step_rows(self) -> tuple[int, str]:
+    def step_rows(self) -> tuple[int, str]:
         """(rows of an optimizer step, what makes them so many)."""
         return self.train.effective_batch_size, "effective_batch_size"
 
@@ -364,7 +364,7 @@ class PpoRecipe(BaseRecipe):
     def _passes_may_differ(self) -> bool:
         return True  # a minibatch is cut into passes by PPO's own loop
 
-    def _step_rows(self) -> tuple[int, str]:
+    def step_rows(self) -> tuple[int, str]:
         if self.train.effective_batch_size % self.ppo.num_mini_batches:
             raise ValueError("ppo.num_mini_batches: does not divide train.effective_batch_size")
         rows = self.train.effective_batch_size // self.ppo.num_mini_batches

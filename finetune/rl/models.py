@@ -7,6 +7,7 @@ copy of the policy.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ class PpoModels:
     dtype: torch.dtype = torch.float32
     """Of the computation."""
 
+    @functools.cached_property
+    def layers(self) -> list[Any] | None:
+        """Those that hold the adapters, where the models share a base: a rollout switches hundreds of times."""
+        return multiple.layers_of(self.policy.model)
+
     @property
     def device(self) -> torch.device:
         return self.value_head.weight.device
@@ -53,8 +59,10 @@ class PpoModels:
     def active(self, which: ActiveAdapter) -> Iterator[Any]:
         """One of the models, in training mode and in the precision of the computation."""
         enabled = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=enabled), multiple.activated(which) as model:
-            model.train()
+        layers = self.layers if which.model is self.policy.model else None
+        with torch.autocast(self.device.type, self.dtype, enabled=enabled), multiple.activated(which, layers) as model:
+            if not model.training:
+                model.train()
             yield model
 
     def trained(self) -> list[Any]:

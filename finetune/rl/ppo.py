@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune import ranks
 from finetune.data.encoder import Encoder
 from finetune.data.prompts import Prompt
 from finetune.data.rows import Places
@@ -58,7 +59,7 @@ PATIENCE = 50  # updates within which every gradient must have been non-zero: re
 def rollouts(recipe: PpoRecipe, prompts: int) -> tuple[int, int, int]:
     """(prompts per rollout, rollouts per epoch, rollouts of the run). An epoch's last prompts, too few for a rollout,
     are left out of it; every epoch leaves out others."""
-    parts = recipe.ppo.num_mini_batches
+    parts = recipe.ppo.num_mini_batches * ranks.count()
     batch = min(recipe.train.effective_batch_size, prompts // parts * parts)
     per_epoch = prompts // batch
     return batch, per_epoch, recipe.train.max_steps or max(1, round(per_epoch * recipe.train.num_train_epochs))
@@ -111,11 +112,11 @@ class Ppo:
         """
         self.run, self.inputs = run, inputs
         if checkpoint is not None:
-            self.state = load_checkpoint(checkpoint, self.learner.weights(), self.learner.stateful())
+            self.state = load_checkpoint(checkpoint, self.learner.weights, self.learner.stateful())
         run.forget_after(self.state.step)
         self.longest_first()
         if checkpoint is None and self.held_out:
-            self.state.before = self.held_out_scores()
+            self.state.before = ranks.from_first(self.held_out_scores)
         if (ignored := notice(not_followed(self.model))) is not None:
             note(ignored)
         state, proof, guard = self.state, Proof(self.learner.module, PATIENCE), Guard()
@@ -127,10 +128,11 @@ class Ppo:
             while state.step < self.total and not guard.stopped:
                 row = self.looked_at(proof)
                 if self.every is not None and state.step % self.every == 0:
-                    row |= self.held_out_row()
+                    row |= ranks.from_first(self.held_out_row)
                 state.losses.append(row["loss"])
                 state.seconds = time.perf_counter() - begun
                 self.log(row)
+                guard.stopped = ranks.any_of(guard.stopped)  # all stop at the same step
                 if state.step % every == 0 or guard.stopped or state.step == self.total:
                     self.save()
         finally:
@@ -163,6 +165,8 @@ class Ppo:
         except RunError as error:
             if row is not None:
                 self.run.append_metrics(row)  # the reason must be on record
+            if not ranks.first():
+                raise
             numbers = self.numbers_of(step)
             texts = [{"prompt": self.prompts[i].text} for i in numbers]
             told = kept_batch(self.run, texts, [self.places[i] for i in numbers] if len(self.places) else [])
@@ -174,8 +178,9 @@ class Ppo:
 
     def save(self) -> None:
         """A checkpoint between rollouts, complete or not there."""
-        weights, keep = self.learner.weights(), self.recipe.train.save_total_limit
-        save_checkpoint(self.run, self.state, weights, self.learner.stateful(), keep, self.inputs)
+        weights, keep = self.learner.weights, self.recipe.train.save_total_limit
+        if ranks.first():
+            save_checkpoint(self.run, self.state, weights, self.learner.stateful(), keep, self.inputs)
 
     def longest_first(self) -> None:
         """The longest prompts with the longest replies go forward and backward once, and leave nothing behind."""
@@ -185,7 +190,8 @@ class Ppo:
         none, module = torch.zeros_like(replies.mask), self.learner.module
         with undisturbed(module), forgotten(module):
             rollout = Rollout(replies, [], [], {}, none, none, none, None, none, none, 0.0)
-            self.learner.minibatch(rollout, torch.arange(len(prompts), device=self.models.device))
+            index = torch.arange(len(prompts), device=self.models.device)
+            self.learner.minibatch(rollout, index, shared=False)
         tell(len(prompts), replies.ids.shape[1], module, self.recipe.train.optim)
 
     # --- a step ---
@@ -206,6 +212,8 @@ class Ppo:
         drawn = self.recipe.train.seed * 1_000_003 + state.step  # rules may draw: a resumed run draws the same
         random.seed(drawn)
         np.random.seed(drawn % 2**32)
+        if ranks.count() > 1:  # each draws replies of its own, and the same again when it goes on
+            torch.manual_seed(drawn * ranks.count() + ranks.rank())
         prompts, rate = self.prompts_of(state.step), self.learner.learning_rate
         rollout = self.collector.collect(prompts, state, self.progress.doing)
         self.progress.doing("learning from the replies")
@@ -253,6 +261,8 @@ class Ppo:
         """A few replies, on the terminal and in samples.jsonl."""
         rows = list(zip((p.text for p in prompts), rollout.texts, rollout.scores, strict=True))[:4]
         samples(f"step {self.state.step}", rows)
+        if not ranks.first():
+            return
         append_lines(
             self.run.samples,
             [{"step": self.state.step, "prompt": p, "reply": reply, "score": score} for p, reply, score in rows],
@@ -277,7 +287,7 @@ class Ppo:
         """What metrics.jsonl says of replies to the first held-out prompts: their scores and eval.during.metrics."""
         assert self.recipe.eval.during is not None
         prompts = self.held_out[: self.recipe.eval.during.limit]
-        self.progress.doing(f"answering {len(prompts):,} held-out prompts")
+        self.progress.doing(f"answering {len(prompts):,} held-out prompts", self.state.step)
         texts, scores = self.held_out_replies(prompts)
         low, high = paired([0.0] * len(scores), scores)["ci"]
         rows = [
@@ -288,7 +298,7 @@ class Ppo:
         return {f"eval_{name}": value for name, value in found.items()}
 
     def compared(self) -> dict[str, Any]:
-        before, after = self.state.before, self.held_out_scores()
+        before, after = self.state.before, ranks.from_first(self.held_out_scores)
         difference = paired(before, after)
         return {
             "reward_before": mean(before), "reward_mean": mean(after), "reward_difference": difference["difference"],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from finetune import ranks
 from finetune.data.encoder import Encoder
 from finetune.data.prompts import Prompt
 from finetune.errors import RunError
@@ -30,6 +31,7 @@ from finetune.rl.replies import (
     together,
     token_values,
 )
+from finetune.rl.shares import listed, numbers, own, stacked, supported
 
 
 @dataclass
@@ -75,10 +77,10 @@ class Collector:
         elif models.reward is not None:
             self.scorers = {"model": self.shared_scores, **rules}
 
-    def passes(self, replies: Replies) -> Iterator[Replies]:
-        """Rows of one forward pass: minibatches, split where they are too large for one."""
+    def passes(self, replies: Replies, all_rows: bool = False) -> Iterator[Replies]:
+        """Rows of one forward pass: this process's of the minibatches, split where they are too large for one."""
         for minibatch in torch.arange(len(replies), device=self.models.device).split(self.minibatch):
-            yield from map(replies.rows, minibatch.split(self.rows))
+            yield from map(replies.rows, (minibatch if all_rows else own(minibatch)).split(self.rows))
 
     def answer(
         self, prompts: Sequence[Prompt], on_batch: Callable[[int], None] = lambda n: None
@@ -109,7 +111,9 @@ class Collector:
         ends = [[row[-1]] for row in rows]  # the last token is where the score stands
         read = together([row[:-1] for row in rows], ends, self.stops, self.pad, self.models.device)
         with self.models.active(adapter) as model:
-            found = [score for part in self.passes(read) for score in end_scores(model, head, part).tolist()]
+            found = [
+                score for part in self.passes(read, all_rows=True) for score in end_scores(model, head, part).tolist()
+            ]
         return checked(found, len(texts), "the reward model")
 
     @torch.no_grad()
@@ -123,14 +127,16 @@ class Collector:
                 logp.append(log_probs(logits, part.tokens, self.sampling, allowed[-1]))
             with self.models.active(self.models.ref) as model:
                 ref.append(log_probs(response_logits(model, part), part.tokens, self.sampling))
-        return torch.cat(logp) * replies.mask, torch.cat(ref) * replies.mask, joined(allowed)
+        rows, size = len(replies), self.minibatch
+        policy, reference = (stacked(torch.cat(found), rows, size) * replies.mask for found in (logp, ref))
+        return policy, reference, supported(joined(allowed), rows, size)
 
     @torch.no_grad()
     def values(self, replies: Replies) -> torch.Tensor:
         """[B, T], 0 on padding."""
         with self.models.active(self.models.value) as model:
             found = [token_values(model, self.models.value_head, part) for part in self.passes(replies)]
-        return torch.cat(found) * replies.mask
+        return stacked(torch.cat(found), len(replies), self.minibatch) * replies.mask
 
     def collect(self, prompts: Sequence[Prompt], state: State, doing: Callable[[str], None]) -> Rollout:
         """Replies to these prompts and everything the updates need.
@@ -143,13 +149,16 @@ class Collector:
 
         def told(rows: int) -> None:
             nonlocal written
-            written += rows
+            written += rows * ranks.count()
             doing(f"{written:,}/{len(prompts):,} replies")
 
         doing(f"generating {len(prompts):,} replies")
-        replies, texts = self.answer(prompts, told)
+        mine = [prompts[i] for i in numbers(ranks.rank(), len(prompts), self.minibatch)]
+        replies, texts = self.answer(mine, told)
         doing("scoring the replies")
-        scores, parts = self.score(prompts, texts)
+        scores, parts = self.score(mine, texts)
+        if ranks.count() > 1:
+            replies, texts, scores, parts = self.of_all(prompts, replies, texts, scores, parts)
         c, mask = self.recipe.ppo, replies.mask
         logp, ref, allowed = self.log_probs(replies)
         values = self.values(replies)
@@ -160,6 +169,19 @@ class Collector:
             advantages = arithmetic.whiten(advantages, mask)
         kl = float(arithmetic.kl_estimate(logp, ref, mask).sum(1).mean())
         return Rollout(replies, texts, scores, parts, logp, ref, values, allowed, advantages, returns, kl)
+
+    def of_all(
+        self, prompts: Sequence[Prompt], replies: Replies, texts: list[str], scores: list[float],
+        parts: dict[str, list[float]],
+    ) -> tuple[Replies, list[str], list[float], dict[str, list[float]]]:  # fmt: skip
+        """The replies of all processes, in the order of the prompts."""
+        ids = [tokens[kept.bool()].tolist() for tokens, kept in zip(replies.tokens, replies.mask, strict=True)]
+        by_source = [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
+        found = listed([*zip(ids, texts, scores, by_source, strict=True)], len(prompts), self.minibatch)
+        asked, device = [p.ids for p in prompts], self.models.device
+        whole = together(asked, [row[0] for row in found], self.stops, self.pad, device)
+        sources = {name: [row[3][name] for row in found] for name in parts}
+        return whole, [row[1] for row in found], [row[2] for row in found], sources
 
     def paid(self, scores: Sequence[float], ended: torch.Tensor, state: State) -> torch.Tensor:
         """[B] what the last token is paid: normalised and clipped scores, less the penalty for no end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
+from finetune import ranks
 from finetune.errors import RunError
 from finetune.metrics import mean
 from finetune.recipe.stages import PpoRecipe
@@ -17,6 +19,7 @@ from finetune.rl import arithmetic
 from finetune.rl.models import PpoModels
 from finetune.rl.replies import Sampling, log_probs, response_logits, token_values
 from finetune.rl.rollout import Rollout
+from finetune.rl.shares import add_gradients, figures, own
 from finetune.training.callbacks import check_scale
 from finetune.training.optim import faster_b, is_matrix, scheduler_kwargs, warmup_steps
 from finetune.training.weight_check import Proof
@@ -64,8 +67,9 @@ class Learner:
             if parameter.requires_grad and (not shared or adapter in name.split(".")):
                 yield parameter
 
+    @functools.cached_property
     def weights(self) -> dict[str, torch.Tensor]:
-        """What is trained, by name."""
+        """What is trained, by name; the same from the first step to the last."""
         return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
 
     def stateful(self) -> dict[str, Any]:
@@ -107,15 +111,18 @@ class Learner:
         products in the same shapes, so that its ratios are exactly those of the policy to itself.
         """
         for epoch in range(self.recipe.ppo.num_ppo_epochs):
-            order = torch.randperm(rows) if epoch else torch.arange(rows)
+            order = ranks.from_first(lambda: torch.randperm(rows)) if epoch else torch.arange(rows)
             yield from order.to(self.models.device).split(rows // self.recipe.ppo.num_mini_batches)
 
-    def minibatch(self, rollout: Rollout, index: torch.Tensor) -> dict[str, float]:
-        """Gradients of one optimizer step; every token of the minibatch weighs the same."""
+    def minibatch(self, rollout: Rollout, index: torch.Tensor, shared: bool = True) -> dict[str, float]:
+        """Gradients of one optimizer step; every token of the minibatch weighs the same.
+
+        shared: whether each process takes its part of the rows, or all take all.
+        """
         c, models = self.recipe.ppo, self.models
         tokens = rollout.replies.mask[index].sum()
         seen: dict[str, float] = {}
-        for rows in index.split(self.rows):
+        for rows in (own(index) if shared else index).split(self.rows):
             part = rollout.replies.rows(rows)
             share = part.mask.sum() / tokens
             allowed = None if rollout.allowed is None else rollout.allowed.rows(rows)
@@ -142,12 +149,15 @@ class Learner:
             }.items():  # fmt: skip
                 seen[key] = seen.get(key, 0.0) + float(value.detach() * share)
             seen["log_ratio_max"] = max(seen.get("log_ratio_max", 0.0), float(ratio))
-        return seen
+        if not shared:
+            return seen
+        add_gradients(self.weights.values())
+        return figures(seen)
 
     def _step(self, step: int) -> float:
         """The norm of the gradient, not finite where loss scaling leaves the step out."""
         limit = self.recipe.train.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(list(self.weights().values()), limit))
+        norm = float(nn.utils.clip_grad_norm_(list(self.weights.values()), limit))
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise RunError(f"the gradient became {norm} at step {step}: lower train.learning_rate")
         self.scaler.step(self.optimizer)

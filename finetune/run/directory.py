@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from finetune import places
+from finetune import places, ranks
 from finetune.errors import Problem, UserError
 from finetune.recipe.reading import read
 from finetune.recipe.stages import Recipe
@@ -39,7 +39,7 @@ class Run:
         self.path = path
         self.adapter, self.model, self.checkpoints = path / "adapter", path / "model", path / "checkpoints"
         self.metrics, self.result = path / "metrics.jsonl", path / "result.json"
-        self.samples = path / "samples.jsonl"  # replies of PPO's rollouts
+        self.samples = path / "samples.jsonl"  # replies of PPO's rollouts, answers of eval.during
         self.data_audit = path / "data_audit.json"  # what was trained on: lengths, languages, problems, a few rows
         self.evaluation = path / "evaluation.json"  # what `ft eval` last found
         self.error = path / "error.json"  # why an unfinished run failed
@@ -85,13 +85,16 @@ class Run:
         return None
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        append_lines(self.metrics, [row])
+        if ranks.first():
+            append_lines(self.metrics, [row])
 
     def read_metrics(self) -> list[dict[str, Any]]:
         return read_lines(self.metrics)
 
     def forget_after(self, step: int) -> None:
         """Drop the metrics and samples of steps that a resumed run will take again, and lines that a kill cut off."""
+        if not ranks.first():
+            return
         for path in (self.metrics, self.samples):
             if path.exists():
                 rows = [row for row in read_lines(path) if row.get("step", 0) <= step]

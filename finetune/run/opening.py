@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from filelock import FileLock, Timeout
 
-from finetune import places
+from finetune import places, ranks
 from finetune.errors import Interrupted, UserError, without_secrets
 from finetune.recipe.file import to_yaml
 from finetune.recipe.stages import Recipe
@@ -30,6 +30,9 @@ def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> I
     it has anything to go on from.
     """
     run = Run.of(recipe)
+    if not ranks.first():
+        yield joined_run(run)
+        return
     if overwrite:
         check_inputs(recipe)
     further = resume and goes_further(recipe)
@@ -53,6 +56,7 @@ def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> I
             header = f"# ft {recipe.stage} --recipe recipe.yaml\n{MARK}\n"
             write_atomically(run.path / "recipe.yaml", to_yaml(recipe, header))
             run.error.unlink(missing_ok=True)
+            ranks.barrier()
             yield run
         except BaseException as error:
             if not isinstance(error, UserError | Interrupted | KeyboardInterrupt | SystemExit):
@@ -73,6 +77,15 @@ def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> I
         if aside.is_dir() and run.result.exists():
             places.remove(aside)
         (run.path / LOCK).unlink(missing_ok=True)
+
+
+def joined_run(run: Run) -> Run:
+    """For the processes beside the first: when that has opened it. UserError where they do not see what it wrote."""
+    ranks.barrier()
+    if not (run.path / "recipe.yaml").is_file():
+        fix = "put output.dir on a disk that all machines share"
+        raise UserError("is not what the first process writes to", path=run.path, key="output.dir", fix=fix)
+    return run
 
 
 def set_aside(run: Run) -> None:

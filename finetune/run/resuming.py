@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from finetune import ranks
 from finetune.errors import Problem, UserError
 from finetune.recipe.file import to_yaml
 from finetune.recipe.reading import parse_value
@@ -39,7 +40,8 @@ LENGTH = ("train.num_train_epochs", "train.max_steps")
 
 def to_go_on(recipe: Recipe) -> str:
     """The command that goes on with a run."""
-    return command(recipe.stage, "--recipe", shown_path(Run.of(recipe).path / "recipe.yaml"), "--resume")
+    path = shown_path(Run.of(recipe).path / "recipe.yaml")
+    return command(recipe.stage, "--recipe", path, "--resume", *ranks.words())
 
 
 def to_start_again(
@@ -50,7 +52,8 @@ def to_start_again(
     begun = recipe is not None and not (resume or dry_run) and taken(Run.of(recipe)) is not None
     flags = {"--resume": resume, "--overwrite": overwrite or begun, "--dry-run": dry_run}
     given = [part for item in overrides for part in ("--set", item)] + (["--output", output] if output else [])
-    return command(stage, "--recipe", reference, *given, *(name for name, wanted in flags.items() if wanted))
+    flagged = [name for name, wanted in flags.items() if wanted]
+    return command(stage, "--recipe", reference, *given, *flagged, *ranks.words())
 
 
 class Again(NamedTuple):

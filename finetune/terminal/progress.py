@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.errors import CONTROL, visible
+from finetune.language import translated
 
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 console = Console(stderr=True, **PLAIN)
@@ -128,21 +129,21 @@ class Progress:
                 console=console, expand=True,
             )  # fmt: skip
             self.bar.start()
-            self.task = self.bar.add_task(self.description, total=total, completed=done, status="")
+            self.task = self.bar.add_task(translated(self.description), total=total, completed=done, status="")
 
     def step(self, step: int) -> None:
         self.done = step
         if self.bar is not None:
             self.bar.update(self.task, completed=step)
 
-    def doing(self, what: str) -> None:
-        """What a long step is at; elsewhere than on a terminal every ten seconds."""
+    def doing(self, what: str, step: int | None = None) -> None:
+        """What a long step is at (default: the one after the last done); on no terminal told every ten seconds."""
         now = time.perf_counter()
         if self.bar is not None:
             self.bar.update(self.task, status=what)
         elif now - self.told >= QUIET:
             self.told = now
-            note(f"step {self.done + 1}/{self.total}  {what}")
+            note(f"step {self.done + 1 if step is None else step}/{self.total}  {what}")
 
     def rate(self, tokens: float) -> float:
         """Tokens per second since the last call."""
@@ -203,6 +204,7 @@ def task(
     line at the start (where it takes more than `after` seconds), and one every ten seconds with what is known by then.
     """
     done, begun = 0, time.perf_counter()
+    what, unit = translated(what), translated(unit)
 
     def advance(n: int) -> None:
         nonlocal done
@@ -282,7 +284,7 @@ def _end_of(text: str, width: int) -> str:
 
 def note(message: str, style: str | None = None) -> None:
     """One line for the user."""
-    console.print(visible(message), style=style, soft_wrap=True)
+    console.print(visible(translated(message)), style=style, soft_wrap=True)
 
 
 advising = True  # not in a part of a command: the whole says what to type next

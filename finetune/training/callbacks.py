@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from finetune import ranks
 from finetune.adapters import adalora
 from finetune.child import HANGUP, at_terminal, leave, stopping
 from finetune.errors import RunError
@@ -40,7 +42,7 @@ class Recorder(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         self.scored += 1
-        self.progress.doing(f"held-out batch {self.scored:,}/{len(eval_dataloader):,}")
+        self.progress.doing(f"held-out batch {self.scored:,}/{len(eval_dataloader):,}", state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.scored = 0
@@ -147,12 +149,17 @@ class Ranks(TrainerCallback):
             adalora.allocate(model, state.global_step + 1)
 
 
+PASSED_ON = 5.0
+"""Seconds in which a second signal may be the first again: schedulers send it to all processes, and so do launchers."""
+
+
 class Guard(TrainerCallback):
     """SIGINT, SIGTERM and SIGHUP: finish the step, save a checkpoint, stop. A second one stops at once, but for SIGHUP,
     which shells and the system send beside others."""
 
     def __init__(self) -> None:
         self.stopped = self.asked = False
+        self.since = 0.0
         self.before: dict[signal.Signals, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -161,10 +168,10 @@ class Guard(TrainerCallback):
         def stop(number: int, frame: Any) -> None:
             if number == HANGUP:
                 leave(terminals)
-            elif self.asked:
+            elif not self.asked:
+                self.asked, self.since = True, time.monotonic()
+            elif ranks.count() == 1 or time.monotonic() - self.since > PASSED_ON:
                 raise KeyboardInterrupt
-            else:
-                self.asked = True
             self.stopped = True
 
         for number in stopping():
@@ -178,6 +185,7 @@ class Guard(TrainerCallback):
             signal.signal(*self.before.popitem())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        self.stopped = ranks.any_of(self.stopped)  # all stop at the same step
         if self.stopped:
             ends_epoch = state.epoch == int(state.epoch)
             # At the end of an epoch the evaluation that belongs there comes first, then its checkpoint.

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
 
+from finetune import ranks
 from finetune.adapters.methods import METHODS
 from finetune.errors import Interrupted, RunError
 from finetune.recipe.stages import Recipe
@@ -79,7 +80,7 @@ def fit(trainer: Any, run: Run, checkpoint: Path | None, inputs: dict[str, str])
         **({"status": "failed", "failed": failed} if failed else {}), "trained": proof,
         "train_loss": output.training_loss, "steps": step, "epochs": round(trainer.state.epoch or 0.0, 4),
         "seconds": round(time.perf_counter() - trainer.begun, 2),
-        "seen_tokens": int(trainer.state.num_input_tokens_seen or trainer._total_train_tokens),
+        "seen_tokens": int(trainer.state.num_input_tokens_seen or ranks.total(trainer._total_train_tokens)),
         "best_checkpoint": trainer.state.best_model_checkpoint, "eval": held_out,
     }  # fmt: skip
 
@@ -90,7 +91,13 @@ def with_rows(trainer: Any, run: Run, checkpoint: str | None) -> Any:
         return trainer.train(resume_from_checkpoint=checkpoint)
     except RunError as error:
         step = trainer.state.global_step
-        if trainer.in_batch is None or not step or f"step {step}" not in str(error) or "eval_" in str(error):
+        if (
+            not ranks.first()
+            or trainer.in_batch is None
+            or not step
+            or f"step {step}" not in str(error)
+            or "eval_" in str(error)
+        ):
             raise
         raise with_batch(error, trainer.in_batch(step), run) from None
 
@@ -102,7 +109,8 @@ def of_the_saved_weights(trainer: Any, run: Run) -> dict[str, float]:
         return {}
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     step = int(best.rpartition("-")[2]) if best else trainer.state.global_step
-    rows = [row for row in run.read_metrics() if row.get("step") == step and wanted <= row.keys()]
+    metrics = ranks.from_first(run.read_metrics)
+    rows = [row for row in metrics if row.get("step") == step and wanted <= row.keys()]
     row = rows[-1] if rows else evaluated(trainer, step)
     timed = ("_runtime", "_per_second", "_time")
     return {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_") and not k.endswith(timed)}

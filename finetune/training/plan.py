@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from finetune import ranks
 from finetune.adapters.methods import METHODS
 from finetune.errors import UserError
 from finetune.recipe.resolve import Hardware, batch_layout
 from finetune.recipe.stages import Recipe
 from finetune.run.directory import Run
+from finetune.training import sharded
 from finetune.training.optim import OPTIMIZERS, check_schedule, scheduler_kwargs, warmup_steps
 
 FEW_UPDATES = 50  # below this a learning-rate schedule has hardly begun
@@ -37,7 +39,8 @@ def layout(recipe: Recipe, samples: int, rows: int, hardware: Hardware) -> Layou
     train = recipe.train
     if rows < samples:  # a packed row holds several samples: fewer rows make a step
         per_row = samples / rows
-        wanted = max(1, round(train.effective_batch_size / per_row))
+        each = hardware.processes
+        wanted = max(1, round(train.effective_batch_size / per_row / each)) * each
         train = train.model_copy(update={"effective_batch_size": wanted})
     micro, accumulation = batch_layout(train, recipe.data.max_length, hardware)
     per_epoch = max(1, math.ceil(math.ceil(rows / (micro * hardware.processes)) / accumulation))
@@ -81,9 +84,10 @@ def one_device(config: Any) -> Any:
 def other_devices(recipe: Recipe) -> str | None:
     """A note when there are GPUs that are not used."""
     count = torch.cuda.device_count()
-    if count < 2 or recipe.model.device_map is not None:
+    if count < 2 or recipe.model.device_map is not None or ranks.count() > 1:
         return None
-    return f"{count} GPUs are here and one is used (CUDA_VISIBLE_DEVICES chooses which)"
+    all_of_them = f"--launch ddp --num-processes {count} uses all"
+    return f"{count} GPUs are here and one is used (CUDA_VISIBLE_DEVICES chooses which); {all_of_them}"
 
 
 def arguments(
@@ -136,6 +140,18 @@ def arguments(
         "remove_unused_columns": False,
         "disable_tqdm": True,
         "report_to": "none",
+        **launched(hardware),
+    }
+
+
+def launched(hardware: Hardware) -> dict[str, Any]:
+    """What transformers is told where there are several processes."""
+    if hardware.processes == 1:
+        return {}
+    return {
+        **sharded.arguments(),
+        "ddp_backend": "gloo" if hardware.device == "cpu" else None,
+        "accelerator_config": {"even_batches": False},  # `sampler.SharedBatches` shares the rows out
     }
 
 

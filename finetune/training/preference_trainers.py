@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 
+from finetune import ranks
 from finetune.errors import UserError
 from finetune.recipe.stages import REFERENCE_FREE, DpoConfig
 from finetune.training.loss_parts import scores_are_its_own
@@ -137,11 +138,14 @@ class Kto(Extras, RowMeans, KTOTrainer):
     def measure_kl(self, batches: Iterable[dict[str, Any]], training: bool) -> None:
         """The mean over all rows of these batches of log (policy / reference) of the answers to other prompts."""
         as_measured(self.model, training)
-        ratios = []
+        found, rows = torch.zeros((), device=self.args.device), 0
         with torch.no_grad(), self.accelerator.autocast():
             for batch in batches:
-                ratios.append(super()._compute_kl_logps(self.model, batch) - batch["ref_KL_logps"])
-        self.kl = torch.cat(ratios).mean()
+                ratios = super()._compute_kl_logps(self.model, batch) - batch["ref_KL_logps"]
+                if "spare" not in batch:
+                    found, rows = found + ratios.sum(), rows + len(ratios)
+        total, count = ranks.totals([float(found), rows])
+        self.kl = found / rows if ranks.count() == 1 else torch.tensor(total / count, device=self.args.device)
 
     def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         return batch["ref_KL_logps"] + self.kl  # trl takes the former off, and then the mean

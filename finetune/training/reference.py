@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from finetune import ranks
 from finetune.adapters.load import weights_dtype
 from finetune.adapters.methods import METHODS, active
 from finetune.base import Base
@@ -81,7 +82,7 @@ def add(trainer: Any, recipe: DpoRecipe | KtoRecipe, base: Base, layout: Layout)
 def trained_rows(trainer: Any, layout: Layout) -> list[int]:
     """Numbers of the rows that will be trained, in the order of the first epoch; all of them after that."""
     order = list(trainer._get_train_sampler())
-    return order[: layout.total_steps * layout.accumulation * layout.rows_per_pass]
+    return order[: layout.total_steps * layout.accumulation * layout.rows_per_pass * ranks.count()]
 
 
 def _with_columns(
@@ -93,24 +94,29 @@ def _with_columns(
         digest.update(repr(sorted(row.items())).encode())
     file = folder / f"{digest.hexdigest()}.json"
     columns: dict[str, list[float | None]] = {name: [None] * len(rows) for name in trainer.reference_columns}
-    if file.is_file():
-        columns = json.loads(file.read_text(encoding="utf-8"))
+    kept = ranks.from_first(lambda: file.read_text(encoding="utf-8") if file.is_file() else None)
+    if kept is not None:
+        columns = json.loads(kept)
     missing = [i for i in order if any(values[i] is None for values in columns.values())]
     if missing:
         as_measured(trainer.model, training)
+        own: dict[int, tuple[float, ...]] = {}
         what = "scoring with the reference" if training else "scoring held-out rows with the reference"
         with task(what, len(missing)) as advance:
-            for start in range(0, len(missing), size):
+            for start in range(ranks.rank() * size, len(missing), size * ranks.count()):
                 numbers = missing[start : start + size]
                 batch = trainer.data_collator([rows[i] for i in numbers])
                 batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
                 found = trainer.compute_ref_log_probs(trainer.model, batch)
-                for name, values in zip(trainer.reference_columns, found, strict=True):
-                    for i, value in zip(numbers, values.tolist(), strict=True):
-                        columns[name][i] = value
-                advance(len(numbers))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, columns)
+                own |= dict(zip(numbers, zip(*(values.tolist() for values in found), strict=True), strict=True))
+                advance(len(numbers) * ranks.count())
+        for theirs in ranks.each(own):
+            for i, row in theirs.items():
+                for name, value in zip(trainer.reference_columns, row, strict=True):
+                    columns[name][i] = value
+        if ranks.first():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, columns)
     for name, values in columns.items():
         rows = rows.add_column(name, [math.nan if value is None else value for value in values])
     return rows

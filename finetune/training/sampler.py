@@ -2,10 +2,51 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+
+
+class SharedBatches(Sampler[list[int]]):
+    """Batches for several processes in turn: batch k goes to process k % `processes`.
+
+    So many of them together are the rows that one process would take in as many passes of `size`; an epoch's last rows
+    are shared out evenly, and a process for which there is none takes a spare one (`Spared`), which does not count.
+    """
+
+    def __init__(self, order: Sampler[int], size: int, processes: int) -> None:
+        self.sampler, self.size, self.processes = order, size, processes  # accelerate tells `sampler` the epoch
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.sampler) / (self.size * self.processes)) * self.processes  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows, each = list(self.sampler), self.size * self.processes
+        for start in range(0, len(rows), each):
+            part = rows[start : start + each]
+            least, more = divmod(len(part), self.processes)
+            sizes = [self.size] * self.processes
+            if len(part) < each:
+                sizes = [least + (number < more) for number in range(self.processes)]
+            for size in sizes:
+                yield part[:size] or [-1 - rows[start]]
+                part = part[size:]
+
+
+class Spared:
+    """Rows, of which -1 - i is row i as a spare one."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return dict(self.rows[number]) if number >= 0 else {**self.rows[-1 - number], "spare": True}
 
 
 class OrderedSampler(Sampler[int]):

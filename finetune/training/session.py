@@ -22,6 +22,7 @@ import torch
 import yaml
 from accelerate.utils.memory import should_reduce_batch_size
 
+from finetune import ranks
 from finetune.adapters import compatibility
 from finetune.adapters.compatibility import AnyRecipe
 from finetune.adapters.load import adapter_config
@@ -33,17 +34,17 @@ from finetune.errors import OutOfMemory, RunError, UserError
 from finetune.models import attach, hardware, loading, sources
 from finetune.models.quantization import check_network, is_held_quantized, planned_bytes
 from finetune.models.rope import check_length
-from finetune.planning import sizing
+from finetune.planning import precision, sizing
 from finetune.recipe.file import to_yaml
 from finetune.recipe.resolve import Hardware, resolve
 from finetune.recipe.stages import HELD_OUT_FIGURES, Recipe
 from finetune.run.checkpoints import known_of
 from finetune.run.directory import Run
 from finetune.run.opening import open_run
-from finetune.run.resuming import check_resumable, goes_further, other_rounding
+from finetune.run.resuming import begun_with, check_resumable, goes_further, other_rounding, value_at
 from finetune.run.writing import write_json
 from finetune.terminal.progress import encodable, note, say, shown_path, warn
-from finetune.training import memory
+from finetune.training import memory, sharded
 from finetune.training.audited import audited
 from finetune.training.finish import Words, finish, save, summary
 from finetune.training.fit import callbacks
@@ -82,6 +83,8 @@ class Session(Generic[AnyRecipe]):
     """Tokens of the longest row, replies included."""
     recomputed: list[str] = field(default_factory=list)
     """Keys that a run that goes on has another value of, and that change how a step is computed, not what."""
+    precision: str | None = None
+    """Why the computation is in bfloat16 or float32, where that was timed."""
     further: bool = False
     """Whether it goes on for longer than it was begun."""
 
@@ -143,8 +146,11 @@ class Session(Generic[AnyRecipe]):
 
     def inputs(self, dry_run: bool = False) -> dict[str, str]:
         """What the run reads, by content; the notes are said."""
-        found = known_inputs(self.recipe, self.base, self.template, self.resume, dry_run)
+        found = ranks.once(lambda: known_inputs(self.recipe, self.base, self.template, self.resume, dry_run))
+        ranks.same(found, "what the run reads")
         check_still(self.recipe, self.stamps)
+        if self.precision is not None:
+            note(self.precision)
         for line in self.notes:
             warn(line)
         return found
@@ -173,11 +179,13 @@ class Session(Generic[AnyRecipe]):
             self.recomputed = other_rounding(self.recipe, folder)
             self.further = goes_further(self.recipe)
         with open_run(self.recipe, overwrite, self.resume) as self.folder:
-            write_json(self.folder.data_audit, audited(self.recipe, self.base, self.rows))
+            if ranks.first():
+                write_json(self.folder.data_audit, audited(self.recipe, self.base, self.rows))
             trackers = self.trackers = Trackers(self.recipe, self.folder, self.arguments(), self.resume)
             try:
                 seed_everything(self.recipe)
-                yield self.folder
+                with ranks.broken():
+                    yield self.folder
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -210,20 +218,25 @@ class Session(Generic[AnyRecipe]):
             look: what the run's metrics should warn of; words: what the summary says.
         """
         base = base or self.base
-        checkpoint = self.folder.usable_checkpoint() if self.resume else None
+        checkpoint = ranks.from_first(self.folder.usable_checkpoint) if self.resume else None
         if checkpoint is not None:
             self.note(not_to_the_bit(known_of(checkpoint), self.recomputed))
             if self.further:
                 self.note(f"the learning rate follows the longer schedule from {checkpoint.name} on")
-        trainer.during = self.during
+        trainer.during, trainer.samples = self.during, self.folder.samples
         length, decode = self.recipe.data.max_length, self.base.tokenizer.decode
         trainer.in_batch = in_batch(trainer, self.folder, self.rows, length, decode)
         outcome = (fit or fit_trainer)(trainer, self.folder, checkpoint, self.known)
+        if ranks.sharded():
+            sharded.bring_together(trainer.model)
+        if not ranks.first():
+            return
         if "failed" in outcome:
             self.folder.keep_apart()
         weights = save(self.recipe, self.folder, trainer.model, base, self.template)
         self.note(look(self.folder))
-        result = finish(self.recipe, self.folder, trainer.model, outcome, self.rows.counts, self.notes, base)
+        notes = [*self.notes, *filter(None, [self.precision])]
+        result = finish(self.recipe, self.folder, trainer.model, outcome, self.rows.counts, notes, base)
         if self.trackers is not None:
             self.trackers.finish(result)
         if "failed" in outcome:
@@ -238,6 +251,8 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
     """
     machine = hardware.detect()
     sources.check(raw.model)
+    before = value_at(begun_with(Run.of(raw)), "model.dtype") if resume else None
+    machine, said = precision.timed(raw, machine, before)
     machine = sizing.sized(raw, machine)
     recipe = resolved(raw, machine)
     if resume:
@@ -258,7 +273,7 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
         raise UserError(what, key="train.gradient_checkpointing", fix="leave it out, or set it to false")
     if recipe.eval.thinking is not None and recipe.stage != "pretrain":
         thinking.asked(base.encoder, thinking.switched(recipe.eval.thinking), "eval.thinking")
-    return Session(recipe, base, machine, resume, stamps(recipe))
+    return Session(recipe, base, machine, resume, stamps(recipe), precision=said)
 
 
 def resolved(raw: AnyRecipe, machine: Hardware) -> AnyRecipe:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
-from finetune import child
+from finetune import child, ranks
 from finetune.adapters.load import apply, as_score_task, loads_trainable, prepare, weights_dtype
 from finetune.adapters.methods import without_head
 from finetune.adapters.multiple import HEAD_WEIGHTS
@@ -70,6 +71,11 @@ def check_start(recipe: DpoRecipe | KtoRecipe) -> None:
 def merged_start(recipe: DpoRecipe | KtoRecipe, run: Run) -> Base:
     """The base with model.adapter merged into it in its original precision, in the run directory."""
     target = run.path / "start"
+    ranks.from_first(lambda: merge_start(recipe, target))
+    return Base.open(recipe.model.at(str(target), adapter=None), treatment=recipe.data.thinking)
+
+
+def merge_start(recipe: DpoRecipe | KtoRecipe, target: Path) -> None:
     if not (target / "merge.json").exists():
         assert recipe.model.adapter is not None
         arguments = ["merge", f"--adapter={recipe.model.adapter}", f"--output={target}"]
@@ -78,4 +84,3 @@ def merged_start(recipe: DpoRecipe | KtoRecipe, run: Run) -> Base:
             raise KeyboardInterrupt
         if code:
             raise RunError(f"{command(*arguments)} failed: {said[-400:]}")
-    return Base.open(recipe.model.at(str(target), adapter=None), treatment=recipe.data.thinking)

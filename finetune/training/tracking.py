@@ -14,6 +14,7 @@ import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from finetune import ranks
 from finetune.errors import UserError
 from finetune.recipe.file import to_yaml
 from finetune.recipe.stages import Recipe
@@ -38,7 +39,7 @@ class Trackers(TrainerCallback):
         self.callbacks: dict[str, Any] = {}
         self.recipe, self.state, self.control = recipe, TrainerState(), TrainerControl()
         names = recipe.train.report_to
-        if not names:
+        if not names or not ranks.first():
             return
         self.args = one_device(TrainingArguments(**{**arguments, "run_name": run.path.name}))
         config = yaml.safe_load(to_yaml(recipe))

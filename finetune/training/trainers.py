@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from finetune import ranks
 from finetune.adapters import adalora
 from finetune.adapters.resume import load_state, save_state
 from finetune.errors import RunError
@@ -31,12 +33,14 @@ from finetune.metrics import Metric, ratio_interval
 from finetune.models.hardware import rounding
 from finetune.recipe.sections import TrainConfig
 from finetune.run.checkpoints import complete, damage, discard, known_of, rotate
+from finetune.run.writing import append_lines
+from finetune.training import sharded
 from finetune.training.callbacks import Proven
 from finetune.training.health import Health
 from finetune.training.loss_parts import balances, score_trained_positions, scores_are_its_own
 from finetune.training.optim import MuonWithAdamW, decayed, faster_b, muon_split
-from finetune.training.sampler import OrderedSampler
-from finetune.training.weight_check import check_finite, trained
+from finetune.training.sampler import OrderedSampler, SharedBatches, Spared
+from finetune.training.weight_check import check_finite, is_expert, trained
 
 RESAMPLED = 10  # batches of held-out rows from which on they are resampled for an interval
 
@@ -54,10 +58,13 @@ class Extras:
     accelerator: Any
     control: Any
     state: Any
+    lr_scheduler: Any
     train_dataset: Any
     eval_dataset: Any
     callback_handler: Any
     current_gradient_accumulation_steps: int
+    predicting = False
+    """Whether a batch of held-out rows is at work."""
     batches: list[Any]
     """What was seen of each batch of held-out rows."""
     _metrics: dict[str, dict[str, list[float]]]
@@ -70,20 +77,94 @@ class Extras:
             settings.router_aux_loss_coef = 0.0
         if not kwargs["model"].supports_gradient_checkpointing:  # who asks for it was told (session.prepare)
             settings.activation_checkpointing = settings.gradient_checkpointing = False
+        named = kwargs["model"].named_parameters()  # tokens need not reach every expert; all else has a gradient
+        settings.ddp_find_unused_parameters = any(p.requires_grad and is_expert(name) for name, p in named)
         strategy = settings.eval_strategy
         if kwargs.get("eval_dataset") is None:
             settings.eval_strategy = IntervalStrategy.NO  # transformers asks for rows otherwise
         with unrounded(kwargs["model"]):
             super().__init__(*args, **kwargs)
         settings.eval_strategy = strategy
+        self.file_names = sharded.file_names(self.model) if in_parts() else {}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         columns = zip(*(dataset[name] for name in self.length_columns), strict=True)
         lengths = [max(len(ids) for ids in row) for row in columns]
         grouped = self.recipe_train.group_by_length and "seq_lengths" not in dataset.column_names
-        group = self.args.train_batch_size * self.args.gradient_accumulation_steps if grouped else 1
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * ranks.count()
+        group = step if grouped else 1
         return OrderedSampler(lengths, self.args.seed, group)
+
+    # --- several processes ---
+
+    def get_train_dataloader(self) -> Any:
+        if ranks.count() == 1:
+            return super().get_train_dataloader()  # type: ignore[misc]
+        return shared_loader(self, self.train_dataset, self._get_train_sampler(), self.args.train_batch_size)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        if ranks.count() == 1:
+            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return shared_loader(self, rows, SequentialSampler(rows), self.args.eval_batch_size)
+
+    def _get_num_items_in_batch(self, batches: list[Any], device: torch.device) -> Any:
+        """Trained tokens of a step in all processes, spare rows left out; held-out batches are means of their own."""
+        if ranks.count() > 1 and self.predicting:
+            return None
+        names = ("labels", "shift_labels")
+        counted = [
+            {n: torch.full_like(v, -100) if n in names and "spare" in batch else v for n, v in batch.items()}
+            for batch in batches
+        ]
+        return super()._get_num_items_in_batch(counted, device)  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """trl's means, over the passes of all processes."""
+        own = self._metrics["train" if self.model.training else "eval"]
+        if ranks.count() > 1 and self.model.training:
+            every = ranks.each(dict(own))
+            for key in dict.fromkeys(key for values in every for key in values):
+                own[key] = [value for values in every for value in values.get(key, ())]
+            if "num_tokens" in own:
+                own["num_tokens"] = [ranks.total(self._total_train_tokens)]
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The first process writes those of all: beside it nobody writes into a checkpoint."""
+        if ranks.count() == 1:
+            return super()._save_rng_state(output_dir)  # type: ignore[misc]
+        with tempfile.TemporaryDirectory() as scratch:
+            super()._save_rng_state(scratch)  # type: ignore[misc]
+            files = ranks.each({file.name: file.read_bytes() for file in Path(scratch).iterdir()})
+        if ranks.first():
+            for name, content in (item for each in files for item in each.items()):
+                (Path(output_dir) / name).write_bytes(content)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not in_parts():
+            return super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        weights = sharded.trained(self.model)
+        if ranks.first():
+            self._save(output_dir, state_dict=weights)  # type: ignore[attr-defined]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not in_parts():
+            return super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        state = sharded.optimizer_state(self.optimizer)
+        if ranks.first():
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not in_parts() or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        kept = [torch.load(Path(checkpoint) / f"{name}.pt", weights_only=True) for name in ("optimizer", "scheduler")]
+        sharded.load_optimizer(self.optimizer, kept[0])
+        self.lr_scheduler.load_state_dict(kept[1])
+
+    # --- set-up ---
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
@@ -109,10 +190,18 @@ class Extras:
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The trainer's loss, with AdaLoRA's penalty once per step."""
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        """The trainer's loss, with AdaLoRA's penalty once per step; of a spare row nothing."""
+        spare, tokens, seen = inputs.pop("spare", False), self._total_train_tokens, self._metrics["train"]
+        before = {key: len(values) for key, values in seen.items()}
+        with own_figures(self.accelerator):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        if spare and self.model.training:
+            self._total_train_tokens = tokens
+            for key, values in seen.items():
+                del values[before.get(key, 0) :]
         if not self.model.training or isinstance(loss, tuple):
             return loss
+        loss = loss * 0 if spare else loss
         return loss + adalora.penalty(self.model) / self.current_gradient_accumulation_steps
 
     # --- checkpoints ---
@@ -135,10 +224,11 @@ class Extras:
         if self.args.should_save and folder.exists():
             discard(folder)  # what a kill or a damaged checkpoint has left
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        counters = self._counters()
         if self.args.should_save:
             save_state(self.model, folder)
             best = self.state.best_model_checkpoint
-            complete(folder, inputs=self.inputs, counters=self._counters(), rounding=rounding())
+            complete(folder, inputs=self.inputs, counters=counters, rounding=rounding())
             if not self.health.high:  # or the last good one may be among those that go
                 rotate(folder.parent, self.recipe_train.save_total_limit, best and Path(best).name)
 
@@ -146,8 +236,8 @@ class Extras:
         """What transformers and trl count in memory only."""
         best = self.state.best_model_checkpoint
         return {
-            "loss": self._total_loss_scalar, "loss_since": float(self._tr_loss),
-            "logged_at": self._globalstep_last_logged, "tokens": self._total_train_tokens,
+            "loss": self._total_loss_scalar, "loss_since": ranks.mean(float(self._tr_loss)),
+            "logged_at": self._globalstep_last_logged, "tokens": ranks.total(self._total_train_tokens),
             "metrics": dict(self._metrics["train"]),
             "patience": [stopper.early_stopping_patience_counter for stopper in self._stoppers()],
             "best": best and Path(best).name, "first_loss": self.health.first,
@@ -163,7 +253,8 @@ class Extras:
         self._total_loss_scalar, self._initial_global_step = known["loss"], 0
         self._tr_loss = torch.tensor(known["loss_since"], device=self.args.device)
         self._loss_before, self.health.first = known["loss_since"], known.get("first_loss")
-        self._globalstep_last_logged, self._total_train_tokens = known["logged_at"], known["tokens"]
+        self._globalstep_last_logged = known["logged_at"]
+        self._total_train_tokens = known["tokens"] if ranks.first() else 0
         self._metrics["train"].update({key: list(values) for key, values in known["metrics"].items()})
         self.begun -= known["seconds"]
         for stopper, counter in zip(self._stoppers(), known["patience"], strict=False):
@@ -183,7 +274,9 @@ class Extras:
             self.control.should_training_stop = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not load_state(self.model, Path(resume_from_checkpoint)):
+        if in_parts():
+            sharded.load(self.model, Path(resume_from_checkpoint), self.file_names)
+        elif not load_state(self.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
@@ -192,7 +285,9 @@ class Extras:
         if (reason := damage(best)) is not None:
             self.failed = f"the best checkpoint {best} is damaged ({reason}), and these are the last weights"
             return
-        if not load_state(self.model, best):
+        if in_parts():
+            sharded.load(self.model, best, self.file_names)
+        elif not load_state(self.model, best):
             super()._load_best_model()  # type: ignore[misc]
 
     # --- every step ---
@@ -200,7 +295,7 @@ class Extras:
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """A step with a loss or gradient that is no number is logged, at which `Recorder` stops the run."""
         norm = None if grad_norm is None or self.accelerator.optimizer_step_was_skipped else float(grad_norm)
-        loss = float(tr_loss) - self._loss_before
+        loss = ranks.mean(float(tr_loss) - self._loss_before)
         if not math.isfinite(loss + (norm or 0.0)):
             self.control.should_log = True
         else:
@@ -211,6 +306,8 @@ class Extras:
     # --- held-out rows ---
 
     during: During | None = None
+    samples: Path | None = None
+    """Where the answers of `during` are kept, to be looked at."""
     doing: Callable[[str], None] = staticmethod(lambda what: None)
     """Is told what a long step is at."""
     all_due = False
@@ -223,7 +320,8 @@ class Extras:
             with undisturbed(self.model):
                 return self._evaluated(*args, **kwargs)
         except Exception:
-            if self.control.should_save:  # what is due comes after the evaluation, and would be lost
+            # What is due comes after the evaluation, and would be lost; one of several cannot save by itself.
+            if self.control.should_save and ranks.count() == 1:
                 self._save_checkpoint(self.model, None)
             raise
 
@@ -233,7 +331,7 @@ class Extras:
             return found
         self.model.eval()  # trl logs what it has of training otherwise
         figures = self.answered()
-        self.log(figures)  # type: ignore[attr-defined]
+        self.log(figures)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
 
@@ -257,8 +355,15 @@ class Extras:
         if not self.answers_due():
             return {}
         assert self.during is not None
+        during = self.during
         with self.accelerator.autocast():
-            figures = self.during.figures(self.model, self.doing)
+            if in_parts():  # all of them have to gather the weights
+                with sharded.gathered(self.model):
+                    figures = ranks.each(during.figures(self.model, self.doing))[0]
+            else:
+                figures = ranks.from_first(lambda: during.figures(self.model, self.doing))
+        if self.samples is not None and self.is_world_process_zero():  # type: ignore[attr-defined]
+            append_lines(self.samples, [{"step": self.state.global_step, **row} for row in during.samples])
         return {f"eval_{name}": value for name, value in figures.items()}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -274,10 +379,16 @@ class Extras:
         return best
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        found = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        spare, self.predicting = "spare" in inputs, True
+        try:
+            found = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.predicting = False
         logged = self._metrics["eval"]
         values = {"loss": float(found[0]), **{key: float(values[-1]) for key, values in logged.items()}}
         logged.clear()
+        if spare:
+            return found
         self.batches.append({key: (value, self.weight(key, inputs)) for key, value in values.items()})
         return found
 
@@ -290,6 +401,7 @@ class Extras:
         """Every figure over all held-out rows at once, not the mean of what the batches have."""
         self.batches = []
         output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        self.batches = in_turn(ranks.each(self.batches))
         figures = self.figures()
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics[f"{prefix}_loss"] = figures.pop("loss")
@@ -306,7 +418,7 @@ class Extras:
         for key in dict.fromkeys(key for batch in self.batches for key in batch):
             values = [batch[key] for batch in self.batches if key in batch and batch[key][1]]
             if key == "num_tokens":
-                found[key] = self._total_train_tokens
+                found[key] = ranks.total(self._total_train_tokens)
             elif key in ("min_reward", "max_reward"):
                 found[key] = (min if key == "min_reward" else max)(value for value, _ in values)
             else:
@@ -315,10 +427,53 @@ class Extras:
         return found
 
 
+def in_parts() -> bool:
+    """Whether FSDP has the weights; deepspeed's are its own business."""
+    return ranks.sharded() and ranks.kind() == "fsdp"
+
+
+def in_turn(each: Sequence[list[Any]]) -> list[Any]:
+    """Batches as one process would see them: the first of each, then the second, …"""
+    longest = max(map(len, each))
+    return [batches[number] for number in range(longest) for batches in each if number < len(batches)]
+
+
+def shared_loader(trainer: Any, rows: Any, order: Sampler[int], size: int) -> Any:
+    """This process's batches of `rows`, of which spare ones say so; accelerate deals them out."""
+
+    def collated(picked: list[dict[str, Any]]) -> dict[str, Any]:
+        spare = [row.pop("spare", False) for row in picked]
+        batch: dict[str, Any] = trainer.data_collator(picked)
+        return {**batch, "spare": True} if any(spare) else batch
+
+    batches = SharedBatches(order, size, ranks.count())
+    pin = trainer.args.dataloader_pin_memory and trainer.args.device.type == "cuda"
+    loader: DataLoader[Any] = DataLoader(Spared(rows), batch_sampler=batches, collate_fn=collated, pin_memory=pin)  # type: ignore[arg-type]
+    return trainer.accelerator.prepare(loader)
+
+
+@contextmanager
+def own_figures(accelerator: Any) -> Iterator[None]:
+    """trl gathers the figures of every pass from all processes, row by row, which must be as many in each. Here each
+    keeps its own: `Extras.log` and `evaluation_loop` bring them together, once."""
+    if ranks.count() == 1:
+        yield
+        return
+    names = ("gather", "gather_for_metrics")
+    for name in names:
+        setattr(accelerator, name, lambda value, *_, **__: value)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(accelerator, name)
+
+
 class During(Protocol):
     """What answers held-out rows while a run trains: `evaluation.during`."""
 
     metrics: Sequence[Metric]
+    samples: list[dict[str, Any]]
 
     def due(self, step: int) -> bool: ...
 
@@ -380,7 +535,7 @@ class RowMeans:
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], int]:
         batches, _ = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        return batches, sum(len(batch["input_ids"]) for batch in batches)
+        return batches, int(ranks.total(sum(len(batch["input_ids"]) for batch in batches if "spare" not in batch)))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -389,7 +544,7 @@ class RowMeans:
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if num_items_in_batch is None:
             return loss
-        share = len(inputs["input_ids"]) / num_items_in_batch
+        share = len(inputs["input_ids"]) / num_items_in_batch * ranks.count()  # DDP averages over the processes
         return (loss[0] * share, loss[1]) if return_outputs else loss * share
 
 
@@ -458,6 +613,8 @@ class _WeightedSft(SFTTrainer):
             self._total_train_tokens += int(inputs["labels"].numel()) if tokens is None else tokens
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         loss = losses.sum() / (trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None:
+            loss = loss * ranks.count()  # DDP averages over the processes
         return (loss, outputs) if return_outputs else loss
 
 

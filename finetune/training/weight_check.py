@@ -110,7 +110,8 @@ class Proof:
 
 def check_finite(weights: Iterable[tuple[str, torch.Tensor]], when: str) -> None:
     """RunError that names the weights in which a number is none any more."""
-    broken = [name for name, tensor in weights if not bool(tensor.isfinite().all())]
+    local = ((name, t.to_local() if hasattr(t, "to_local") else t) for name, t in weights)  # its own part of them
+    broken = [name for name, tensor in local if not bool(tensor.isfinite().all())]
     if broken:
         raise RunError(f"weights are not finite {when}: {names(broken)}: {ADVICE}")
 

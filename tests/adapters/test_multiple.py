@@ -18,6 +18,7 @@ from finetune.adapters.multiple import (
     ActiveAdapter,
     activated,
     copy_adapter,
+    layers_of,
     named,
     train_only,
 )
@@ -29,6 +30,8 @@ METHODS = [
     "lora", "vera", "oft", "loha", "lokr", "bottleneck", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning", "bitfit",
     "last_layers", "ln_tuning",
 ]  # fmt: skip
+
+METHODS_ASK_PEFT = dict.fromkeys(["prompt_tuning", "p_tuning", "prefix_tuning", "ln_tuning"], True)
 
 
 def adapted(base: Path, method: str, **settings: Any) -> PeftModel:
@@ -117,6 +120,38 @@ def test_gradients_reach_the_active_adapter_only(base: Path) -> None:
         found(input_ids=IDS).logits.sum().backward()
     assert all(p.grad is None for p in named(model, POLICY).values())
     assert all(p.grad is not None for p in named(model, VALUE).values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_switching_by_its_layers_is_switching(base: Path, method: str) -> None:
+    """The same outputs and gradients as by peft's `set_adapter`, and nothing else is another."""
+    model = adapted(base, method)
+    copy_adapter(model, POLICY, VALUE)
+    train_only(model, [POLICY, VALUE])
+    disturb(model, VALUE)
+    layers, before, found = layers_of(model), flags(model), []
+    assert (layers is None) == METHODS_ASK_PEFT.get(method, False)
+    for given in (None, layers):
+        with activated(ActiveAdapter(model, VALUE), given) as value:
+            assert value.active_adapter == VALUE
+            out = value(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+            out.square().sum().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((out.detach(), gradients))
+        model.zero_grad(set_to_none=True)
+        assert model.active_adapter == model.base_model.active_adapter == POLICY if layers else POLICY
+        assert flags(model) == before
+    with torch.no_grad(), activated(ActiveAdapter(model, None), layers) as off:
+        bare = off.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    assert torch.equal(bare, AutoModelForCausalLM.from_pretrained(base).eval()(input_ids=IDS).logits)
+    assert flags(model) == before
+    (plain, theirs), (fast, ours) = found
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-5)
+    assert ours.keys() == theirs.keys()
+    assert all(VALUE in name.split(".") for name in ours)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(ActiveAdapter(model, POLICY)), plain[:, -IDS.shape[1] :], atol=1e-3)
 
 
 def test_plain_models_have_no_adapter_to_activate(base: Path) -> None:

@@ -37,9 +37,10 @@ def checked(recipe: Recipes, rows: Path, monkeypatch: pytest.MonkeyPatch) -> Sft
 
 
 def compared(
-    recipe: SftRecipe, methods: list[str], quantizations: Any = ("none",), fractions: Any = (1.0,), output: str = ""
-) -> None:
-    compare.run(recipe, methods=methods, quantizations=quantizations, fractions=fractions, output=output)
+    recipe: SftRecipe, methods: list[str], quantizations: Any = ("none",), fractions: Any = (1.0,), output: str = "",
+    **more: Any,
+) -> None:  # fmt: skip
+    compare.run(recipe, methods=methods, quantizations=quantizations, fractions=fractions, output=output, **more)
 
 
 @pytest.mark.whole
@@ -90,7 +91,8 @@ def test_a_comparison_from_start_to_end(
     assert (folder / "compare.png").stat().st_size > 1000
 
     monkeypatch.setattr(jobs, "process", lambda *arguments, **_: pytest.fail(f"done already: {arguments}"))
-    compared(checked, *lists, output=str(folder))
+    compared(checked, *lists, output=str(folder), json_file="-")
+    assert json.loads(capsys.readouterr().out)["jobs"][0]["name"] == "base"
     other = checked.model_copy(update={"train": checked.train.model_copy(update={"max_steps": 5})})
     with pytest.raises(UserError, match=r"other values of train\.max_steps"):
         compared(other, *lists, output=str(folder))

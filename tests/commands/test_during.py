@@ -90,6 +90,14 @@ def test_what_is_trained_is_as_it_would_be_without(
     assert len(logged(asked, "eval_exact_match")) == len(logged(asked, "eval_draws.py:luck")) == 4
     assert {"num_tokens", "loss"} <= asked.read_metrics()[0].keys(), "the figures of training stay with training"
     assert result(asked)["eval"].keys() == {"exact_match", "exact_match_ci", "draws.py:luck", "draws.py:luck_ci"}
+    written = [json.loads(line) for line in asked.samples.read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in written] == [step for step in (1, 2, 3, 4) for _ in range(4)]
+    assert [row["prompt"] for row in written[:4]] == ["say 0", "say 1", "say 2", "say 3"]
+    assert all(isinstance(row["reply"], str) and row["score"] >= 0 for row in written)
+    assert not plain.samples.exists()
+    shown = ft("runs", "watch", asked.path).stdout
+    assert "step 4  say 0 → " in shown
+    assert "step 3  say" not in shown
 
 
 @pytest.mark.parametrize("best", [True, False])

@@ -487,7 +487,7 @@ def test_gradients_are_clipped_and_only_matrices_decay(
         norms = []
 
         def step(*_: Any, **__: Any) -> None:
-            norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in learner.weights().values())))
+            norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in learner.weights.values())))
 
         learner.optimizer.register_step_pre_hook(step)
         found = learner.update(collected(trainer), 1)

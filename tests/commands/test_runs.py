@@ -134,6 +134,8 @@ def test_watch_ends_with_the_run(runs: Path) -> None:
     done = ft("runs", "watch", runs / "good")
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "done"
+    assert "ft eval, row 7  hello → " in done.stdout, "answers that ft eval kept"
+    assert "no samples: ft eval of the run keeps some" in ft("runs", "watch", runs / "deeper" / "worse").stdout
     assert "step 40  epoch 4  loss" in done.stdout
     begun, over = threading.Event(), threading.Event()
 
@@ -156,6 +158,7 @@ def test_watch_ends_with_the_run(runs: Path) -> None:
     assert first.startswith("step 1 ")
     assert "step 41  loss 0.25" in rest
     assert rest.splitlines()[-1] == "interrupted at step 41"
+    assert "no samples: eval.during answers some rows" in rest
 
 
 def test_the_screen_of_watch_obeys_nothing_and_fits(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,3 +185,5 @@ def test_curve_goes_from_its_first_to_its_last_value() -> None:
     assert lines[-1].split() == ["0", "step", "10"]
     assert lines[1].split("│")[1][0] != "\u2800"
     assert lines[-2][-1] != "\u2800"
+    columns = zip(*(line.partition("│")[2] for line in lines[1:-1]), strict=True)
+    assert all(any(c != "\u2800" for c in column) for column in columns), "a line, not two points"

@@ -15,7 +15,6 @@ import yaml
 from conftest import SHARED, train, write_rows
 
 import finetune
-from finetune.cli import shared
 from finetune.commands import data as data_stage
 from finetune.commands import dpo, kto, ppo, pretrain, recipes, reward, sft
 from finetune.data.rows import eval_mask
@@ -159,15 +158,6 @@ def test_shared_cases(
 # --- devices ---
 
 
-@pytest.mark.parametrize("name", shared.RANKS)
-def test_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(name, "1")
-    shared.alone()
-    monkeypatch.setenv(name, "2")
-    with pytest.raises(UserError, match=f"{name}: this is one of 2 processes"):
-        shared.alone()
-
-
 def test_other_gpus_stay_out_of_the_batch(monkeypatch: pytest.MonkeyPatch, recipe: Callable[..., Path]) -> None:
     from transformers import TrainingArguments
 
@@ -177,7 +167,9 @@ def test_other_gpus_stay_out_of_the_batch(monkeypatch: pytest.MonkeyPatch, recip
     assert plan.one_device(config).train_batch_size == 4
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     section = SimpleNamespace(model=ModelConfig(name="x"))
-    assert "4 GPUs are here and one is used" in str(plan.other_devices(section))  # type: ignore[arg-type]
+    said = str(plan.other_devices(section))  # type: ignore[arg-type]
+    assert "4 GPUs are here and one is used" in said
+    assert "--launch ddp --num-processes 4 uses all" in said
     spread = SimpleNamespace(model=ModelConfig(name="x", device_map="auto"))
     assert plan.other_devices(spread) is None  # type: ignore[arg-type]
 

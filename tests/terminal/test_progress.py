@@ -79,7 +79,10 @@ def test_a_long_step_says_what_it_is_at(piped: io.StringIO) -> None:
     shown.start(10, 0)
     time.sleep(0.02)
     shown.doing("32/64 replies")
-    assert piped.getvalue().splitlines() == ["step 1/10  32/64 replies"]
+    shown.told = 0.0
+    shown.step(10)
+    shown.doing("held-out batch 1/7", step=10)  # after the last step there is none to be at
+    assert piped.getvalue().splitlines() == ["step 1/10  32/64 replies", "step 10/10  held-out batch 1/7"]
 
 
 def test_a_task_on_a_terminal_goes_away(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,15 +23,18 @@ from finetune.commands.compare.table import markdown, plot, scaling_laws
 from finetune.errors import RunError
 from finetune.recipe.file import to_yaml
 from finetune.recipe.stages import SftRecipe
+from finetune.run import json_option
 from finetune.run.writing import write_atomically, write_json
 from finetune.terminal.progress import command, duration, note, say
 
 
 def run(
-    recipe: SftRecipe, *, methods: Sequence[str], quantizations: Sequence[str], fractions: Sequence[float], output: str
-) -> None:
+    recipe: SftRecipe, *, methods: Sequence[str], quantizations: Sequence[str], fractions: Sequence[float], output: str,
+    json_file: str | None = None,
+) -> None:  # fmt: skip
     folder = Path(output)
     plan.check_folder(folder, recipe)
+    json_option.check(json_file, "jobs", "not_done")
     wanted = [plan.Job(m, q, f) for f in fractions for q in quantizations for m in methods]
     counts, recipes, refused = plan.check_jobs(recipe, wanted)  # everything that can be checked, before anything runs
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,13 +71,14 @@ def run(
     scaling = scaling_laws(trained)
     public = [{k: v for k, v in r.items() if k != "row_losses"} for r in rows]
     others = {job.name: reason for job, reason in reasons.items()}
-    write_json(
-        folder / "compare.json", {"recipe": to_yaml(recipe), "jobs": public, "not_done": others, "scaling": scaling}
-    )
+    figures = {"recipe": to_yaml(recipe), "jobs": public, "not_done": others, "scaling": scaling}
+    write_json(folder / "compare.json", figures)
+    json_option.write(json_file, figures)
     table = markdown(rows, others, scaling)
     write_atomically(folder / "compare.md", table)
     plot(rows, folder / "compare.png")
-    say(table)
+    if json_file != "-":
+        say(table)
     if len(fractions) > 1 and not scaling:
         note("no law of loss over data: it takes three shares that all succeeded")
     note(f"written to {folder}/compare.json, compare.md, compare.png")

@@ -10,11 +10,10 @@ from typing import Any
 from rich.table import Table
 
 from finetune.errors import UserError, visible
-from finetune.places import check_file, json_with
-from finetune.run import records
+from finetune.run import json_option, records
 from finetune.run.differences import differences, from_defaults, result_values
 from finetune.run.records import Record
-from finetune.run.writing import strict, write_json
+from finetune.run.writing import strict
 from finetune.terminal.progress import (
     advise,
     command,
@@ -22,7 +21,6 @@ from finetune.terminal.progress import (
     note,
     row,
     say,
-    say_json,
     shown_name,
     shown_path,
 )
@@ -35,7 +33,6 @@ SORTS: dict[str, Callable[[Record], Any]] = {
     "status": lambda r: records.STATUSES.index(r.status) if r.status in records.STATUSES else -1,
     "updated": lambda r: r.updated,
 }  # fmt: skip
-MACHINE = json_with("runs")
 
 
 def found(name: str) -> Record:
@@ -51,7 +48,7 @@ def show_list(
     one_of("--sort", sort, tuple(SORTS))
     if status is not None:
         one_of("--status", status, records.STATUSES)
-    check_json(json_file)
+    json_option.check(json_file, "runs")
     place = Path(folder).expanduser()
     if not place.is_dir():
         raise UserError("no such folder", path=folder, fix="name a folder that holds runs")
@@ -62,7 +59,7 @@ def show_list(
         and (base or "").lower() in r.base.lower()
     ]  # fmt: skip
     kept.sort(key=SORTS[sort], reverse=reverse)
-    write(json_file, {"runs": [as_json(record, place) for record in kept]})
+    json_option.write(json_file, {"runs": [as_json(record, place) for record in kept]})
     if json_file is None:
         if kept:
             show_table(table_of(kept, place))
@@ -118,10 +115,12 @@ def as_json(record: Record, place: Path | None = None) -> dict[str, Any]:
 def show(name: str, json_file: str | None = None) -> None:
     """One run: how far it is, what it was trained with that is not the default, what came out."""
     record = found(name)
-    check_json(json_file, "recipe")
+    json_option.check(json_file, "recipe")
     if json_file is not None:
         values = {**as_json(record), "error": record.error.get("error"), "recipe": record.recipe}
-        write(json_file, {**values, "result": record.result, "evaluation": record.evaluation.get("sets", [])})
+        json_option.write(
+            json_file, {**values, "result": record.result, "evaluation": record.evaluation.get("sets", [])}
+        )
         return
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.updated))
     say(f"{shown_path(record.path)}: ft {record.stage}, {status_of(record)}, {when}")
@@ -152,10 +151,10 @@ def changed_of(record: Record) -> dict[str, str]:
 def diff(first: str, second: str, json_file: str | None = None) -> None:
     """What differs between two runs in recipe, data, versions and result."""
     pair = [found(first), found(second)]
-    check_json(json_file, "differences")
+    json_option.check(json_file, "differences")
     parts = differences(pair)
     if json_file is not None:
-        write(json_file, {"runs": [str(one.path.resolve()) for one in pair], "differences": parts})
+        json_option.write(json_file, {"runs": [str(one.path.resolve()) for one in pair], "differences": parts})
         return
     names = [shown_path(one.path) for one in pair]
     for part, values in parts.items():
@@ -173,17 +172,3 @@ def diff(first: str, second: str, json_file: str | None = None) -> None:
 def one_of(option: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise UserError(f"{value!r} is not possible here", key=option, fix=f"one of {', '.join(known)}")
-
-
-def check_json(json_file: str | None, key: str = "runs") -> None:
-    if json_file is not None and json_file != "-":
-        check_file(Path(json_file), "--json", json_with(key))
-
-
-def write(json_file: str | None, value: dict[str, Any]) -> None:
-    """To the file of --json, or to stdout."""
-    if json_file == "-":
-        say_json(strict(value))
-    elif json_file is not None:
-        write_json(Path(json_file), value)
-        note(f"written to {json_file}")

@@ -23,6 +23,7 @@ DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Of a Braille character, which is two dots wide and four high: the bits of each row, from above."""
 SHOWN = ("loss", "eval_loss", "reward_mean", "kl", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb")
 ROWS_HIGH = 10
+SAMPLES = 4
 
 
 def watch(name: str, interval: float = 2.0) -> None:
@@ -50,6 +51,8 @@ def follow(record: Record, interval: float) -> None:
             say(line(row), flush=True)
         told = len(rows)
         if ended:
+            for asked, answer in last_samples(record):
+                say(asked if answer is None else f"{asked} → {answer}")
             say(status_of(record))
             return
         time.sleep(interval)
@@ -83,14 +86,40 @@ def screen(record: Record, width: int) -> Group:
         parts.append(Text(f"no curve of {key.replace('_', ' ')} yet", "dim"))
     if rows:
         parts.append(Text(visible(cut(line(rows[-1]), width))))
-    samples = read_lines(record.run.samples)
-    last = [row for row in samples if row.get("step") == samples[-1].get("step")][:4]
-    for row in last:
-        parts.append(Text(cut(f"step {row.get('step')}  {one_line(row.get('prompt'))}", width), "dim"))
-        parts.append(Text(cut(f"  {one_line(row.get('reply'))}", width)))
+    for asked, answer in last_samples(record):
+        parts.append(Text(cut(asked, width), "dim"))
+        if answer is not None:
+            parts.append(Text(cut(f"  {answer}", width)))
     if record.error:
         parts.append(Text(visible(cut(str(record.error.get("error")), width)), "red"))
     return Group(*parts)
+
+
+def last_samples(record: Record) -> list[tuple[str, str | None]]:
+    """[(what was asked, the answer)]: the last that were written while it trained, else those that `ft eval` kept, else
+    a line on how there would be some."""
+    written = read_lines(record.run.samples)
+    last = [row for row in written if row.get("step") == written[-1].get("step")][-SAMPLES:]
+    if last:
+        return [(f"step {row.get('step')}  {one_line(row.get('prompt'))}", scored(row)) for row in last]
+    kept = [row for one in record.evaluation.get("sets", []) for row in one.get("rows", [])][:SAMPLES]
+    if kept:
+        return [
+            (f"ft eval, row {row.get('row')}  {one_line(row.get('asked'))}", one_line(row.get("tuned"))) for row in kept
+        ]
+    if record.stage in ("pretrain", "reward"):
+        return [(f"ft {record.stage} writes no answers", None)]
+    during = (record.recipe.get("eval") or {}).get("during")
+    if record.status == "done":
+        return [("no samples: ft eval of the run keeps some", None)]
+    return [
+        ("no samples yet" if during or record.stage == "ppo" else "no samples: eval.during answers some rows", None)
+    ]
+
+
+def scored(row: dict[str, Any]) -> str:
+    score = f"  ({shown(row['score'])})" if records.is_number(row.get("score")) else ""
+    return f"{one_line(row.get('reply'))}{score}"
 
 
 def one_line(text: Any) -> str:
@@ -108,14 +137,20 @@ def curve(points: Sequence[tuple[float, float]], title: str, width: int) -> list
     margin = max(len(shown(low)), len(shown(high))) + 1
     columns, dots = max(10, width - margin - 1), [[0] * max(10, width - margin - 1) for _ in range(ROWS_HIGH)]
     first, last = points[0][0], points[-1][0]
-    before: int | None = None
-    for step, value in points:
-        x = round((step - first) / max(last - first, 1e-12) * (columns * 2 - 1))
-        y = round((high - value) / max(high - low, 1e-12) * (ROWS_HIGH * 4 - 1))
-        # From the last height to this one, so that a steep curve does not fall apart.
-        for height in range(min(y, y if before is None else before), max(y, y if before is None else before) + 1):
-            dots[height // 4][x // 2] |= DOTS[height % 4][x % 2]
+    spots = [
+        (
+            round((step - first) / max(last - first, 1e-12) * (columns * 2 - 1)),
+            round((high - value) / max(high - low, 1e-12) * (ROWS_HIGH * 4 - 1)),
+        )
+        for step, value in points
+    ]
+    for (x, y), (right, to) in zip(spots, spots[1:] or spots, strict=False):
         before = y
+        for here in range(x, right + 1):  # a straight line, of which steep parts do not fall apart
+            height = round(y + (to - y) * (here - x) / (right - x)) if right > x else to
+            for one in range(min(before, height), max(before, height) + 1):
+                dots[one // 4][here // 2] |= DOTS[one % 4][here % 2]
+            before = height
     plain = not encodable("\u28ff")
     marks = [["*" if bits else " " for bits in row] if plain else [chr(0x2800 + bits) for bits in row] for row in dots]
     labels = [shown(high), *[""] * (ROWS_HIGH - 2), shown(low)]

@@ -1,0 +1,272 @@
+"""`make bench`: ft beside what people would pick instead, on the same work, in interleaved pairs.
+
+    python benchmarks/peers/compare.py [--only sft,packed,defaults,dpo,ppo] [--pairs 10] [--folder DIR] [--report]
+
+Makes the workload and an environment per peer, runs every contestant in turn, and writes benchmarks/RESULTS.md. A run
+that is there already is not repeated: the command goes on where it was stopped.
+
+Measured are processor seconds (user and system) of an epoch after the first, in one thread, which other work on the
+machine leaves as they are, within some percent. `hook/sitecustomize.py` takes them, in the same way for everybody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import contestants
+from contestants import DPO, EPOCHS, PPO, SFT, Places
+
+HERE = Path(__file__).parent
+T_95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's, of 1 to 9 degrees of freedom
+VENVS = {"trl": "trl", "llamafactory": "llamafactory", "ms-swift": "ms-swift", "axolotl": "axolotl", "trl112": "trl"}
+BATCH = {"sft": 8, "packed": 8, "defaults": 8, "dpo": 4, "ppo": 4}
+TASKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sft": ("SFT, equal settings, no packing", SFT),
+    "packed": ("SFT, equal settings, packed into rows of 512", {k: SFT[k] for k in ("ft", "trl CLI", "LLaMA-Factory")}),
+    "defaults": ("SFT, each tool's own defaults", {k: v for k, v in SFT.items() if k != "axolotl"}),
+    "dpo": ("DPO, equal settings", DPO),
+    "ppo": ("PPO, equal settings", PPO),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(TASKS))
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--report", action="store_true", help="measure nothing more")
+    parser.add_argument("--contestants", default="", help="only these, by name, and ft")
+    given = parser.parse_args()
+    folder = given.folder.resolve()
+    if not given.report:
+        workload(folder)
+        for number in range(given.pairs):
+            for task in given.only.split(","):
+                for name in TASKS[task][1]:
+                    if not given.contestants or name in ("ft", *given.contestants.split(",")):
+                        measured(folder, task, name, number)
+    found = {task: results(folder, task) for task in TASKS}
+    (HERE.parent / "RESULTS.md").write_text(report(folder, found), encoding="utf-8")
+    if other := unequal(found["sft"]):
+        raise SystemExit(f"no comparison of equals: {', '.join(other)} train another number of label tokens than ft")
+
+
+def workload(folder: Path) -> None:
+    """Rows, base, a reward model, and an environment for each peer."""
+    if not (folder / "load" / "workload.json").exists():
+        run([sys.executable, str(HERE / "workload.py"), str(folder / "load")], {}, folder / "workload.log")
+    for name in VENVS:
+        if (folder / "venvs" / name).exists():
+            continue
+        print(f"installing {name}", flush=True)
+        place = folder / "venvs" / name
+        python = str(place / "bin" / "python")
+        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+        run([python, "-m", "pip", "install", "-r", str(HERE / f"requirements-{name}.txt")], {}, folder / f"{name}.log")
+        if name == "llamafactory":  # pip takes torchvision and torchaudio of CUDA, with which nothing can be imported
+            run([python, "-m", "pip", "uninstall", "-y", "torchvision", "torchaudio"], {}, folder / f"{name}.log")
+            stub = next(place.glob("lib/python*/site-packages")) / "torchaudio"
+            stub.mkdir(exist_ok=True)
+            (stub / "__init__.py").touch()
+        if name == "axolotl":  # what it pins cannot be resolved without CUDA
+            names = ["axolotl==0.19.0", "torchao==0.17.0", "liger-kernel==0.8.1", "bitsandbytes==0.50.2"]
+            run([python, "-m", "pip", "install", "--no-deps", *names], {}, folder / f"{name}.log")
+    if not (folder / "load" / "reward" / "result.json").exists():
+        place = Places(folder / "load", folder / "venvs", folder / "load", 4)
+        command, more = contestants.ft("reward")(place)
+        run(command, more, folder / "reward.log")
+
+
+def run(command: list[str], more: dict[str, str], log: Path, hook: Path | None = None) -> int:
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", **more,
+    }  # fmt: skip
+    ours = str(HERE.parent.parent) if command[0] == sys.executable else ""
+    environment["PYTHONPATH"] = os.pathsep.join(part for part in (hook and str(HERE / "hook"), ours) if part)
+    if hook is not None:
+        environment["FT_BENCH_LOG"] = str(hook)
+    with log.open("a", encoding="utf-8") as file:
+        return subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def measured(folder: Path, task: str, name: str, number: int) -> None:
+    """One run of one contestant, unless it is there."""
+    work = folder / "results" / task / name.replace(" ", "_") / str(number)
+    if (work / "events.jsonl").exists() and (work / "done").exists():
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    place = Places(folder / "load", folder / "venvs", work, BATCH[task], task == "packed", task == "defaults")
+    command, more = TASKS[task][1][name](place)
+    code = run(command, more, work / "log.txt", work / "events.jsonl")
+    (work / "done").write_text(str(code), encoding="utf-8")
+    shutil.rmtree(work / "out", ignore_errors=True)
+    shutil.rmtree(work / "prepared", ignore_errors=True)
+    found = figures(work, task)
+    print(f"{task} {number} {name}: {found if found else f'failed with {code}, see {work}/log.txt'}", flush=True)
+
+
+def figures(work: Path, task: str) -> dict[str, Any] | None:
+    """Of a run that went through: seconds of its last epoch (PPO: of a rollout after the first), what it trained on."""
+    if (work / "done").read_text() != "0" or not (work / "events.jsonl").exists():
+        return None
+    events = [json.loads(line) for line in (work / "events.jsonl").read_text().splitlines()]
+    end = next((e for e in reversed(events) if e["event"] == "end"), {})
+    wanted = [e for e in events if e["event"] == ("rollout" if task == "ppo" else "pass")]
+    if task == "ppo":
+        part = wanted[1:]
+        if len(wanted) < 2:
+            return None
+        seconds = (part[-1]["cpu"] - wanted[0]["cpu"]) / len(part)
+        return {"seconds": seconds, "rollouts": len(wanted), "peak_mb": end.get("peak_mb"), "loss": wanted[-1]["loss"]}
+    if wanted and work.parent.name == "ft":  # the longest rows go through once before the first step
+        wanted = wanted[1:]
+    steps = len(wanted) // EPOCHS
+    if not steps or len(wanted) % EPOCHS:
+        return None
+    part = wanted[steps:]
+    return {
+        "seconds": part[-1]["cpu"] - wanted[steps - 1]["cpu"], "inside": sum(e["spent"] for e in part), "steps": steps,
+        "labels": sum(e["labels"] or 0 for e in part), "real": sum(e["real"] or 0 for e in part),
+        "peak_mb": end.get("peak_mb"), "first": wanted[0]["cpu"], "losses": [e["loss"] for e in wanted],
+    }  # fmt: skip
+
+
+def results(folder: Path, task: str) -> dict[str, list[dict[str, Any] | None]]:
+    """By contestant, its runs in order; None for one that failed."""
+    found: dict[str, list[dict[str, Any] | None]] = {}
+    for name in TASKS[task][1]:
+        place = folder / "results" / task / name.replace(" ", "_")
+        runs = sorted((p for p in place.glob("*") if (p / "done").exists()), key=lambda p: int(p.name))
+        if runs:
+            found[name] = [figures(run, task) for run in runs]
+    return found
+
+
+def ratio(
+    theirs: list[dict[str, Any] | None], ours: list[dict[str, Any] | None]
+) -> tuple[float, float, float, int] | None:
+    """(mean, 95% interval, pairs) of theirs / ours, in logarithms, as ratios are symmetrical there."""
+    import math
+
+    pairs = [math.log(t["seconds"] / o["seconds"]) for t, o in zip(theirs, ours, strict=False) if t and o]
+    if not pairs:
+        return None
+    mean = statistics.fmean(pairs)
+    if len(pairs) == 1:
+        return math.exp(mean), float("nan"), float("nan"), 1
+    half = (T_95[len(pairs) - 2] if len(pairs) <= 10 else 2.0) * statistics.stdev(pairs) / len(pairs) ** 0.5
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half), len(pairs)
+
+
+def report(folder: Path, found: dict[str, Any]) -> str:
+    about = json.loads((folder / "load" / "workload.json").read_text(encoding="utf-8"))
+    lines = [
+        "# Side by side", "",
+        "`make bench` writes this page (`python benchmarks/peers/compare.py`). Every figure is processor seconds (user",
+        "and system) of one thread: other work on the machine moves them by up to a third, but all alike, as every",
+        "contestant runs under the same conditions, in turn, and a ratio is of runs that followed each other. Ratios",
+        "above 1: ft needs less. In brackets the 95% interval of the mean ratio over n pairs; one pair has none, and a",
+        "difference of a tenth is noise then.", "",
+        f"Base: a Llama of {about['parameters'] / 1e6:.1f}M parameters with random weights, vocabulary 6,144. SFT: "
+        f"{about['chats']} chats of {about['median']:,} tokens in the median and {about['longest']:,} at most, "
+        f"{about['tokens_cut_at_512']:,} after the cut at 512, batch 8. DPO: 32 pairs, batch 4. PPO: 16 prompts "
+        "a rollout with at most 48 tokens each, 2 passes of 4 minibatches. What all are told stands in",
+        "[peers/contestants.py](peers/contestants.py): LoRA r 8 on all linear layers, float32, AdamW at constant 1e-3,",
+        "no gradient checkpointing, seed 42; `defaults` leaves each its own precision, checkpointing and attention.",
+        "",
+        f"Machine: {machine()}.", "",
+        "| contestant | version |", "|---|---|", *versions(folder), "",
+    ]  # fmt: skip
+    for task, (title, _) in TASKS.items():
+        runs = found[task]
+        if runs:
+            lines += [
+                f"## {title}",
+                "",
+                f"`python benchmarks/peers/compare.py --only {task}`",
+                "",
+                *table(task, runs),
+                "",
+            ]
+    lines += ["## GPU", "", "Not run: no GPU was at hand.", ""]
+    return "\n".join(lines)
+
+
+def table(task: str, runs: dict[str, list[dict[str, Any] | None]]) -> list[str]:
+    ours = runs.get("ft", [])
+    unit = "CPU-s a rollout" if task == "ppo" else "CPU-s an epoch"
+    lines = [
+        f"| | {unit} | against ft | n | label tokens | loss, first → last | peak MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    labels = {}
+    for name, listed in runs.items():
+        good = [run for run in listed if run]
+        if not good:
+            lines.append(f"| {name} | does not run | | {len(listed)} | | | |")
+            continue
+        seconds = statistics.median(run["seconds"] for run in good)
+        compared = ratio(listed, ours)
+        against = "1"
+        if name != "ft":
+            interval = (
+                "" if compared is None else "one pair" if compared[3] == 1 else f"{compared[1]:.2f}–{compared[2]:.2f}"
+            )
+            against = "" if compared is None else f"**{compared[0]:.2f}** ({interval})"
+        count = len(good) if name == "ft" or compared is None else compared[3]
+        labels[name] = good[-1].get("labels")
+        losses = good[-1].get("losses") or [good[-1]["loss"]]
+        shown = f"{losses[0]:.4f} → {losses[-1]:.4f}" if len(losses) > 1 else f"{losses[0]:.4f}"
+        peak = statistics.median(run["peak_mb"] or 0 for run in good)
+        lines.append(f"| {name} | {seconds:.2f} | {against} | {count} | {labels[name] or ''} | {shown} | {peak:,.0f} |")
+    if task == "sft":
+        other = unequal(runs)
+        said = f"Not the same label tokens as ft: {', '.join(other)}." if other else "All train the same label tokens."
+        lines += ["", said]
+    return lines
+
+
+def unequal(runs: dict[str, list[dict[str, Any] | None]]) -> list[str]:
+    """Contestants that train another number of label tokens in an epoch than ft."""
+    labels = {name: {run["labels"] for run in listed if run} for name, listed in runs.items()}
+    return [name for name, counts in labels.items() if counts and counts != labels.get("ft")]
+
+
+def machine() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
+    return f"{name or platform.processor()}, {os.cpu_count()} cores, shared; one thread; {platform.system()}"
+
+
+def versions(folder: Path) -> list[str]:
+    ours = ", ".join(f"{name} {version(name)}" for name in ("trl", "torch", "transformers", "peft"))
+    lines = [f"| ft | this checkout, {ours} |"]
+    for name, package in VENVS.items():
+        python = folder / "venvs" / name / "bin" / "python"
+        if python.exists():
+            wanted = [package, "torch", "transformers", "peft"]
+            code = (
+                f"from importlib.metadata import version; print(*(p + ' ' + version(p) for p in {wanted!r}), sep=', ')"
+            )
+            said = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False).stdout
+            lines.append(f"| {name} | {said.strip()} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""`ft … --launch`: the processes of one machine, by torch.distributed's own starter; each is `ft …` again with a rank.
+
+Nothing is read here. The first process speaks for all; when one ends, the others are ended, and which it was is said.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import runpy
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+from finetune import ranks
+from finetune.child import HANGUP, at_terminal, leave, stopping
+from finetune.early.launching import Launch
+from finetune.errors import RunError
+from finetune.terminal.progress import note
+
+GRACE = 15  # seconds in which the others may end by themselves
+LOOK = 0.1
+
+
+def run(words: Sequence[str], launch: Launch) -> int:
+    """Exit code of `ft words…` in `launch.processes` processes, of which this machine has its share."""
+    if launch.kind == "ray":
+        return on_ray(words, launch)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    here = launch.processes // launch.machines
+    arguments = ("-m", "finetune", *words)
+    with tempfile.TemporaryDirectory() as logs:
+        context: Any = start_processes(
+            "ft", sys.executable, dict.fromkeys(range(here), arguments),
+            {local: environment(launch, local) for local in range(here)}, DefaultLogsSpecs(log_dir=logs),
+        )  # fmt: skip
+        return watched([handler.proc for handler in context.subprocess_handlers.values()], context, launch)
+
+
+def environment(launch: Launch, local: int) -> dict[str, str]:
+    here = launch.processes // launch.machines
+    values = {
+        "RANK": launch.machine_rank * here + local, "LOCAL_RANK": local, "WORLD_SIZE": launch.processes,
+        "LOCAL_WORLD_SIZE": here, "GROUP_RANK": launch.machine_rank, "MASTER_ADDR": launch.main_address,
+        "MASTER_PORT": launch.main_port, ranks.KIND: launch.kind, ranks.WORDS: " ".join(launch.words()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // here),
+    }  # fmt: skip
+    return {name: str(value) for name, value in values.items()}
+
+
+def watched(processes: Sequence[Any], context: Any, launch: Launch) -> int:
+    """The exit code of all of them; signals go to each, which then ends in its own time."""
+    terminals, asked = at_terminal(), False
+
+    def pass_on(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        if number == HANGUP:
+            leave(terminals)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = [(number, signal.signal(number, pass_on)) for number in stopping()]
+    try:
+        while all(process.poll() == 0 or process.poll() is None for process in processes):
+            if all(process.poll() == 0 for process in processes):
+                return 0
+            time.sleep(LOOK)
+        end = time.monotonic() + GRACE
+        while any(process.poll() is None for process in processes) and (asked or time.monotonic() < end):
+            time.sleep(LOOK)
+        still = {number for number, process in enumerate(processes) if process.poll() is None}
+        context.close(signal.SIGTERM, timeout=GRACE // 3)
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    first = launch.machine_rank * len(processes)
+    codes = [0 if number in still else process.poll() for number, process in enumerate(processes)]
+    return told({first + number: code for number, code in enumerate(codes) if code}, launch)
+
+
+def told(codes: dict[int, int], launch: Launch) -> int:
+    """The exit code of those that failed by themselves; a signal that ended one is said, as nobody else can."""
+    killed = {rank: -code for rank, code in codes.items() if code < 0}
+    for rank, number in killed.items():
+        name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
+        said = " (out of memory?)" if number == signal.SIGKILL else ""
+        note(f"process {rank} of {launch.processes} was ended by {name}{said}, and the others with it", "red")
+    if killed:
+        return 1
+    own = [code for code in codes.values() if code != ranks.Lost.exit_code]
+    return next(iter(own), 1)
+
+
+def on_ray(words: Sequence[str], launch: Launch) -> int:
+    """The same on a Ray cluster, by Ray Train's TorchTrainer; this process waits. Folders must be shared."""
+    import torch
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    given = {"words": list(words), "folder": os.getcwd(), "launch": " ".join(launch.words())}
+    scaling = ScalingConfig(num_workers=launch.processes, use_gpu=torch.cuda.is_available())
+    try:
+        TorchTrainer(of_ray, train_loop_config=given, scaling_config=scaling).fit()
+    except Exception as error:  # Ray's own kinds, around the one of the process
+        codes = re.findall(r"ft ended with (\d+)", str(error))
+        if not codes:
+            raise RunError(f"Ray: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
+        return next((int(code) for code in codes if int(code) != ranks.Lost.exit_code), 1)
+    return 0
+
+
+def of_ray(given: dict[str, Any]) -> None:
+    """One of Ray's processes, which has its rank and its group already."""
+    os.chdir(given["folder"])
+    os.environ |= {ranks.KIND: "ddp", ranks.WORDS: given["launch"]}
+    sys.argv = ["ft", *given["words"]]
+    try:
+        runpy.run_module("finetune", run_name="__main__")
+    except SystemExit as ended:
+        if ended.code:
+            raise RuntimeError(f"ft ended with {ended.code}") from None

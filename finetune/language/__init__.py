@@ -1,0 +1,142 @@
+"""Help, errors and notes in Chinese: `FT_LANG=zh`, or a locale that begins with zh.
+
+The English text is the key. `zh.json` holds for each template (`unknown dtype {0}`) the Chinese one; a text is held
+against them where it is shown, and nowhere else: files, JSON and logs stay English. Of a template {0}, {1}, … are
+values and stay as they are; {a}, {b}, … are texts that have entries of their own. What has no entry is shown in English
+as a whole. `tools/zh_catalogue.py` reads all templates from the source and says which are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+LANGUAGES = ("zh", "en")
+VARIABLE = "FT_LANG"
+LOCALE = ("LC_ALL", "LC_MESSAGES", "LANG")
+"""The first that is set decides, as everywhere."""
+CATALOGUE = Path(__file__).parent / "zh.json"
+HOLE = re.compile(r"\{(\w)\}")
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
+SENTENCE = re.compile(r"\b(a|an|and|are|has|in|is|it|its|not|of|or|that|the|to|was|which|with)\b")
+FEW = 10
+"""Letters of a template that says so little (`use {0}`) that a sentence we do not know would pass for its value."""
+
+
+def named(text: str) -> str:
+    """The language of `zh`, `zh_CN.UTF-8`, `zh-Hans`."""
+    return re.split(r"[-_.@]", text.strip().lower())[0]
+
+
+def unknown() -> str | None:
+    """What FT_LANG says where that is no language we have."""
+    given = os.environ.get(VARIABLE, "")
+    return given if given.strip() and named(given) not in LANGUAGES else None
+
+
+def chinese() -> bool:
+    """Whether to show Chinese: asked for, and the terminal can."""
+    given = os.environ.get(VARIABLE, "")
+    if not given.strip():
+        given = next((value for name in LOCALE if (value := os.environ.get(name))), "")
+    if named(given) != "zh":
+        return False
+    try:
+        "中".encode(getattr(sys.stderr, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Template:
+    literals: tuple[str, ...]
+    """What stands between the holes."""
+    holes: tuple[str, ...]
+    chinese: str
+
+    @property
+    def letters(self) -> int:
+        """How much it says of itself; a frame of other texts says nothing."""
+        return sum(character.isalpha() for literal in self.literals for character in literal)
+
+    @property
+    def texts(self) -> int:
+        return sum(map(str.isalpha, self.holes))
+
+    def fits(self, text: str) -> Iterator[dict[str, str]]:
+        """Hole -> what stands there in `text`; of a frame of two texts every place where the second may begin."""
+        first, *others = self.literals
+        if not (text.startswith(first) and text.endswith(others[-1]) and all(one in text for one in others)):
+            return
+        if self.letters or len(self.holes) != 2:
+            if (found := re.fullmatch("(.*?)".join(map(re.escape, self.literals)), text, re.DOTALL)) is not None:
+                yield dict(zip(self.holes, found.groups(), strict=True))
+            return
+        within = text[len(first) : len(text) - len(others[1])]
+        for found in re.finditer(re.escape(others[0]), within):
+            yield dict(zip(self.holes, (within[: found.start()], within[found.end() :]), strict=True))
+
+    def shown(self, text: str) -> tuple[str, bool] | None:
+        """`text` in Chinese, where it is made of this template, and whether all its parts are."""
+        for values in self.fits(text):
+            known = {name: in_chinese(value) if name.isalpha() else value for name, value in values.items()}
+            left = [name for name in values if known[name] == values[name]]
+            unsure = self.letters <= FEW and any(is_sentence(values[name]) for name in left)
+            whole = not any(map(str.isalpha, left))
+            if not unsure and (self.letters or whole):
+                return filled(self.chinese, known), whole
+        return None
+
+
+def is_sentence(value: str) -> bool:
+    """Whether a value, or a part of a list, reads like a sentence of ours."""
+    return any(" " in part and SENTENCE.search(part) for part in QUOTED.sub("", value).split(", "))
+
+
+def braces(text: str) -> str:
+    return text.replace("{{", "{").replace("}}", "}")
+
+
+@cache
+def catalogue() -> dict[str, str]:
+    found: dict[str, str] = json.loads(CATALOGUE.read_text(encoding="utf-8"))
+    return found
+
+
+@cache
+def templates() -> list[Template]:
+    """Those with holes; the ones that say most of themselves first."""
+    split = ((HOLE.split(english), translation) for english, translation in catalogue().items())
+    found = [Template(tuple(map(braces, p[::2])), tuple(p[1::2]), shown) for p, shown in split if len(p) > 1]
+    return sorted(found, key=lambda template: (template.letters, template.texts), reverse=True)
+
+
+def translated(text: str) -> str:
+    """The text to show: Chinese where that is asked for and the text is known."""
+    return in_chinese(text) if text and chinese() else text
+
+
+@lru_cache(maxsize=4096)
+def in_chinese(text: str) -> str:
+    if (known := catalogue().get(text.replace("{", "{{").replace("}", "}}"))) is not None:
+        return braces(known)
+    partly = None
+    for template in templates():
+        if (found := template.shown(text)) is not None:
+            shown, whole = found
+            if whole:
+                return shown
+            partly = partly or shown
+    return partly or text
+
+
+def filled(template: str, values: dict[str, str]) -> str:
+    parts = HOLE.split(template)
+    return "".join(values[part] if i % 2 else braces(part) for i, part in enumerate(parts))

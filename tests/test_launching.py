@@ -1,0 +1,139 @@
+"""What `--launch` refuses, before anything loads, and what each process is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ft
+
+from finetune import ranks
+from finetune.early import launching
+from finetune.errors import UserError
+from finetune.recipe.file import check
+from finetune.recipe.resolve import Hardware, resolve
+from finetune.recipe.stages import Recipe
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*ranks.OURS, *launching.OTHERS):
+        monkeypatch.delenv(name, raising=False)
+
+
+def recipe(stage: str = "sft", **sections: Mapping[str, Any]) -> Recipe:
+    values: dict[str, Any] = {
+        "version": 1, "stage": stage, "model": {"name": "m"}, "data": {"train": "d"}, "output": {"dir": "o"},
+        **({"reward": {"functions": ["r.py:f"]}} if stage == "ppo" else {}),
+    }  # fmt: skip
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return check(values, stage)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--num-processes", "2"], "--num-processes: has no effect without --launch"),
+        (["--launch", "dp", "--num-processes", "2"], "--launch: no such way: dp → use ddp, fsdp, deepspeed"),
+        (["--launch", "ddp"], "--num-processes: is missing"),
+        (["--launch", "ddp", "--num-processes", "3", "--num-machines", "2"], "3 processes cannot be shared out over 2"),
+        (["--launch", "ddp", "--num-processes", "2", "--machine-rank", "1"], "--machine-rank: has no effect on one"),
+        (["--launch", "ddp", "--num-processes", "4", "--num-machines", "2", "--main-address", "a"],
+         "--machine-rank: is needed with several machines"),
+        (["--launch", "ddp", "--num-processes", "4", "--num-machines", "2", "--machine-rank", "0"],
+         "--main-address: is needed with several machines"),
+        (["--launch", "ddp", "--num-processes", "4", "--num-machines", "2", "--machine-rank", "2",
+          "--main-address", "a"], "--machine-rank: 2 is none of 0 to 1"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_fit_together(words: list[str], said: str, tmp_path: Path) -> None:
+    done = ft("sft", "no_such_recipe", *words, cwd=tmp_path)
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "sections", "said"),
+    [
+        ("ddp", 3, {}, "train.effective_batch_size: effective_batch_size of 16 cannot be shared out evenly over 3"),
+        ("ddp", 2, {"train": {"per_device_train_batch_size": 16}}, "per_device_train_batch_size: 16 rows in each"),
+        ("ddp", 4, {"train": {"gradient_accumulation_steps": 2}}, "train.gradient_accumulation_steps: 2 passes"),
+        ("ddp", 2, {"model": {"device_map": "auto"}}, "model.device_map: spreads one model"),
+        ("ddp", 2, {"train": {"auto_find_batch_size": True}}, "train.auto_find_batch_size: starts the process anew"),
+        ("ddp", 2, {"stage": "dpo", "dpo": {"loss_type": "aot"}}, "dpo.loss_type: aot sorts all pairs"),
+        ("fsdp", 2, {"stage": "ppo"}, "--launch: --launch fsdp shares out the weights"),
+        ("fsdp", 2, {"adapter": {"method": "adalora"}}, "adapter.method: adalora has not been tried"),
+        ("fsdp", 2, {"train": {"optim": "muon"}}, "train.optim: muon"),
+        ("fsdp", 2, {"model": {"quantization": "int8"}}, "model.quantization: --launch fsdp shards int4 only"),
+        ("fsdp", 2, {"adapter": {"method": "lora", "init_lora_weights": "pissa"}}, "adapter.init_lora_weights: starts"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_by_name(kind: str, processes: int, sections: Any, said: str) -> None:
+    asked = recipe(sections.get("stage", "sft"), **{k: v for k, v in sections.items() if k != "stage"})
+    launching.check(asked, kind, 1)
+    with pytest.raises(UserError) as caught:
+        launching.check(asked, kind, processes)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", launching.OTHERS)
+def test_processes_that_know_nothing_of_each_other(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
+    launching.check_environment()
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match=f"{name}: this is one of 2 processes of mpirun"):
+        launching.check_environment()
+
+
+def test_another_launcher_says_all_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="RANK: is not set in one of 2 processes"):
+        launching.check_environment()
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    launching.check_environment()
+    assert (ranks.count(), ranks.first(), ranks.kind()) == (2, False, "ddp")
+    with pytest.raises(UserError, match="--launch: another launcher has started this process already"):
+        launching.given("ddp", 2, None, None, None, None)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="ACCELERATE_USE_FSDP: accelerate's own configuration of fsdp is not read"):
+        launching.check_environment()
+
+
+def test_what_several_would_do_several_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    done = ft("eval", "run", cwd=tmp_path)
+    assert (done.returncode, "WORLD_SIZE: ft eval works in one process" in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("train", [{}, {"per_device_train_batch_size": 2}, {"gradient_accumulation_steps": 4}])
+def test_a_step_is_the_same_for_any_number_of_processes(train: dict[str, int], processes: int) -> None:
+    """Also when the complete recipe of one run goes on with another number of them."""
+    asked = recipe(train=train)
+    for number in (processes, 1):
+        asked = resolve(asked, Hardware(processes=number))
+        rows, passes = asked.train.per_device_train_batch_size, asked.train.gradient_accumulation_steps
+        assert rows is not None
+        assert passes is not None
+        assert rows * passes == asked.train.effective_batch_size == 16
+
+
+def test_every_process_is_told_its_place() -> None:
+    from finetune.commands.launch import environment
+
+    launch = launching.given("fsdp", 4, 2, 1, "10.0.0.1", None)
+    assert launch is not None
+    told = [environment(launch, local) for local in range(2)]
+    assert [(each["RANK"], each["LOCAL_RANK"], each["GROUP_RANK"]) for each in told] == [
+        ("2", "0", "1"),
+        ("3", "1", "1"),
+    ]
+    assert {each["WORLD_SIZE"] for each in told} == {"4"}
+    assert told[0]["MASTER_ADDR"] == "10.0.0.1"
+    words = told[0][ranks.WORDS].split()
+    assert launching.Launch(words[1], int(words[3]), int(words[5]), int(words[7]), words[9], int(words[11])) == launch

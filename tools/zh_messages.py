@@ -1,0 +1,436 @@
+"""What `ft` can say, read from the source: the templates of errors, warnings and help, for tools/zh_catalogue.py.
+
+A message is followed from where it is raised (SINKS) back to its words: through names, constants, conditions, sums,
+what functions return, and parameters to those who call. A template has its values as {0}, {1}, …; what is itself one of
+our sentences, of which there are too many to write all out, as {a}, {b}, ….
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# function -> the parameters that people read, by position and by name.
+SINKS: dict[str, dict[str, int]] = {
+    "Problem": {"message": 0, "fix": -1}, "UserError": {"problems": 0, "fix": -1}, "RunError": {"message": 0},
+    "OutOfMemory": {"message": 0}, "Interrupted": {"message": 0}, "warn": {"message": 0}, "warn_if": {"message": 0},
+    "translated": {"text": 0}, "found": {"line": 0}, "_print_errors": {"lines": 0},
+    "note": {"message": 0}, "advise": {"message": 0}, "task": {"what": 0, "unit": 2},
+    "Finding": {"message": 2, "fix": 3}, "error": {"message": 1, "fix": 2}, "warning": {"message": 1, "fix": 2},
+    "RowProblem": {"message": 1, "fix": 2},
+}  # fmt: skip
+ATTRIBUTES = {"message", "fix", "why", "instead", "reason", "what", "said", "limit", "needs"}
+"""Fields of tables' rows that are sentences."""
+ROWS = {"Refused"}
+"""Tables all of whose fields are."""
+TABLES = {"STAGES"}
+"""Tables that are computed; what they hold stands in zh_catalogue.FOREIGN."""
+SAMPLES = {"models.gguf.vocabulary", "commands.merge", "commands.recipes"}
+"""Modules with tuples of texts that are tried, or written."""
+MOST = 6  # ways that a sentence may be put together before its parts become sentences of their own
+VALUE, PROSE = object(), object()  # of a template: what comes from the user, and what is ours
+Parts = tuple[object, ...]
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass
+class Module:
+    name: str
+    tree: ast.Module
+    constants: dict[str, list[ast.expr]] = field(default_factory=dict)
+    imported: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Scope:
+    module: Module
+    functions: tuple[ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda, ...] = ()
+    """The innermost last."""
+
+
+class Messages:
+    def __init__(self, package: Path = ROOT / "finetune") -> None:
+        self.modules = [read(path, package) for path in sorted(package.rglob("*.py"))]
+        self.defined: dict[str, list[tuple[ast.FunctionDef, Scope]]] = {}
+        self.pairs: list[tuple[ast.Tuple, Scope]] = []
+        """(message, fix)."""
+        self.raised: list[tuple[ast.Call, Scope]] = []
+        self.calls: dict[str, list[tuple[ast.Call, Scope]]] = {}
+        for module in self.modules:
+            for node, scope in walk(module.tree, Scope(module)):
+                if isinstance(node, FUNCTIONS):
+                    self.defined.setdefault(node.name, []).append((node, scope))  # type: ignore[arg-type]
+                elif isinstance(node, ast.Call):
+                    self.calls.setdefault(name_of(node.func), []).append((node, scope))
+                elif (
+                    isinstance(node, ast.Tuple) and sum(map(is_sentence, node.elts)) > 1 and module.name not in SAMPLES
+                ):
+                    self.pairs.append((node, scope))
+                elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                    self.raised.append((node.exc, scope))
+        self.known: dict[int, tuple[ast.expr, list[Parts]]] = {}
+        self.fields: dict[str, list[tuple[str, int]]] = {}
+        """Field -> the classes that have it, and where."""
+        for module in self.modules:
+            for node in ast.walk(module.tree):
+                if isinstance(node, ast.ClassDef):
+                    names = [n.target.id for n in node.body if isinstance(n, ast.AnnAssign)
+                             and isinstance(n.target, ast.Name)]  # fmt: skip
+                    for i, name in enumerate(names):
+                        self.fields.setdefault(name, []).append((node.name, i))
+        self.sinks = {name: dict(parameters) for name, parameters in SINKS.items()}
+        self.found: dict[str, str] = {}
+        """Template -> a place where it is written."""
+
+    def all(self) -> dict[str, str]:
+        done: set[tuple[str, str]] = set()
+        while todo := {(f, p) for f, ps in self.sinks.items() for p in ps} - done:
+            for function, parameter in sorted(todo):
+                done.add((function, parameter))
+                for call, scope in self.calls.get(function, ()):
+                    if (given := argument(call, parameter, self.sinks[function][parameter])) is not None:
+                        self.say(given, scope)
+        for call, scope in self.raised:
+            if name_of(call.func) == "ValueError" or scope.module.name.startswith("serving."):
+                continue  # what clients are told, in JSON, stays English
+            for given in call.args:
+                if isinstance(given, ast.Constant | ast.JoinedStr | ast.Name):
+                    self.say(given, scope)
+        for pair, scope in self.pairs:
+            for given in pair.elts:
+                if isinstance(given, ast.Constant | ast.JoinedStr | ast.BinOp):
+                    self.say(given, scope)
+        for call, scope in self.calls.get("ValueError", ()):
+            if call.args:  # of pydantic's validators `key: message`
+                for text, place in self.texts(call.args[0], scope):
+                    head, _, rest = text.partition(": ")
+                    self.found.setdefault(text if " " in head or not rest else numbered(rest), place)
+        return dict(sorted(self.found.items()))
+
+    def say(self, given: ast.expr, scope: Scope) -> None:
+        for text, place in self.texts(given, scope):
+            self.found.setdefault(text, place)
+
+    def texts(self, given: ast.expr, scope: Scope) -> Iterator[tuple[str, str]]:
+        place = f"{scope.module.name.replace('.', '/')}.py:{given.lineno}"
+        if isinstance(given, ast.List):
+            for one in given.elts:
+                yield from self.texts(one, scope)
+        for parts in self.ways(given, scope):
+            if is_words(text := template(parts)):
+                yield text, place
+
+    def ways(self, given: ast.expr, scope: Scope) -> list[Parts]:
+        """The ways in which an expression is put together: each its parts, text or VALUE or PROSE."""
+        if id(given) not in self.known:
+            self.known[id(given)] = given, [(VALUE,)]  # for one that leads back to itself
+            self.known[id(given)] = given, self.ways_of(given, scope)
+        return self.known[id(given)][1]
+
+    def ways_of(self, given: ast.expr, scope: Scope) -> list[Parts]:
+        unknown: list[Parts] = [(VALUE,)]
+        match given:
+            case ast.Constant(value=str(text)):
+                return [(text,)] if text else [()]
+            case ast.Constant(value=None):
+                return []
+            case ast.JoinedStr(values=values):
+                return self.together([self.ways(part, scope) for part in values], values, scope)
+            case ast.FormattedValue(value=value, conversion=conversion, format_spec=spec):
+                return unknown if conversion != -1 or spec is not None else self.ways(value, scope)
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                sides = [left, right]
+                return self.together([self.ways(part, scope) for part in sides], sides, scope)
+            case ast.IfExp(body=body, orelse=orelse):
+                return unique([*self.ways(body, scope), *self.ways(orelse, scope)])
+            case ast.BoolOp(values=values):
+                return unique([way for part in values for way in self.ways(part, scope)])
+            case ast.NamedExpr(value=value):
+                return self.ways(value, scope)
+            case ast.Name(id=name):
+                return self.of_name(name, scope)
+            case ast.Subscript(value=ast.Call(func=ast.Name(id=name)), slice=ast.Constant(value=int(at))):
+                return self.of_call(name, scope, at)
+            case ast.Call() | ast.Attribute() | ast.Subscript() if any(
+                isinstance(node, ast.Name) and caught(node.id, scope) for node in ast.walk(given)
+            ):
+                return [(PROSE,)]  # what a library says
+            case (
+                ast.Subscript(value=ast.Name() as name)
+                | ast.Call(func=ast.Attribute(value=ast.Name() as name, attr="get"))
+            ):
+                return self.of_table(name.id, scope)
+            case ast.Call(func=ast.Name(id="translated")):
+                return unknown
+            case ast.Attribute(attr=name) if name in ATTRIBUTES:
+                return self.of_field(name)
+            case ast.Attribute(value=ast.Name(id=row), attr=name) if (kind := annotation(row, scope)) in ROWS:
+                return self.of_field(name, kind)
+            case ast.Call(func=ast.Name(id=name)) | ast.Call(func=ast.Attribute(attr=name)):
+                return self.of_call(name, scope)
+        return unknown
+
+    def together(self, pieces: list[list[Parts]], nodes: list[ast.expr], scope: Scope) -> list[Parts]:
+        """Every way, or with {a} where there were too many of a piece."""
+        count = 1
+        for i, (ways, node) in enumerate(zip(pieces, nodes, strict=True)):
+            if count * len(ways) > MOST or (len(ways) > 1 and (VALUE,) in ways):
+                texts = [text for way in ways if is_words(text := template(way))]
+                for text in texts if any(" " in text for text in texts) else ():
+                    self.found.setdefault(text, f"{scope.module.name.replace('.', '/')}.py:{node.lineno}")
+                pieces[i] = [(PROSE,)] if any(" " in text for text in texts) else [(VALUE,)]
+            texts = [template(way) for way in ways]
+            if len(ways) > 2 and all(len(text.split()) < 3 and not text.startswith(("a ", "an ")) for text in texts):
+                pieces[i] = [(VALUE,)]  # names
+            count *= len(pieces[i])
+        return unique([tuple(part for way in ways for part in way) for ways in itertools.product(*pieces)])
+
+    def of_name(self, name: str, scope: Scope) -> list[Parts]:
+        for i in range(len(scope.functions) - 1, -1, -1):
+            function, here = scope.functions[i], Scope(scope.module, scope.functions[: i + 1])
+            if caught(name, here):
+                return [(PROSE,)]
+            bound = list(bindings(function, name, scope.module))
+            if bound:
+                return unique([way for one in bound for way in (self.ways(one, here) if one else [(VALUE,)])])
+            parameters = [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
+            if name in parameters:
+                if isinstance(function, ast.Lambda):
+                    return [(VALUE,)]
+                given = self.given(function, name, parameters)
+                return given or [(VALUE,)]
+        if name in scope.module.constants:
+            return unique([way for one in scope.module.constants[name] for way in self.ways(one, Scope(scope.module))])
+        if (origin := scope.module.imported.get(name)) is not None:
+            other = next((m for m in self.modules if m.name == origin), None)
+            if other is not None and name in other.constants:
+                return unique([way for one in other.constants[name] for way in self.ways(one, Scope(other))])
+        return [(VALUE,)]
+
+    def given(self, function: Function, name: str, parameters: list[str]) -> list[Parts]:
+        """What callers give as a parameter."""
+        ways: list[Parts] = []
+        default = defaults(function).get(name)
+        at = parameters.index(name) - (parameters[:1] == ["self"] and parameters[0] == "self")
+        positional = [a.arg for a in (*function.args.posonlyargs, *function.args.args)]
+        for call, scope in self.calls.get(function.name, ()):
+            found = argument(call, name, at if name in positional else -1)
+            found = default if found is None else found
+            ways += [(VALUE,)] if found is None else self.ways(found, scope)
+        return unique(ways)
+
+    def of_table(self, name: str, scope: Scope) -> list[Parts]:
+        """The texts that a constant dict holds."""
+        if name in TABLES:
+            return [(PROSE,)]
+        module = scope.module
+        if name not in module.constants and (origin := module.imported.get(name)) is not None:
+            module = next((m for m in self.modules if m.name == origin), module)
+        tables = [node for node in module.constants.get(name, ()) if isinstance(node, ast.Dict)]
+        values = [of_fromkeys(value) for table in tables for value in table.values]
+        if values and all(isinstance(v, ast.Constant | ast.JoinedStr | ast.BinOp | ast.Name) for v in values):
+            return unique([way for value in values for way in self.ways(value, Scope(module))])
+        return [(VALUE,)]
+
+    def of_field(self, name: str, of: str | None = None) -> list[Parts]:
+        """What is given as a field of that name where rows (of one kind) are made."""
+        ways: list[Parts] = []
+        for kind, at in self.fields.get(name, ()):
+            if of not in (kind, None):
+                continue
+            for call, scope in self.calls.get(kind, ()):
+                if (found := argument(call, name, at)) is not None:
+                    ways += self.ways(found, scope)
+        return unique(ways) or [(VALUE,)]
+
+    def of_call(self, name: str, where: Scope, at: int | None = None) -> list[Parts]:
+        """What a function of the package returns, where that is text, or the part `at` of a tuple that it returns."""
+        ways: list[Parts] = []
+        homes = (where.module.name, where.module.imported.get(name))
+        found = self.defined.get(name, [])
+        for function, scope in [one for one in found if one[1].module.name in homes] or found:
+            kind = "" if function.returns is None else ast.unparse(function.returns)
+            if at is None and "str" not in kind.split(" | "):
+                return [(VALUE,)]
+            here = Scope(scope.module, (*scope.functions, function))
+            for node in own(function):
+                if isinstance(node, ast.Return) and node.value is not None:
+                    ways += [way for value in parts_of(node.value, at) for way in self.ways(value, here)]
+        return unique(ways) or [(VALUE,)]
+
+
+def read(path: Path, package: Path) -> Module:
+    name = ".".join(path.relative_to(package).with_suffix("").parts)
+    module = Module(name, ast.parse(path.read_text(encoding="utf-8")))
+    for node in module.tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name):
+                    module.constants.setdefault(target.id, []).append(node.value)
+    for found in ast.walk(module.tree):
+        if isinstance(found, ast.ImportFrom) and (found.module or "").startswith("finetune."):
+            module.imported |= {alias.asname or alias.name: str(found.module)[9:] for alias in found.names}
+    return module
+
+
+def walk(node: ast.AST, scope: Scope) -> Iterator[tuple[ast.AST, Scope]]:
+    for child in ast.iter_child_nodes(node):
+        yield child, scope
+        inner = scope
+        if isinstance(child, (*FUNCTIONS, ast.Lambda)):
+            inner = Scope(scope.module, (*scope.functions, child))
+        yield from walk(child, inner)
+
+
+def own(function: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a function without those of functions within it."""
+    for child in ast.iter_child_nodes(function):
+        yield child
+        if not isinstance(child, (*FUNCTIONS, ast.Lambda)):
+            yield from own(child)
+
+
+def bindings(function: ast.AST, name: str, module: Module) -> Iterator[ast.expr | None]:
+    """What a name is set to in a function; None for what cannot be followed."""
+    for node in own(function):
+        match node:
+            case ast.Assign(targets=targets, value=value):
+                for target in targets:
+                    yield from bound(target, value, name)
+            case ast.AnnAssign(target=ast.Name(id=found), value=value) if found == name and value is not None:
+                yield value
+            case ast.NamedExpr(target=ast.Name(id=found), value=value) if found == name:
+                yield value
+            case ast.AugAssign(target=ast.Name(id=found), value=value) if found == name:
+                yield value
+            case ast.For(target=target, iter=over) | ast.comprehension(target=target, iter=over):
+                if any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(target)):
+                    if isinstance(over, ast.Name) and over.id in module.constants:
+                        over = module.constants[over.id][0]
+                    if isinstance(over, ast.Tuple | ast.List):
+                        for one in over.elts:
+                            yield from bound(target, one, name)
+                    elif (
+                        isinstance(over, ast.Call) and isinstance(over.func, ast.Attribute)
+                        and isinstance(over.func.value, ast.Dict) and isinstance(target, ast.Tuple)
+                    ):  # fmt: skip
+                        for key, value in zip(over.func.value.keys, over.func.value.values, strict=True):
+                            yield from bound(target, ast.Tuple([key, value]), name)  # type: ignore[list-item]
+                    else:
+                        yield None
+            case ast.withitem(optional_vars=ast.Name(id=found)) if found == name:
+                yield None
+
+
+def bound(target: ast.expr, value: ast.expr, name: str) -> Iterator[ast.expr | None]:
+    if isinstance(target, ast.Name):
+        if target.id == name:
+            yield value
+    elif isinstance(target, ast.Tuple):
+        names = [n.id for n in ast.walk(target) if isinstance(n, ast.Name)]
+        if name not in names:
+            return
+        if isinstance(value, ast.IfExp):
+            yield from bound(target, value.body, name)
+            yield from bound(target, value.orelse, name)
+        elif isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts):
+            for one, given in zip(target.elts, value.elts, strict=True):
+                yield from bound(one, given, name)
+        elif isinstance(value, ast.Call) and all(isinstance(one, ast.Name) for one in target.elts):
+            yield ast.Subscript(value, ast.Constant(names.index(name)), lineno=value.lineno)
+        else:
+            yield None
+
+
+def is_sentence(node: ast.expr) -> bool:
+    if isinstance(node, ast.JoinedStr | ast.BinOp):
+        return any(isinstance(n, ast.Constant) and is_sentence(n) for n in ast.walk(node))
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.strip().count(" ") > 0
+
+
+def parts_of(value: ast.expr, at: int | None) -> list[ast.expr]:
+    """The part `at` of what is returned, in each of its ways."""
+    match value:
+        case ast.IfExp(body=body, orelse=orelse):
+            return [*parts_of(body, at), *parts_of(orelse, at)]
+        case ast.Call(func=ast.Name(id="next"), args=[ast.GeneratorExp(elt=element), *_]):
+            return parts_of(element, at)
+        case ast.Tuple(elts=elements) if at is not None:
+            return elements[at : at + 1]
+    return [value] if at is None else []
+
+
+def of_fromkeys(value: ast.expr) -> ast.expr:
+    """What dict.fromkeys gives all its keys."""
+    return value.args[1] if isinstance(value, ast.Call) and name_of(value.func) == "fromkeys" else value
+
+
+def caught(name: str, scope: Scope) -> bool:
+    """Whether it is an exception: `except … as name`."""
+    return any(isinstance(n, ast.ExceptHandler) and n.name == name for f in scope.functions[-1:] for n in own(f))
+
+
+def annotation(name: str, scope: Scope) -> str:
+    """Of a parameter."""
+    arguments = [a for f in scope.functions[-1:] if not isinstance(f, ast.Lambda) for a in f.args.args]
+    found = next((ast.unparse(a.annotation) for a in arguments if a.arg == name and a.annotation is not None), "")
+    return found.removesuffix(" | None")
+
+
+def argument(call: ast.Call, name: str, at: int) -> ast.expr | None:
+    named = next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
+    if named is None and 0 <= at < len(call.args) and not any(isinstance(a, ast.Starred) for a in call.args[: at + 1]):
+        return call.args[at]
+    return named
+
+
+def defaults(function: Function) -> dict[str, ast.expr]:
+    args = function.args
+    positional = [a.arg for a in (*args.posonlyargs, *args.args)]
+    found = dict(zip(positional[len(positional) - len(args.defaults) :], args.defaults, strict=True))
+    return found | {a.arg: d for a, d in zip(args.kwonlyargs, args.kw_defaults, strict=True) if d is not None}
+
+
+def numbered(text: str) -> str:
+    """What is left of a template with its numbers from zero on."""
+    numbers = dict.fromkeys(re.findall(r"\{(\d)\}", text))
+    return re.sub(r"\{(\d)\}", lambda found: f"{{{list(numbers).index(found[1])}}}", text)
+
+
+def is_words(text: str) -> bool:
+    """Whether a template says anything of its own: a lone name is a value."""
+    literal = re.sub(r"\{\w\}", "", text).strip(" .,:;")
+    if text.startswith("#") or "\n" in text:  # of a file that is written
+        return False
+    if re.match(r"ft [a-z{]", text) and not re.search(r"\b(and|in|is|or|this|with)\b", text):  # a command
+        return False
+    if re.search(r"\{[a-h]\}", text):
+        return text != "{a}"
+    return bool(re.search(r"[A-Za-z]{2}", literal)) and (" " in literal or literal.isalpha())
+
+
+def name_of(function: ast.expr) -> str:
+    return getattr(function, "id", getattr(function, "attr", ""))
+
+
+def unique(ways: list[Parts]) -> list[Parts]:
+    return list(dict.fromkeys(ways))
+
+
+def template(parts: Parts) -> str:
+    """`{0} holds {a}`; braces of the text itself are doubled."""
+    values, proses, text = itertools.count(), iter("abcdefgh"), ""
+    for part in parts:
+        if part is VALUE:
+            text += f"{{{next(values)}}}"
+        elif part is PROSE:
+            text += f"{{{next(proses)}}}"
+        else:
+            text += str(part).replace("{", "{{").replace("}", "}}")
+    return text
