@@ -24,12 +24,21 @@ SINKS: dict[str, dict[str, int]] = {
     "Finding": {"message": 2, "fix": 3}, "error": {"message": 1, "fix": 2}, "warning": {"message": 1, "fix": 2},
     "RowProblem": {"message": 1, "fix": 2},
 }  # fmt: skip
-ATTRIBUTES = {"message", "fix", "why", "instead", "reason", "what", "said", "limit", "needs"}
+ATTRIBUTES = {
+    "message", "fix", "why", "instead", "reason", "what", "said", "limit", "needs", "not_mergeable", "not_quantizable",
+}  # fmt: skip
 """Fields of tables' rows that are sentences."""
 ROWS = {"Refused"}
 """Tables all of whose fields are."""
 TABLES = {"STAGES"}
 """Tables that are computed; what they hold stands in zh_catalogue.FOREIGN."""
+LINES = ("adapters.", "data.", "evaluation.", "models.", "rl.", "training.")
+"""Where functions that return lines return what is told, and keys of dicts are reasons."""
+WRITTEN = ("training.model_card", "commands.export", "cli.chinese", "evaluation.report", "data.shown", "data.preview")
+"""What these make goes into a file, or is translated already."""
+BUILT_IN = {*dir(str), *dir(list), *dir(dict)}  # `text.split()` is no function of ours
+SILENT = {"write_atomically", "write", "write_text", "tokens", "encode"}
+"""Functions whose texts are written or read, not told."""
 SAMPLES = {"models.gguf.vocabulary", "commands.merge", "commands.recipes"}
 """Modules with tuples of texts that are tried, or written."""
 MOST = 6  # ways that a sentence may be put together before its parts become sentences of their own
@@ -37,6 +46,15 @@ VALUE, PROSE = object(), object()  # of a template: what comes from the user, an
 Parts = tuple[object, ...]
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class Items(ast.expr):
+    """One of what a list holds."""
+
+    def __init__(self, listed: ast.expr) -> None:
+        super().__init__(lineno=listed.lineno)
+        self.listed = listed
+        self.found: list[tuple[ast.expr, Scope]] = []
 
 
 @dataclass
@@ -64,6 +82,12 @@ class Messages:
         self.calls: dict[str, list[tuple[ast.Call, Scope]]] = {}
         for module in self.modules:
             for node, scope in walk(module.tree, Scope(module)):
+                if (
+                    module.name in WRITTEN
+                    and isinstance(node, ast.Call)
+                    and name_of(node.func) in ("write", "write_text")
+                ):
+                    continue
                 if isinstance(node, FUNCTIONS):
                     self.defined.setdefault(node.name, []).append((node, scope))  # type: ignore[arg-type]
                 elif isinstance(node, ast.Call):
@@ -102,6 +126,9 @@ class Messages:
             for given in call.args:
                 if isinstance(given, ast.Constant | ast.JoinedStr | ast.Name):
                     self.say(given, scope)
+        for given, scope in self.lines():
+            if isinstance(given, ast.JoinedStr) or is_sentence(given):
+                self.say(given, scope)
         for pair, scope in self.pairs:
             for given in pair.elts:
                 if isinstance(given, ast.Constant | ast.JoinedStr | ast.BinOp):
@@ -112,6 +139,18 @@ class Messages:
                     head, _, rest = text.partition(": ")
                     self.found.setdefault(text if " " in head or not rest else numbered(rest), place)
         return dict(sorted(self.found.items()))
+
+    def lines(self) -> Iterator[tuple[ast.expr, Scope]]:
+        """Lines that functions return, and reasons that are keys."""
+        for module in self.modules:
+            if not module.name.startswith(LINES) or module.name in (*WRITTEN, *SAMPLES):
+                continue
+            for node, scope in walk(module.tree, Scope(module)):
+                if isinstance(node, FUNCTIONS) and node.returns is not None:
+                    if ast.unparse(node.returns) in ("list[str]", "Iterator[str]", "Iterable[str]", "Sequence[str]"):
+                        yield from self.made(node, scope, 0)
+                elif isinstance(node, ast.Dict):
+                    yield from ((key, scope) for key in node.keys if key is not None and not is_name(key))
 
     def say(self, given: ast.expr, scope: Scope) -> None:
         for text, place in self.texts(given, scope):
@@ -166,6 +205,11 @@ class Messages:
                 | ast.Call(func=ast.Attribute(value=ast.Name() as name, attr="get"))
             ):
                 return self.of_table(name.id, scope)
+            case Items(found=found):
+                return unique([way for one, where in found for way in self.ways(one, where)]) or unknown
+            case ast.Call(func=ast.Attribute(value=ast.Constant(value=str()), attr="join"), args=[listed]):
+                texts = [template(way) for one, where in self.items(listed, scope) for way in self.ways(one, where)]
+                return self.pieces(texts, scope, given) or unknown
             case ast.Call(func=ast.Name(id="translated")):
                 return unknown
             case ast.Attribute(attr=name) if name in ATTRIBUTES:
@@ -181,29 +225,100 @@ class Messages:
         count = 1
         for i, (ways, node) in enumerate(zip(pieces, nodes, strict=True)):
             if count * len(ways) > MOST or (len(ways) > 1 and (VALUE,) in ways):
-                texts = [text for way in ways if is_words(text := template(way))]
-                for text in texts if any(" " in text for text in texts) else ():
-                    self.found.setdefault(text, f"{scope.module.name.replace('.', '/')}.py:{node.lineno}")
-                pieces[i] = [(PROSE,)] if any(" " in text for text in texts) else [(VALUE,)]
+                pieces[i] = self.pieces(list(map(template, ways)), scope, node) or [(VALUE,)]
             texts = [template(way) for way in ways]
             if len(ways) > 2 and all(len(text.split()) < 3 and not text.startswith(("a ", "an ")) for text in texts):
                 pieces[i] = [(VALUE,)]  # names
             count *= len(pieces[i])
         return unique([tuple(part for way in ways for part in way) for ways in itertools.product(*pieces)])
 
+    def pieces(self, texts: list[str], scope: Scope, node: ast.expr) -> list[Parts]:
+        """{a} for what may be any of several texts, each with an entry of its own; nothing where they are names."""
+        texts = list(filter(is_words, texts))
+        if not any(" " in text for text in texts):
+            return []
+        for text in texts:
+            self.found.setdefault(text, f"{scope.module.name.replace('.', '/')}.py:{node.lineno}")
+        return [(PROSE,)]
+
+    def items(self, listed: ast.expr, scope: Scope, deep: int = 0) -> list[tuple[ast.expr, Scope]]:
+        """What a list holds, as far as its making can be followed."""
+        if deep > 6:
+            return []
+        more = deep + 1
+        match listed:
+            case ast.List(elts=elements) | ast.Tuple(elts=elements):
+                return [item for one in elements for item in (
+                    self.items(one.value, scope, more) if isinstance(one, ast.Starred) else [(one, scope)]
+                )]  # fmt: skip
+            case ast.ListComp(elt=element) | ast.GeneratorExp(elt=element):
+                return [(element, scope)]
+            case ast.BinOp(left=left, right=right):
+                return [*self.items(left, scope, more), *self.items(right, scope, more)]
+            case ast.IfExp(body=body, orelse=orelse):
+                return [*self.items(body, scope, more), *self.items(orelse, scope, more)]
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=table), attr="values")):
+                tables = [node for node in scope.module.constants.get(table, ()) if isinstance(node, ast.Dict)]
+                return [(value, Scope(scope.module)) for node in tables for value in node.values]
+            case ast.Call(func=ast.Name(id="sorted" | "list" | "filter"), args=arguments):
+                return self.items(arguments[-1], scope, more)
+            case ast.Call(func=ast.Name(id=name)) | ast.Call(func=ast.Attribute(attr=name)):
+                return [
+                    item for function, where in self.functions(name, scope) for item in self.made(function, where, more)
+                ]
+            case ast.Name(id=name) if scope.functions:
+                found = []
+                for node in own(scope.functions[-1]):
+                    match node:
+                        case ast.Call(func=ast.Attribute(value=ast.Name(id=one), attr="append"), args=[value]):
+                            found += [(value, scope)] if one == name else []
+                        case (
+                            ast.Assign(targets=[ast.Name(id=one)], value=value)
+                            | ast.AugAssign(target=ast.Name(id=one), value=value)
+                            | ast.AnnAssign(target=ast.Name(id=one), value=ast.expr() as value)
+                        ):
+                            found += self.items(value, scope, more) if one == name else []
+                return found
+        return []
+
+    def made(self, function: Function, where: Scope, deep: int) -> list[tuple[ast.expr, Scope]]:
+        """What a function returns a list of, or yields."""
+        here, found = Scope(where.module, (*where.functions, function)), []
+        for node in own(function):
+            match node:
+                case ast.Return(value=ast.expr() as value) | ast.YieldFrom(value=value):
+                    found += self.items(value, here, deep)
+                case ast.Yield(value=ast.expr() as value):
+                    found.append((value, here))
+        return found
+
+    def functions(self, name: str, where: Scope) -> list[tuple[ast.FunctionDef, Scope]]:
+        """Those that a name may mean: of the same module or the imported one before any other."""
+        homes = (where.module.name, where.module.imported.get(name))
+        found = [] if name in BUILT_IN else self.defined.get(name, [])
+        return [one for one in found if one[1].module.name in homes] or found
+
+    def bindings(self, function: ast.AST, name: str, scope: Scope) -> Iterator[ast.expr | None]:
+        """What a name is set to in a function; None for what cannot be followed."""
+        for value in bindings(function, name, scope.module):
+            if isinstance(value, Items):
+                value.found = self.items(value.listed, scope)
+            yield value
+
     def of_name(self, name: str, scope: Scope) -> list[Parts]:
         for i in range(len(scope.functions) - 1, -1, -1):
             function, here = scope.functions[i], Scope(scope.module, scope.functions[: i + 1])
             if caught(name, here):
                 return [(PROSE,)]
-            bound = list(bindings(function, name, scope.module))
+            bound = list(self.bindings(function, name, here))
             if bound:
                 return unique([way for one in bound for way in (self.ways(one, here) if one else [(VALUE,)])])
             parameters = [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
             if name in parameters:
                 if isinstance(function, ast.Lambda):
                     return [(VALUE,)]
-                given = self.given(function, name, parameters)
+                kind = annotation(name, here)
+                given = self.given(function, name, parameters) if not kind or "str" in kind.split(" | ") else []
                 return given or [(VALUE,)]
         if name in scope.module.constants:
             return unique([way for one in scope.module.constants[name] for way in self.ways(one, Scope(scope.module))])
@@ -215,6 +330,8 @@ class Messages:
 
     def given(self, function: Function, name: str, parameters: list[str]) -> list[Parts]:
         """What callers give as a parameter."""
+        if function.name in SILENT:
+            return []
         ways: list[Parts] = []
         default = defaults(function).get(name)
         at = parameters.index(name) - (parameters[:1] == ["self"] and parameters[0] == "self")
@@ -252,9 +369,7 @@ class Messages:
     def of_call(self, name: str, where: Scope, at: int | None = None) -> list[Parts]:
         """What a function of the package returns, where that is text, or the part `at` of a tuple that it returns."""
         ways: list[Parts] = []
-        homes = (where.module.name, where.module.imported.get(name))
-        found = self.defined.get(name, [])
-        for function, scope in [one for one in found if one[1].module.name in homes] or found:
+        for function, scope in self.functions(name, where):
             kind = "" if function.returns is None else ast.unparse(function.returns)
             if at is None and "str" not in kind.split(" | "):
                 return [(VALUE,)]
@@ -316,16 +431,25 @@ def bindings(function: ast.AST, name: str, module: Module) -> Iterator[ast.expr 
                     if isinstance(over, ast.Tuple | ast.List):
                         for one in over.elts:
                             yield from bound(target, one, name)
-                    elif (
-                        isinstance(over, ast.Call) and isinstance(over.func, ast.Attribute)
-                        and isinstance(over.func.value, ast.Dict) and isinstance(target, ast.Tuple)
-                    ):  # fmt: skip
-                        for key, value in zip(over.func.value.keys, over.func.value.values, strict=True):
+                    elif isinstance(target, ast.Tuple) and (table := items_of(over, module)) is not None:
+                        for key, value in zip(table.keys, map(of_fromkeys, table.values), strict=True):
                             yield from bound(target, ast.Tuple([key, value]), name)  # type: ignore[list-item]
+                    elif isinstance(target, ast.Name):
+                        yield Items(over)
                     else:
                         yield None
             case ast.withitem(optional_vars=ast.Name(id=found)) if found == name:
                 yield None
+
+
+def items_of(over: ast.expr, module: Module) -> ast.Dict | None:
+    """The dict of `{…}.items()`, or of a constant's."""
+    if not (isinstance(over, ast.Call) and isinstance(over.func, ast.Attribute) and over.func.attr == "items"):
+        return None
+    table: ast.expr = over.func.value
+    if isinstance(table, ast.Name):
+        table = next(iter(module.constants.get(table.id, ())), table)
+    return table if isinstance(table, ast.Dict) else None
 
 
 def bound(target: ast.expr, value: ast.expr, name: str) -> Iterator[ast.expr | None]:
@@ -354,6 +478,11 @@ def is_sentence(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.strip().count(" ") > 0
 
 
+def is_name(node: ast.expr) -> bool:
+    """A text of one or two words."""
+    return isinstance(node, ast.Constant) and str(node.value).count(" ") < 2
+
+
 def parts_of(value: ast.expr, at: int | None) -> list[ast.expr]:
     """The part `at` of what is returned, in each of its ways."""
     match value:
@@ -378,7 +507,7 @@ def caught(name: str, scope: Scope) -> bool:
 
 def annotation(name: str, scope: Scope) -> str:
     """Of a parameter."""
-    arguments = [a for f in scope.functions[-1:] if not isinstance(f, ast.Lambda) for a in f.args.args]
+    arguments = [a for f in scope.functions[-1:] for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)]
     found = next((ast.unparse(a.annotation) for a in arguments if a.arg == name and a.annotation is not None), "")
     return found.removesuffix(" | None")
 
