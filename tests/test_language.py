@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from rich.cells import cell_len
 from finetune import language
 from finetune.errors import Problem, RunError, UserError, render
 from finetune.language import in_chinese
+from finetune.recipe import reference
 from finetune.terminal.progress import console, note, warn
 
 TABLE = Path(__file__).parent / "fixtures" / "bad_inputs.txt"
@@ -79,11 +81,15 @@ def test_problems_keep_their_place_and_their_key(zh: None) -> None:
         ("is not JSON (Expecting value: line 2 column 5 (char 7))",
          "不是 JSON（此处应有一个值：第 2 行第 5 列（第 7 个字符））"),
         ("cannot be read (what no catalogue knows)", "无法读取（what no catalogue knows）"),
-        ("warning: what no catalogue knows", "警告：what no catalogue knows"),
     ],
 )  # fmt: skip
 def test_whole_or_not_at_all(english: str, chinese: str) -> None:
     assert in_chinese(english) == chinese
+
+
+def test_long_texts_and_lone_signs() -> None:
+    for text in ("a: b, " * 20_000, "is {0}: {a} and {b} " * 5_000, "{", "}}", "{a}", ": ", ""):
+        assert in_chinese(text) == text
 
 
 def test_errors_notes_and_warnings(zh: None) -> None:
@@ -91,7 +97,7 @@ def test_errors_notes_and_warnings(zh: None) -> None:
     with console.capture() as shown:
         note("written to runs/a")
         warn("the last weights are kept")
-    assert shown.get() == "已写入 runs/a\n警告：保留最后的权重\n"
+    assert shown.get() == "已写入 runs/a\n警告: 保留最后的权重\n"
 
 
 def lines_of_the_table() -> list[str]:
@@ -134,10 +140,11 @@ def test_every_help_fits_and_is_chinese(
     for words in pages(command):
         command([*words, "--help"], prog_name="ft", standalone_mode=False)
         page = capsys.readouterr().out
-        body = page.partition("\n\n")[2]
+        lines = [line for line in page.partition("\n\n")[2].splitlines() if not line.startswith("  ft ")]  # examples
+        body = "\n".join(lines)
         assert not ENGLISH.search(VALUES.sub("", body.replace("on|off", ""))), (words, body)
         assert "显示这段帮助并退出" in re.sub(r"\s", "", page)
-        for line in body.splitlines():
+        for line in lines:
             assert cell_len(line) <= width or len(line.split()) == 1, (words, line)
             assert not line.strip().startswith(("，", "。", "、", "；", "：", "）")), (words, line)
 
@@ -160,8 +167,12 @@ def test_commands() -> None:
     assert shown == "train.learning_rate: 数 > 0   默认: 0.0002\n  峰值学习率。\n"
 
 
-def test_what_is_written_and_what_machines_read_stays_english(tmp_path: Path) -> None:
-    assert ft("recipes", "schema", FT_LANG="zh").stdout == ft("recipes", "schema").stdout
-    table = ft("recipes", "explain", "--markdown", FT_LANG="zh").stdout
-    assert table.startswith("# Recipe keys")
-    assert not re.search("[一-鿿]", table)
+def test_what_is_written_and_what_machines_read_stays_english(tmp_path: Path, zh: None) -> None:
+    assert reference.document().startswith("# Recipe keys")
+    assert not re.search("[一-鿿]", reference.document())
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "q", "output": ""}\n', encoding="utf-8")
+    checked = ft("data", "check", str(tmp_path / "rows.jsonl"), "--json", "-")
+    (problem,) = json.loads(checked.stdout)["problems"]
+    assert problem["message"] == "turn 2: the assistant's answer is empty → fill it in, or remove the row"
+    told = ft("data", "check", str(tmp_path / "rows.jsonl")).stdout
+    assert "rows.jsonl, 第 1 行: 第 2 轮：assistant 的回答是空的 → 填上它，或删掉这一行" in told

@@ -11,8 +11,27 @@ import ast
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from zh_source import (
+    FUNCTIONS,
+    Function,
+    Items,
+    Scope,
+    annotation,
+    argument,
+    bindings,
+    caught,
+    defaults,
+    is_name,
+    is_sentence,
+    name_of,
+    of_fromkeys,
+    own,
+    parts_of,
+    read,
+    walk,
+)  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
 # function -> the parameters that people read, by position and by name.
@@ -24,34 +43,26 @@ SINKS: dict[str, dict[str, int]] = {
     "Finding": {"message": 2, "fix": 3}, "error": {"message": 1, "fix": 2}, "warning": {"message": 1, "fix": 2},
     "RowProblem": {"message": 1, "fix": 2},
 }  # fmt: skip
-ATTRIBUTES = {"message", "fix", "why", "instead", "reason", "what", "said", "limit", "needs"}
+ATTRIBUTES = {
+    "message", "fix", "why", "instead", "reason", "what", "said", "limit", "needs", "not_mergeable", "not_quantizable",
+}  # fmt: skip
 """Fields of tables' rows that are sentences."""
 ROWS = {"Refused"}
 """Tables all of whose fields are."""
 TABLES = {"STAGES"}
 """Tables that are computed; what they hold stands in zh_catalogue.FOREIGN."""
+LINES = ("adapters.", "data.", "evaluation.", "models.", "rl.", "training.")
+"""Where functions that return lines return what is told, and keys of dicts are reasons."""
+WRITTEN = ("training.model_card", "commands.export", "cli.chinese", "evaluation.report", "data.shown", "data.preview")
+"""What these make goes into a file, or is translated already."""
+BUILT_IN = {*dir(str), *dir(list), *dir(dict)}  # `text.split()` is no function of ours
+SILENT = {"write_atomically", "write", "write_text", "tokens", "encode"}
+"""Functions whose texts are written or read, not told."""
 SAMPLES = {"models.gguf.vocabulary", "commands.merge", "commands.recipes"}
 """Modules with tuples of texts that are tried, or written."""
 MOST = 6  # ways that a sentence may be put together before its parts become sentences of their own
 VALUE, PROSE = object(), object()  # of a template: what comes from the user, and what is ours
 Parts = tuple[object, ...]
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-
-
-@dataclass
-class Module:
-    name: str
-    tree: ast.Module
-    constants: dict[str, list[ast.expr]] = field(default_factory=dict)
-    imported: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Scope:
-    module: Module
-    functions: tuple[ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda, ...] = ()
-    """The innermost last."""
 
 
 class Messages:
@@ -63,7 +74,14 @@ class Messages:
         self.raised: list[tuple[ast.Call, Scope]] = []
         self.calls: dict[str, list[tuple[ast.Call, Scope]]] = {}
         for module in self.modules:
-            for node, scope in walk(module.tree, Scope(module)):
+            module.nodes = walk(module.tree, Scope(module))
+            for node, scope in module.nodes:
+                if (
+                    module.name in WRITTEN
+                    and isinstance(node, ast.Call)
+                    and name_of(node.func) in ("write", "write_text")
+                ):
+                    continue
                 if isinstance(node, FUNCTIONS):
                     self.defined.setdefault(node.name, []).append((node, scope))  # type: ignore[arg-type]
                 elif isinstance(node, ast.Call):
@@ -78,7 +96,7 @@ class Messages:
         self.fields: dict[str, list[tuple[str, int]]] = {}
         """Field -> the classes that have it, and where."""
         for module in self.modules:
-            for node in ast.walk(module.tree):
+            for node, _ in module.nodes:
                 if isinstance(node, ast.ClassDef):
                     names = [n.target.id for n in node.body if isinstance(n, ast.AnnAssign)
                              and isinstance(n.target, ast.Name)]  # fmt: skip
@@ -102,6 +120,9 @@ class Messages:
             for given in call.args:
                 if isinstance(given, ast.Constant | ast.JoinedStr | ast.Name):
                     self.say(given, scope)
+        for given, scope in self.lines():
+            if isinstance(given, ast.JoinedStr) or is_sentence(given):
+                self.say(given, scope)
         for pair, scope in self.pairs:
             for given in pair.elts:
                 if isinstance(given, ast.Constant | ast.JoinedStr | ast.BinOp):
@@ -112,6 +133,18 @@ class Messages:
                     head, _, rest = text.partition(": ")
                     self.found.setdefault(text if " " in head or not rest else numbered(rest), place)
         return dict(sorted(self.found.items()))
+
+    def lines(self) -> Iterator[tuple[ast.expr, Scope]]:
+        """Lines that functions return, and reasons that are keys."""
+        for module in self.modules:
+            if not module.name.startswith(LINES) or module.name in (*WRITTEN, *SAMPLES):
+                continue
+            for node, scope in module.nodes:
+                if isinstance(node, FUNCTIONS) and node.returns is not None:
+                    if ast.unparse(node.returns) in ("list[str]", "Iterator[str]", "Iterable[str]", "Sequence[str]"):
+                        yield from self.made(node, scope, 0)
+                elif isinstance(node, ast.Dict):
+                    yield from ((key, scope) for key in node.keys if key is not None and not is_name(key))
 
     def say(self, given: ast.expr, scope: Scope) -> None:
         for text, place in self.texts(given, scope):
@@ -166,6 +199,11 @@ class Messages:
                 | ast.Call(func=ast.Attribute(value=ast.Name() as name, attr="get"))
             ):
                 return self.of_table(name.id, scope)
+            case Items(found=found):
+                return unique([way for one, where in found for way in self.ways(one, where)]) or unknown
+            case ast.Call(func=ast.Attribute(value=ast.Constant(value=str()), attr="join"), args=[listed]):
+                texts = [template(way) for one, where in self.items(listed, scope) for way in self.ways(one, where)]
+                return self.pieces(texts, scope, given) or unknown
             case ast.Call(func=ast.Name(id="translated")):
                 return unknown
             case ast.Attribute(attr=name) if name in ATTRIBUTES:
@@ -181,29 +219,100 @@ class Messages:
         count = 1
         for i, (ways, node) in enumerate(zip(pieces, nodes, strict=True)):
             if count * len(ways) > MOST or (len(ways) > 1 and (VALUE,) in ways):
-                texts = [text for way in ways if is_words(text := template(way))]
-                for text in texts if any(" " in text for text in texts) else ():
-                    self.found.setdefault(text, f"{scope.module.name.replace('.', '/')}.py:{node.lineno}")
-                pieces[i] = [(PROSE,)] if any(" " in text for text in texts) else [(VALUE,)]
+                pieces[i] = self.pieces(list(map(template, ways)), scope, node) or [(VALUE,)]
             texts = [template(way) for way in ways]
             if len(ways) > 2 and all(len(text.split()) < 3 and not text.startswith(("a ", "an ")) for text in texts):
                 pieces[i] = [(VALUE,)]  # names
             count *= len(pieces[i])
         return unique([tuple(part for way in ways for part in way) for ways in itertools.product(*pieces)])
 
+    def pieces(self, texts: list[str], scope: Scope, node: ast.expr) -> list[Parts]:
+        """{a} for what may be any of several texts, each with an entry of its own; nothing where they are names."""
+        texts = list(filter(is_words, texts))
+        if not any(" " in text for text in texts):
+            return []
+        for text in texts:
+            self.found.setdefault(text, f"{scope.module.name.replace('.', '/')}.py:{node.lineno}")
+        return [(PROSE,)]
+
+    def items(self, listed: ast.expr, scope: Scope, deep: int = 0) -> list[tuple[ast.expr, Scope]]:
+        """What a list holds, as far as its making can be followed."""
+        if deep > 6:
+            return []
+        more = deep + 1
+        match listed:
+            case ast.List(elts=elements) | ast.Tuple(elts=elements):
+                return [item for one in elements for item in (
+                    self.items(one.value, scope, more) if isinstance(one, ast.Starred) else [(one, scope)]
+                )]  # fmt: skip
+            case ast.ListComp(elt=element) | ast.GeneratorExp(elt=element):
+                return [(element, scope)]
+            case ast.BinOp(left=left, right=right):
+                return [*self.items(left, scope, more), *self.items(right, scope, more)]
+            case ast.IfExp(body=body, orelse=orelse):
+                return [*self.items(body, scope, more), *self.items(orelse, scope, more)]
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=table), attr="values")):
+                tables = [node for node in scope.module.constants.get(table, ()) if isinstance(node, ast.Dict)]
+                return [(value, Scope(scope.module)) for node in tables for value in node.values]
+            case ast.Call(func=ast.Name(id="sorted" | "list" | "filter"), args=arguments):
+                return self.items(arguments[-1], scope, more)
+            case ast.Call(func=ast.Name(id=name)) | ast.Call(func=ast.Attribute(attr=name)):
+                return [
+                    item for function, where in self.functions(name, scope) for item in self.made(function, where, more)
+                ]
+            case ast.Name(id=name) if scope.functions:
+                found = []
+                for node in own(scope.functions[-1]):
+                    match node:
+                        case ast.Call(func=ast.Attribute(value=ast.Name(id=one), attr="append"), args=[value]):
+                            found += [(value, scope)] if one == name else []
+                        case (
+                            ast.Assign(targets=[ast.Name(id=one)], value=value)
+                            | ast.AugAssign(target=ast.Name(id=one), value=value)
+                            | ast.AnnAssign(target=ast.Name(id=one), value=ast.expr() as value)
+                        ):
+                            found += self.items(value, scope, more) if one == name else []
+                return found
+        return []
+
+    def made(self, function: Function, where: Scope, deep: int) -> list[tuple[ast.expr, Scope]]:
+        """What a function returns a list of, or yields."""
+        here, found = Scope(where.module, (*where.functions, function)), []
+        for node in own(function):
+            match node:
+                case ast.Return(value=ast.expr() as value) | ast.YieldFrom(value=value):
+                    found += self.items(value, here, deep)
+                case ast.Yield(value=ast.expr() as value):
+                    found.append((value, here))
+        return found
+
+    def functions(self, name: str, where: Scope) -> list[tuple[ast.FunctionDef, Scope]]:
+        """Those that a name may mean: of the same module or the imported one before any other."""
+        homes = (where.module.name, where.module.imported.get(name))
+        found = [] if name in BUILT_IN else self.defined.get(name, [])
+        return [one for one in found if one[1].module.name in homes] or found
+
+    def bindings(self, function: ast.AST, name: str, scope: Scope) -> Iterator[ast.expr | None]:
+        """What a name is set to in a function; None for what cannot be followed."""
+        for value in bindings(function, name, scope.module):
+            if isinstance(value, Items):
+                value.found = self.items(value.listed, scope)
+            yield value
+
     def of_name(self, name: str, scope: Scope) -> list[Parts]:
         for i in range(len(scope.functions) - 1, -1, -1):
             function, here = scope.functions[i], Scope(scope.module, scope.functions[: i + 1])
             if caught(name, here):
                 return [(PROSE,)]
-            bound = list(bindings(function, name, scope.module))
+            bound = list(self.bindings(function, name, here))
             if bound:
                 return unique([way for one in bound for way in (self.ways(one, here) if one else [(VALUE,)])])
             parameters = [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
             if name in parameters:
                 if isinstance(function, ast.Lambda):
                     return [(VALUE,)]
-                given = self.given(function, name, parameters)
+                kind = annotation(name, here)
+                given = self.given(function, name, parameters) if not kind or "str" in kind.split(" | ") else []
                 return given or [(VALUE,)]
         if name in scope.module.constants:
             return unique([way for one in scope.module.constants[name] for way in self.ways(one, Scope(scope.module))])
@@ -215,6 +324,8 @@ class Messages:
 
     def given(self, function: Function, name: str, parameters: list[str]) -> list[Parts]:
         """What callers give as a parameter."""
+        if function.name in SILENT:
+            return []
         ways: list[Parts] = []
         default = defaults(function).get(name)
         at = parameters.index(name) - (parameters[:1] == ["self"] and parameters[0] == "self")
@@ -252,9 +363,7 @@ class Messages:
     def of_call(self, name: str, where: Scope, at: int | None = None) -> list[Parts]:
         """What a function of the package returns, where that is text, or the part `at` of a tuple that it returns."""
         ways: list[Parts] = []
-        homes = (where.module.name, where.module.imported.get(name))
-        found = self.defined.get(name, [])
-        for function, scope in [one for one in found if one[1].module.name in homes] or found:
+        for function, scope in self.functions(name, where):
             kind = "" if function.returns is None else ast.unparse(function.returns)
             if at is None and "str" not in kind.split(" | "):
                 return [(VALUE,)]
@@ -263,138 +372,6 @@ class Messages:
                 if isinstance(node, ast.Return) and node.value is not None:
                     ways += [way for value in parts_of(node.value, at) for way in self.ways(value, here)]
         return unique(ways) or [(VALUE,)]
-
-
-def read(path: Path, package: Path) -> Module:
-    name = ".".join(path.relative_to(package).with_suffix("").parts)
-    module = Module(name, ast.parse(path.read_text(encoding="utf-8")))
-    for node in module.tree.body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                if isinstance(target, ast.Name):
-                    module.constants.setdefault(target.id, []).append(node.value)
-    for found in ast.walk(module.tree):
-        if isinstance(found, ast.ImportFrom) and (found.module or "").startswith("finetune."):
-            module.imported |= {alias.asname or alias.name: str(found.module)[9:] for alias in found.names}
-    return module
-
-
-def walk(node: ast.AST, scope: Scope) -> Iterator[tuple[ast.AST, Scope]]:
-    for child in ast.iter_child_nodes(node):
-        yield child, scope
-        inner = scope
-        if isinstance(child, (*FUNCTIONS, ast.Lambda)):
-            inner = Scope(scope.module, (*scope.functions, child))
-        yield from walk(child, inner)
-
-
-def own(function: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a function without those of functions within it."""
-    for child in ast.iter_child_nodes(function):
-        yield child
-        if not isinstance(child, (*FUNCTIONS, ast.Lambda)):
-            yield from own(child)
-
-
-def bindings(function: ast.AST, name: str, module: Module) -> Iterator[ast.expr | None]:
-    """What a name is set to in a function; None for what cannot be followed."""
-    for node in own(function):
-        match node:
-            case ast.Assign(targets=targets, value=value):
-                for target in targets:
-                    yield from bound(target, value, name)
-            case ast.AnnAssign(target=ast.Name(id=found), value=value) if found == name and value is not None:
-                yield value
-            case ast.NamedExpr(target=ast.Name(id=found), value=value) if found == name:
-                yield value
-            case ast.AugAssign(target=ast.Name(id=found), value=value) if found == name:
-                yield value
-            case ast.For(target=target, iter=over) | ast.comprehension(target=target, iter=over):
-                if any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(target)):
-                    if isinstance(over, ast.Name) and over.id in module.constants:
-                        over = module.constants[over.id][0]
-                    if isinstance(over, ast.Tuple | ast.List):
-                        for one in over.elts:
-                            yield from bound(target, one, name)
-                    elif (
-                        isinstance(over, ast.Call) and isinstance(over.func, ast.Attribute)
-                        and isinstance(over.func.value, ast.Dict) and isinstance(target, ast.Tuple)
-                    ):  # fmt: skip
-                        for key, value in zip(over.func.value.keys, over.func.value.values, strict=True):
-                            yield from bound(target, ast.Tuple([key, value]), name)  # type: ignore[list-item]
-                    else:
-                        yield None
-            case ast.withitem(optional_vars=ast.Name(id=found)) if found == name:
-                yield None
-
-
-def bound(target: ast.expr, value: ast.expr, name: str) -> Iterator[ast.expr | None]:
-    if isinstance(target, ast.Name):
-        if target.id == name:
-            yield value
-    elif isinstance(target, ast.Tuple):
-        names = [n.id for n in ast.walk(target) if isinstance(n, ast.Name)]
-        if name not in names:
-            return
-        if isinstance(value, ast.IfExp):
-            yield from bound(target, value.body, name)
-            yield from bound(target, value.orelse, name)
-        elif isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts):
-            for one, given in zip(target.elts, value.elts, strict=True):
-                yield from bound(one, given, name)
-        elif isinstance(value, ast.Call) and all(isinstance(one, ast.Name) for one in target.elts):
-            yield ast.Subscript(value, ast.Constant(names.index(name)), lineno=value.lineno)
-        else:
-            yield None
-
-
-def is_sentence(node: ast.expr) -> bool:
-    if isinstance(node, ast.JoinedStr | ast.BinOp):
-        return any(isinstance(n, ast.Constant) and is_sentence(n) for n in ast.walk(node))
-    return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.strip().count(" ") > 0
-
-
-def parts_of(value: ast.expr, at: int | None) -> list[ast.expr]:
-    """The part `at` of what is returned, in each of its ways."""
-    match value:
-        case ast.IfExp(body=body, orelse=orelse):
-            return [*parts_of(body, at), *parts_of(orelse, at)]
-        case ast.Call(func=ast.Name(id="next"), args=[ast.GeneratorExp(elt=element), *_]):
-            return parts_of(element, at)
-        case ast.Tuple(elts=elements) if at is not None:
-            return elements[at : at + 1]
-    return [value] if at is None else []
-
-
-def of_fromkeys(value: ast.expr) -> ast.expr:
-    """What dict.fromkeys gives all its keys."""
-    return value.args[1] if isinstance(value, ast.Call) and name_of(value.func) == "fromkeys" else value
-
-
-def caught(name: str, scope: Scope) -> bool:
-    """Whether it is an exception: `except … as name`."""
-    return any(isinstance(n, ast.ExceptHandler) and n.name == name for f in scope.functions[-1:] for n in own(f))
-
-
-def annotation(name: str, scope: Scope) -> str:
-    """Of a parameter."""
-    arguments = [a for f in scope.functions[-1:] if not isinstance(f, ast.Lambda) for a in f.args.args]
-    found = next((ast.unparse(a.annotation) for a in arguments if a.arg == name and a.annotation is not None), "")
-    return found.removesuffix(" | None")
-
-
-def argument(call: ast.Call, name: str, at: int) -> ast.expr | None:
-    named = next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
-    if named is None and 0 <= at < len(call.args) and not any(isinstance(a, ast.Starred) for a in call.args[: at + 1]):
-        return call.args[at]
-    return named
-
-
-def defaults(function: Function) -> dict[str, ast.expr]:
-    args = function.args
-    positional = [a.arg for a in (*args.posonlyargs, *args.args)]
-    found = dict(zip(positional[len(positional) - len(args.defaults) :], args.defaults, strict=True))
-    return found | {a.arg: d for a, d in zip(args.kwonlyargs, args.kw_defaults, strict=True) if d is not None}
 
 
 def numbered(text: str) -> str:
@@ -413,10 +390,6 @@ def is_words(text: str) -> bool:
     if re.search(r"\{[a-h]\}", text):
         return text != "{a}"
     return bool(re.search(r"[A-Za-z]{2}", literal)) and (" " in literal or literal.isalpha())
-
-
-def name_of(function: ast.expr) -> str:
-    return getattr(function, "id", getattr(function, "attr", ""))
 
 
 def unique(ways: list[Parts]) -> list[Parts]:

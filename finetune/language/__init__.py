@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import islice
 from pathlib import Path
 
 LANGUAGES = ("zh", "en")
@@ -25,6 +26,7 @@ CATALOGUE = Path(__file__).parent / "zh.json"
 HOLE = re.compile(r"\{(\w)\}")
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
 SENTENCE = re.compile(r"\b(a|an|and|are|has|in|is|it|its|not|of|or|that|the|to|was|which|with)\b")
+LONGEST, DEEPEST, PLACES = 4000, 4, 20  # what is longer, or in more parts, is no message of ours
 FEW = 10
 """Letters of a template that says so little (`use {0}`) that a sentence we do not know would pass for its value."""
 
@@ -60,33 +62,40 @@ class Template:
     """What stands between the holes."""
     holes: tuple[str, ...]
     chinese: str
+    letters: int
+    """How much it says of itself; a frame of other texts says nothing."""
+    texts: int
+    """Holes that have entries of their own."""
 
-    @property
-    def letters(self) -> int:
-        """How much it says of itself; a frame of other texts says nothing."""
-        return sum(character.isalpha() for literal in self.literals for character in literal)
-
-    @property
-    def texts(self) -> int:
-        return sum(map(str.isalpha, self.holes))
+    @classmethod
+    def of(cls, parts: list[str], chinese: str) -> Template:
+        literals, holes = tuple(map(braces, parts[::2])), tuple(parts[1::2])
+        letters = sum(character.isalpha() for literal in literals for character in literal)
+        return cls(literals, holes, chinese, letters, sum(map(str.isalpha, holes)))
 
     def fits(self, text: str) -> Iterator[dict[str, str]]:
         """Hole -> what stands there in `text`; of a frame of two texts every place where the second may begin."""
-        first, *others = self.literals
-        if not (text.startswith(first) and text.endswith(others[-1]) and all(one in text for one in others)):
+        first, *between, last = self.literals
+        at, end = len(first), len(text) - len(last)
+        if at > end or not (text.startswith(first) and text.endswith(last)):
             return
-        if self.letters or len(self.holes) != 2:
-            if (found := re.fullmatch("(.*?)".join(map(re.escape, self.literals)), text, re.DOTALL)) is not None:
-                yield dict(zip(self.holes, found.groups(), strict=True))
+        if not self.letters and len(between) == 1:
+            for found in islice(re.finditer(re.escape(between[0]), text[at:end]), PLACES):
+                yield dict(zip(self.holes, (text[at : at + found.start()], text[at + found.end() : end]), strict=True))
             return
-        within = text[len(first) : len(text) - len(others[1])]
-        for found in re.finditer(re.escape(others[0]), within):
-            yield dict(zip(self.holes, (within[: found.start()], within[found.end() :]), strict=True))
+        values = []
+        for literal in between:
+            if (begin := text.find(literal, at, end)) < 0:
+                return
+            values.append(text[at:begin])
+            at = begin + len(literal)
+        yield dict(zip(self.holes, [*values, text[at:end]], strict=True))
 
-    def shown(self, text: str) -> tuple[str, bool] | None:
+    def shown(self, text: str, deep: int) -> tuple[str, bool] | None:
         """`text` in Chinese, where it is made of this template, and whether all its parts are."""
+        deep = deep + 1 if self.letters else DEEPEST  # no frame within a frame
         for values in self.fits(text):
-            known = {name: in_chinese(value) if name.isalpha() else value for name, value in values.items()}
+            known = {name: in_chinese(value, deep) if name.isalpha() else value for name, value in values.items()}
             left = [name for name in values if known[name] == values[name]]
             unsure = self.letters <= FEW and any(is_sentence(values[name]) for name in left)
             whole = not any(map(str.isalpha, left))
@@ -114,7 +123,7 @@ def catalogue() -> dict[str, str]:
 def templates() -> list[Template]:
     """Those with holes; the ones that say most of themselves first."""
     split = ((HOLE.split(english), translation) for english, translation in catalogue().items())
-    found = [Template(tuple(map(braces, p[::2])), tuple(p[1::2]), shown) for p, shown in split if len(p) > 1]
+    found = [Template.of(parts, translation) for parts, translation in split if len(parts) > 1]
     return sorted(found, key=lambda template: (template.letters, template.texts), reverse=True)
 
 
@@ -124,12 +133,15 @@ def translated(text: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def in_chinese(text: str) -> str:
+def in_chinese(text: str, deep: int = 0) -> str:
+    """`deep`: in how many texts it stands."""
     if (known := catalogue().get(text.replace("{", "{{").replace("}", "}}"))) is not None:
         return braces(known)
     partly = None
-    for template in templates():
-        if (found := template.shown(text)) is not None:
+    for template in templates() if len(text) < LONGEST else ():
+        if deep >= DEEPEST and not template.letters:
+            break  # frames come last
+        if deep <= DEEPEST and (found := template.shown(text, deep)) is not None:
             shown, whole = found
             if whole:
                 return shown

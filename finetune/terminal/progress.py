@@ -297,4 +297,4 @@ def advise(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    note(f"warning: {message}", style="yellow")
+    note(f"{translated('warning')}: {translated(message)}", style="yellow")
