@@ -9,9 +9,11 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from finetune import child, places
 from finetune.base import Base
+from finetune.data import templates
 from finetune.errors import Interrupted, RunError, UserError
 from finetune.models import sources
 from finetune.models.gguf.export import OF_DTYPE, Written, check_folder, write_model
@@ -78,10 +80,14 @@ def write(
     encoder = base.asking(None)
     dtype = sources.stored_dtype(base.model) or str(base.config.get("dtype") or "bfloat16")
     stops = modelfiles.ends(encoder, folder)
+    template = getattr(encoder, "template", None)
+
+    def render(chat: list[Any], prompt: bool) -> str | None:
+        return None if template is None else templates.attempt(template, chat, None, encoder.variables, prompt)  # type: ignore[attr-defined]
+
     written = write_model(
-        folder, file, kind or OF_DTYPE.get(dtype, "bf16"), facts=facts, stops=stops,
-        template=getattr(encoder, "template", None),
-    )  # fmt: skip
+        folder, file, kind or OF_DTYPE.get(dtype, "bf16"), facts=facts, stops=stops, template=template, render=render
+    )
     about = f"{facts['name']}, made of {facts['base_model.0.name']}."
     return written, modelfiles.of(encoder, f"./{file.name}", stops, written.begins, about=about)
 

@@ -203,6 +203,23 @@ def attempt(
         return None
 
 
+CUT = "\U0010fff2 "  # private use: stands at the end of a turn that is gone on with
+
+
+def asked(template: str, messages: list[Message], variables: Variables, goes_on: bool = False) -> str:
+    """A prompt as transformers' apply_chat_template writes it (add_generation_prompt, or continue_final_message),
+    within the limits of `template_limits`. RowProblem where the template refuses."""
+    if not goes_on:
+        return render(template, messages, None, variables, prompt=True)
+    last = {**messages[-1], "content": str(messages[-1]["content"]) + CUT}
+    text = render(template, [*messages[:-1], last], None, variables)
+    if CUT.strip() not in text:
+        what = "the chat template leaves out the turn that is to be gone on with"
+        raise RowProblem("template_refused", what, MEND)
+    before, _, behind = text.rpartition(CUT.strip())
+    return before if behind.startswith(" ") else before.rstrip()
+
+
 def annotated(template: str, variables: Variables) -> str | None:
     """The template with {% generation %} marks that renders every probe exactly as `template` does: itself, a shipped
     one, or None."""

@@ -22,8 +22,10 @@ from rich.table import Table
 from finetune.adapters.methods import is_before_text
 from finetune.base import Base
 from finetune.data.encoder import Encoder
+from finetune.data.templates import STOPPED, asked
 from finetune.data.text import separator
 from finetune.data.thinking import answer
+from finetune.data.types import RowProblem
 from finetune.errors import FinetuneError, RunError
 from finetune.evaluation.choices import through
 from finetune.evaluation.generation import only_as_told, stop_ids
@@ -156,6 +158,23 @@ def adapter_of(encoder: Encoder | None) -> Any:
             ids = arguments[0] if arguments else more["inps"]
             return super()._model_call(*arguments, **more)[:, -ids.shape[1] :]
 
+        def apply_chat_template(self, chat_history: list[Any], add_generation_prompt: bool = True) -> str:
+            """As transformers renders it, within the limits of time and size that hold for templates here."""
+            assert encoder is not None
+            assert encoder.template is not None
+            variables = {**encoder.tokenizer.special_tokens_map, **self.chat_template_args}
+            try:
+                return asked(encoder.template, chat_history, variables, not add_generation_prompt)
+            except RowProblem as problem:
+                plain = [turn for turn in chat_history if turn["role"] != "system"]
+                if problem.kind == STOPPED or plain == chat_history:
+                    raise RunError(problem.message) from None
+                logging.getLogger(HARNESS).warning("the chat template takes no system turn: it is left out")
+                try:
+                    return asked(encoder.template, plain, variables, not add_generation_prompt)
+                except RowProblem as again:
+                    raise RunError(again.message) from None
+
         def generate_until(self, *arguments: Any, **more: Any) -> list[str]:
             """Thinking that does not end is no answer."""
             texts: list[str] = super().generate_until(*arguments, **more)
@@ -168,16 +187,16 @@ def adapter_of(encoder: Encoder | None) -> Any:
 def in_our_format(parent: Any, encoder: Encoder) -> Any:
     """Where a chat format is no template of the tokenizer (ChatGLM's): prompts are our ids, found again by the text
     that the harness was given for them."""
-    asked: dict[str, list[dict[str, Any]]] = {}
+    given: dict[str, list[dict[str, Any]]] = {}
 
     class Asked(parent):
         def apply_chat_template(self, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             text = json.dumps(history, ensure_ascii=False)
-            asked[text] = history
+            given[text] = history
             return text
 
         def tok_encode(self, string: str, *arguments: Any, **more: Any) -> list[int]:
-            known = asked.get(string)
+            known = given.get(string)
             return super().tok_encode(string, *arguments, **more) if known is None else encoder.prompt_ids(known)
 
         def tok_batch_encode(
@@ -191,10 +210,10 @@ def in_our_format(parent: Any, encoder: Encoder) -> Any:
             return found["input_ids"], found["attention_mask"]
 
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-            if context not in asked:
+            if context not in given:
                 return super()._encode_pair(context, continuation)
-            before = encoder.prompt_ids(asked[context])
-            return before, through(encoder, asked[context], continuation)[len(before) :]
+            before = encoder.prompt_ids(given[context])
+            return before, through(encoder, given[context], continuation)[len(before) :]
 
     return Asked
 

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import make_tokenizer
 from jinja2 import TemplateSyntaxError
 
 from finetune.data import template_limits, templates
 from finetune.data.types import RowProblem
-from finetune.errors import UserError
+from finetune.errors import RunError, UserError
+from finetune.evaluation import harness
+from finetune.models.gguf import vocabulary
 
 MESSAGES = [{"role": "user", "content": "u1"}, {"role": "assistant", "content": "a1"}]
 ENDLESS = {
@@ -117,3 +121,50 @@ def test_what_is_counted_changes_nothing() -> None:
     ).replace("{% call(x) show_all() %}{{ x }}{% endcall %}", "{% set b %}in {{ 1 }}{% endset %}{{ b }}")  # fmt: skip
     given = {"messages": MESSAGES, "tools": None, "documents": None, "add_generation_prompt": False}
     assert rendered(text) == _compile_jinja_template(text).render(**given)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize("name", ["chatml", "llama3", "mistral_trimming"])
+def test_a_prompt_is_that_of_transformers(name: str, goes_on: bool) -> None:
+    texts = {
+        "chatml": "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        "llama3": "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}",
+        "mistral_trimming": "{% for m in messages %}({{ m['content']|trim }}){% endfor %}",
+    }
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = texts[name]
+    chat = [{"role": "user", "content": "what is "}, {"role": "assistant", "content": "it is  "}][: 1 + goes_on]
+    theirs = tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
+    )
+    assert templates.asked(texts[name], chat, dict(tokenizer.special_tokens_map), goes_on) == theirs
+
+
+def test_the_harness_renders_within_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would render it without."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(template_limits, "SECONDS", 0.3)
+    calm = "{% if messages|length > 2 %}" + ENDLESS["loops in loops"] + "{% endif %}x"
+    encoder = SimpleNamespace(template=calm, tokenizer=SimpleNamespace(special_tokens_map={}), thinking=None)
+    given: Any = SimpleNamespace(chat_template_args={})
+    ask = harness.adapter_of(encoder).apply_chat_template  # type: ignore[arg-type]
+    assert ask(given, MESSAGES) == "x"
+    with pytest.raises(RunError, match="the chat template is stopped"):
+        ask(given, [*MESSAGES, *MESSAGES])
+
+
+def test_a_gguf_file_is_made_within_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversations are written by the function that is handed over, and by nothing else."""
+    seen: list[Any] = []
+
+    def render(chat: list[dict[str, str]], prompt: bool) -> str | None:
+        seen.append((len(chat), prompt))
+        return None if len(chat) > 1 else "<s>a"
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = ENDLESS["loops in loops"]
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda *_, **__: pytest.fail("rendered without limits"))
+    assert set(vocabulary.chats_of(tokenizer, render)) == {"<s>a"}
+    assert {*seen} == {(1, True), (3, True)}

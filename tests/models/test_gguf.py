@@ -22,7 +22,10 @@ from finetune.errors import UserError
 from finetune.evaluation import targets
 from finetune.models import sources
 from finetune.models.gguf import cache, packaged
-from finetune.recipe.file import check
+from finetune.planning.network import build
+from finetune.planning.source import skeleton
+from finetune.recipe.file import check, load
+from finetune.recipe.resolve import Hardware, resolve
 from finetune.recipe.sections import ModelConfig
 from finetune.run.directory import Run
 from finetune.training.start import merged_start
@@ -328,3 +331,18 @@ def test_what_is_made_of_a_file_in_a_folder_is_no_gguf_file(here: Path, recipe: 
     dpo = check({"version": 1, "stage": "dpo", "model": {**model, "adapter": "a"}, "data": {"train": "d"},
                  "dpo": {"start": "merge"}, "output": {"dir": str(run.path)}}, "dpo")  # fmt: skip
     assert merged_start(dpo, run).folder == run.path / "start"  # type: ignore[arg-type]
+
+
+def test_a_gguf_base_is_planned_from_its_header(recipe: Any, tmp_path: Path) -> None:
+    """Nothing is converted, and the plan is that of the same model in its folder."""
+    file = write(tmp_path / "my base.gguf")
+    done = ft("plan", recipe(model={"name": str(file), "dtype": "float32"}), "--json", "-", "--gpu", "8GB")
+    assert done.returncode == 0, done.stderr
+    assert "converting" not in done.stderr
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    said = json.loads(done.stdout)
+    assert said["tokens_per_row"] is None, "its tokenizer would have to be made first"
+    made: Any = resolve(load(str(recipe(model={"name": "tiny-llama", "dtype": "float32"})), None), Hardware())
+    same = build(made, skeleton(made.model))
+    assert (said["total_parameters"], said["trainable_parameters"]) == (same.total, same.trainable)
+    assert said["memory"]["weights"] == pytest.approx(same.weights / 1e9, rel=0.01)

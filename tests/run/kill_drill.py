@@ -29,6 +29,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "run")]
 WATCHED = ("replace", "rename", "fsync", "unlink", "rmdir")
+REAL = {name: getattr(os, name) for name in (*WATCHED, "remove")}
+MORE = ("dpo, start: merge", "sft on a GGUF file", "compare")
+"""Only where they are named."""
 Words = list[str]
 
 
@@ -95,33 +98,63 @@ def hooked(folder: Path, at: int | None, after: bool, log: int) -> None:
     os.remove = os.unlink
 
 
-def start(words: Words, folder: Path, at: int | None = None, after: bool = False, log: Path | None = None) -> int:
-    """The pid of a process that runs `ft …`; what it says goes to FOLDER.said."""
+def part(*arguments: str, module: str = "finetune", shown: bool = False) -> tuple[int, str]:
+    """In the place of `child.run`: a part of a command forked from it, which imports nothing anew and is not killed."""
     pid = os.fork()
-    if pid:
-        return pid
+    if not pid:
+        for name, real in REAL.items():
+            setattr(os, name, real)
+        if module == "finetune":
+            run_as_ft([*arguments])
+        import runpy
+
+        code = 1
+        try:
+            sys.argv = [module, *arguments]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return ended(pid), ""
+
+
+def run_as_ft(words: Words) -> None:
+    """This process becomes `ft …`, and ends."""
     code = 1
     try:
-        said = os.open(f"{folder}.said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
-        if log is not None:
-            hooked(folder, at, after, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
         sys.argv = ["ft", *words]
-        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        from finetune import child
         from finetune.cli import main
 
+        child.run = part
         try:
             main()
             code = 0
-        except SystemExit as ended:
-            code = int(str(ended.code or 0))
+        except SystemExit as end:
+            code = int(str(end.code or 0))
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def start(words: Words, folder: Path, at: int | None = None, after: bool = False, log: Path | None = None) -> int:
+    """The pid of a process that runs `ft …`; what it says goes to FOLDER.said."""
+    pid = os.fork()
+    if pid:
+        return pid
+    said = os.open(f"{folder}.said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    if log is not None:
+        hooked(folder, at, after, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    run_as_ft(words)
+    return 0
 
 
 def ended(pid: int) -> int:
@@ -291,7 +324,13 @@ def recipes(base: Path, folder: Path) -> dict[str, dict[str, Any]]:
         "data": {"train": str(folder / "pairs.jsonl"), "max_length": 64},
         "train": {**train, "max_steps": 3, "save_steps": 1},
     }  # fmt: skip
-    return {"sft": sft, "dpo": dpo, "ppo": ppo}
+    on_first = {
+        **dpo, "model": {**common["model"], "adapter": str(folder / "first")}, "dpo": {"start": "merge"},
+        "adapter": {"method": "lora", "r": 2},
+    }  # fmt: skip
+    on_gguf = {**sft, "model": {"name": str(folder / "a base.gguf"), "dtype": "float32", "sanity_check": False}}
+    compared = {**sft, "train": {**train, "max_steps": 2}}
+    return {"sft": sft, "dpo": dpo, "ppo": ppo, "on_first": on_first, "on_gguf": on_gguf, "compared": compared}
 
 
 def build(base: Path, place: Path, only: list[str]) -> list[tuple[Drill, Path]]:
@@ -357,6 +396,7 @@ def build(base: Path, place: Path, only: list[str]) -> list[tuple[Drill, Path]]:
         (Drill("generate", folder, writing,
                lambda: [[*writing, "--resume"], writing], lambda: [], lambda: answers.read_text()), finished),
     ]  # fmt: skip
+    found += more(given, stock, finished, place, only)
     if not only or "merge --overwrite" in only:
         shutil.rmtree(folder)
         shutil.copytree(finished, folder)
@@ -364,6 +404,44 @@ def build(base: Path, place: Path, only: list[str]) -> list[tuple[Drill, Path]]:
             raise SystemExit(Path(f"{folder}.said").read_text())
         shutil.copytree(folder, place / "merged")
     return [(drill, what) for drill, what in found if not only or drill.name in only]
+
+
+def more(given: dict[str, Any], stock: Path, finished: Path, place: Path, only: list[str]) -> list[tuple[Drill, Path]]:
+    """Those of MORE that are named."""
+    folder, found = place / "drill", list[tuple[Drill, Path]]()
+    names = dict(zip(MORE, ("on_first", "on_gguf", "compared"), strict=True))
+    for name in only:
+        if name not in names:
+            continue
+        where = place / names[name]
+        shutil.copytree(finished if name == MORE[0] else stock, where)
+        if name == MORE[0]:
+            (where / "run").rename(where / "first")
+        if name == MORE[1]:
+            sys.path.append(str(ROOT / "tests" / "models"))
+            import gguf_tiny
+
+            gguf_tiny.write(where / "a base.gguf")
+        (where / f"{names[name]}.yaml").write_text(json.dumps(given[names[name]]), encoding="utf-8")
+        if name != MORE[2]:
+            drill = training(names[name], folder, given[names[name]], "dpo" if name == MORE[0] else "sft")
+        else:
+            result = folder / "c" / "compare.json"
+            words = [
+                "compare",
+                str(folder / "compared.yaml"),
+                "--methods",
+                "lora,bitfit",
+                "--output",
+                str(folder / "c"),
+            ]
+            drill = Drill(
+                name, folder, words, lambda result=result, words=words: [] if result.exists() else [words], lambda: [],
+                lambda result=result: stable(result),
+            )  # fmt: skip
+        drill.name = name
+        found.append((drill, where))
+    return found
 
 
 def stable(report: Path) -> Any:
@@ -401,7 +479,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--only", action="append", default=[])
+    parser.add_argument("--only", action="append", default=[], help=f"also {', '.join(MORE)}, which take long")
     parser.add_argument("--points", type=int)
     parser.add_argument("--random", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)

@@ -21,7 +21,7 @@ from finetune.models.gguf.checks import stored_dtype
 from finetune.models.gguf.config import FREQUENCIES
 from finetune.models.gguf.header import check_package, read_header
 from finetune.models.gguf.places import MADE, TYPES, check_type
-from finetune.models.gguf.vocabulary import vocabulary
+from finetune.models.gguf.vocabulary import Render, by_transformers, vocabulary
 from finetune.models.tokenizers import load_tokenizer
 from finetune.models.weight_files import DERIVED, read_json, shapes, tensors, weight_files
 from finetune.recipe.sections import ModelConfig
@@ -67,13 +67,14 @@ def check_folder(folder: Path, kind: str, path: Any) -> Any:
 
 def write_model(
     folder: Path, path: Path, kind: str, *, facts: dict[str, str] | None = None, stops: list[int] | None = None,
-    template: str | None = None,
+    template: str | None = None, render: Render | None = None,
 ) -> Written:  # fmt: skip
     """Write `path`, which must be nobody's, and prove it. UserError for what cannot be written as it is.
 
     Args:
         kind: of TYPES; facts: more of the section general (name, license, …); stops: ids that end an answer;
-            template: the chat template, by default the tokenizer's own.
+            template: the chat template, by default the tokenizer's own; render: writes conversations by it, within
+            limits of time and size; by default transformers, without any.
     """
     config = check_folder(folder, kind, folder)
     files = weight_files(folder)
@@ -81,8 +82,9 @@ def write_model(
     if template is not None:
         tokenizer.chat_template = template
     rows = next(shape[0] for file in files for name, shape in shapes(file).items() if "embed_tokens" in name)
-    words = vocabulary(tokenizer, rows, folder)
-    begins, silenced = first_token(tokenizer)
+    render = render or by_transformers(tokenizer)
+    words = vocabulary(tokenizer, rows, folder, render)
+    begins, silenced = first_token(tokenizer, render)
     gguf = importlib.import_module("gguf")
     writer = gguf.GGUFWriter(path, layout.ARCHITECTURES[config.model_type])
     try:
@@ -110,14 +112,16 @@ def put_all(writer: Any, values: dict[str, Any]) -> None:
         (writer.add_array if isinstance(value, list) else adders[type(value)])(key, value)
 
 
-def first_token(tokenizer: Any) -> tuple[bool, bool]:
+def first_token(tokenizer: Any, render: Render) -> tuple[bool, bool]:
     """(whether the file asks for it, whether that is only because chats of this model have none): a chat is what the
     model was trained on, and llama.cpp puts the token before a chat as before any text."""
     bos = tokenizer.bos_token
     adds = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] if bos is not None else False
     if not adds or not tokenizer.chat_template:
         return adds, False
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    text = render([{"role": "user", "content": "a"}], False)
+    if text is None:
+        return adds, False
     return text.startswith(bos), not text.startswith(bos)
 
 

@@ -13,6 +13,7 @@ import json
 import random
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from finetune.errors import UserError
 from finetune.models.gguf.checks import DIGIT_SPLITS, GPT2_SPLITS, NUMBER_SPLITS
 from finetune.models.gguf.tokenizer import WHOLE_WORDS, splitter
 
+Render = Callable[[list[dict[str, str]], bool], str | None]
+"""(a conversation, whether an answer is asked for) -> its text by the chat template; None where that refuses it."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 USUAL = ("llama-bpe", "qwen2", "smollm", "gpt-2", "qwen35", "tekken", "gpt-4o")
 """Tried first: of rules that do the same, the best known name."""
@@ -52,12 +55,12 @@ class Vocabulary:
     """Such as have the same ids; the chats are always among them."""
 
 
-def vocabulary(tokenizer: Any, rows: int, path: Path) -> Vocabulary:
+def vocabulary(tokenizer: Any, rows: int, path: Path, render: Render) -> Vocabulary:
     """UserError, for `path`, for a tokenizer that llama.cpp cannot follow.
 
     Args:
         tokenizer: transformers', with the library tokenizers behind it.
-        rows: of the embedding; ids without a token get a name that no text holds.
+        rows: of the embedding; ids without a token get a name that no text holds. render: writes conversations.
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -71,7 +74,7 @@ def vocabulary(tokenizer: Any, rows: int, path: Path) -> Vocabulary:
     if len(tokens) > rows:
         refuse(path, f"its tokenizer has {len(tokens):,} tokens and its embedding {rows:,} rows")
     values: dict[str, Any] = {}
-    chats, texts = chats_of(tokenizer), list(TEXTS)
+    chats, texts = chats_of(tokenizer, render), list(TEXTS)
     if model.get("byte_fallback"):
         scores = scores_of(model["merges"], tokens)
         for number, token in enumerate(tokens):
@@ -156,17 +159,23 @@ def ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return [found.ids for found in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def chats_of(tokenizer: Any) -> list[str]:
+def by_transformers(tokenizer: Any) -> Render:
+    def render(chat: list[dict[str, str]], prompt: bool) -> str | None:
+        try:
+            return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt))
+        except TemplateError:
+            return None
+
+    return render
+
+
+def chats_of(tokenizer: Any, render: Render) -> list[str]:
     """Conversations as the chat template writes them: control tokens between words. Some templates know no answers."""
     found = []
     for text in CHATS if tokenizer.chat_template else ():
         turns = [{"role": role, "content": text} for role in ("user", "assistant", "user")]
-        for chat in (turns[:1], turns):
-            try:
-                found.append(str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)))
-            except TemplateError:
-                continue
-    return list(filter(None, found))
+        found += [render(chat, True) for chat in (turns[:1], turns)]
+    return [chat for chat in found if chat]
 
 
 def scores_of(merges: list[Any], tokens: list[str]) -> list[float]:
