@@ -154,6 +154,9 @@ def bring_together(model: nn.Module) -> None:
                     whole[id(parameter)] = nn.Parameter(value if ranks.first() else value[:0])
                     whole[id(parameter)].kept_alive = parameter  # type: ignore[attr-defined] # or its id comes again
                 module._parameters[name] = whole[id(parameter)]
+    for module in model.modules():  # `fully_shard` has put a class before the module's own, which knows parts only
+        if isinstance(module, FSDPModule):
+            module.__class__ = type(module).__bases__[1]
 
 
 def bring_together_of_zero(model: nn.Module) -> None:
