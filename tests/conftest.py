@@ -50,19 +50,24 @@ def frozen() -> None:
 
 
 def shorten(put: Callable[[Any, str, Any], None]) -> None:
-    """Half the time of a short run: tiny models fit, without a pass to see how many rows do, and matplotlib draws no
-    pixels. put: setattr, or pytest's own."""
-    if fits := sys.modules.get("finetune.planning.fits"):
-        put(fits, "rows_that_fit", lambda network, recipe, length, machine, cap, start: cap)
+    """Half the time of a short run: tiny models fit, without a pass to see how many rows do, and nothing is drawn.
+    put: setattr, or pytest's own."""
+    if sizing := sys.modules.get("finetune.planning.sizing"):
+        put(sizing, "skeleton", lambda model: None)
+        put(sizing, "build", lambda recipe, skeleton: None)
+        put(sizing.fits, "rows_that_fit", lambda network, recipe, length, machine, cap, start: cap)
+    if picture := sys.modules.get("finetune.report.picture"):
+        put(picture, "plot", lambda rows, path, title="": picture.write_atomically(path, PIXEL))
     if figure := sys.modules.get("matplotlib.figure"):
         put(figure.Figure, "savefig", lambda self, file, **_: file.write(PIXEL))
 
 
 @pytest.fixture(autouse=True)
 def shortened(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that is marked `whole` has all of it, as users do."""
+    """A test that is marked `whole` has all of it, as users do; the others do not wait for the disk, either."""
     if not request.node.get_closest_marker("whole"):
         shorten(monkeypatch.setattr)
+        monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,8 @@ import docs_pages  # noqa: E402
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "SECURITY.md"]
 TREE = docs_pages.tree()
 KEYS = completion.keys(None)
+VARIABLE = re.compile(r"\$\{?\w+\}?")
+"""Of the shell."""
 
 
 def test_made_pages_are_current() -> None:
@@ -92,7 +94,11 @@ def inline(text: str) -> list[str]:
 def test_command_lines(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for line in lines_of(text):
-        parsed([word for word in shlex.split(line, comments=True)[1:] if not re.fullmatch(r"\$\w+", word)])
+        words = shlex.split(line, comments=True)[1:]
+        try:
+            parsed([word for word in words if not VARIABLE.fullmatch(word)])  # of options, as $how
+        except AssertionError:
+            parsed([VARIABLE.sub("1", word) for word in words])  # of a value, as $RANK
     for line in inline(text):
         words = re.sub(r"[…[\]]", " ", line).split()[1:]
         words = words[1:] if words[0] == "help" else words

@@ -29,6 +29,8 @@ import contestants
 from contestants import DPO, EPOCHS, PPO, SFT, Places
 
 HERE = Path(__file__).parent
+Runs = dict[int, dict[str, Any] | None]
+"""By number, those of one contestant; None for one that failed. Runs of one number followed each other."""
 CLOCK = "cpu"
 """Of the hook's events: cpu or wall."""
 T_95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's, of 1 to 9 degrees of freedom
@@ -132,14 +134,14 @@ def figures(work: Path, task: str) -> dict[str, Any] | None:
     if (work / "done").read_text() != "0" or not (work / "events.jsonl").exists():
         return None
     events = [json.loads(line) for line in (work / "events.jsonl").read_text().splitlines()]
-    end = next((e for e in reversed(events) if e["event"] == "end"), {})
+    peak = max((e["peak_mb"] for e in events if e["event"] == "end"), default=0.0)  # of a program and its launcher
     wanted = [e for e in events if e["event"] == ("rollout" if task == "ppo" else "pass")]
     if task == "ppo":
         part = wanted[1:]
         if len(wanted) < 2:
             return None
         seconds = (part[-1][CLOCK] - wanted[0][CLOCK]) / len(part)
-        return {"seconds": seconds, "rollouts": len(wanted), "peak_mb": end.get("peak_mb"), "loss": wanted[-1]["loss"]}
+        return {"seconds": seconds, "rollouts": len(wanted), "peak_mb": peak, "loss": wanted[-1]["loss"]}
     if wanted and work.parent.name == "ft":  # the longest rows go through once before the first step
         wanted = wanted[1:]
     steps = len(wanted) // EPOCHS
@@ -149,26 +151,25 @@ def figures(work: Path, task: str) -> dict[str, Any] | None:
     return {
         "seconds": part[-1][CLOCK] - wanted[steps - 1][CLOCK], "inside": sum(e["spent"] for e in part), "steps": steps,
         "labels": sum(e["labels"] or 0 for e in part), "positions": sum(math.prod(e["shape"]) for e in part),
-        "peak_mb": end.get("peak_mb"), "first": wanted[0]["cpu"], "losses": [e["loss"] for e in wanted],
+        "peak_mb": peak, "first": wanted[0]["cpu"], "losses": [e["loss"] for e in wanted],
     }  # fmt: skip
 
 
-def results(folder: Path, task: str) -> dict[str, list[dict[str, Any] | None]]:
-    """By contestant, its runs in order; None for one that failed."""
-    found: dict[str, list[dict[str, Any] | None]] = {}
+def results(folder: Path, task: str) -> dict[str, Runs]:
+    """By contestant, its runs."""
+    found: dict[str, Runs] = {}
     for name in TASKS[task][1]:
         place = folder / "results" / task / name.replace(" ", "_")
         runs = sorted((p for p in place.glob("*") if (p / "done").exists()), key=lambda p: int(p.name))
         if runs:
-            found[name] = [figures(run, task) for run in runs]
+            found[name] = {int(run.name): figures(run, task) for run in runs}
     return found
 
 
-def ratio(
-    theirs: list[dict[str, Any] | None], ours: list[dict[str, Any] | None]
-) -> tuple[float, float, float, int] | None:
+def ratio(theirs: Runs, ours: Runs) -> tuple[float, float, float, int] | None:
     """(mean, 95% interval, pairs) of theirs / ours, in logarithms, as ratios are symmetrical there."""
-    pairs = [math.log(t["seconds"] / o["seconds"]) for t, o in zip(theirs, ours, strict=False) if t and o]
+    both = [(theirs[n], ours[n]) for n in theirs.keys() & ours.keys()]
+    pairs = [math.log(t["seconds"] / o["seconds"]) for t, o in both if t and o]
     if not pairs:
         return None
     mean = statistics.fmean(pairs)
@@ -213,15 +214,15 @@ def report(folder: Path, found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def table(task: str, runs: dict[str, list[dict[str, Any] | None]]) -> list[str]:
-    ours = runs.get("ft", [])
+def table(task: str, runs: dict[str, Runs]) -> list[str]:
+    ours = runs.get("ft", {})
     unit = ("CPU-s" if CLOCK == "cpu" else "s") + (" a rollout" if task == "ppo" else " an epoch")
     lines = [
         f"| | {unit} | against ft | n | label tokens | positions | loss, first → last | peak MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, listed in runs.items():
-        good = [run for run in listed if run]
+        good = [run for run in listed.values() if run]
         if not good:
             lines.append(f"| {name} | does not run | | {len(listed)} | | | | |")
             continue
@@ -250,9 +251,9 @@ def table(task: str, runs: dict[str, list[dict[str, Any] | None]]) -> list[str]:
     return lines
 
 
-def unequal(runs: dict[str, list[dict[str, Any] | None]]) -> list[str]:
+def unequal(runs: dict[str, Runs]) -> list[str]:
     """Contestants that train another number of label tokens in an epoch than ft."""
-    labels = {name: {run["labels"] for run in listed if run} for name, listed in runs.items()}
+    labels = {name: {run["labels"] for run in listed.values() if run} for name, listed in runs.items()}
     return [name for name, counts in labels.items() if counts and counts != labels.get("ft")]
 
 

@@ -266,6 +266,8 @@ def weight_bytes(model: Any) -> int:
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
-    """(trainable, total) parameters; a tied matrix counts once."""
+    """(trainable, total) parameters; a tied matrix counts once. Of weights in parts what was `counted` before."""
+    if (counted := getattr(model, "counted", None)) is not None:
+        return counted
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainable, sum(real_numel(p) for p in model.parameters())

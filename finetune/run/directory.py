@@ -9,6 +9,7 @@ result.json is written last and atomically, so a directory without it is unfinis
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ def resumable(run: Run) -> bool:
     return run.last_checkpoint() is not None or run.reward.is_dir()
 
 
+@cache
 def versions() -> dict[str, str]:
     names = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "tokenizers")
     ours = {"ft": metadata.version("ft-recipes"), "python": platform.python_version()}

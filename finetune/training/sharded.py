@@ -61,8 +61,16 @@ def plain(tensor: Any) -> torch.Tensor:
     return whole.cpu()
 
 
+def back_in_parts(model: nn.Module) -> None:
+    """A forward pass without a backward one leaves some units whole, and what is written there would be forgotten."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
     """What is trained, whole, by name; empty tensors in all processes but the first."""
+    back_in_parts(model)
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -123,6 +131,7 @@ def read(checkpoint: Path, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
 
 def load(model: nn.Module, checkpoint: Path, names: Mapping[str, str]) -> None:
     """A checkpoint's weights into a model, shared out or not."""
+    back_in_parts(model)
     parameters = dict(model.named_parameters())
     for name, value in read(checkpoint, names).items():
         put(parameters[name], value)
@@ -135,6 +144,7 @@ def bring_together(model: nn.Module) -> None:
     if ranks.kind() == "deepspeed":
         bring_together_of_zero(model)
         return
+    back_in_parts(model)
     whole: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
@@ -28,9 +29,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from finetune import ranks
 from finetune.adapters import adalora
 from finetune.adapters.resume import load_state, save_state
-from finetune.errors import RunError
+from finetune.errors import RunError, UserError
 from finetune.metrics import Metric, ratio_interval
 from finetune.models.hardware import rounding
+from finetune.models.quantization import parameter_counts
 from finetune.recipe.sections import TrainConfig
 from finetune.run.checkpoints import complete, damage, discard, known_of, rotate
 from finetune.run.writing import append_lines
@@ -86,6 +88,8 @@ class Extras:
             super().__init__(*args, **kwargs)
         settings.eval_strategy = strategy
         self.file_names = sharded.file_names(self.model) if in_parts() else {}
+        if in_parts():
+            self.model.counted = parameter_counts(self.model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -167,7 +171,14 @@ class Extras:
     # --- set-up ---
 
     def create_accelerator_and_postprocess(self) -> None:
+        if in_parts() and self.args.device.type == "cpu":
+            # accelerate 1.15 shards where it knows a GPU's kind of group (`AcceleratorState`), and on CPUs goes on
+            # without a word with whole weights in every process. torch shards there as well.
+            self.args.distributed_state.distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if in_parts() and not self.accelerator.is_fsdp2:
+            what = f"accelerate does not share out the weights on {self.args.device.type}"
+            raise UserError(what, key="--launch", fix="use ddp")
         self._metrics = {"train": {}, "eval": {}}  # of trl, whose trainers replace it
         if self.args.fp16 and self.args.device.type == "cpu":
             # accelerate drops autocast and loss scaling for fp16 on CPUs without a word; with them the path that

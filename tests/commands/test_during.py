@@ -57,6 +57,7 @@ def started(path: Path, stage: str) -> Run:
     return Run(Path(yaml.safe_load(path.read_text())["output"]["dir"]))
 
 
+@pytest.mark.whole
 def test_what_is_trained_is_as_it_would_be_without(
     recipe: Recipe, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

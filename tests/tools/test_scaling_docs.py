@@ -59,7 +59,7 @@ def test_other_launchers_are_asked_as_they_want() -> None:
 
 
 def test_files_of_clusters() -> None:
-    recipe, job, sky = YAML
+    job, sky, recipe = YAML
     assert check(recipe, "sft").stage == "sft"
     nodes = job["spec"]["pytorchReplicaSpecs"]
     assert nodes["Master"] == nodes["Worker"]

@@ -66,6 +66,7 @@ def run(folder: Path) -> None:
 
     def counted(model: Any) -> None:
         """How much of the frozen and of the trained weights lies here."""
+        sharded.back_in_parts(model)
         for trained in (False, True):
             tensors = [p for p in model.parameters() if p.requires_grad is trained]
             here = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in tensors)
@@ -80,6 +81,7 @@ def run(folder: Path) -> None:
         rows.clear()
         loads.clear()
         os.environ[ranks.KIND] = kind
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # what accelerate leaves behind
         sys.argv = ["ft", *words]
         code = 0
         try:

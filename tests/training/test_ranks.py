@@ -18,7 +18,7 @@ from ranks_script import replies
 SCRIPT = Path(__file__).parent / "ranks_script.py"
 ROWS = 27  # 5 of them held out: steps of 8 rows, and a last one of 6, of which a process of four has none
 DAILY, SLOW = ("sft", "packed", "dpo", "ppo"), ("smoothed", "full", "qlora", "simpo", "kto", "reward", "pretrain")
-DAILY_IN_PARTS, SLOW_IN_PARTS = ("sft", "dpo"), ("full", "qlora")
+DAILY_IN_PARTS, SLOW_IN_PARTS = ("sft", "dpo"), ("full", "qlora", "kto", "reward", "pretrain")
 STAGES, IN_PARTS = (
     [*daily, *(pytest.param(stage, marks=pytest.mark.slow) for stage in slow)]
     for daily, slow in ((DAILY, SLOW), (DAILY_IN_PARTS, SLOW_IN_PARTS))
@@ -100,6 +100,7 @@ def recipes(folder: Path, base: Path) -> dict[str, Path]:
         more: dict[str, Any] = {"label_smoothing_factor": 0.1, "group_by_length": True} if name == "smoothed" else {}
         more |= {"per_device_train_batch_size": None} if name == "packed" else {}
         more |= {"learning_rate": 1e-3, "max_steps": 2} if name == "ppo" else {}
+        more |= {"load_best_model_at_end": True} if name == "full" else {}  # the first: no answer is right
         section = {**train, **more}
         model = {**common["model"], **({"quantization": "int4"} if name == "qlora" else {})}
         written[name] = folder / f"{name}.yaml"
@@ -186,6 +187,8 @@ def test_weights_in_parts_are_one(request: pytest.FixtureRequest, stage: str) ->
     for own in together[1][f"{stage}.fsdp"]:
         assert max(own["shares"]) < 0.6
     one, parts = together[0] / f"{stage}.one", together[0] / f"{stage}.fsdp"
+    best = json.loads((parts / "result.json").read_text())["best_checkpoint"]
+    assert (best is not None and best.endswith("checkpoint-4")) is (stage == "full")
     assert_alike(one, parts)
     kept = "model" if (one / "model").is_dir() else "adapter"
     whole, found = tensors(one / kept), tensors(parts / kept)
