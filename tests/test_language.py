@@ -140,7 +140,7 @@ def test_every_help_fits_and_is_chinese(
     for words in pages(command):
         command([*words, "--help"], prog_name="ft", standalone_mode=False)
         page = capsys.readouterr().out
-        lines = [line for line in page.partition("\n\n")[2].splitlines() if not line.startswith("  ft ")]  # examples
+        lines = [line for line in page.partition("\n\n")[2].splitlines() if not line.strip().startswith("ft ")]
         body = "\n".join(lines)
         assert not ENGLISH.search(VALUES.sub("", body.replace("on|off", ""))), (words, body)
         assert "显示这段帮助并退出" in re.sub(r"\s", "", page)

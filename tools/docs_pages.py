@@ -56,6 +56,7 @@ CONTENTS: dict[str, dict[str, str]] = {
         "zh/install.md": "安装、CUDA、镜像、ModelScope、Docker、Windows 与 macOS",
         "zh/data.md": "数据格式与选项",
         "zh/methods.md": "适配方法",
+        "zh/glossary.md": "FT_LANG=zh，以及帮助与报错的用词",
     },
     "The program": {
         "architecture.md": "rooms of the house, the way of a recipe and of a row",

@@ -17,7 +17,7 @@ SPACE = 2
 WIDEST = 30  # of the left column; longer options have a line to themselves, as in English
 NOT_FIRST, NOT_LAST = "，。、；：！？）》」”…", "（《「“"
 """Signs that begin, and that end, no line."""
-EXTRA = re.compile(r"  \[([^\[\]]*)\]$")
+EXTRA = re.compile(r"(?:^|  )\[([^\[\]]*)\]$")
 
 
 def in_chinese(app: typer.Typer) -> Any:
@@ -84,7 +84,8 @@ def of_option(text: str) -> str:
         return text
     found = EXTRA.search(text)
     help_ = translated(" ".join(text[: found.start()].split() if found else text.split()))
-    return help_ + ("" if found is None else f"  [{'；'.join(map(translated, found[1].split('; ')))}]")
+    extra = "" if found is None else f"[{'；'.join(map(translated, found[1].split('; ')))}]"
+    return "  ".join(filter(None, [help_, extra]))
 
 
 def wrapped(text: str, width: int) -> list[str]:
