@@ -51,7 +51,7 @@ def training(recipe: Write, run: Run) -> subprocess.Popen[str]:
 
 
 def test_a_killed_process_ends_all(recipe: Write, tmp_path: Path) -> None:
-    """It is named, and the run can go on. Measured on two busy cores: 1 s from the kill to the end."""
+    """It is named, and the run can go on."""
     run = Run(tmp_path / "run")
     process = training(recipe, run)
     one_of(psutil.Process(process.pid), "1").kill()
