@@ -166,3 +166,23 @@ def test_two_processes_do_not_build_the_same_folder(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="another process"):
             build(target, "b")
     assert names(target) == ["a"]
+
+
+def test_what_a_link_leads_to_is_left_alone(tmp_path: Path) -> None:
+    """It is not read as ours, not built in, not given another mode, and not taken with the link."""
+    outside, ours = tmp_path / "outside", tmp_path / "ours"
+    outside.mkdir()
+    ours.mkdir()
+    (outside / "result.json").write_text('{"a": 1}')
+    (outside / "result.json").chmod(0o600)
+    (ours / "result.json").symlink_to(outside / "result.json")
+    assert places.read_json(ours / "result.json") == {}
+    places.as_umask(ours)
+    assert (outside / "result.json").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.part").symlink_to(tmp_path / "empty")
+    with pytest.raises(UserError, match="in the way"):
+        places.check_part(tmp_path / "x", "--output")
+    (tmp_path / "link").symlink_to(outside)
+    places.remove(tmp_path / "link")
+    assert (outside / "result.json").exists()

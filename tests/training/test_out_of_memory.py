@@ -284,7 +284,7 @@ sys.meta_path.insert(0, Finder())
 
 @pytest.mark.slow
 def test_a_real_process_takes_the_place_of_the_other(recipe: Any, tmp_path: Path) -> None:
-    """8 rows, then 4, then 2, in one process id. Not run yet since it was written."""
+    """8 rows, then 4, then 2, in one process id."""
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
     path = written(recipe, tmp_path, "sft", auto_find_batch_size=True)
