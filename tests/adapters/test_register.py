@@ -18,7 +18,8 @@ from conftest import train
 OWN = ("BITFIT", "BOTTLENECK", "LAST_LAYERS")
 FORKS = """
 import json, os, sys, traceback
-import torch, transformers
+import accelerate, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 for line in sys.stdin:
     code, cwd = json.loads(line)

@@ -22,8 +22,11 @@ FAMILIES = [
 TWO_STEPS = ["train.max_steps=2", "train.warmup_steps=0", "train.effective_batch_size=4"]
 SHORT = {
     **dict.fromkeys(("dpo", "kto", "reward"), TWO_STEPS),
-    "ppo": ["train.max_steps=1", "train.effective_batch_size=8", "ppo.max_new_tokens=8", "ppo.num_mini_batches=2"],
-}
+    "ppo": [
+        "train.max_steps=1", "train.effective_batch_size=8", "ppo.max_new_tokens=8", "ppo.num_mini_batches=2",
+        "reward.train={path: builtin:tickets/pairs_train, max_samples: 48}",
+    ],
+}  # fmt: skip
 
 
 def run(folder: Path, stage: str, family: str, *settings: str) -> Path:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ PHASES = {
     "evaluating": "finetune.training.trainers.Extras.evaluation_loop",
     "saving a checkpoint": "finetune.training.trainers.complete",
     "saving the weights": "finetune.training.finish.save_adapter",
-    "the report": "finetune.training.report.write",
+    "the report": "finetune.report.page.write",
 }
 CASES = [
     (phase, number)
@@ -82,8 +83,8 @@ def test_a_signal_in_any_phase(
     path, sent = of_rows(tmp_path, base), []
     with monkeypatch.context() as patch:
         place, _, name = PHASES[phase].rpartition(".")
-        owner: Any = pytest.importorskip(place.rpartition(".")[0]) if place[place.rfind(".") + 1].isupper() else None
-        owner = getattr(owner, place.rpartition(".")[2]) if owner is not None else pytest.importorskip(place)
+        module, _, kind = place.rpartition(".")
+        owner: Any = getattr(import_module(module), kind) if kind[0].isupper() else import_module(place)
         real = getattr(owner, name)
 
         def disturbed(*args: Any, **kwargs: Any) -> Any:

@@ -133,16 +133,23 @@ def test_a_console_that_is_ascii(tmp_path: Path) -> None:
     """Rows, paths and recipes in Chinese, with escape sequences in the rows."""
     rows = [{"question": f"问{i}{EVIL}", "answer": f"答{i}😀"} for i in range(3)]
     data = write_rows(tmp_path / "数据[red]:smile: b.jsonl", [*rows, {"question": EVIL}])
-    env = {"PYTHONIOENCODING": "ascii"}
-    for more in ([], ["--json", "-"]):
-        done = ft("data", "preview", "--data", data, "--model", "tiny-llama", *more, env=env)
-        assert done.returncode == 0, done.stderr
-        assert b"\x1b" not in done.stdout + done.stderr
-        if more:
-            assert "答0" in json.loads(done.stdout)["samples"][0]["text"]
-        else:
-            assert b"[red]:smile: b.jsonl" in done.stdout
-            assert SHOWN.encode() in done.stdout
+    words = ["ft", "data", "preview", "--data", str(data), "--model", "tiny-llama"]
+    code = (
+        "import json, sys; from finetune.cli import main\n"
+        "for sys.argv in json.loads(sys.argv[1]):\n"
+        "    try: main()\n"
+        "    except SystemExit as ended: print(f'<end {ended.code}>', flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps([words, [*words, "--json", "-"]])], capture_output=True,
+        env={**os.environ, "COLUMNS": "200", "PYTHONIOENCODING": "ascii"}, check=False,
+    )  # fmt: skip
+    assert b"\x1b" not in done.stdout + done.stderr
+    shown, as_json, rest = done.stdout.split(b"<end 0>\n")
+    assert rest == b"", done.stderr
+    assert b"[red]:smile: b.jsonl" in shown
+    assert SHOWN.encode() in shown
+    assert "答0" in json.loads(as_json)["samples"][0]["text"]
 
 
 def test_a_disk_that_fills_while_training(recipe: Any, tmp_path: Path) -> None:
