@@ -16,7 +16,6 @@ import typer
 from finetune import __version__, language, ranks
 from finetune.child import PART, as_interrupts
 from finetune.cli import completion, shared
-from finetune.cli.chinese import in_chinese
 from finetune.cli.commands import TRAINING, app
 from finetune.errors import FinetuneError, UserError, explained, render, visible, without_secrets
 from finetune.resources import resource_path
@@ -62,7 +61,11 @@ def main() -> None:
         with as_interrupts():
             check_given(arguments)
             check_processes(arguments)
-            run = in_chinese(app) if language.chinese() else app
+            run = app
+            if language.chinese():
+                from finetune.cli.chinese import in_chinese  # with rich, which the Tab key need not wait for
+
+                run = in_chinese(app)
             code = run(args=arguments, prog_name="ft", standalone_mode=False) or 0
         if code == 130:  # typer makes this of Ctrl-C, without a word
             raise KeyboardInterrupt
