@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import contestants
-from contestants import DPO, EPOCHS, PPO, SFT, Places
+from contestants import DPO, EPOCHS, LENGTH, PPO, SFT, Places
 
 HERE = Path(__file__).parent
 Runs = dict[int, dict[str, Any] | None]
@@ -38,7 +38,10 @@ VENVS = {"trl": "trl", "llamafactory": "llamafactory", "ms-swift": "ms-swift", "
 BATCH = {"sft": 8, "packed": 8, "defaults": 8, "dpo": 4, "ppo": 4}
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("SFT, equal settings, no packing", SFT),
-    "packed": ("SFT, equal settings, packed into rows of 512", {k: SFT[k] for k in ("ft", "trl CLI", "LLaMA-Factory")}),
+    "packed": (
+        f"SFT, equal settings, packed into rows of {LENGTH}",
+        {k: SFT[k] for k in ("ft", "trl CLI", "LLaMA-Factory")},
+    ),
     "defaults": ("SFT, each tool's own defaults", {k: v for k, v in SFT.items() if k != "axolotl"}),
     "dpo": ("DPO, equal settings", DPO),
     "ppo": ("PPO, equal settings", PPO),
@@ -190,7 +193,7 @@ def report(folder: Path, found: dict[str, Any]) -> str:
         "difference of a tenth is noise then. Positions are tokens with their padding.", "",
         f"Base: a Llama of {about['parameters'] / 1e6:.1f}M parameters with random weights, vocabulary 6,144. SFT: "
         f"{about['chats']} chats of {about['median']:,} tokens in the median and {about['longest']:,} at most, "
-        f"{about['tokens_cut_at_512']:,} after the cut at 512, batch 8. DPO: 32 pairs, batch 4. PPO: 16 prompts "
+        f"batch 8. DPO: 32 pairs, batch 4. PPO: 16 prompts "
         "a rollout with at most 48 tokens each, 2 passes of 4 minibatches. What all are told stands in",
         "[peers/contestants.py](peers/contestants.py): LoRA r 8 on all linear layers, float32, AdamW at constant 1e-3,",
         "no gradient checkpointing, seed 42; `defaults` leaves each its own precision, checkpointing and attention.",

@@ -123,8 +123,13 @@ def main() -> None:
     encoder.save_pretrained(folder / "base")
     lengths = sorted(len(encoder.apply_chat_template(row["messages"])["input_ids"]) for row in made["sft.jsonl"])
     size = sum(p.numel() for p in model.parameters())
-    told = {"parameters": size, "chats": len(lengths), "tokens": sum(lengths), "median": lengths[len(lengths) // 2],
-            "longest": lengths[-1], "tokens_cut_at_512": sum(min(512, n) for n in lengths)}  # fmt: skip
+    told = {
+        "parameters": size,
+        "chats": len(lengths),
+        "tokens": sum(lengths),
+        "median": lengths[len(lengths) // 2],
+        "longest": lengths[-1],
+    }
     (folder / "workload.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
     print(json.dumps(told))
 
