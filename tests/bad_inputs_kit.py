@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -247,16 +248,27 @@ Told = tuple[int, list[str], str]
 """Exit code, heavy modules that were asked for, stderr."""
 
 
-def process(program: str, where: Path, *words: str, given: str = "") -> subprocess.CompletedProcess[str]:
+def process(
+    program: str, where: Path, *words: str, given: str = "", begin: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """begin: what the process does before it becomes Python."""
     return subprocess.run(
         [sys.executable, "-c", program, *words], input=given, capture_output=True, text=True, cwd=where,
-        env={**os.environ, **ENVIRONMENT}, timeout=300,
+        env={**os.environ, **ENVIRONMENT}, preexec_fn=begin, timeout=300,
     )  # fmt: skip
 
 
-def typed(where: Path, lines: list[str]) -> dict[str, Told]:
+def as_table(text: str, here: Path) -> str:
+    """What differs between machines and installations left out."""
+    for found, written in ((str(here), "HERE"), (", smollm2-135m", ""), ("\n\n", "\n")):
+        text = text.replace(found, written)
+    return text.rstrip("\n")
+
+
+def typed(where: Path, lines: Iterable[str], begin: Callable[[], None] | None = None) -> dict[str, Told]:
     """What is said of each command line, all typed in `where`, in one process without torch and transformers."""
-    done = process(WITHOUT_TORCH, where, given="".join(json.dumps(shlex.split(line)) + "\n" for line in lines))
+    asked = "".join(json.dumps(shlex.split(line)) + "\n" for line in lines)
+    done = process(WITHOUT_TORCH, where, given=asked, begin=begin)
     found, text = [], done.stderr
     for _ in lines:
         said, end, text = text.partition("<end ")

@@ -57,17 +57,10 @@ def told(here: Path) -> dict[str, kit.Told]:
     return found
 
 
-def as_table(text: str, here: Path) -> str:
-    """What differs between machines and installations left out."""
-    for found, written in ((str(here), "HERE"), (", smollm2-135m", ""), ("\n\n", "\n")):
-        text = text.replace(found, written)
-    return text.rstrip("\n")
-
-
 @pytest.mark.parametrize(("line", "said"), EARLY, ids=[line for line, _ in EARLY])
 def test_told_without_torch(told: dict[str, kit.Told], here: Path, line: str, said: str) -> None:
     code, heavy, text = told[line]
-    assert as_table(text, here) == said
+    assert kit.as_table(text, here) == said
     assert (code, heavy) == (2, [])
 
 
@@ -86,7 +79,7 @@ ALONE_LINES = [EARLY[i] for i in range(0, len(EARLY), len(EARLY) // 5)]
 @pytest.mark.parametrize(("line", "said"), ALONE_LINES, ids=[line for line, _ in ALONE_LINES])
 def test_as_a_process(here: Path, line: str, said: str) -> None:
     done = kit.process(ALONE, here, *shlex.split(line))
-    assert (done.returncode, as_table(done.stderr, here)) == (2, said)
+    assert (done.returncode, kit.as_table(done.stderr, here)) == (2, said)
     assert done.stdout.splitlines()[-1] == "heavy"
 
 
@@ -106,7 +99,7 @@ def test_told_before_a_model_is_loaded(
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", lambda *_, **__: loaded.append(1))
     done = ft(*shlex.split(line), cwd=with_models)
     assert done.returncode == 2
-    assert as_table(done.stderr, with_models).endswith(said)
+    assert kit.as_table(done.stderr, with_models).endswith(said)
     assert not loaded
     assert "Traceback" not in done.stderr
     assert not (with_models / "pwned").exists()

@@ -7,9 +7,7 @@ CAP_DAC_READ_SEARCH.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +15,6 @@ from pathlib import Path
 
 import bad_inputs_kit as kit
 import pytest
-from test_bad_inputs import ENVIRONMENT, WITHOUT_TORCH, as_table
 
 TABLE = Path(__file__).parent / "fixtures" / "closed_places.txt"
 BLOCKS = [block.strip("\n").partition("\n") for block in TABLE.read_text(encoding="utf-8").split("\n\n")]
@@ -66,22 +63,12 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def told(here: Path) -> dict[str, tuple[str, str]]:
-    """Command line -> (exit code, what is said), all in one process without torch."""
-    asked = "".join(json.dumps(shlex.split(line)) + "\n" for line in CASES)
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH], input=asked, capture_output=True, text=True, cwd=here,
-        env={**os.environ, **ENVIRONMENT}, preexec_fn=as_others, timeout=300,
-    )  # fmt: skip
-    first, *rest = done.stderr.split("<end ")
-    assert len(rest) == len(CASES), done.stderr[-3000:]
-    parts = [one.partition(">\n") for one in rest]
-    said = [first, *(text for _, _, text in parts)]
-    return {line: (code, text) for line, (code, _, _), text in zip(CASES, parts, said, strict=False)}
+def told(here: Path) -> dict[str, kit.Told]:
+    return kit.typed(here, CASES, begin=as_others)
 
 
 @pytest.mark.parametrize("line", CASES)
-def test_told(told: dict[str, tuple[str, str]], here: Path, line: str) -> None:
-    code, text = told[line]
-    assert as_table(text, here) == CASES[line]
-    assert code == "2"
+def test_told(told: dict[str, kit.Told], here: Path, line: str) -> None:
+    code, heavy, text = told[line]
+    assert kit.as_table(text, here) == CASES[line]
+    assert (code, heavy) == (2, [])

@@ -173,10 +173,10 @@ def ppo_recipe(base: Path, tmp_path: Path) -> Path:
 def test_ppo_goes_on_with_fewer_rows(ppo_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learn, begun = Learner.minibatch, list[list[str]]()
 
-    def limited(self: Any, rollout: Any, index: Any) -> Any:
+    def limited(self: Any, *given: Any, **named: Any) -> Any:
         if self.rows > 2 and self.scheduler.last_epoch >= 1:  # after a rollout
             raise torch.OutOfMemoryError(CUDA)
-        return learn(self, rollout, index)
+        return learn(self, *given, **named)
 
     def here(words: list[str]) -> None:
         begun.append(words)
