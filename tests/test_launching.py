@@ -101,6 +101,10 @@ def test_another_launcher_says_all_that_is_needed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="ACCELERATE_USE_FSDP: accelerate's own configuration of fsdp is not read"):
         launching.check_environment()
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    with pytest.raises(UserError, match="ACCELERATE_USE_PARALLELISM_CONFIG: tensor, sequence, context and pipeline"):
+        launching.check_environment()
 
 
 def test_parts_of_deepspeed_fit_no_others() -> None:

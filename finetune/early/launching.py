@@ -123,6 +123,10 @@ def check_environment() -> None:
         if os.environ.get(name, "").lower() in ("1", "true") and ranks.KIND not in os.environ:
             fix = f"use ft … --launch {kind} --num-processes N, which sets it up, or a configuration without"
             raise UserError(f"accelerate's own configuration of {kind} is not read", key=name, fix=fix)
+    for name in ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM"):
+        if os.environ.get(name, "").lower() in ("1", "true"):
+            what = "tensor, sequence, context and pipeline parallelism are not supported"
+            raise UserError(what, key=name, fix="use a configuration of accelerate without, or ft … --launch fsdp")
     if ranks.kind() not in KINDS:
         raise UserError(f"no such way: {ranks.kind()}", key=ranks.KIND, fix=f"use {', '.join(KINDS)}")
 
