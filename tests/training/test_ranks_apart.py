@@ -93,12 +93,13 @@ def test_a_full_disk_is_no_hang(recipe: Write, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_are_one(recipe: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_four_processes_are_one(recipe: Write, tmp_path: Path, kind: str) -> None:
     """With a last step of which some have no row."""
     path = recipe(adapter={"lora_dropout": 0.0}, data={"eval_split": 5}, train={"max_steps": None})
     one, four = tmp_path / "one", tmp_path / "four"
     assert ft("sft", path, "--output", one).returncode == 0
-    process = started(["sft", str(path), "--output", str(four), "--launch", "ddp", "--num-processes", "4"])
+    process = started(["sft", str(path), "--output", str(four), "--launch", kind, "--num-processes", "4"])
     said = process.communicate(timeout=500)[1]
     assert process.returncode == 0, said
     assert losses(four) == pytest.approx(losses(one), abs=1e-5)
