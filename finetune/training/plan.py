@@ -40,7 +40,11 @@ def layout(recipe: Recipe, samples: int, rows: int, hardware: Hardware) -> Layou
     if rows < samples:  # a packed row holds several samples: fewer rows make a step
         per_row = samples / rows
         each = hardware.processes
-        wanted = max(1, round(train.effective_batch_size / per_row / each)) * each
+        wanted = max(1, round(train.effective_batch_size / per_row))
+        if wanted % each:
+            even = math.ceil(math.ceil(wanted / each) * each * per_row)
+            what = f"a step of {wanted} packed rows cannot be shared out evenly over {each} processes"
+            raise UserError(what, key="train.effective_batch_size", fix=f"set it to {even}, or use one process")
         train = train.model_copy(update={"effective_batch_size": wanted})
     micro, accumulation = batch_layout(train, recipe.data.max_length, hardware)
     per_epoch = max(1, math.ceil(math.ceil(rows / (micro * hardware.processes)) / accumulation))

@@ -63,6 +63,14 @@ def test_packed_rows_hold_several_samples(samples: int, rows: int, expected: Lay
     assert layout(recipe({"packing": True}, num_train_epochs=1), samples, rows, Hardware()) == expected
 
 
+def test_packed_rows_of_a_step_are_shared_out_evenly_or_refused() -> None:
+    """A step of one packed row would be two in two processes: another batch than effective_batch_size says."""
+    packed = recipe({"packing": True}, num_train_epochs=1, effective_batch_size=6)
+    assert layout(packed, 40, 20, Hardware()).accumulation * layout(packed, 40, 20, Hardware()).rows_per_pass == 3
+    with pytest.raises(UserError, match="3 packed rows cannot be shared out evenly over 2 processes → set it to 8"):
+        layout(packed, 40, 20, Hardware(processes=2))
+
+
 def test_an_evaluation_that_would_never_come() -> None:
     """17 rows twice are 6 steps."""
     held_out = {"eval_split": 4}
