@@ -258,6 +258,8 @@ def test_nothing_is_read_and_ignored(tmp_path: Path, config: Any, key: str) -> N
         ({**LLAMA_FACTORY, "packing": True}, "keeps samples apart"),
         (AXOLOTL, "counts samples here, and packed rows there"),
         (f"{SFT}\n", "is the model's own there"),
+        ({**LLAMA_FACTORY, "template": "qwen3_nothink"}, "thinking is off there"),
+        (f"{SFT} --enable_thinking false\n", "thinking is off there"),
         ("trl sft --model_name_or_path b --dataset_name d\n", "trains all text of messages"),
         ("trl sft --model_name_or_path b --dataset_name d --use_peft\n", "are peft's for the model there"),
     ],

@@ -154,6 +154,8 @@ def differences(work: Work) -> list[str]:
         found.append("trl trains all text of messages without assistant_only_loss; data.train_on: all does so here")
     if tool == TRL and flat.get("adapter.method") == "lora" and "adapter.target_modules" not in flat:
         found.append("adapter.target_modules are peft's for the model there (often q_proj and v_proj), all-linear here")
+    if str(keys.get("template", "")).endswith("nothink") or keys.get("enable_thinking") is False:
+        found.append("thinking is off there: data.thinking: empty writes and trains rows so here")
     if tool == SWIFT and "data.max_length" not in flat:
         found.append("data.max_length is the model's own there, and 2048 here")
     return found
