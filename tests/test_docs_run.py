@@ -193,7 +193,8 @@ def elsewhere(line: str) -> list[str]:
 def kept(block: str) -> str:
     if any(elsewhere(line) for line in lines(block)[:1] if line.startswith(("#!", "client ="))):
         return ""
-    return "".join(line for line in lines(block) if not elsewhere(line))
+    here = [line for line in lines(block) if "| jq " not in line or shutil.which("jq") is not None]
+    return "".join(line for line in here if not elsewhere(line))
 
 
 def trains(block: str) -> bool:
