@@ -50,8 +50,8 @@ def frozen() -> None:
 
 
 def shorten(put: Callable[[Any, str, Any], None]) -> None:
-    """Half the time of a short run: tiny models fit, without a pass to see how many rows do; nothing is planned or drawn.
-    put: setattr, or pytest's own."""
+    """Half the time of a short run: tiny models fit, without a pass to see how many rows do, and nothing is
+    planned or drawn. put: setattr, or pytest's own."""
     if sizing := sys.modules.get("finetune.planning.sizing"):
         put(sizing, "skeleton", lambda model: None)
         put(sizing, "build", lambda recipe, skeleton: None)
