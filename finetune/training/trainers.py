@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -559,12 +560,16 @@ class RowMeans:
         return (loss[0] * share, loss[1]) if return_outputs else loss * share
 
 
+@dataclass
 class Collator(DataCollatorForLanguageModeling):
     """trl's, with the loss weights of turns where the data has them.
 
     Packed rows: with `padding_free` all of a pass are one row, for kernels that take documents of any length. Without,
     each stays a row (`return_position_ids`): attention that masks documents apart costs the square of a row's length.
     """
+
+    boundaries: bool = True
+    """Whether one row says where its documents begin, as kernels are told, and not by its positions alone."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super().torch_call(examples)
@@ -578,6 +583,12 @@ class Collator(DataCollatorForLanguageModeling):
             # that alone, and only where there is no other mask.
             batch["tokens"] = int(batch.pop("attention_mask").sum())
             batch["labels"][batch["position_ids"] == 0] = -100
+        elif self.padding_free:
+            batch["tokens"] = sum(len(example["input_ids"]) for example in examples)
+            for key in (
+                () if self.boundaries else ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+            ):
+                del batch[key]
         return batch
 
 
