@@ -1,6 +1,7 @@
 """`make bench`: ft beside what people would pick instead, on the same work, in interleaved pairs.
 
-    python benchmarks/peers/compare.py [--only sft,packed,defaults,dpo,ppo,ppo-defaults] [--pairs 10] [--folder DIR] [--cuda]
+    python benchmarks/peers/compare.py [--only sft,packed,defaults,dpo,ppo,ppo-defaults] [--pairs 10] [--folder DIR]
+        [--cuda]
 
 Makes the workload and an environment per peer, runs every contestant in turn, and writes benchmarks/RESULTS.md. A run
 that is there already is not repeated: the command goes on where it was stopped.

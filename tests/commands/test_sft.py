@@ -295,11 +295,11 @@ def test_a_pass_without_padding_has_the_same_loss(
     recipe: Recipe, tmp_path: Path, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from finetune.models import documents
-    from finetune.training import trainers
+    from finetune.training import sft_trainer
 
-    shapes, plain = [], trainers.Collator.torch_call
+    shapes, plain = [], sft_trainer.Collator.torch_call
     monkeypatch.setattr(
-        trainers.Collator, "torch_call",
+        sft_trainer.Collator, "torch_call",
         lambda self, rows: shapes.append(batch := plain(self, rows)) or batch,
     )  # fmt: skip
     settings = {"max_steps": 2, "effective_batch_size": 8, "per_device_train_batch_size": 4, **more}
@@ -320,7 +320,7 @@ def test_documents_in_rows_are_apart(flat: bool) -> None:
     them to each other."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from finetune.training.trainers import Collator
+    from finetune.training.sft_trainer import Collator
 
     torch.manual_seed(0)
     config = LlamaConfig(
