@@ -39,6 +39,7 @@ ELSEWHERE = {
     "ft sft qwen72.yaml": "several GPUs, and 72B weights",
     "ft plan qwen72.yaml": "downloads the config of its base",
     "#!/bin/bash": "a job of Slurm, with its commands",
+    "ft compare quickstart.yaml": "searches a learning rate for each method: minutes; tests/commands/test_compare.py",
     "make ": "makes an environment, or works for minutes to hours",
     "python benchmarks/real.py": "works for an hour or two",
     ". .venv/bin/activate": "what make quickstart made",
