@@ -1,6 +1,6 @@
-"""What ft does on a CUDA machine, in under eight minutes on one card: `make gpu-check`.
+"""What ft does on a CUDA machine, in under eight minutes on one card, and how fast, in eight more: `make gpu-check`.
 
-python benchmarks/gpu_check.py [NAME …] [--shape 7b|1b|tiny] [--output docs/gpu.md] [--any-device]
+python benchmarks/gpu_check.py [NAME …] [--shape 8b|7b|1b|tiny] [--output docs/gpu.md] [--any-device]
 
 Each check runs in a process of its own with a limit of time, so one that fails, hangs or runs out of memory is one row
 of the table and the next goes on. Without a GPU every row says "not run". `--any-device` runs them wherever it is,
@@ -21,37 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from gpu_kit import ROOT, Row, apart, ft, losses
+from gpu_speed import NOTE, SPEED
 
-ROOT = Path(__file__).parent.parent
-Row = dict[str, Any]
 SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+    },
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
-LIMIT = 420.0  # seconds of all checks together
-
-
-def ft(*words: Any) -> str:
-    """What `ft words…` printed on stdout; RuntimeError with its last lines when it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "finetune", *map(str, words)], capture_output=True, text=True, cwd=ROOT
-    )
-    if done.returncode:
-        raise RuntimeError(" ".join(done.stderr.strip().splitlines()[-2:]))
-    return done.stdout
-
-
-def metrics(run: Path) -> list[Row]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in metrics(run) if "loss" in row]
-
-
-def apart(a: Sequence[float], b: Sequence[float]) -> float:
-    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+LIMIT = 420.0  # seconds of all checks together, and as many of all that measure speed
 
 
 class Check:
@@ -59,6 +45,11 @@ class Check:
 
     def __init__(self, folder: Path, shape: str) -> None:
         self.folder, self.shape = folder, shape
+
+    @property
+    def smaller(self) -> str:
+        """The shape for what takes longer than a step."""
+        return "1b" if self.shape in ("7b", "8b") else self.shape
 
     def model(self, shape: str) -> Path:
         """A random model with the built-in tokenizer; kept for the checks that follow."""
@@ -73,9 +64,9 @@ class Check:
             return path
         tokenizer = tokenizers.build_tokenizer(_world_texts(), world.HAN)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        size = 32_000 if shape != "tiny" else len(tokenizer)
+        size = SHAPES[shape].get("vocab_size", 32_000) if shape != "tiny" else 0
         config = LlamaConfig(
-            **SHAPES[shape], vocab_size=max(size, len(tokenizer)), max_position_embeddings=4096,
+            **{**SHAPES[shape], "vocab_size": max(size, len(tokenizer))}, max_position_embeddings=4096,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         )  # fmt: skip
         torch.manual_seed(0)
@@ -167,71 +158,9 @@ def flash(check: Check) -> Row:
     return {"figures": f"losses off by {off:.1e}"}
 
 
-def measured(check: Check, name: str, stage: str, **sections: Any) -> Row:
-    """Tokens a second, share of the card's peak and memory, beside what `ft plan` said."""
-    recipe, run = check.recipe(name, stage, check.shape, 1024 if check.shape != "tiny" else 128, **sections)
-    plan = json.loads(ft("plan", recipe, "--json", "-"))
-    ft(stage, recipe)
-    rate = [row["tokens_per_second"] for row in metrics(run) if "tokens_per_second" in row][1:]
-    peak = json.loads((run / "result.json").read_text())["peak_memory_gb"]
-    planned = plan.get("peak_memory_gb")
-    share = share_of_peak(plan, check.folder / f"{name}.run")
-    said = [f"{sorted(rate)[len(rate) // 2]:,.0f} tok/s", *([f"{share:.0%} of the peak rate"] if share else [])]
-    return {"figures": ", ".join([*said, f"{peak:.1f} GB, planned {planned:.1f}"])}
-
-
-def share_of_peak(plan: Row, run: Path) -> float | None:
-    """Of the rate that the data sheet names; None for cards that are not known."""
-    import torch
-
-    from finetune.planning.cards import CARDS
-
-    if not torch.cuda.is_available() or not (work := plan.get("step_flops")):
-        return None
-    name = torch.cuda.get_device_name()
-    card = next((card for key, card in reversed(CARDS.items()) if key in name and card.tflops), None)
-    result = json.loads((run / "result.json").read_text())
-    return work * result["steps"] / result["seconds"] / (card.tflops * 1e12) if card and card.tflops else None
-
-
-def qlora(check: Check) -> Row:
-    """SFT of a random model, int4 with LoRA."""
-    return measured(check, "qlora", "sft", model={"quantization": "int4"}, train={"gradient_checkpointing": True})
-
-
-def lora(check: Check) -> Row:
-    """SFT of a random model, LoRA in bfloat16."""
-    return measured(check, "lora", "sft", train={"gradient_checkpointing": True})
-
-
-def dpo(check: Check) -> Row:
-    """DPO of a random model, int4 with LoRA; its first loss is ln 2."""
-    row = measured(check, "dpo", "dpo", model={"quantization": "int4"}, train={"gradient_checkpointing": True})
-    first = losses(check.folder / "dpo.run")[0]
-    if abs(first - 0.6931) > 0.02:
-        raise RuntimeError(f"the first loss is {first}, not ln 2")
-    return row
-
-
-def ppo(check: Check) -> Row:
-    """PPO on one base in memory: three rollouts, rewarded by a rule."""
-    rule = check.folder / "rule.py"
-    rule.write_text("def length(prompts, completions, **_):\n    return [float(len(c)) for c in completions]\n")
-    shape = "1b" if check.shape == "7b" else check.shape
-    recipe, run = check.recipe(
-        "ppo", "ppo", shape, train={"max_steps": 3, "learning_rate": 1e-5}, ppo={"max_new_tokens": 32},
-        reward={"functions": [f"{rule}:length"]},
-    )  # fmt: skip
-    ft("ppo", recipe)
-    rows = metrics(run)
-    if rows[0]["first_log_ratio"] > 0.05:
-        raise RuntimeError(f"ratios before any update are off by {rows[0]['first_log_ratio']}")
-    return {"figures": f"{len(rows)} rollouts, first log ratio {rows[0]['first_log_ratio']:.1e}"}
-
-
 def generation(check: Check) -> Row:
     """Answers of a random model with the adapter of a run."""
-    recipe, run = check.recipe("generation", "sft", "1b" if check.shape == "7b" else check.shape)
+    recipe, run = check.recipe("generation", "sft", check.smaller)
     if not (run / "result.json").exists():
         ft("sft", recipe)
     asked = check.folder / "asked.jsonl"
@@ -285,16 +214,17 @@ def two_cards(check: Check) -> Row:
     return {"figures": ", ".join(said)}
 
 
-CHECKS: dict[str, Callable[[Check], Row]] = {
+CHECKS: dict[str, Callable[[Any], Row]] = {
     "kernels": kernels, "precision": precision, "flash": flash, "resuming": resuming, "merging": merging,
-    "qlora": qlora, "lora": lora, "dpo": dpo, "ppo": ppo, "generation": generation, "two_cards": two_cards,
+    "generation": generation, "two_cards": two_cards,
 }  # fmt: skip
+ALL = CHECKS | SPEED
 
 
 def one(name: str, folder: Path, shape: str) -> Row:
     """A check in this process."""
     try:
-        return {"result": "passed", **CHECKS[name](Check(folder, shape))}
+        return {"result": "passed", **ALL[name](Check(folder, shape))}
     except Exception as error:
         text = " ".join(str(error).split())
         return {"result": "FAILED", "figures": f"{type(error).__name__}: {text}"[:300]}
@@ -304,7 +234,7 @@ def apart_from_us(command: Sequence[str], seconds: float) -> Row:
     """What a check in a process of its own printed last; a row also when it hangs or is ended."""
     begun = time.perf_counter()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, seconds), cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
     except subprocess.TimeoutExpired:
         return {"result": "FAILED", "figures": f"not done in {seconds:.0f} s", "seconds": round(seconds)}
     took = {"seconds": round(time.perf_counter() - begun)}
@@ -328,7 +258,7 @@ def machine() -> str | None:
 def table(rows: dict[str, Row]) -> str:
     lines = ["| check | what | result | figures | s |", "|---|---|---|---|---|"]
     for name, row in rows.items():
-        what = str(CHECKS[name].__doc__).split("\n")[0]
+        what = str(ALL[name].__doc__).split("\n")[0]
         figures = str(row.get("figures", "")).replace("|", "/")
         lines.append(f"| {name} | {what} | {row['result']} | {figures} | {row.get('seconds', '')} |")
     return "\n".join(lines)
@@ -338,33 +268,40 @@ def page(rows: dict[str, Row], where: str | None, shape: str) -> str:
     said = f"On {where}; random models of the shape `{shape}`." if where else (
         "**Not run on hardware**: no GPU has been at hand. `make gpu-check` on a machine with one fills the table in."
     )  # fmt: skip
-    text = ("`make gpu-check` runs these in under eight minutes on one card and writes this page. "
-            "A check that fails is a row, not the end.")  # fmt: skip
-    return f"# On GPUs\n\n{text}\n\n{said}\n\n{table(rows)}\n"
+    text = ("`make gpu-check` runs these on one card, in under eight minutes each of the two tables, and writes this "
+            "page. A check that fails is a row, not the end.")  # fmt: skip
+    checks, speed = ({name: row for name, row in rows.items() if (name in SPEED) is fast} for fast in (False, True))
+    parts = [f"# On GPUs\n\n{text}\n\n{said}", table(checks)] + (
+        [f"## Speed and memory\n\n{NOTE}", table(speed)] if speed else []
+    )
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
-    parser.add_argument("names", nargs="*", choices=[[], *CHECKS], metavar="NAME", help=", ".join(CHECKS))
+    parser.add_argument("names", nargs="*", choices=[[], *ALL], metavar="NAME", help=", ".join(ALL))
     parser.add_argument("--shape", choices=SHAPES, help="of the large models; by the card's memory")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "gpu.md")
     parser.add_argument("--any-device", action="store_true", help="try this script without a GPU, writing nothing")
-    parser.add_argument("--one", choices=CHECKS, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=ALL, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         print(json.dumps(one(given.one, given.folder, given.shape)))
         return
-    where, wanted = machine(), given.names or list(CHECKS)
+    where, wanted = machine(), given.names or list(ALL)
     if where is None and not given.any_device:
         rows = {name: {"result": "not run", "figures": "no GPU"} for name in wanted}
     else:
         shape = given.shape or fitting(where)
-        folder, end, rows = Path(tempfile.mkdtemp(prefix="ft-gpu-")), time.perf_counter() + LIMIT, {}
+        folder, rows, left = Path(tempfile.mkdtemp(prefix="ft-gpu-")), {}, {"checks": LIMIT, "speed": LIMIT}
         try:
             for name in wanted:
+                kind, begun = "speed" if name in SPEED else "checks", time.perf_counter()
                 command = [sys.executable, __file__, "--one", name, "--folder", str(folder), "--shape", shape]
-                rows[name] = apart_from_us(command, end - time.perf_counter())
+                none = {"result": "not run", "figures": f"no time left of {LIMIT:.0f} s"}
+                rows[name] = apart_from_us(command, left[kind]) if left[kind] > 5 else none
+                left[kind] -= time.perf_counter() - begun
                 print(f"{name}: {rows[name]['result']}  {rows[name].get('figures', '')}", file=sys.stderr, flush=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -380,7 +317,7 @@ def fitting(where: str | None) -> str:
 
     if where is None:
         return "tiny"
-    return "7b" if torch.cuda.get_device_properties(0).total_memory > 35e9 else "1b"
+    return "8b" if torch.cuda.get_device_properties(0).total_memory > 35e9 else "1b"
 
 
 if __name__ == "__main__":

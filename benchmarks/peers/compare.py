@@ -1,6 +1,7 @@
 """`make bench`: ft beside what people would pick instead, on the same work, in interleaved pairs.
 
-    python benchmarks/peers/compare.py [--only sft,packed,defaults,dpo,ppo] [--pairs 10] [--folder DIR] [--cuda]
+    python benchmarks/peers/compare.py [--only sft,packed,defaults,dpo,ppo,ppo-defaults] [--pairs 10] [--folder DIR]
+        [--cuda]
 
 Makes the workload and an environment per peer, runs every contestant in turn, and writes benchmarks/RESULTS.md. A run
 that is there already is not repeated: the command goes on where it was stopped.
@@ -35,7 +36,7 @@ CLOCK = "cpu"
 """Of the hook's events: cpu or wall."""
 T_95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's, of 1 to 9 degrees of freedom
 VENVS = {"trl": "trl", "llamafactory": "llamafactory", "ms-swift": "ms-swift", "axolotl": "axolotl", "trl112": "trl"}
-BATCH = {"sft": 8, "packed": 8, "defaults": 8, "dpo": 4, "ppo": 4}
+BATCH = {"sft": 8, "packed": 8, "defaults": 8, "dpo": 4, "ppo": 4, "ppo-defaults": 4}
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("SFT, equal settings, no packing", SFT),
     "packed": (
@@ -45,6 +46,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("SFT, each tool's own defaults", {k: v for k, v in SFT.items() if k != "axolotl"}),
     "dpo": ("DPO, equal settings", DPO),
     "ppo": ("PPO, equal settings", PPO),
+    "ppo-defaults": ("PPO, each tool's own precision and checkpointing", PPO),
 }
 
 
@@ -121,7 +123,7 @@ def measured(folder: Path, task: str, name: str, number: int) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     place = Places(
-        folder / "load", folder / "venvs", work, BATCH[task], task == "packed", task == "defaults", CLOCK == "wall"
+        folder / "load", folder / "venvs", work, BATCH[task], task == "packed", "defaults" in task, CLOCK == "wall"
     )
     command, more = TASKS[task][1][name](place)
     code = run(command, more, work / "log.txt", work / "events.jsonl")
@@ -138,8 +140,8 @@ def figures(work: Path, task: str) -> dict[str, Any] | None:
         return None
     events = [json.loads(line) for line in (work / "events.jsonl").read_text().splitlines()]
     peak = max((e["peak_mb"] for e in events if e["event"] == "end"), default=0.0)  # of a program and its launcher
-    wanted = [e for e in events if e["event"] == ("rollout" if task == "ppo" else "pass")]
-    if task == "ppo":
+    wanted = [e for e in events if e["event"] == ("rollout" if task.startswith("ppo") else "pass")]
+    if task.startswith("ppo"):
         part = wanted[1:]
         if len(wanted) < 2:
             return None
@@ -219,7 +221,7 @@ def report(folder: Path, found: dict[str, Any]) -> str:
 
 def table(task: str, runs: dict[str, Runs]) -> list[str]:
     ours = runs.get("ft", {})
-    unit = ("CPU-s" if CLOCK == "cpu" else "s") + (" a rollout" if task == "ppo" else " an epoch")
+    unit = ("CPU-s" if CLOCK == "cpu" else "s") + (" a rollout" if task.startswith("ppo") else " an epoch")
     lines = [
         f"| | {unit} | against ft | n | label tokens | positions | loss, first → last | peak MB |",
         "|---|---|---|---|---|---|---|---|",

@@ -164,8 +164,8 @@ def trl_ppo(p: Places) -> Command:
         "num_mini_batches": 4, "num_ppo_epochs": 2, "total_episodes": PROMPTS * ROLLOUTS, "response_length": REPLY,
         "local_rollout_forward_batch_size": PROMPTS, "learning_rate": 1e-4, "lr_scheduler_type": "constant",
         "temperature": 1.0, "kl_coef": 0.05, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "seed": 42,
-        "use_cpu": not p.cuda, "bf16": False, "gradient_checkpointing": False, "num_sample_generations": 0,
-        "missing_eos_penalty": 1.0, "stop_token": "eos",
+        "use_cpu": not p.cuda, "num_sample_generations": 0, "missing_eos_penalty": 1.0, "stop_token": "eos",
+        **({} if p.defaults else {"bf16": False, "gradient_checkpointing": False}),
     }  # fmt: skip
     values = {"base": p.model, "data": str(p.load / "ppo.jsonl"), "reward": str(p.load / "reward" / "adapter")}
     given = p.settings("trl_ppo.json", {**values, "targets": TARGETS, "arguments": arguments})

@@ -10,6 +10,7 @@ from trl import SFTConfig
 from finetune import ranks
 from finetune.data import conversations
 from finetune.evaluation import during
+from finetune.models import documents
 from finetune.recipe.stages import SftRecipe
 from finetune.training.fit import finish_setup
 from finetune.training.packing import one_row, pack_if_isolated, packing_outlook
@@ -31,6 +32,9 @@ def run(raw: SftRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         return
     with session.run(overwrite):
         model = policy(recipe, base, session.machine)
+        # torch.compile would compile anew for all lengths of documents; weights for GPUs may lie on the CPU at first.
+        if session.machine.device == "cpu" and not recipe.train.torch_compile:
+            documents.use(model)
         train, reason = pack_if_isolated(recipe, model, rows.train)
         session.note(reason)
         session.train(make_trainer(session, model, train))
@@ -39,7 +43,7 @@ def run(raw: SftRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
 def make_trainer(session: Session[SftRecipe], model: Any, train: Any) -> Sft:
     """trl's SFTTrainer over encoded rows (input_ids, labels and, when packed, seq_lengths)."""
     packed = "seq_lengths" in train.column_names
-    flat = packed and one_row(model)
+    flat = one_row(model, packed)
     if packed:
         session.repack(len(train))
     config = SFTConfig(**session.arguments(), dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
@@ -53,6 +57,7 @@ def make_trainer(session: Session[SftRecipe], model: Any, train: Any) -> Sft:
             pad_token_id=session.base.tokenizer.pad_token_id,
             padding_free=flat,
             return_position_ids=packed and not flat,
+            boundaries=session.machine.device != "cpu",
             pad_to_multiple_of=None if flat else pad_multiple(session.machine),
         ),
         callbacks=session.callbacks(),

@@ -80,7 +80,7 @@ def block_seconds(config: Any, length: int, full: bool) -> tuple[float, float] |
                 size = sum(p.numel() for p in AutoModel.from_config(one_block(config)).parameters())
             if size > MOST:
                 return None
-            length = max(16, min(length, int(FLOPS / (4 * size))))
+            length = length_of(length, size)
             network = AutoModel.from_config(one_block(config)).float().requires_grad_(full)
             halved = network if full else copy.deepcopy(network).bfloat16()
             states = torch.randn(1, length, config.get_text_config().hidden_size)
@@ -88,6 +88,11 @@ def block_seconds(config: Any, length: int, full: bool) -> tuple[float, float] |
         plain, half = (min(found) for found in zip(*turns[1:], strict=True))  # kernels are compiled in the first
         _known[key] = plain, half
     return _known[key]
+
+
+def length_of(length: int, size: int) -> int:
+    """Tokens to try, with `size` parameters."""
+    return max(16, min(length, int(FLOPS / (4 * size))))
 
 
 def one_block(config: Any) -> Any:

@@ -25,7 +25,7 @@ from finetune.adapters.multiple import POLICY, REFERENCE, REWARD, VALUE, ActiveA
 from finetune.base import Base
 from finetune.errors import UserError
 from finetune.evaluation.rewards import RewardModel, check_model, checkpoint_of, is_reward_run
-from finetune.models import adapter_files, attach, loading, sources
+from finetune.models import adapter_files, attach, documents, loading, sources
 from finetune.models.hardware import input_device
 from finetune.models.identity import check_identity
 from finetune.recipe.resolve import Hardware
@@ -125,6 +125,7 @@ def build(recipe: PpoRecipe, base: Base, machine: Hardware, reward: str | None) 
     freeze_unread(models.value)
     for network in models.networks():
         no_dropout(network)
+        documents.use(network)
     if recipe.train.gradient_checkpointing:
         for network in models.trained():
             if not network.supports_gradient_checkpointing:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from finetune.adapters.methods import active, sees_padding
 from finetune.evaluation.generation import Settings, answer, batches, left_pad, up_to_stop
 from finetune.evaluation.likelihood import takes
+from finetune.models import documents
 from finetune.models.hardware import input_device
 
 
@@ -65,6 +67,21 @@ class Replies:
         """[B, T] where the logits of each reply token stand in `ids`: one before the token itself."""
         t = torch.arange(self.tokens.shape[1], device=self.ids.device)
         return (self.prompt_lengths[:, None] - 1 + t).clamp(max=self.ids.shape[1] - 1)
+
+    def side_by_side(self, last: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """(ids and positions [1, N] of all rows as one without padding, where in it the logits of each reply token
+        stand [B, T]).
+
+        last: whether the last token of each row is there, which no token of the reply is read from.
+        """
+        lengths, device = self.attention.sum(1) - int(not last), self.ids.device
+        place = torch.arange(self.ids.shape[1], device=device).expand_as(self.ids)
+        kept = place < lengths[:, None]
+        more = -int(lengths.sum()) % 8  # few shapes, as in `rounded`; documents of one token
+        ids, positions = (F.pad(x[kept], (0, more))[None] for x in (self.ids, place))
+        t = torch.arange(self.tokens.shape[1], device=device)
+        inside = torch.minimum(self.prompt_lengths[:, None] - 1 + t, lengths[:, None] - 1)
+        return {"input_ids": ids, "position_ids": positions}, (lengths.cumsum(0) - lengths)[:, None] + inside
 
     def text_ids(self, row: int, stops: Sequence[int]) -> list[int]:
         """The reply's tokens without the end token."""
@@ -117,6 +134,8 @@ def rounded(length: int, most: int | None = None) -> int:
 
 def response_logits(model: Any, replies: Replies) -> torch.Tensor:
     """[B, T, vocabulary] float32 logits that predict the reply's tokens."""
+    if documents.used(model):
+        return logits_side_by_side(model, replies).float()
     positions, length = replies.positions(), replies.ids.shape[1]
     options: dict[str, Any] = {}
     first = 0
@@ -125,6 +144,18 @@ def response_logits(model: Any, replies: Replies) -> torch.Tensor:
         options["logits_to_keep"] = length - first
     logits = model(input_ids=replies.ids, attention_mask=replies.attention, use_cache=False, **options).logits
     return at(logits[:, -(length - first) :], positions - first).float()  # virtual tokens stand before
+
+
+def logits_side_by_side(model: Any, replies: Replies) -> torch.Tensor:
+    """The same from one row without padding; the head takes the reply's positions and no others."""
+    inputs, positions = replies.side_by_side(last=False)
+    real = replies.mask.bool()
+    wanted, place = positions[real], real.flatten().cumsum(0).clamp(min=1) - 1
+    if takes(model, "logits_to_keep"):
+        logits = model(**inputs, use_cache=False, logits_to_keep=wanted).logits[0]
+    else:
+        logits = model(**inputs, use_cache=False).logits[0].index_select(0, wanted)
+    return logits.index_select(0, place).view(*real.shape, -1)
 
 
 def at(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -205,10 +236,15 @@ def log_probs(
 def hidden_states(model: Any, replies: Replies) -> torch.Tensor:
     """[B, L, hidden] of the last layer, behind the final norm."""
     inputs = {"input_ids": replies.ids, "attention_mask": replies.attention}
+    return states_of(model, inputs)
+
+
+def states_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The same of any rows."""
     if active(model).virtual_tokens is not None:
         options = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
         states = model(**inputs, use_cache=False, output_hidden_states=True, **options).hidden_states[-1]
-        return states[:, -replies.ids.shape[1] :]  # virtual tokens stand before
+        return states[:, -inputs["input_ids"].shape[1] :]  # virtual tokens stand before
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     network = getattr(whole, whole.base_model_prefix)
     return network(**inputs, use_cache=False).last_hidden_state
@@ -222,11 +258,19 @@ def apply_head(head: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
 
 def token_values(model: Any, head: torch.nn.Module, replies: Replies) -> torch.Tensor:
     """[B, T] value of the text before each token of the reply."""
+    if documents.used(model):
+        inputs, positions = replies.side_by_side(last=False)
+        return apply_head(
+            head, states_of(model, inputs)[0].index_select(0, positions.flatten()).view(*positions.shape, -1)
+        )
     states = hidden_states(model, replies)
     return apply_head(head, at(states, replies.positions()))
 
 
 def end_scores(model: Any, head: torch.nn.Module, replies: Replies) -> torch.Tensor:
     """[B] score of prompt and reply, read at the last token."""
+    if documents.used(model):
+        inputs, _ = replies.side_by_side(last=True)
+        return apply_head(head, states_of(model, inputs)[0].index_select(0, replies.attention.sum(1).cumsum(0) - 1))
     states, rows = hidden_states(model, replies), torch.arange(len(replies), device=replies.ids.device)
     return apply_head(head, states[rows, replies.attention.sum(1) - 1])

@@ -35,7 +35,10 @@ class LongestFirst(TrainerCallback):
         trainer._total_train_tokens = counted
         trainer._metrics["train"].clear()
         trainer._metrics["train"].update(kept)
-        tell(len(rows), batch["input_ids"].shape[-1], trainer.model, trainer.recipe.train.optim)
+        width = batch["input_ids"].shape[-1]
+        if len(batch["input_ids"]) < len(rows):  # all in one, without padding
+            width = max(len(trainer.train_dataset[i]["input_ids"]) for i in rows)
+        tell(len(rows), width, trainer.model, trainer.recipe.train.optim)
 
 
 def longest(trainer: Any) -> list[int]:

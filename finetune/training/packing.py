@@ -9,16 +9,18 @@ from transformers import PreTrainedModel
 
 from finetune import ranks
 from finetune.adapters.methods import METHODS, active
+from finetune.models import documents
 from finetune.recipe.stages import Recipe
 from finetune.terminal.progress import task
 
 ROUNDED = 1e-5  # of the largest logit, in float32
 
 
-def one_row(model: PreTrainedModel) -> bool:
-    """Whether the packed rows of a pass become one: attention then takes documents of any length (varlen), where it
-    would compute, and mask, the square of a row's length otherwise."""
-    return "flash" in str(model.config._attn_implementation)
+def one_row(model: PreTrainedModel, packed: bool = True) -> bool:
+    """Whether the rows of a pass become one: where attention takes documents of any length (varlen), as it would
+    compute, and mask, the square of a row's length otherwise. On CPUs that holds for rows that are not packed, too:
+    there is no padding then."""
+    return documents.used(model) or (packed and "flash" in str(model.config._attn_implementation))
 
 
 @torch.no_grad()

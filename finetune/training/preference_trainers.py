@@ -17,6 +17,7 @@ from finetune.recipe.stages import REFERENCE_FREE, DpoConfig
 from finetune.training.loss_parts import scores_are_its_own
 from finetune.training.preference import orpo_loss, simpo_loss
 from finetune.training.reference import NoReference, as_measured
+from finetune.training.side_by_side import pairs
 from finetune.training.trainers import Extras, RowMeans
 
 SORTED = ("aot", "aot_unpaired")
@@ -46,8 +47,10 @@ class _PairLoss(DPOTrainer):
         """
         dpo, mask, seen = self.recipe_dpo, inputs["completion_mask"][:, 1:], []
 
+        passed = pairs(model, self.model, share=not self.aux_loss_enabled)
+
         def forward(**kwargs: Any) -> Any:
-            seen.append(model(**kwargs))
+            seen.append(passed(**kwargs))
             return seen[-1]
 
         if free := dpo.loss_type in REFERENCE_FREE:
@@ -65,6 +68,9 @@ class _PairLoss(DPOTrainer):
         if free:
             self._record(chosen.detach(), rejected.detach(), long, short, inputs["attention_mask"])
         return loss - dpo.sft_weight * (chosen / long).mean() if dpo.sft_weight else loss
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        return super().compute_ref_log_probs(pairs(model, self.model, share=not self.aux_loss_enabled), inputs)
 
     def _record(self, chosen: Any, rejected: Any, long: Any, short: Any, attention: Any) -> None:
         """The same names that trl logs; a reward is beta times the mean log-probability."""

@@ -12,7 +12,7 @@ A stage adds its rows, its model and its trainer (`commands/`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -35,7 +35,7 @@ from finetune.errors import OutOfMemory, RunError, UserError
 from finetune.models import attach, hardware, loading, sources
 from finetune.models.quantization import check_network, is_held_quantized, planned_bytes
 from finetune.models.rope import check_length
-from finetune.planning import fits, precision, sizing
+from finetune.planning import fits, precision, sizing, threads
 from finetune.planning.memory import Estimate
 from finetune.planning.network import Network
 from finetune.recipe.file import to_yaml
@@ -87,8 +87,8 @@ class Session(Generic[AnyRecipe]):
     """Tokens of the longest row, replies included."""
     recomputed: list[str] = field(default_factory=list)
     """Keys that a run that goes on has another value of, and that change how a step is computed, not what."""
-    precision: str | None = None
-    """Why the computation is in bfloat16 or float32, where that was timed."""
+    timed: Sequence[str] = ()
+    """Why the computation is in bfloat16 or float32, and in so many threads, where that was timed."""
     further: bool = False
     """Whether it goes on for longer than it was begun."""
     network: Network | None = None
@@ -160,8 +160,8 @@ class Session(Generic[AnyRecipe]):
         ranks.same(found, "what the run reads", files)
         ranks.same(asked_of_all(self.recipe), "the recipe", "give all the same one, and set in it what machines decide")
         check_still(self.recipe, self.stamps)
-        if self.precision is not None:
-            note(self.precision)
+        for line in self.timed:
+            note(line)
         for line in self.notes:
             warn(line)
         return found
@@ -256,7 +256,7 @@ class Session(Generic[AnyRecipe]):
             self.folder.keep_apart()
         weights = save(self.recipe, self.folder, trainer.model, base, self.template)
         self.note(look(self.folder))
-        notes = [*self.notes, *filter(None, [self.precision])]
+        notes = [*self.notes, *self.timed]
         counts = self.rows.counts
         result = finish(self.recipe, self.folder, trainer.model, outcome, counts, notes, base, self.planned)
         if self.trackers is not None:
@@ -295,7 +295,11 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
         raise UserError(what, key="train.gradient_checkpointing", fix="leave it out, or set it to false")
     if recipe.eval.thinking is not None and recipe.stage != "pretrain":
         thinking.asked(base.encoder, thinking.switched(recipe.eval.thinking), "eval.thinking")
-    return Session(recipe, base, machine, resume, stamps(recipe), precision=said, network=network)
+    last = Run.of(raw).last_checkpoint() if resume else None
+    before_it = None if last is None else threads.before(known_of(last))
+    many = None if recipe.model.is_new else threads.choose(recipe, machine, before_it)
+    timed = [line for line in (said, many) if line is not None]
+    return Session(recipe, base, machine, resume, stamps(recipe), timed=timed, network=network)
 
 
 def resolved(raw: AnyRecipe, machine: Hardware) -> AnyRecipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +14,16 @@ from finetune.training.loss_parts import scores_are_its_own
 from finetune.training.trainers import Extras
 
 
+@dataclass
 class Collator(DataCollatorForLanguageModeling):
     """trl's, with the loss weights of turns where the data has them.
 
     Packed rows: with `padding_free` all of a pass are one row, for kernels that take documents of any length. Without,
     each stays a row (`return_position_ids`): attention that masks documents apart costs the square of a row's length.
     """
+
+    boundaries: bool = True
+    """Whether one row says where its documents begin, as kernels are told, and not by its positions alone."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super().torch_call(examples)
@@ -32,6 +37,11 @@ class Collator(DataCollatorForLanguageModeling):
             # that alone, and only where there is no other mask.
             batch["tokens"] = int(batch.pop("attention_mask").sum())
             batch["labels"][batch["position_ids"] == 0] = -100
+        elif self.padding_free:
+            batch["tokens"] = sum(len(example["input_ids"]) for example in examples)
+            told = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+            for key in () if self.boundaries else told:
+                del batch[key]
         return batch
 
 

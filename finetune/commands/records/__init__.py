@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.table import Table
 
 from finetune.errors import UserError, visible
+from finetune.language import translated
 from finetune.recipe.stages import RECIPES
 from finetune.run import json_option, records
-from finetune.run.differences import differences, from_defaults, result_values
+from finetune.run.differences import differences, from_defaults, result_values, told
 from finetune.run.records import Record
 from finetune.run.writing import strict
 from finetune.terminal.progress import (
@@ -21,13 +23,14 @@ from finetune.terminal.progress import (
     command,
     duration,
     note,
+    output,
     row,
     say,
     shown_name,
     shown_path,
 )
 from finetune.terminal.progress import show as show_table
-from finetune.terminal.values import in_cell, with_interval
+from finetune.terminal.values import in_cell, padded, with_interval
 
 SORTS: dict[str, Callable[[Record], Any]] = {
     "name": lambda r: str(r.path), "stage": lambda r: r.stage, "base": lambda r: r.base, "method": lambda r: r.method,
@@ -68,7 +71,10 @@ def show_list(
     json_option.write(json_file, {"runs": [as_json(record, place) for record in kept]})
     if json_file is None:
         if kept:
-            show_table(table_of(kept, place))
+            if output.width < NARROW:
+                listed(kept, place)
+            else:
+                show_table(table_of(kept, place))
         hidden = len(everything) - len(kept)
         if not kept:
             note(
@@ -78,10 +84,22 @@ def show_list(
             note(f"{hidden} others are left out")
 
 
+NARROW = 60
+"""Columns of a terminal that hold the table."""
+
+
+def listed(kept: Sequence[Record], place: Path) -> None:
+    """The same in two lines each."""
+    for record in kept:
+        took = "" if record.seconds is None else f", {duration(record.seconds)}"
+        say(f"{name_in(record, place)}: ft {record.stage}, {record.method}, {status_of(record)}{took}")
+        say(f"  {shown_name(record.base)}  {figure(record)}".rstrip())
+
+
 def table_of(kept: Sequence[Record], place: Path) -> Table:
     table = Table(title_justify="left")
     for heading in ("run", "stage", "base", "method", "figure", "time", "status"):
-        table.add_column(heading, justify="right" if heading == "time" else "left", overflow="fold")
+        table.add_column(translated(heading), justify="right" if heading == "time" else "left", overflow="fold")
     for record in kept:
         seconds = record.seconds
         row(
@@ -103,7 +121,8 @@ def figure(record: Record) -> str:
 
 def status_of(record: Record) -> str:
     """`done`, or how far it got."""
-    return record.status if record.status == "done" else f"{record.status} at step {record.steps:,}"
+    status = translated(record.status)
+    return status if record.status == "done" else f"{status} {translated(f'at step {record.steps}')}"
 
 
 def as_json(record: Record, place: Path | None = None) -> dict[str, Any]:
@@ -131,22 +150,30 @@ def show(name: str, json_file: str | None = None) -> None:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.updated))
     say(f"{shown_path(record.path)}: ft {record.stage}, {status_of(record)}, {when}")
     if record.error:
-        say(f"  {record.error.get('error')}")
+        say(f"  {translated(str(record.error.get('error')))}")
     for title, values in (("result", figures_of(record)), ("recipe, where it is not the default", changed_of(record))):
         if values:
-            say(f"{title}:")
-            width = max(map(len, values))
+            say(f"{translated(title)}:")
+            width = max(map(cell_len, values))
             for key, value in values.items():
-                say(f"  {key:<{width}}  {value}")
+                say(f"  {padded(key, width)}  {value}")
     for decision in record.result.get("decisions") or ():
-        say(f"decided: {decision}")
+        say(f"{translated('decided')}: {translated(str(decision))}")
     if record.status in ("interrupted", "failed") and record.run.last_checkpoint() is not None:
         recipe = shown_path(record.path / "recipe.yaml")
         advise(f"go on with {command(record.stage, '--recipe', recipe, '--resume')}")
 
 
 def figures_of(record: Record) -> dict[str, str]:
-    return {key: in_cell(value) for key, value in result_values(record).items() if key != "status"}
+    return {shown_key(key): in_cell(value) for key, value in result_values(record).items() if key != "status"}
+
+
+def shown_key(key: str) -> str:
+    """`held-out loss`, `content of data.train`: our words before a name."""
+    for words in ("held-out", "content of"):
+        if key.startswith(f"{words} "):
+            return f"{translated(words)} {key.removeprefix(words).strip()}"
+    return key
 
 
 def changed_of(record: Record) -> dict[str, str]:
@@ -165,13 +192,13 @@ def diff(first: str, second: str, json_file: str | None = None) -> None:
     names = [shown_path(one.path) for one in pair]
     for part, values in parts.items():
         if not values:
-            say(f"{part}: no difference")
+            say(f"{translated(part)}: {translated('no difference')}")
             continue
-        table = Table(title=f"{part}:", title_justify="left")
+        table = Table(title=f"{translated(part)}:", title_justify="left")
         for heading in ("", *names):
             table.add_column(visible(heading), overflow="fold")
         for key, each in values.items():
-            row(table, key, *(in_cell(v[:12] if key.startswith("content of") and v else v) for v in each))
+            row(table, shown_key(key), *(in_cell(told(key, value)) for value in each))
         show_table(table)
 
 
