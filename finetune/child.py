@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from finetune import ranks
@@ -27,7 +28,8 @@ def run(*arguments: str, module: str = "finetune", shown: bool = False) -> tuple
     Args:
         shown: its output goes where ours goes; otherwise stdout nowhere, and stderr is what is returned.
     """
-    command = [sys.executable, "-m", module, *([PART] if module == "finetune" else []), *arguments]
+    ours = module == "finetune"
+    command = [sys.executable, *(["-P"] if ours else []), "-m", module, *([PART] if ours else []), *arguments]
     terminals, got = at_terminal(), []
     process: subprocess.Popen[str] | None = None
 
@@ -43,7 +45,7 @@ def run(*arguments: str, module: str = "finetune", shown: bool = False) -> tuple
         # Its own group, or the terminal's Ctrl-C would reach it a second time.
         process = subprocess.Popen(
             command, process_group=0, text=True, errors="replace", stdout=None if shown else subprocess.DEVNULL,
-            stderr=None if shown else subprocess.PIPE, env=ranks.without(),
+            stderr=None if shown else subprocess.PIPE, env={**ranks.without(), "PYTHONPATH": python_path()},
         )  # fmt: skip
         for number in got:  # while it was being started
             process.send_signal(number)
@@ -52,6 +54,13 @@ def run(*arguments: str, module: str = "finetune", shown: bool = False) -> tuple
         for number, handler in before:
             signal.signal(number, handler)
     return 130 if got else process.returncode, (said or "").strip()
+
+
+def python_path() -> str:
+    """PYTHONPATH of a process that runs this package with -P: `python -m finetune` alone would run a finetune.py of the
+    working directory."""
+    package = Path(__file__).parent.parent
+    return os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @contextmanager

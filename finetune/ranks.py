@@ -7,19 +7,31 @@ what one finds out for all is said over gloo, on the CPU, also where gradients g
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from finetune.errors import FinetuneError, Interrupted, UserError
 
 T = TypeVar("T")
-KIND, WORDS = "FT_LAUNCH", "FT_LAUNCH_WORDS"
-"""Variables of `ft … --launch`: ddp, fsdp or deepspeed, and the options as they were typed."""
-OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", KIND, WORDS)
+KIND, WORDS, LAUNCHER = "FT_LAUNCH", "FT_LAUNCH_WORDS", "FT_LAUNCH_PID"
+"""Variables of `ft … --launch`: ddp, fsdp or deepspeed, the options as they were typed, and its process."""
+ACCELERATE = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
+"""What a recipe says, and `accelerate launch` says again (`early.launching` compares them)."""
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+         "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
+"""What every launcher says to a process of torch."""
+OURS = (*PLACE, KIND, WORDS, LAUNCHER)
+MEETING = timedelta(minutes=10)
+"""How long they may take to come together, one machine after the other."""
 PATIENCE = timedelta(hours=2)
 """How long one waits for the others: the first may be reading data. One that has died is noticed at once."""
 
@@ -40,11 +52,11 @@ def count() -> int:
 
 
 def rank() -> int:
-    return number("RANK", 0)
+    return number("RANK", 0) if count() > 1 else 0
 
 
 def local_rank() -> int:
-    return number("LOCAL_RANK", 0)
+    return number("LOCAL_RANK", 0) if count() > 1 else 0
 
 
 def on_this_machine() -> int:
@@ -81,33 +93,56 @@ def offloads() -> bool:
     return "--offload" in words()
 
 
+def forget() -> None:
+    """In one process: what a launcher of one, or a shell that was one of several, has left, which torch and accelerate
+    would wait by. What `--launch` said stays."""
+    for name in PLACE:
+        os.environ.pop(name, None)
+
+
 def without() -> dict[str, str]:
     """The environment of a process that is none of them."""
-    return {name: value for name, value in os.environ.items() if name not in OURS}
+    return {name: value for name, value in os.environ.items() if name not in (*OURS, *ACCELERATE)}
 
 
-def join() -> None:
-    """Meet the others; only the first is heard from now on."""
+def end_with_launcher() -> None:
+    """SIGTERM when `ft … --launch` has ended without a word to its processes, as when it is killed. On Linux."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+    if str(os.getppid()) != launcher:  # it had ended before
+        sys.exit(Lost.exit_code)
+
+
+def join(meeting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+    """Meet the others; only the first is heard from now on. UserError where they do not come.
+
+    meeting: what is shown meanwhile.
+    """
     if count() == 1:
         return
     import torch
     import torch.distributed as dist
 
-    # The recipe says how is computed, not the configuration of a launcher.
-    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND"):
+    for name in ACCELERATE:
         os.environ.pop(name, None)
     hush()
     backend = "gloo"
     if torch.cuda.is_available():
         devices = torch.cuda.device_count()
-        if local_rank() >= devices:
-            what = f"process {local_rank()} of this machine has no GPU of its own: {devices} are here"
+        if on_this_machine() > devices:
+            what = f"{on_this_machine()} processes want a GPU each, and this machine has {devices}"
             raise UserError(what, key="--num-processes", fix=f"start {devices} on each machine")
         torch.cuda.set_device(local_rank())
         backend = "cpu:gloo,cuda:nccl"
+    if not dist.is_initialized():  # Ray has done it
+        with meeting():
+            _store.append(met())
+        with broken():
+            group = dist.PrefixStore("ft", _store[0])
+            dist.init_process_group(backend, store=group, rank=rank(), world_size=count(), timeout=PATIENCE)
     with broken():
-        if not dist.is_initialized():  # Ray has done it
-            dist.init_process_group(backend, timeout=PATIENCE)
         if not _groups:
             _groups.update(cpu=dist.new_group(backend="gloo", timeout=PATIENCE))
             machines = count() // on_this_machine()
@@ -118,23 +153,49 @@ def join() -> None:
                     _groups.update(machine=group)
 
 
+def met() -> Any:
+    """torch's store, where all have come together."""
+    import torch.distributed as dist
+
+    place, found = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", []
+
+    def meet() -> None:
+        try:
+            found.append(next(dist.rendezvous("env://", rank(), count(), timeout=MEETING))[0])
+        except Exception as error:
+            found.append(error)
+
+    waits = threading.Thread(target=meet, daemon=True)  # torch would let no Ctrl-C through
+    waits.start()
+    while waits.is_alive():
+        waits.join(0.2)
+    if isinstance(error := found[0], Exception):
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            fix = "wait until the other run ends, or give another port"
+            raise UserError(f"{place} is in use by another program", key="--main-port", fix=fix) from None
+        what = f"{count()} processes were to meet at {place}, and did not"
+        fix = "start the same command on every machine; alone: unset WORLD_SIZE and RANK"
+        raise UserError(what, key="--main-address", fix=fix) from error
+    return found[0]
+
+
 _groups: dict[str, Any] = {}
+_store: list[Any] = []
+"""Where they met."""
 
 
 @contextmanager
-def joined(made: Callable[[], T]) -> Iterator[T]:
+def joined(made: Callable[[], T], meeting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[T]:
     """`made`, of what takes seconds to import, among the others; the group is left at the end. After an error it is
     not: the others see that by the connection."""
     value = made()
-    join()
+    join(meeting)
     with broken():
         yield value
     leave()
 
 
 def leave() -> None:
-    import sys
-
     dist = sys.modules.get("torch.distributed")
     if count() > 1 and dist is not None and dist.is_initialized():
         _groups.clear()
@@ -156,11 +217,28 @@ def hush() -> None:
 
 
 def heard(error: BaseException) -> bool:
-    """Whether this process says what ended it: not what all of a machine say, and not that another has ended."""
+    """Whether this process says what ended it: not that another has ended, nor what another of its machine has said,
+    as all of one may find the same."""
     for number, kept in zip((1, 2), _streams, strict=False):
         os.dup2(kept, number)
-    alike = isinstance(error, UserError | Interrupted) and local_rank() > 0
-    return first() or not (alike or isinstance(error, Lost))
+    if first() or not isinstance(error, UserError | Interrupted | Lost):
+        said_first() if isinstance(error, UserError) else None
+        return True
+    if isinstance(error, Lost):
+        return False
+    return said_first() if isinstance(error, UserError) else local_rank() == 0
+
+
+def said_first() -> bool:
+    """Whether nobody of this machine has said something before; the first process gets its turn first."""
+    if not _store:
+        return local_rank() == 0
+    if local_rank():
+        time.sleep(1)
+    try:
+        return bool(_store[0].add(f"said by machine {number('GROUP_RANK', 0)}", 1) == 1)
+    except RuntimeError:  # the first process has ended, and has said why
+        return False
 
 
 def name() -> str:
@@ -254,12 +332,10 @@ def _summed(values: list[float]) -> Any:
     return found
 
 
-def same(value: Any, what: str) -> None:
+def same(value: Any, what: str, fix: str) -> None:
     """UserError where machines have not the same, e.g. files of one name and other content."""
     for other, theirs in enumerate(each(value)):
         if theirs != value:
             keys = [key for key in value if theirs.get(key) != value[key]] if isinstance(value, dict) else []
-            raise UserError(
-                f"{what} is not the same for process {other} and process {rank()}", key=keys[0] if keys else None,
-                fix="put the same files on every machine, or use a folder that all of them share",
-            )  # fmt: skip
+            said = f"{what} is not the same for process {other} and process {rank()}"
+            raise UserError(said, key=keys[0] if keys else None, fix=fix)

@@ -85,3 +85,10 @@ def test_nohup_is_not_undone() -> None:
         assert signal.SIGHUP not in child.stopping()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_file_of_the_same_name_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m finetune` looks into the working directory first."""
+    (tmp_path / "finetune.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    assert child.run("--version") == (0, "")

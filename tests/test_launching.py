@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import ft
 
@@ -19,7 +25,7 @@ from finetune.recipe.stages import Recipe
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*ranks.OURS, *launching.OTHERS):
+    for name in (*ranks.OURS, *ranks.ACCELERATE, *launching.OTHERS):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -47,12 +53,31 @@ def recipe(stage: str = "sft", **sections: Mapping[str, Any]) -> Recipe:
          "--main-address: is needed with several machines"),
         (["--launch", "ddp", "--num-processes", "4", "--num-machines", "2", "--machine-rank", "2",
           "--main-address", "a"], "--machine-rank: 2 is none of 0 to 1"),
+        (["--launch", "ddp", "--num-processes", "4", "--num-machines", "2", "--machine-rank", "1",
+          "--main-address", "x" * 70], "is not known here"),
+        (["--launch", "ddp", "--num-processes", "0"], "'--num-processes': Input should be greater than or equal to 1"),
+        (["--launch", "ddp", "--num-processes", "-1"], "'--num-processes': Input should be greater than or equal to 1"),
+        (["--launch", "ray", "--num-processes", "2", "--main-port", "5"], "--main-port: Ray knows its machines"),
+        (["--launch", "fsdp", "--num-processes", "2", "--zero", "3"], "--zero: is deepspeed's"),
+        (["--launch", "ddp", "--num-processes", "2", "--offload"], "--offload: has nothing to keep elsewhere"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit_together(words: list[str], said: str, tmp_path: Path) -> None:
     done = ft("sft", "no_such_recipe", *words, cwd=tmp_path)
     assert (done.returncode, said in done.stderr) == (2, True), done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_port_in_use(machines: int) -> None:
+    several: tuple[Any, ...] = (None, None, None) if machines == 1 else (2, 0, "127.0.0.1")
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        with pytest.raises(UserError, match=r"--main-port: port \d+ cannot be listened at .* another one"):
+            launching.given("ddp", 2, *several, other.getsockname()[1])
+        if machines == 2:  # the second only connects to it
+            assert launching.given("ddp", 2, 2, 1, "127.0.0.1", other.getsockname()[1]) is not None
 
 
 @pytest.mark.parametrize(
@@ -84,8 +109,9 @@ def test_processes_that_know_nothing_of_each_other(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(name, "1")
     launching.check_environment()
     monkeypatch.setenv(name, "2")
-    with pytest.raises(UserError, match=f"{name}: this is one of 2 processes of mpirun"):
+    with pytest.raises(UserError, match=f"{name}: this is one of 2 processes of {launching.OTHERS[name]}"):
         launching.check_environment()
+    launching.check_environment(launching.Launch("ddp", 4, machines=2, machine_rank=1))  # one for each machine
 
 
 def test_another_launcher_says_all_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,8 +133,125 @@ def test_another_launcher_says_all_that_is_needed(monkeypatch: pytest.MonkeyPatc
         launching.check_environment()
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"RANK": "2"}, "RANK: 2 is none of 0 to 1"),
+        ({"RANK": "first"}, "RANK: first is none of 0 to 1"),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK: 1 is none of 0 to 0"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_WORLD_SIZE: 2 processes are not as many on every machine"),
+        ({"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE: 3 processes are not as many"),
+        ({"MASTER_PORT": None}, "MASTER_PORT: is not set in one of 2 processes"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS: 4 is accelerate's"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "set train.torch_compile in the recipe"),
+    ],
+)
+def test_what_a_shell_or_launcher_has_left(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, str | None], said: str
+) -> None:
+    whole = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in {**whole, "ACCELERATE_DYNAMO_BACKEND": "NO", **changed}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        launching.check_environment()
+    assert said in str(caught.value)
+
+
+def test_precision_is_the_recipe_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    launching.check_precision(recipe())
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    launching.check_precision(recipe(model={"dtype": "bfloat16"}))
+    with pytest.raises(UserError, match=r"bf16, where model\.dtype is float32 → set model\.dtype: bfloat16"):
+        launching.check_precision(recipe(model={"dtype": "float32"}))
+
+
+def test_one_process_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever a shell that was one of several has left: the first is the only one, and nobody is waited for."""
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    assert (ranks.first(), ranks.local_rank()) == (True, 0)
+    done = ft("sft", "no_such_recipe", cwd=tmp_path)
+    assert (done.returncode, "no_such_recipe" in done.stderr) == (2, True)
+    assert not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} & os.environ.keys()
+
+
+class Said:
+    """torch's store, of a machine where somebody has said something `before`; broken without."""
+
+    def __init__(self, before: int | None) -> None:
+        self.before = before
+
+    def add(self, key: str, more: int) -> int:
+        if self.before is None:
+            raise RuntimeError("Connection reset by peer")
+        self.before += more
+        return self.before
+
+
+@pytest.mark.parametrize(("before", "heard"), [(0, True), (1, False), (None, False)])
+def test_what_only_one_process_finds_is_said(monkeypatch: pytest.MonkeyPatch, before: int | None, heard: bool) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "_store", [Said(before)])
+    monkeypatch.setattr(ranks, "_streams", [])
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert ranks.heard(UserError("a file is not there")) is heard
+    assert not ranks.heard(ranks.Lost("another one has ended"))
+    assert ranks.heard(RuntimeError("anything else"))
+
+
+def test_nobody_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or another program is there."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        port = other.getsockname()[1]
+        place = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        for name, value in place.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(ranks, "MEETING", timedelta(seconds=1))
+        other.listen()
+        with pytest.raises(UserError, match=f"localhost:{port} is in use by another program"):
+            ranks.met()
+    with pytest.raises(UserError, match=f"2 processes were to meet at localhost:{port}, and did not"):
+        ranks.met()
+
+
+ORPHAN = """
+import os, subprocess, sys, time
+if len(sys.argv) > 1:
+    from finetune import ranks
+    ranks.end_with_launcher()
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+subprocess.Popen([sys.executable, __file__, "child"], env={**os.environ, "FT_LAUNCH_PID": str(os.getpid())})
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems tell nobody")
+def test_processes_end_with_their_launcher(tmp_path: Path) -> None:
+    """Also when it is killed."""
+    (tmp_path / "job.py").write_text(ORPHAN)
+    launcher = subprocess.Popen([sys.executable, tmp_path / "job.py"], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    with launcher, launcher.stdout:
+        child = psutil.Process(int(launcher.stdout.readline()))
+        launcher.kill()
+        child.wait(30)
+
+
+def test_every_process_has_the_same_recipe() -> None:
+    """Folders may have other names on other machines."""
+    from finetune.training.inputs import asked_of_all
+
+    one = asked_of_all(recipe(data={"train": "/a/d"}))
+    assert one == asked_of_all(recipe(data={"train": "/b/d"}))
+    other = asked_of_all(recipe(data={"train": "/a/d"}, train={"learning_rate": 3e-4}))
+    assert [key for key, value in other.items() if one[key] != value] == ["train.learning_rate"]
+
+
 def test_parts_of_deepspeed_fit_no_others() -> None:
-    from finetune.training.session import check_zero
+    from finetune.training.sharded import check_zero
 
     two = {"launch": "deepspeed", "processes": "2"}
     check_zero(two, two)
@@ -123,6 +266,12 @@ def test_what_several_would_do_several_times(monkeypatch: pytest.MonkeyPatch, tm
         monkeypatch.setenv(name, value)
     done = ft("eval", "run", cwd=tmp_path)
     assert (done.returncode, "WORLD_SIZE: ft eval works in one process" in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.parametrize("words", [["eval", "run", "--launch", "ddp"], ["plan", "recipe.yaml", "--launch=fsdp"]])
+def test_what_one_process_does(words: list[str], tmp_path: Path) -> None:
+    done = ft(*words, cwd=tmp_path)
+    assert (done.returncode, f"--launch: ft {words[0]} works in one process" in done.stderr) == (2, True), done.stderr
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

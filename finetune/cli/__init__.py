@@ -138,9 +138,15 @@ def check_given(arguments: list[str]) -> None:
 
 def check_processes(arguments: list[str]) -> None:
     """UserError for a command that several processes would do several times."""
-    if ranks.count() > 1 and arguments and arguments[0] not in TRAINING and "RANK" in os.environ:
+    alone = bool(arguments) and arguments[0] not in TRAINING
+    if alone and any(word.partition("=")[0] == "--launch" for word in arguments):
+        what = f"ft {arguments[0]} works in one process"
+        raise UserError(what, key="--launch", fix=f"leave it out; several train: {', '.join(TRAINING)}")
+    if ranks.count() > 1 and alone and "RANK" in os.environ:
         what = f"ft {arguments[0]} works in one process, and this is one of {ranks.count()}"
         raise UserError(what, key="WORLD_SIZE", fix=f"start it by itself; several train: {', '.join(TRAINING)}")
+    if ranks.count() == 1 or alone:
+        ranks.forget()
 
 
 def without_key(arguments: list[str]) -> list[str]:

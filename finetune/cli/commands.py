@@ -78,12 +78,14 @@ def training_command(stage: str) -> Callable[..., None]:
 
         place = (num_machines, machine_rank, main_address, main_port)
         several = launching.given(launch, num_processes, *place, zero, offload)
-        launching.check_environment()
+        launching.check_environment(several)
+        ranks.end_with_launcher()
         ranks.hush()
 
         checked: Recipe | None = None
         try:
             checked = training.recipe(reference, stage, set_, output, resume, overwrite, dry_run)
+            launching.check_precision(checked)
             if several is not None:
                 os.environ[ranks.WORDS] = " ".join(several.words())  # for a command that is to be typed again
                 launching.check(checked, several.kind, several.processes)
@@ -93,7 +95,7 @@ def training_command(stage: str) -> Callable[..., None]:
             launching.check(checked, ranks.kind(), ranks.count())
             shared.quiet()
             shared.warn_if(training.gpu_missing(reference, checked))
-            with ranks.joined(lambda: shared.module(stage)) as command_:
+            with ranks.joined(lambda: shared.module(stage), shared.meeting) as command_:
                 command_.run(checked, resume=resume, overwrite=overwrite, dry_run=dry_run)
         except OutOfMemory as error:
             if error.smaller is None or checked is None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from contextlib import AbstractContextManager
 from types import ModuleType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from finetune.child import PART
+from finetune.child import PART, python_path
 from finetune.cli import completion
 from finetune.errors import UserError
 
@@ -107,6 +108,13 @@ def module(name: str) -> ModuleType:
         return importlib.import_module(f"finetune.commands.{name}")
 
 
+def meeting() -> AbstractContextManager[Any]:
+    """What is shown while the other processes have not come."""
+    from finetune.terminal.progress import task
+
+    return task(f"waiting for the other processes at {os.environ.get('MASTER_ADDR')}", after=5.0)
+
+
 def one_of(plain: str | None, option: str | None, name: str, usage: str) -> str:
     """What was given as a plain argument or as the option `name`. UserError for both and for neither."""
     if plain is not None and option is not None:
@@ -140,4 +148,5 @@ def replace_process(words: list[str]) -> NoReturn:
     before = [word for word in sys.argv[1:] if word in (PART, "--debug", "--verbose")]
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "finetune", *before, *words])
+    os.environ["PYTHONPATH"] = python_path()
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "finetune", *before, *words])

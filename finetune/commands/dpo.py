@@ -54,7 +54,7 @@ def check_sorted(recipe: DpoRecipe, layout: Layout) -> None:
 def make_trainer(session: Session[DpoRecipe], model: Any) -> Dpo:
     """trl's DPOTrainer with the recipe's objective."""
     dpo, tokenizer = session.recipe.dpo, session.base.tokenizer
-    if not session.recipe.train.torch_compile:
+    if session.machine.device == "cpu" and not session.recipe.train.torch_compile:  # as `ft sft` does
         documents.use(model)
     config = DPOConfig(
         **session.arguments(), loss_type=["sigmoid" if dpo.loss_type in REFERENCE_FREE else dpo.loss_type],

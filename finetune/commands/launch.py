@@ -16,16 +16,19 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 from finetune import ranks
-from finetune.child import HANGUP, at_terminal, leave, stopping
+from finetune.child import HANGUP, at_terminal, leave, python_path, stopping
 from finetune.early.launching import Launch
-from finetune.errors import RunError
-from finetune.terminal.progress import note
+from finetune.errors import RunError, UserError
+from finetune.terminal.progress import note, warn
 
 GRACE = 15  # seconds in which the others may end by themselves
 LOOK = 0.1
+AT_ONCE = 4
+"""The signal that ends all of them as they are: they may wait for another machine, and hear none."""
 
 
 def run(words: Sequence[str], launch: Launch) -> int:
@@ -34,7 +37,8 @@ def run(words: Sequence[str], launch: Launch) -> int:
         return on_ray(words, launch)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     here = launch.processes // launch.machines
-    arguments = ("-m", "finetune", *words)
+    check_devices(here)
+    arguments = ("-P", "-m", "finetune", *words)
     with tempfile.TemporaryDirectory() as logs:
         context: Any = start_processes(
             "ft", sys.executable, dict.fromkeys(range(here), arguments),
@@ -43,12 +47,23 @@ def run(words: Sequence[str], launch: Launch) -> int:
         return watched([handler.proc for handler in context.subprocess_handlers.values()], context, launch)
 
 
+def check_devices(here: int) -> None:
+    """UserError for more processes than GPUs; a warning where there are none, and fewer cores."""
+    cards, cores = torch.cuda.device_count(), os.cpu_count() or here
+    if cards and here > cards:
+        what = f"{here} processes want a GPU each, and this machine has {cards}"
+        raise UserError(what, key="--num-processes", fix=f"start {cards} on each machine")
+    if not cards and here > cores:
+        warn(f"{here} processes share {cores} cores, and each holds a model: fewer are not slower")
+
+
 def environment(launch: Launch, local: int) -> dict[str, str]:
     here = launch.processes // launch.machines
     values = {
         "RANK": launch.machine_rank * here + local, "LOCAL_RANK": local, "WORLD_SIZE": launch.processes,
         "LOCAL_WORLD_SIZE": here, "GROUP_RANK": launch.machine_rank, "MASTER_ADDR": launch.main_address,
         "MASTER_PORT": launch.main_port, ranks.KIND: launch.kind, ranks.WORDS: " ".join(launch.words()),
+        ranks.LAUNCHER: os.getpid(), "TORCHELASTIC_USE_AGENT_STORE": False, "PYTHONPATH": python_path(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // here),
     }  # fmt: skip
     return {name: str(value) for name, value in values.items()}
@@ -56,16 +71,16 @@ def environment(launch: Launch, local: int) -> dict[str, str]:
 
 def watched(processes: Sequence[Any], context: Any, launch: Launch) -> int:
     """The exit code of all of them; signals go to each, which then ends in its own time."""
-    terminals, asked = at_terminal(), False
+    terminals, asked = at_terminal(), 0
 
     def pass_on(number: int, frame: Any) -> None:
         nonlocal asked
-        asked = True
+        asked += 1
         if number == HANGUP:
             leave(terminals)
         for process in processes:
             if process.poll() is None:
-                process.send_signal(number)
+                process.send_signal(number if asked < AT_ONCE else signal.SIGKILL)
 
     before = [(number, signal.signal(number, pass_on)) for number in stopping()]
     try:
@@ -102,7 +117,6 @@ def told(codes: dict[int, int], launch: Launch) -> int:
 def on_ray(words: Sequence[str], launch: Launch) -> int:
     """The same on a Ray cluster, by Ray Train's TorchTrainer; this process waits. Folders must be shared."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import torch
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
 

@@ -32,7 +32,8 @@ def run(raw: SftRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         return
     with session.run(overwrite):
         model = policy(recipe, base, session.machine)
-        if not recipe.train.torch_compile:  # which would compile anew for all lengths of documents
+        # torch.compile would compile anew for all lengths of documents; weights for GPUs may lie on the CPU at first.
+        if session.machine.device == "cpu" and not recipe.train.torch_compile:
             documents.use(model)
         train, reason = pack_if_isolated(recipe, model, rows.train)
         session.note(reason)

@@ -71,13 +71,19 @@ def pack(dataset: Any, max_length: int) -> Any:
     return datasets.Dataset.from_file(str(path))
 
 
-def packed(dataset: Any, max_length: int) -> Iterator[Any]:
-    import pyarrow as pa
+def lengths_of(dataset: Any) -> Any:
+    """Tokens of each sample; of a dataset on disk a few thousand at a time."""
     import pyarrow.compute
 
+    ids = dataset.select_columns(["input_ids"]).with_format("arrow")
+    return np.concatenate([pyarrow.compute.list_value_length(batch["input_ids"]) for batch in ids.iter(GROUP)])
+
+
+def packed(dataset: Any, max_length: int) -> Iterator[Any]:
+    import pyarrow as pa
+
     columns = [name for name in COLUMNS if name in dataset.column_names]
-    arrow = dataset.select_columns(columns).with_format("arrow")
-    lengths = np.concatenate([pa.compute.list_value_length(batch["input_ids"]) for batch in arrow.iter(GROUP)])
+    arrow, lengths = dataset.select_columns(columns).with_format("arrow"), lengths_of(dataset)
     rows = plan(lengths, max_length)
     for start in range(0, len(rows), GROUP):
         group = rows[start : start + GROUP]

@@ -18,7 +18,9 @@ KINDS = ("ddp", "fsdp", "deepspeed", "ray")
 SHARDED = ("lora", "full")
 """Methods whose weights have been trained in shards and gone on with."""
 OPTIMIZERS = ("adamw", "sgd")
-OTHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun", "MV2_COMM_WORLD_SIZE": "mpirun"}
+OTHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun", "MV2_COMM_WORLD_SIZE": "mpirun",
+          "SLURM_STEP_NUM_TASKS": "srun"}  # fmt: skip
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 PORT = 29500
 
 
@@ -72,13 +74,17 @@ def given(
     if processes % machines:
         what = f"{processes} processes cannot be shared out over {machines} machines"
         raise UserError(what, key="--num-processes", fix="give the number of all processes, of all machines together")
-    if kind == "ray" and machines > 1:
-        what = "Ray knows its machines, and shares the processes out by itself"
-        raise UserError(what, key="--num-machines", fix="leave it out")
+    if kind == "ray":
+        for name in ("--num-machines", "--main-port"):
+            if options[name] not in (None, 1):
+                what = "Ray knows its machines, and shares the processes out by itself"
+                raise UserError(what, key=name, fix="leave it out")
     if machines == 1:
         for name in ("--machine-rank", "--main-address"):
             if options[name]:
                 raise UserError("has no effect on one machine", key=name, fix="leave it out, or give --num-machines")
+        if port is not None:
+            check_port(port)
         return Launch(kind, processes, main_port=port or free_port(), zero=zero, offload=offload)
     if machine_rank is None or address is None:
         name = "--machine-rank" if machine_rank is None else "--main-address"
@@ -87,6 +93,13 @@ def given(
     if machine_rank >= machines:
         what = f"{machine_rank} is none of 0 to {machines - 1}"
         raise UserError(what, key="--machine-rank", fix="count from 0")
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError):
+        fix = "give the name or IP address that the other machines know the first one by"
+        raise UserError(f"{address} is not known here", key="--main-address", fix=fix) from None
+    if machine_rank == 0:
+        check_port(port or PORT)
     return Launch(kind, processes, machines, machine_rank, address, port or PORT, zero, offload)
 
 
@@ -105,30 +118,87 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def check_environment() -> None:
-    """UserError in one of several processes that a launcher started which says nothing of an address."""
+def check_port(port: int) -> None:
+    """UserError where another program listens."""
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was left a minute ago is free
+        try:
+            tried.bind(("", port))
+        except OSError as error:
+            reason = f"port {port} cannot be listened at ({error.strerror})"
+            raise UserError(reason, key="--main-port", fix="give another one on every machine") from None
+
+
+def check_environment(launch: Launch | None = None) -> None:
+    """UserError in one of several processes that a launcher started which says nothing of an address, and for what
+    a launcher says and nobody heeds.
+
+    launch: what was asked for, for each of several machines by a process of its own.
+    """
     for name, launcher in OTHERS.items():
+        if launch is not None and launch.machines == ranks.number(name, 1):
+            continue
         if ranks.number(name, 1) > 1 and "RANK" not in os.environ:
             raise UserError(
                 f"this is one of {ranks.number(name, 1)} processes of {launcher}, which say nothing of each other",
                 key=name, fix="use ft … --launch ddp --num-processes N, torchrun or accelerate launch",
             )  # fmt: skip
+    check_accelerate()
     if ranks.count() == 1:
         return
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             fix = "use ft … --launch ddp --num-processes N, torchrun or accelerate launch"
-            raise UserError(f"is not set in one of {ranks.count()} processes", key=name, fix=fix)
+            raise UserError(f"is not set in one of {ranks.count()} processes", key=name, fix=f"{fix}; {ALONE}")
+    here = ranks.on_this_machine()
+    for name, most in (("RANK", ranks.count()), ("LOCAL_RANK", here)):
+        if not os.environ[name].isdigit() or ranks.number(name, 0) >= most:
+            raise UserError(f"{os.environ[name]} is none of 0 to {most - 1}", key=name, fix=ALONE)
+    if ranks.count() % here or (here == ranks.count() and ranks.rank() != ranks.local_rank()):
+        what = f"{ranks.count()} processes are not as many on every machine"
+        raise UserError(what, key="LOCAL_WORLD_SIZE", fix="start as many on each, with torchrun or ft … --launch")
+    if ranks.kind() not in KINDS:
+        raise UserError(f"no such way: {ranks.kind()}", key=ranks.KIND, fix=f"use {', '.join(KINDS)}")
+
+
+ALONE = "unset WORLD_SIZE and RANK where no launcher has set them"
+
+
+def check_accelerate() -> None:
+    """UserError for what accelerate's own configuration asks for and a recipe or `--launch` says."""
+    if ranks.KIND in os.environ:
+        return
+
+    def asked(name: str) -> bool:
+        return os.environ.get(name, "").lower() in ("1", "true")
+
     for name, kind in (("ACCELERATE_USE_FSDP", "fsdp"), ("ACCELERATE_USE_DEEPSPEED", "deepspeed")):
-        if os.environ.get(name, "").lower() in ("1", "true") and ranks.KIND not in os.environ:
+        if asked(name):
             fix = f"use ft … --launch {kind} --num-processes N, which sets it up, or a configuration without"
             raise UserError(f"accelerate's own configuration of {kind} is not read", key=name, fix=fix)
     for name in ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM"):
-        if os.environ.get(name, "").lower() in ("1", "true"):
+        if asked(name):
             what = "tensor, sequence, context and pipeline parallelism are not supported"
             raise UserError(what, key=name, fix="use a configuration of accelerate without, or ft … --launch fsdp")
-    if ranks.kind() not in KINDS:
-        raise UserError(f"no such way: {ranks.kind()}", key=ranks.KIND, fix=f"use {', '.join(KINDS)}")
+    for name, key in (("GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps"),
+                      ("DYNAMO_BACKEND", "torch_compile")):  # fmt: skip
+        value = os.environ.get(f"ACCELERATE_{name}", "no")
+        if value.lower() not in ("no", "1", ""):
+            fix = f"set train.{key} in the recipe, and take it out of accelerate's configuration"
+            raise UserError(f"{value} is accelerate's, and the recipe says it", key=f"ACCELERATE_{name}", fix=fix)
+
+
+def check_precision(recipe: Recipe) -> None:
+    """UserError where accelerate's configuration says another precision than the recipe."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    value = os.environ.get(name, "no").lower()
+    if ranks.KIND in os.environ or value in ("no", "") or PRECISIONS.get(value) == recipe.model.dtype:
+        return
+    wanted = PRECISIONS.get(value)
+    fix = "use accelerate launch --mixed_precision no"
+    if wanted is not None:
+        fix = f"set model.dtype: {wanted}, or use accelerate launch --mixed_precision no"
+    raise UserError(f"{value}, where model.dtype is {recipe.model.dtype}", key=name, fix=fix)
 
 
 def check(recipe: Recipe, kind: str, processes: int) -> None:

@@ -5,6 +5,7 @@ Remote code is never run, pickles are read with weights_only. Where files lie: s
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import weakref
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import enable_fsdp_ram_efficient_loading
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from finetune.errors import UserError
-from finetune.models import quantization, sanity, sources
+from finetune.models import native, quantization, sanity, sources
 from finetune.models.config import read_config
 from finetune.models.failures import as_user_error
 from finetune.models.layouts import layout_of
@@ -63,6 +65,36 @@ def load_model(model: ModelConfig, dtype: torch.dtype, machine: Hardware = CPU, 
         with task("looking whether it is a language model", after=1.0):
             sanity.check(loaded, load_tokenizer(plain), model)
     return loaded
+
+
+def without_weights(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The network as `load_model` gives it, for a process that gets its weights from the first one: they are memory
+    that nobody has touched, of which nothing is resident. Nothing is read but config.json.
+
+    transformers 5.23 leaves missing weights where they are in such a process, and computes the buffers that no
+    checkpoint has; that it reads none of those that are there is done here.
+    """
+    config = read_config(model)
+    options = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+    network = layout_of(config).network(model, config)
+    before = {name: os.environ.get(name) for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")}
+    enable_fsdp_ram_efficient_loading()
+    try:
+        with as_user_error(model):
+            kind: Any = type(of_config(network, model))
+            loaded = kind.from_pretrained(None, config=network, state_dict={}, dtype=dtype, **options)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    untouched: dict[int, torch.nn.Parameter] = {}
+    for module in loaded.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                made = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                module._parameters[name] = untouched.setdefault(id(parameter), made)
+    native.named_as_it_is(loaded)
+    in_one_piece(loaded)
+    return loaded.eval()
 
 
 def in_one_piece(model: Any) -> None:

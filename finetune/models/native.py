@@ -78,7 +78,11 @@ def load_weights(model: ModelConfig, network: Any, **options: Any) -> PreTrained
     if part:  # stock from here on: what is saved has the names of the text model
         own = [c for c in loaded._weight_conversions if not {*c.source_patterns} & {*TEXT_PART}]
         loaded._weight_conversions = own
-    if not hasattr(loaded, loaded.base_model_prefix) and hasattr(loaded, "model"):
-        # Llama4ForCausalLM says "language_model" and has "model"; trl looks for it under the name that is said.
-        loaded.base_model_prefix = "model"
+    named_as_it_is(loaded)
     return loaded
+
+
+def named_as_it_is(loaded: Any) -> None:
+    """Llama4ForCausalLM says "language_model" and has "model"; trl looks for it under the name that is said."""
+    if not hasattr(loaded, loaded.base_model_prefix) and hasattr(loaded, "model"):
+        loaded.base_model_prefix = "model"

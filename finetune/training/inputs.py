@@ -16,6 +16,7 @@ from finetune.models import sources
 from finetune.models.identity import fingerprint
 from finetune.python_files import is_function
 from finetune.recipe.stages import PpoRecipe, Recipe
+from finetune.run.records import flat
 from finetune.run.resuming import check_unchanged
 from finetune.terminal.progress import task
 
@@ -128,3 +129,9 @@ def _rows(data: Any) -> Iterator[str | bytes]:
             for file in data_sources.files_of(spec["path"], spec.get("split")):
                 with file.open("rb") as stream:
                     yield from iter(lambda stream=stream: stream.read(1 << 22), b"")  # type: ignore[misc]
+
+
+def asked_of_all(recipe: Recipe) -> dict[str, Any]:
+    """{key: value} of what must be the same in every process of a run; folders may have other names."""
+    values = flat(recipe.model_dump(mode="json"))
+    return {key: value for key, value in values.items() if "/" not in str(value)}

@@ -4,6 +4,8 @@ trl 1.16 computes a loss past the model's own forward. From the last hidden stat
 log-probabilities (`add_fused_lm_head`), and knows five ways of scaling them by name; a network that does something else
 in between (a projection before the head, a factor of its own) would learn by another loss than its own, without an
 error. And it adds the balancing loss of experts to every model whose config could have some.
+
+Of several processes the first one tries: the others may have no weights yet (`sharded.read_once`).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from finetune import ranks
 from finetune.adapters.methods import METHODS, active
 from finetune.models import documents
 from finetune.recipe.stages import Recipe
@@ -51,6 +52,15 @@ def documents_isolated(model: PreTrainedModel, ids: list[int]) -> bool:
     return float((a[:, half:] - b[:, half:]).abs().max()) <= allowed
 
 
+def packed_rows(recipe: Recipe, rows: Any) -> int | None:
+    """How many rows packing makes of them, found without a model; None where they are not packed."""
+    if not recipe.data.packing or METHODS[recipe.adapter.method].virtual_tokens is not None or not len(rows):
+        return None
+    from finetune.data.packing import lengths_of, plan
+
+    return len(plan(lengths_of(rows), recipe.data.max_length))
+
+
 SHARED_TOKENS = "packing is off: documents in one row would share the virtual tokens and see each other"
 
 
@@ -65,7 +75,7 @@ def pack_if_isolated(recipe: Recipe, model: PreTrainedModel, rows: Any) -> tuple
     sample = [i for ids in rows[: min(len(rows), 64)]["input_ids"] for i in ids][:64]
     sample = (sample * 64)[:32] if len(sample) < 32 else sample
     with task("looking whether packed documents see each other", after=1.0):
-        isolated = documents_isolated(model, sample)
+        isolated = ranks.from_first(lambda: documents_isolated(model, sample))  # others may have no weights yet
     if not isolated:
         return rows, "packing is off: documents in one row would see each other with this model and adapter"
     with task(f"packing {len(rows):,} rows", after=1.0):

@@ -95,11 +95,18 @@ def other_devices(recipe: Recipe) -> str | None:
 
 
 def arguments(
-    recipe: Recipe, run: Run, plan: Layout, hardware: Hardware, has_eval: bool, best: tuple[str, bool] = ("loss", False)
+    recipe: Recipe,
+    run: Run,
+    plan: Layout,
+    hardware: Hardware,
+    has_eval: bool,
+    best: tuple[str, bool] = ("loss", False),
+    once: bool = False,
 ) -> dict[str, Any]:
     """transformers' TrainingArguments of a resolved recipe.
 
-    best: what the best checkpoint is best in, and whether higher is better.
+    best: what the best checkpoint is best in, and whether higher is better; once: whether one process alone has read
+    weights that lie in parts.
     """
     train = recipe.train
     steps = "steps" if recipe.eval_every else "epoch"
@@ -144,16 +151,16 @@ def arguments(
         "remove_unused_columns": False,
         "disable_tqdm": True,
         "report_to": "none",
-        **launched(hardware),
+        **launched(hardware, once),
     }
 
 
-def launched(hardware: Hardware) -> dict[str, Any]:
+def launched(hardware: Hardware, once: bool = False) -> dict[str, Any]:
     """What transformers is told where there are several processes."""
     if hardware.processes == 1:
         return {}
     return {
-        **sharded.arguments(),
+        **sharded.arguments(once),
         "ddp_backend": "gloo" if hardware.device == "cpu" else None,
         "accelerator_config": {"even_batches": False},  # `sampler.SharedBatches` shares the rows out
     }

@@ -26,7 +26,7 @@ SORTED = ("aot", "aot_unpaired")
 
 def check_scores(model: Any) -> None:
     """UserError for a model whose log-probabilities trl gets wrong."""
-    if not scores_are_its_own(model):
+    if not ranks.from_first(lambda: scores_are_its_own(model)):
         kind = model.config.model_type
         what = f"trl computes other log-probabilities for {kind} than the model does itself"
         raise UserError(what, key="stage", fix="use ft sft, which takes them from the logits, or another base")

@@ -54,7 +54,8 @@ from finetune.training.fit import callbacks
 from finetune.training.fit import fit as fit_trainer
 from finetune.training.health import in_batch
 from finetune.training.held_out_figures import During
-from finetune.training.inputs import Stamps, check_still, known_inputs, stamps
+from finetune.training.inputs import Stamps, asked_of_all, check_still, known_inputs, stamps
+from finetune.training.packing import packed_rows
 from finetune.training.plan import Layout, arguments, few_rows, few_updates, layout, other_devices
 from finetune.training.start import seed_everything
 from finetune.training.tracking import Trackers
@@ -113,6 +114,8 @@ class Session(Generic[AnyRecipe]):
             too_long = check_length(self.base.config, self.recipe.model, longest, REPLIES.get(self.recipe.stage))
         few = few_rows(self.recipe, len(rows.train)) if cut is None else None
         self.layout = cut or layout(self.recipe, len(rows.train), len(rows.train), self.machine)
+        if packed := packed_rows(self.recipe, rows.train):  # what does not fit those is said before the model loads
+            layout(self.recipe, len(rows.train), packed, self.machine)
         few_steps = few_updates(updates or self.layout.total_steps)
         said: tuple[str | None, ...] = (too_long, few, other_devices(self.recipe), also, few_steps)
         self.notes = [*rows.warnings, *(line for line in said if line)]
@@ -138,7 +141,8 @@ class Session(Generic[AnyRecipe]):
         return metric.name, not metric.lower_is_better
 
     def arguments(self) -> dict[str, Any]:
-        return arguments(self.recipe, self.folder, self.layout, self.machine, self.has_eval, self.best)
+        once = sharded.read_once(self.recipe, self.base)
+        return arguments(self.recipe, self.folder, self.layout, self.machine, self.has_eval, self.best, once)
 
     def callbacks(self) -> list[Any]:
         found: list[Any] = callbacks(self.recipe, self.folder, self.has_eval)
@@ -152,7 +156,9 @@ class Session(Generic[AnyRecipe]):
     def inputs(self, dry_run: bool = False) -> dict[str, str]:
         """What the run reads, by content; the notes are said."""
         found = ranks.once(lambda: known_inputs(self.recipe, self.base, self.template, self.resume, dry_run))
-        ranks.same(found, "what the run reads")
+        files = "put the same files on every machine, or use a folder that all of them share"
+        ranks.same(found, "what the run reads", files)
+        ranks.same(asked_of_all(self.recipe), "the recipe", "give all the same one, and set in it what machines decide")
         check_still(self.recipe, self.stamps)
         for line in self.timed:
             note(line)
@@ -234,7 +240,7 @@ class Session(Generic[AnyRecipe]):
         base = base or self.base
         checkpoint = ranks.from_first(self.folder.usable_checkpoint) if self.resume else None
         if checkpoint is not None:
-            check_zero(known_of(checkpoint).get("rounding") or {}, hardware.rounding())
+            sharded.check_zero(known_of(checkpoint).get("rounding") or {}, hardware.rounding())
             self.note(not_to_the_bit(known_of(checkpoint), self.recomputed))
             if self.further:
                 self.note(f"the learning rate follows the longer schedule from {checkpoint.name} on")
@@ -321,15 +327,6 @@ def not_to_the_bit(known: dict[str, Any], keys: list[str]) -> str | None:
     ]
     found += [f"another {key}" for key in keys]
     return f"not equal to the last bit to the run without a stop: {'; '.join(found)}" if found else None
-
-
-def check_zero(then: dict[str, str], now: dict[str, str]) -> None:
-    """UserError for a checkpoint of DeepSpeed that goes on otherwise: each of its processes has saved a part."""
-    keys = ("launch", "processes")
-    if "deepspeed" in (then.get("launch"), now["launch"]) and any(then.get(key) != now[key] for key in keys):
-        was, is_ = (" ".join(str(found.get(key)) for key in reversed(keys)) for found in (then, now))
-        what = f"the checkpoint is of {was} processes, and these are {is_}: DeepSpeed's parts fit no others"
-        raise UserError(what, key="--launch", fix="go on as it was begun, or use --launch fsdp from the start")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -50,7 +50,7 @@ class _WeightedSft(SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.own_scores = scores_are_its_own(self.model)
+        self.own_scores = ranks.from_first(lambda: scores_are_its_own(self.model))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

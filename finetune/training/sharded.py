@@ -20,6 +20,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from finetune import ranks
+from finetune.base import Base
+from finetune.errors import UserError
+from finetune.models.quantization import is_held_quantized
+from finetune.recipe.stages import REFERENCE_FREE, DpoRecipe, KtoRecipe, Recipe
 
 
 def in_parts() -> bool:
@@ -27,12 +31,28 @@ def in_parts() -> bool:
     return ranks.sharded() and ranks.kind() == "fsdp"
 
 
-def arguments() -> dict[str, Any]:
-    """transformers' TrainingArguments for weights in parts; none for whole ones."""
+def read_once(recipe: Recipe, base: Base) -> bool:
+    """Whether the first process of each machine alone reads the weights, and the others get their parts from it.
+
+    Not where each needs all of them before they are shared out: for the log-probabilities of a reference. Nor, in
+    accelerate 1.15, where they are in 4 bits (`fsdp2_prepare_model`), or a checkpoint holds more than parameters
+    (`fsdp2_load_full_state_dict` takes no buffers).
+    """
+    if not in_parts() or recipe.model.is_new or is_held_quantized(recipe.model, base.config):
+        return False
+    if isinstance(recipe, KtoRecipe) or (isinstance(recipe, DpoRecipe) and recipe.dpo.loss_type not in REFERENCE_FREE):
+        return False
+    kept = base.skeleton.state_dict(keep_vars=True).values()
+    return all(isinstance(value, nn.Parameter) for value in kept)
+
+
+def arguments(once: bool = False) -> dict[str, Any]:
+    """transformers' TrainingArguments for weights in parts, which the first process alone has read; none for whole
+    ones."""
     if not ranks.sharded():
         return {}
     if ranks.kind() == "fsdp":
-        return fsdp(ranks.offloads())
+        return fsdp(ranks.offloads(), once)
     return {"deepspeed": deepspeed(ranks.deepspeed_stage(), ranks.offloads())}
 
 
@@ -51,10 +71,10 @@ def deepspeed(stage: int, offload: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fsdp(offload: bool = False) -> dict[str, Any]:
+def fsdp(offload: bool = False, once: bool = False) -> dict[str, Any]:
     """FSDP2 by accelerate: a unit for each block, weights shared out in all of them, gathered for the block at work."""
     found = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT",
-             "reshard_after_forward": True, "cpu_ram_efficient_loading": False, "cpu_offload": offload}  # fmt: skip
+             "reshard_after_forward": True, "cpu_ram_efficient_loading": once, "cpu_offload": offload}  # fmt: skip
     return {"fsdp": True, "fsdp_config": found}
 
 
@@ -177,6 +197,15 @@ def bring_together_of_zero(model: nn.Module) -> None:
         for name, parameter in list(module._parameters.items()):
             if id(parameter) in values:
                 module._parameters[name] = values[id(parameter)]
+
+
+def check_zero(then: dict[str, str], now: dict[str, str]) -> None:
+    """UserError for a checkpoint of DeepSpeed that goes on otherwise: each of its processes has saved a part."""
+    keys = ("launch", "processes")
+    if "deepspeed" in (then.get("launch"), now["launch"]) and any(then.get(key) != now[key] for key in keys):
+        was, is_ = (" ".join(str(found.get(key)) for key in reversed(keys)) for found in (then, now))
+        what = f"the checkpoint is of {was} processes, and these are {is_}: DeepSpeed's parts fit no others"
+        raise UserError(what, key="--launch", fix="go on as it was begun, or use --launch fsdp from the start")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from finetune.recipe.resolve import Hardware
 from finetune.recipe.stages import DpoRecipe, KtoRecipe, Recipe, RewardRecipe
 from finetune.run.directory import Run
 from finetune.terminal.progress import command
+from finetune.training import sharded
 
 
 def seed_everything(recipe: Recipe) -> None:
@@ -56,6 +57,10 @@ def reward_model(recipe: RewardRecipe, base: Base, machine: Hardware) -> Any:
 
 def loaded(recipe: Recipe, base: Base, machine: Hardware) -> Any:
     """The network of the base, which can be trained on."""
+    if sharded.read_once(recipe, base):
+        if ranks.local_rank():
+            return loading.without_weights(base.model, weights_dtype(recipe))
+        machine = loading.CPU  # they need not fit one card
     network = loading.load_model(base.model, weights_dtype(recipe), machine)
     loading.refuse_training(network, base.model.name)
     return network

@@ -40,7 +40,7 @@ class Extras(Several, Checkpointing, HeldOutFigures):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         score_trained_positions()
         self.batches, settings = [], kwargs["args"]
-        if hasattr(settings, "router_aux_loss_coef") and not balances(kwargs["model"]):
+        if hasattr(settings, "router_aux_loss_coef") and not ranks.from_first(lambda: balances(kwargs["model"])):
             settings.router_aux_loss_coef = 0.0
         if not kwargs["model"].supports_gradient_checkpointing:  # who asks for it was told (session.prepare)
             settings.activation_checkpointing = settings.gradient_checkpointing = False

@@ -351,15 +351,35 @@ def test_documents_in_rows_are_apart(flat: bool) -> None:
     assert flat or batch["tokens"] == 27
 
 
-def test_packed_steps_hold_effective_batch_size_samples(recipe: Recipe, tmp_path: Path) -> None:
-    """60 samples of 29 tokens fill 20 rows of three; 8 samples are nearest to 3 rows, so 7 steps are an epoch."""
+def of_threes(folder: Path) -> dict[str, Any]:
+    """60 samples of 29 tokens, which fill 20 packed rows of three."""
     rows = [
         {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}"}]}
         for i in range(10, 70)
     ]
-    data = {"train": str(write_rows(tmp_path / "even.jsonl", rows)), "packing": True, "max_length": 90}
-    run = train(recipe(train={"max_steps": None, "num_train_epochs": 1.0}, data=data))
+    return {"train": str(write_rows(folder / "even.jsonl", rows)), "packing": True, "max_length": 90}
+
+
+def test_packed_steps_hold_effective_batch_size_samples(recipe: Recipe, tmp_path: Path) -> None:
+    """8 samples are nearest to 3 rows, so 7 steps are an epoch."""
+    run = train(recipe(train={"max_steps": None, "num_train_epochs": 1.0}, data=of_threes(tmp_path)))
     assert json.loads(run.result.read_text())["steps"] == 7
+
+
+def test_packed_rows_are_counted_before_a_model_loads(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes cannot share the 3 rows of a step."""
+    from finetune.recipe.resolve import Hardware
+
+    monkeypatch.setattr("finetune.training.session.hardware.detect", lambda: Hardware(processes=2))
+    monkeypatch.setattr("finetune.commands.sft.policy", lambda *_: pytest.fail("it was loaded"))
+    path = recipe(data=of_threes(tmp_path))
+    for more in ([], ["--dry-run"]):
+        done = ft("sft", path, *more)
+        assert (done.returncode, "a step of 3 packed rows cannot be shared out" in done.stderr) == (2, True)
+        assert "train.effective_batch_size" in done.stderr
+        assert not (tmp_path / "run").exists()
 
 
 def test_probe_switches_packing_off_where_documents_leak(recipe: Recipe, tmp_path: Path) -> None:

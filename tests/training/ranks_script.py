@@ -3,7 +3,7 @@
     torchrun … ranks_script.py FOLDER        FOLDER/commands.json: [[ddp or fsdp, words of ft …], …]
 
 FOLDER/seen.RANK.json: [{"code": …, "rows": numbers of the rows that it was given, "loads": how often it read data,
-"shares": of the frozen and of the trained weights that lay here}, …]
+"reads": how often it read weights, "shares": of the frozen and of the trained weights that lay here}, …]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from finetune import ranks
 from finetune.cli import main
 from finetune.data import audit
+from finetune.models import loading
 from finetune.training import sampler, sharded
 
 
@@ -61,6 +62,7 @@ def run(folder: Path) -> None:
     patch = pytest.MonkeyPatch()
     patch.setattr(sampler.Spared, "__getitem__", lambda self, number: (rows.append(number), given(self, number))[1])
     patch.setattr(audit.Audit, "__init__", lambda self, *a, **k: (loads.append(""), read(self, *a, **k))[1])
+    patch.setattr(ranks.os, "devnull", str(folder / f"said.{ranks.rank()}"))  # where others than the first are heard
     patch.setattr(ranks, "leave", lambda: None)  # the next command meets the same processes
     together = sharded.bring_together
 
@@ -74,12 +76,16 @@ def run(folder: Path) -> None:
         together(model)
 
     shares: list[float] = []
+    reads: list[str] = []
+    load = loading.load_model
+    patch.setattr(loading, "load_model", lambda *a, **k: (reads.append(""), load(*a, **k))[1])
     patch.setattr(sharded, "bring_together", counted)
     seen = []
     for kind, *words in json.loads((folder / "commands.json").read_text()):
         shares.clear()
         rows.clear()
         loads.clear()
+        reads.clear()
         os.environ[ranks.KIND] = kind
         os.environ.pop("ACCELERATE_USE_FSDP", None)  # what accelerate leaves behind
         sys.argv = ["ft", *words]
@@ -92,7 +98,7 @@ def run(folder: Path) -> None:
                 main()
         except SystemExit as ended:
             code = int(str(ended.code or 0))
-        seen.append({"code": code, "rows": list(rows), "loads": len(loads), "shares": list(shares)})
+        seen.append({"code": code, "rows": list(rows), "loads": len(loads), "reads": len(reads), "shares": [*shares]})
     (folder / f"seen.{ranks.rank()}.json").write_text(json.dumps(seen))
 
 

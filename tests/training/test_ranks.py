@@ -15,26 +15,40 @@ import yaml
 from conftest import ft, tensors, write_rows
 from ranks_script import replies
 
+from finetune.early import launching
+
 SCRIPT = Path(__file__).parent / "ranks_script.py"
 ROWS = 27  # 5 of them held out: steps of 8 rows, and a last one of 6, of which a process of four has none
-DAILY, SLOW = ("sft", "packed", "dpo", "ppo"), ("smoothed", "full", "qlora", "simpo", "kto", "reward", "pretrain")
-DAILY_IN_PARTS, SLOW_IN_PARTS = ("sft", "dpo"), ("full", "qlora", "kto", "reward", "pretrain")
+DAILY, SLOW = (
+    ("sft", "packed", "dpo", "ppo", "few"),
+    ("smoothed", "full", "qlora", "simpo", "kto", "reward", "pretrain"),
+)
+DAILY_IN_PARTS, SLOW_IN_PARTS = ("sft", "packed", "dpo"), ("full", "qlora", "kto", "reward", "pretrain")
 STAGES, IN_PARTS = (
     [*daily, *(pytest.param(stage, marks=pytest.mark.slow) for stage in slow)]
     for daily, slow in ((DAILY, SLOW), (DAILY_IN_PARTS, SLOW_IN_PARTS))
 )
 
 
-def launched(folder: Path, commands: Sequence[Sequence[str]], processes: int = 2) -> list[list[dict[str, Any]]]:
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
+ACCELERATE = (
+    "accelerate.commands.launch", "--multi_gpu", "--num_machines", 1, "--mixed_precision", "no",
+    "--dynamo_backend", "no", "--main_process_port", launching.free_port(), "--num_processes",
+)  # fmt: skip
+
+
+def launched(folder: Path, commands: Sequence[Sequence[str]], launcher: Sequence[Any]) -> list[list[dict[str, Any]]]:
     """By process, what it saw in each command."""
     (folder / "commands.json").write_text(json.dumps(commands))
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), SCRIPT, folder]
+    processes = 2
+    words = ["-m", *launcher, processes, SCRIPT, folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     done = subprocess.run(
         [sys.executable, *map(str, words)], env=environment, capture_output=True, text=True, timeout=500
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "said").write_text(done.stdout + done.stderr)
+    others = "".join(file.read_text() for file in folder.glob("said.*"))
+    assert done.returncode == 0, done.stderr[-3000:] + others[-3000:]
+    (folder / "said").write_text(done.stdout + done.stderr + others)
     return [json.loads((folder / f"seen.{rank}.json").read_text()) for rank in range(processes)]
 
 
@@ -59,7 +73,14 @@ def recipes(folder: Path, base: Path) -> dict[str, Path]:
     texts = [{"text": f"{i} " + words(i, 30)} for i in range(ROWS)]
     rows = {
         name: str(write_rows(folder / f"{name}.jsonl", made))
-        for name, made in (("chats", chats), ("even", even), ("pairs", pairs), ("labelled", labelled), ("texts", texts))
+        for name, made in (
+            ("chats", chats),
+            ("even", even),
+            ("pairs", pairs),
+            ("labelled", labelled),
+            ("texts", texts),
+            ("two", chats[:2]),
+        )
     }
     rule = folder / "rule.py"
     rule.write_text("def length(prompts, completions, **_):\n    return [float(len(c)) for c in completions]\n")
@@ -76,6 +97,7 @@ def recipes(folder: Path, base: Path) -> dict[str, Path]:
         "sft": {"stage": "sft", "data": {"train": rows["chats"], **data}},
         "qlora": {"stage": "sft", "data": {"train": rows["chats"], **data}},
         "packed": {"stage": "sft", "data": {"train": rows["even"], "max_length": 80, "packing": True}},
+        "few": {"stage": "sft", "data": {"train": rows["two"], "max_length": 64, "eval_split": 1}},
         "smoothed": {"stage": "sft", "data": {"train": rows["chats"], **data}},
         "dpo": {"stage": "dpo", "data": {"train": rows["pairs"], **data}},
         "simpo": {"stage": "dpo", "data": {"train": rows["pairs"], **data}, "dpo": {"loss_type": "simpo", "beta": 2.0}},
@@ -101,6 +123,7 @@ def recipes(folder: Path, base: Path) -> dict[str, Path]:
         more |= {"per_device_train_batch_size": None} if name == "packed" else {}
         more |= {"learning_rate": 1e-3, "max_steps": 2} if name == "ppo" else {}
         more |= {"load_best_model_at_end": True} if name == "full" else {}  # the first: no answer is right
+        more |= {"num_train_epochs": 40, "early_stopping_patience": 2, "learning_rate": 0.05} if name == "few" else {}
         section = {**train, **more}
         model = {**common["model"], **({"quantization": "int4"} if name == "qlora" else {})}
         written[name] = folder / f"{name}.yaml"
@@ -133,7 +156,7 @@ def assert_alike(one: Path, several: Path, tolerance: float = 1e-5) -> None:
 Together = tuple[Path, dict[str, list[dict[str, Any]]]]
 
 
-def trained(folder: Path, base: Path, stages: Sequence[str], in_parts: Sequence[str], resumed: bool) -> Together:
+def trained(folder: Path, base: Path, stages: Sequence[str], in_parts: Sequence[str], daily: bool) -> Together:
     """A folder with each stage trained by one process and by two, and what the two saw."""
     written = recipes(folder, base)
     five, three = (("--set", f"train.max_steps={steps}") for steps in (5, 3))
@@ -143,23 +166,23 @@ def trained(folder: Path, base: Path, stages: Sequence[str], in_parts: Sequence[
         assert done.returncode == 0, (name, done.stderr)
     commands = [["ddp", *command(written[name], folder / f"{name}.ddp")] for name in stages]
     commands += [["fsdp", *command(written[name], folder / f"{name}.fsdp")] for name in in_parts]
-    for kind in ("ddp", "fsdp") if resumed else ():
+    for kind in ("ddp", "fsdp") if daily else ():
         assert ft(*command(written["sft"], folder / f"{kind}.from_one", *three)).returncode == 0
         commands.append([kind, *command(written["sft"], folder / f"{kind}.from_one", "--resume", *five)])
         commands.append([kind, *command(written["sft"], folder / f"{kind}.to_one", *three)])
-    by_rank = launched(folder, commands)
+    by_rank = launched(folder, commands, ACCELERATE if daily else TORCHRUN)
     seen = {Path(words[5]).name: [own[i] for own in by_rank] for i, words in enumerate(commands)}
     return folder, seen
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Together:
-    return trained(tmp_path_factory.mktemp("ranks"), base, DAILY, DAILY_IN_PARTS, resumed=True)
+    return trained(tmp_path_factory.mktemp("ranks"), base, DAILY, DAILY_IN_PARTS, daily=True)
 
 
 @pytest.fixture(scope="module")
 def rest(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Together:
-    return trained(tmp_path_factory.mktemp("ranks"), base, SLOW, SLOW_IN_PARTS, resumed=False)
+    return trained(tmp_path_factory.mktemp("ranks"), base, SLOW, SLOW_IN_PARTS, daily=False)
 
 
 def of(request: pytest.FixtureRequest, stage: str) -> Together:
@@ -195,6 +218,19 @@ def test_weights_in_parts_are_one(request: pytest.FixtureRequest, stage: str) ->
     assert whole.keys() == found.keys()
     for name, value in whole.items():
         assert (value - found[name]).abs().max() < 1e-4, name
+
+
+def test_early_stopping_stops_all(together: Together) -> None:
+    """One row to train, one held out: a process has none of either."""
+    for name in ("few.one", "few.ddp"):
+        assert json.loads((together[0] / name / "result.json").read_text())["steps"] < 40
+
+
+def test_the_first_alone_reads_the_weights(together: Together) -> None:
+    """Where no reference needs all of them before they are shared out."""
+    seen = together[1]
+    for name, reads in {"sft.ddp": [True, True], "sft.fsdp": [True, False], "dpo.fsdp": [True, True]}.items():
+        assert [own["reads"] > 0 for own in seen[name]] == reads, name
 
 
 def test_each_has_rows_of_its_own(together: Together) -> None:

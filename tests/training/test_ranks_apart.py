@@ -17,8 +17,10 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ft
+from conftest import ft, write_rows
+from test_ranks import ACCELERATE, TORCHRUN
 
+from finetune.early import launching
 from finetune.run.directory import Run, resumable
 
 Write = Callable[..., Path]
@@ -64,10 +66,11 @@ def test_a_killed_process_ends_all(recipe: Write, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_at_the_same_step(recipe: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_at_the_same_step(recipe: Write, tmp_path: Path, number: signal.Signals) -> None:
     run = Run(tmp_path / "run")
     process = training(recipe, run)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said = process.communicate(timeout=100)[1]
     assert process.returncode == 130, said
     assert said.count("stopped at step") == 1
@@ -93,16 +96,97 @@ def test_a_full_disk_is_no_hang(recipe: Write, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_disk_that_is_full_for_one_process_is_no_hang(recipe: Write, tmp_path: Path) -> None:
+    """It writes the state of its random numbers where the first one writes a checkpoint."""
+    run = Run(tmp_path / "run")
+    process = training(recipe, run)
+    one_of(psutil.Process(process.pid), "1").rlimit(psutil.RLIMIT_FSIZE, (0, 0))
+    said = process.communicate(timeout=100)[1]
+    assert process.returncode == 1, said
+    assert "process 1: " in said
+    assert "Traceback" not in said
+    assert resumable(run)
+
+
+@pytest.mark.slow
+def test_nobody_goes_on_without_the_launcher(recipe: Write, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    process = training(recipe, run)
+    children = psutil.Process(process.pid).children()
+    process.kill()
+    assert not psutil.wait_procs(children, timeout=60)[1]
+    assert resumable(run)
+    process.communicate()
+
+
+def of_pairs(folder: Path) -> Path:
+    pairs = [
+        {"messages": [{"role": "user", "content": f"say {i}"}], "chosen": f"{i} " * (1 + i % 3), "rejected": f"{i + 1}"}
+        for i in range(59)
+    ]
+    return write_rows(folder / "pairs.jsonl", pairs)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_four_processes_are_one(recipe: Write, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_four_processes_are_one(recipe: Write, tmp_path: Path, stage: str, kind: str) -> None:
     """With a last step of which some have no row."""
-    path = recipe(adapter={"lora_dropout": 0.0}, data={"eval_split": 5}, train={"max_steps": None})
+    data = {"eval_split": 5, **({"train": str(of_pairs(tmp_path))} if stage == "dpo" else {})}
+    path = recipe(stage=stage, adapter={"lora_dropout": 0.0}, data=data, train={"max_steps": None})
     one, four = tmp_path / "one", tmp_path / "four"
-    assert ft("sft", path, "--output", one).returncode == 0
-    process = started(["sft", str(path), "--output", str(four), "--launch", kind, "--num-processes", "4"])
+    assert ft(stage, path, "--output", one).returncode == 0
+    process = started([stage, str(path), "--output", str(four), "--launch", kind, "--num-processes", "4"])
     said = process.communicate(timeout=500)[1]
     assert process.returncode == 0, said
     assert losses(four) == pytest.approx(losses(one), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_go_on_as_four_and_four_as_two(recipe: Write, tmp_path: Path, kind: str) -> None:
+    """To the loss of one process that was not stopped: nothing of an adapter is lost, whoever held which part of it."""
+    path = recipe(adapter={"lora_dropout": 0.0}, train={"lr_scheduler_type": "constant", "warmup_steps": 0})
+    assert ft("sft", path, "--output", tmp_path / "one").returncode == 0
+    for order in (("2", "4"), ("4", "2")):
+        run = tmp_path / "".join(order)
+        for steps, processes, more in ((2, order[0], []), (4, order[1], ["--resume"])):
+            words = ["--output", str(run), "--set", f"train.max_steps={steps}", *more]
+            process = started(["sft", str(path), *words, "--launch", kind, "--num-processes", processes])
+            said = process.communicate(timeout=500)[1]
+            assert process.returncode == 0, said
+        assert losses(run) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=lambda words: words[0])
+def test_other_launchers_start_the_module(recipe: Write, tmp_path: Path, launcher: Sequence[Any]) -> None:
+    """With paths that are relative to the folder where it is started."""
+    path = recipe(adapter={"lora_dropout": 0.0}, output={"dir": "two"})
+    assert ft("sft", path, "--output", tmp_path / "one").returncode == 0
+    words = [sys.executable, "-m", *map(str, launcher), "2", "-m", "finetune", "sft", path.name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_machines_with_other_rows_are_refused(recipe: Write, tmp_path: Path) -> None:
+    """Two machines, here two folders, with files of one name."""
+    path, port, processes = recipe(data={"train": "rows.jsonl"}), str(launching.free_port()), []
+    for number in range(2):
+        folder = tmp_path / f"machine{number}"
+        folder.mkdir()
+        rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+        (folder / "rows.jsonl").write_text("".join(rows[number:]))
+        place = ["--num-machines", "2", "--machine-rank", str(number), "--main-address", "127.0.0.1"]
+        words = ["sft", str(path), *TWO, *place, "--main-port", port]
+        processes.append(started(words, cwd=folder))
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert {process.returncode for process in processes} <= {1, 2}
+    assert any("data.train: what the run reads is not the same for process" in text for text in said), said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
