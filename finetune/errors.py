@@ -53,7 +53,10 @@ class FinetuneError(Exception):
     exit_code = 1
 
     def lines(self, words: Callable[[str], str] = agreed) -> list[str]:
-        return [words(str(self))]
+        return [words(super().__str__())]
+
+    def __str__(self) -> str:
+        return agreed(super().__str__())
 
 
 class UserError(FinetuneError):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ft, write_rows
 
-from finetune.errors import Problem, UserError, render
+from finetune.errors import Problem, RunError, UserError, render
 from finetune.language.agreeing import BETWEEN, UNITS, agreed
 
 PACKAGE = Path(__file__).parent.parent / "finetune"
@@ -47,6 +47,8 @@ def test_others_stay(text: str) -> None:
 
 def test_errors_agree() -> None:
     assert str(UserError("1 rows cannot be used")) == "1 row cannot be used"
+    assert str(RunError("1 files are missing")) == "1 file is missing"
+    assert render(RunError("1 files are missing")) == ["1 file is missing"]
     assert render(UserError([Problem("1 tokens are too many", fix="keep 1 answers")])) == [
         "1 token is too many → keep 1 answer"
     ]

@@ -90,8 +90,8 @@ def run(json_file: str | None = None) -> None:
     entry("", "(a rule of thumb in parameters, at short lengths and small batches)")
     entry("disk", f"{found['disk_free_gb']:.0f} GB free here")
     entry("built-in bases", ", ".join(found["builtin_bases"]))
-    for module, what in found["missing"].items():
-        entry("missing", f"{module}: {translated(what)}")
+    for module in found["missing"]:
+        entry("missing", f"{module}: {translated(EXTRAS[module])}")
 
 
 def entry(name: str, text: str) -> None:

@@ -14,7 +14,6 @@ from finetune.models.gguf.packaged import PACKAGED
 from finetune.resources import BUILTIN_MODELS
 from finetune.run import json_option
 from finetune.terminal.progress import output, say
-from finetune.terminal.values import padded
 
 HONEST = (
     "Published weights ran of two families, on CPUs: SmolLM2-135M-Instruct (llama) was fine-tuned, evaluated, merged "
@@ -111,11 +110,11 @@ def show(*, markdown: bool = False, json_file: str | None = None) -> None:
     for column in ("model_type", "family", "models", "tested"):
         table.add_column(translated(column), overflow="fold")
     for model_type, row in SHOWN.items():
-        table.add_row(model_type, row.name, row.models, translated(row.tested))
+        table.add_row(model_type, row.name, row.models, row.tested)
     output.print(table)
     output.print()
     for kind in kinds():
-        output.print(f"{padded(translated(kind), 8)} {translated(TESTED[kind])}", soft_wrap=True)
+        output.print(f"{kind:8} {translated(TESTED[kind])}", soft_wrap=True)
     types = {kind: found for kind, found in types_tested().items() if kind not in SHOWN}
     for word in ("passes", "limits", "cannot"):
         these = ", ".join(kind for kind, found in types.items() if verdict(found) == word)

@@ -81,10 +81,9 @@ def report(sets: Sequence[Found], json_file: str | None, most: int) -> None:
 
 def show_set(one: Found, most: int) -> None:
     results = one.results
-    by_split = " by data.eval_split" if one.data == "data.eval_split" else ""
     ways = list(dict.fromkeys(how_written(result) for result in results))
     parts = [*([ways[0]] if len(ways) == 1 and ways[0] else []), *(f"{k} {v}" for k, v in one.asked_with.items())]
-    show(results, one.comparisons, by_split, "".join(f", {part}" for part in parts))
+    show(results, one.comparisons, one.data == "data.eval_split", "".join(f", {part}" for part in parts))
     for result in results if len(ways) > 1 else ():
         tell(f"{result.name} answered {how_written(result)}")
     show_about(results, one.about)
@@ -140,27 +139,29 @@ def show_about(results: Sequence[Evaluation], about: Mapping[str, str]) -> None:
     lines: dict[str, list[str]] = {}
     for name, text in about.items():
         how = next((r.metrics[f"{name}_how"] for r in results if f"{name}_how" in r.metrics), None)
-        lines.setdefault(text if how is None else f"{text} ({how})", []).append(label(name))
+        said = translated(text)
+        lines.setdefault(said if how is None else f"{said} ({how})", []).append(label(name))
     for text, names in lines.items():
-        say(f"{', '.join(names)}: {translated(text)}")
+        say(f"{', '.join(names)}: {text}")
 
 
 WIDE = 3  # more models than this stand below each other, without the single fields
 
 
 def show(
-    results: Sequence[Evaluation], comparisons: Sequence[dict[str, Any]], by_split: str = "", title: str = ""
+    results: Sequence[Evaluation], comparisons: Sequence[dict[str, Any]], by_split: bool = False, title: str = ""
 ) -> None:
     """The table and the comparisons, to stdout.
 
     Args:
-        by_split: how the rows were held out; title: what goes on after their number.
+        by_split: held out by data.eval_split; title: what goes on after their number.
     """
     names = list(dict.fromkeys(k for r in results for k, v in r.metrics.items() if isinstance(v, float)))
     fields = list(dict.fromkeys(f for r in results for f in r.metrics.get("fields", {})))
     seen = {r.name: r.metrics["trained_on"] for r in results if r.metrics.get("trained_on")}
     title = translated(f"n={results[0].n}{UNITS[results[0].kind]}") + title
-    title = title if seen else f"{translated(f'held-out{by_split}')}, {title}"
+    held_out = "held-out by data.eval_split" if by_split else "held-out"
+    title = title if seen else f"{translated(held_out)}, {title}"
     table = Table(title=visible(title), title_justify="left")
     wide = len(results) > WIDE
     for heading in ("", *([label(n) for n in names] if wide else [r.name for r in results])):

@@ -375,7 +375,8 @@ class GenerationConfig(Section):
     def __str__(self) -> str:
         """`greedy`, or `temperature 0.7, top_p 0.9, seed 0`."""
         usual = GenerationConfig().model_dump()
-        parts = [f"{k} {v:g}" for k, v in self.chosen.items() if v != usual[k] or (k == "seed" and self.drawn)]
+        given = {k: v for k, v in self.chosen.items() if v != usual[k] or (k == "seed" and self.drawn)}
+        parts = [f"{k} {v}" if isinstance(v, int) else f"{k} {v:g}" for k, v in given.items()]
         return ", ".join([*([] if self.drawn or self.num_beams > 1 else ["greedy"]), *parts])
 
 

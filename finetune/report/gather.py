@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from finetune.language.agreeing import agreed
 from finetune.report.curves import panels
 from finetune.run import records
 from finetune.run.differences import from_defaults
@@ -74,7 +75,8 @@ def warnings(record: Record) -> list[str]:
     if record.status in ("interrupted", "failed", "running"):
         found.append(f"{record.status} at step {record.steps:,}: what follows is of an unfinished run")
     lost = [item for one in record.evaluation.get("sets", []) for item in one.get("comparisons", [])]
-    return [*found, *map(str, record.result.get("decisions") or ()), *filter(None, map(forgotten, lost))]
+    decided = [agreed(str(line)) for line in record.result.get("decisions") or ()]
+    return [*found, *decided, *filter(None, map(forgotten, lost))]
 
 
 def forgotten(item: Mapping[str, Any]) -> str | None:
@@ -135,7 +137,7 @@ def samples(record: Record) -> list[dict[str, Any]]:
             title = f"{shown_name(str(one['name']))}: {shown_of}{by}" + (
                 f", {one['changed']} changed" if one.get("before") else ""
             )
-            found.append({"title": title, "base": one.get("before") is not None, "rows": rows})
+            found.append({"title": agreed(title), "base": one.get("before") is not None, "rows": rows})
     return found
 
 
@@ -159,7 +161,9 @@ TEXTS = ("asked", "reference", "base", "tuned")
 def clipped(text: Any) -> str:
     """The first lines of a text, of a long one both ends."""
     lines = ("" if text is None else str(text)).split("\n")
-    text = "\n".join([*lines[:LINES], f"… {len(lines) - LINES} more lines"] if len(lines) > LINES + 1 else lines)
+    text = "\n".join(
+        [*lines[:LINES], agreed(f"… {len(lines) - LINES} more lines")] if len(lines) > LINES + 1 else lines
+    )
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
 
 

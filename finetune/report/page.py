@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from finetune.errors import visible
+from finetune.language.agreeing import agreed
 from finetune.report.gather import POINTS, run_view
 from finetune.run import records
-from finetune.run.differences import differences
+from finetune.run.differences import differences, told
 from finetune.run.records import Record
 from finetune.run.writing import write_atomically
 from finetune.terminal.progress import duration, shown_name
@@ -45,12 +47,19 @@ def templates() -> Environment:
         loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined, finalize=safe, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    found.filters["agreed"] = agreed
+    found.filters["breaking"] = breaking
     found.globals["generator"] = Markup(MARK)
     found.globals["styles"] = Markup("\n".join(asset(name) for name in STYLES))
     found.globals["scripts"] = [Markup(asset(name)) for name in SCRIPTS]
     found.globals["digests"] = " ".join(f"'sha256-{digest(asset(name))}'" for name in SCRIPTS)
     found.globals["licence"] = " ".join(asset("uPlot-LICENSE").split())
     return found
+
+
+def breaking(name: str) -> Markup:
+    """A key, which may be broken into lines behind its dots and underscores."""
+    return Markup(re.sub(r"([._/])(?=\w)", r"\1<wbr>", str(escape(visible(name)))))
 
 
 @cache
@@ -88,7 +97,7 @@ def of_several(found: Sequence[Record]) -> str:
     for view, name in zip(views, names_of(found), strict=True):
         view["name"] = name
     parts = {
-        part: [(key, [in_cell(value) for value in values]) for key, values in table.items()]
+        part: [(key, [in_cell(told(key, value)) for value in values]) for key, values in table.items()]
         for part, table in differences(found).items()
     }
     title = ", ".join(view["name"] for view in views[:3]) + ("…" if len(views) > 3 else "")
@@ -155,7 +164,7 @@ def index(folder: Path, found: Sequence[Record], place: Path | None = None) -> s
             }
         )
     name = folder.resolve().name
-    return templates().get_template("index.html.j2").render(rows=rows, title=f"runs in {name}", curves=[])
+    return templates().get_template("index.html.j2").render(rows=rows, title=f"runs in {name}/", curves=[])
 
 
 def spark(record: Record) -> str:

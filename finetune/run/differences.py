@@ -44,6 +44,15 @@ def result_values(record: Record) -> dict[str, Any]:
     return figures
 
 
+HASH = 12
+"""Characters of a content hash that are shown."""
+
+
+def told(key: str, value: Any) -> Any:
+    """A value as tables have it: of a content hash its beginning."""
+    return value[:HASH] if key.startswith("content of ") and isinstance(value, str) else value
+
+
 PARTS = {"recipe": recipe_values, "data": data_values, "versions": version_values, "result": result_values}
 
 

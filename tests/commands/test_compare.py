@@ -120,7 +120,7 @@ def test_the_search_is_announced_and_the_time_told_after_the_first_job(
     (folder / plan.MARK).write_text(to_yaml(checked))
     compared(checked, ["lora", "bitfit", "full", "ia3"], output=str(folder))
     said = capsys.readouterr().err.splitlines()
-    assert "4 jobs, 20 steps: for each first its learning rate, from 1 short runs" in said[0]
+    assert "4 jobs, 20 steps: for each first its learning rate, from 1 short run" in said[0]
     assert "25% of the steps each, scored on 10% of the training rows" in said[0]
     ends = [line.rpartition("; about ")[2] for line in said[1:5]]
     assert said[1].endswith("(0:50)")
@@ -183,7 +183,7 @@ def test_what_cannot_be_and_what_fails_are_rows_with_reasons(
             raise RunError("the loss became nan")
 
     monkeypatch.setattr(jobs, "process", process)
-    with pytest.raises(RunError, match=r"1 of 1 jobs failed \(lora-int4\)"):
+    with pytest.raises(RunError, match=r"1 of 1 job failed \(lora-int4\)"):
         compared(checked, ["full", "lora"], ["int4"], output=str(tmp_path / "comparison"))
     table = capsys.readouterr().out
     assert "| full-int4 | refused: quantized weights are integers" in table
@@ -280,7 +280,7 @@ def test_rows_of_eval_split_are_measured_on_and_never_trained_on(
 
     monkeypatch.setattr(jobs, "run_job", job)
     monkeypatch.setattr(jobs, "measure_base", lambda *_: {"name": "base", "metrics": {}})
-    with pytest.raises(RunError, match="1 of 1 jobs failed"):
+    with pytest.raises(RunError, match="1 of 1 job failed"):
         compared(loaded, ["lora"], output=str(tmp_path / "my comparison"))
     (built,) = seen
     held = plan.split_off(loaded)

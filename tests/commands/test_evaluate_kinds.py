@@ -182,7 +182,7 @@ def test_long_pairs_are_cut_as_in_training(here: Path, base: Path, capsys: pytes
         trained(stage, here, base)
         (found,) = measured(here, [f"my {stage} run"], data=str(data))["runs"]
         assert found["n"] == 3
-        assert "1 rows are left out: nothing to compare within data.max_length 64" in capsys.readouterr().err
+        assert "1 row is left out: nothing to compare within data.max_length 64" in capsys.readouterr().err
 
 
 def test_rows_are_computed_by_length_and_few_at_once_where_they_are_long() -> None:

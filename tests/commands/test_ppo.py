@@ -574,7 +574,7 @@ def refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ({"ppo": {"num_mini_batches": 3}}, "does not divide train.effective_batch_size"),
         ({"reward": {}}, "nothing scores the replies"),
         ({"reward": {"functions": ["/nowhere.py:f"]}}, "no such file"),
-        ({"reward": {"functions": ["/nowhere.py:f"], "weights": [1.0, 2.0]}}, "2 for 1 sources"),
+        ({"reward": {"functions": ["/nowhere.py:f"], "weights": [1.0, 2.0]}}, "2 for 1 source"),
         ({"reward": {"model": "some/hub-model"}}, "set ppo.models: separate"),
         ({"reward": {"model": "some/hub-model"}, "ppo": {"models": "separate"}}, "some/hub-model"),
         ({"reward": {"train": "nowhere.jsonl"}}, "nowhere.jsonl"),
@@ -657,7 +657,7 @@ def test_rollouts_of_few_prompts(tmp_path: Path, base: Path, capsys: pytest.Capt
     train = {"max_steps": None, "num_train_epochs": 3, "effective_batch_size": 64}
     path = ppo_recipe(tmp_path, base, train=train, ppo={"num_mini_batches": 4})
     ppo.run(load(str(path), PpoRecipe), dry_run=True)
-    assert "3 rollouts of 32 prompts; updates of 16 rows x 1 passes" in capsys.readouterr().err
+    assert "3 rollouts of 32 prompts; updates of 16 rows x 1 pass" in capsys.readouterr().err
     found = run_ppo(path)
     assert result(found)["steps"] == 3
     assert "32 prompts: rollouts are of 32" in result(found)["decisions"]
@@ -683,7 +683,7 @@ def test_exit_code_of_a_refusal(tmp_path: Path, base: Path) -> None:
     ("body", "what"),
     [
         ("raise ValueError('no')", "ValueError: no"),
-        ("return [0.0]", "1 scores for 16 replies"),
+        ("return [0.0]", "1 score for 16 replies"),
         ("return [float('nan')] * len(prompts)", "the score nan"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 from conftest import ft
 from filelock import FileLock
+from rich.cells import cell_len
 
+from finetune.commands.records import diff, show, show_list
 from finetune.commands.records.watch import curve
 from finetune.errors import RunError
 from finetune.run import records
@@ -242,3 +245,43 @@ def test_a_stage_that_is_none_is_refused(runs: Path) -> None:
     done = ft("runs", "list", runs, "--stage", "sfft")
     assert done.returncode == 2
     assert "'sfft' is not possible here → one of pretrain, sft," in done.stderr
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_tables_are_chinese_and_their_columns_straight(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
+) -> None:
+    monkeypatch.setenv("FT_LANG", "zh")
+    monkeypatch.setattr(progress.output, "_width", width)
+    monkeypatch.chdir(runs.parent)
+    show_list(runs.name)
+    table = capsys.readouterr().out
+    diff(f"{runs.name}/good", f"{runs.name}/deeper/worse")
+    parts = capsys.readouterr().out
+    show(f"{runs.name}/stopped")
+    one = capsys.readouterr().out
+    for text in (table, parts):
+        framed = [line for line in text.splitlines() if line[:1] in "┏┃┡│└"]
+        assert all(cell_len(line) <= width for line in framed)
+        assert {line[-1] for line in framed} <= set("┓┃┩│┘"), "no row is longer than its frame"
+    assert bool("┏" in table) is (width == 80), "in a narrow terminal two lines a run"
+    assert ("运行" in table) is (width == 80)
+    assert "已中断" in table
+    assert "配方:" in parts
+    assert "留出 loss" in one or "配方中与默认不同的项" in one
+    for text in (table, parts, one):
+        assert not re.search(r"\b(held-out|interrupted|failed|done|figure|status|result|recipe|no difference)\b", text)
+
+
+def test_step_lines_are_chinese(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FT_LANG", "zh")
+    bar = progress.Progress("training")
+    bar.start(4, 0)
+    bar.step(2)
+    bar.log({"step": 2, "loss": 0.5, "eval_loss": 0.25, "learning_rate": 1e-3, "rewards/margins": 1.0,
+             "tokens_per_second": 100, "peak_memory_gb": 0.5})  # fmt: skip
+    bar.log({"step": 2, "reward_mean": 0.5, "kl": 0.1, "response_length": 7.0, "peak_memory_gb": 0.5})
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("第 2/4 步  loss 0.5000  留出 loss 0.2500  ")
+    assert re.search(r"lr 1.00e-03  100 tok/s  0.5 GB  剩余 0:00$", first)
+    assert second.startswith("第 2/4 步  奖励 +0.500  KL 0.100  7 个 token  0.5 GB  剩余 ")

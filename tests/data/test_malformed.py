@@ -71,7 +71,7 @@ CASES: list[tuple[str, str, str | bytes, dict[str, Any], list[str]]] = [
     ("nested too deeply", "x.jsonl", GOOD + '{"messages": ' + '[' * 100_000 + "\n", {}, ['FILE, row 2: nested too deeply → remove the line']),
     ("list nested too deeply", "x.json", '[{"text": ' + '[' * 100_000, {}, ['FILE, row 1, line 1: nested too deeply → mend the file']),
     # csv
-    ("csv with a short row", "x.csv", "question,answer\nq,a\nonly\n", {}, ['FILE, row 2: 1 cells, but the header has 2 → quote cells that hold the delimiter']),
+    ("csv with a short row", "x.csv", "question,answer\nq,a\nonly\n", {}, ['FILE, row 2: 1 cell, but the header has 2 → quote cells that hold the delimiter']),
     ("csv with a long row", "x.csv", "question,answer\nq,a,b\n", {}, ['FILE, row 1: 3 cells, but the header has 2 → quote cells that hold the delimiter']),
     ("csv with an open quote", "x.csv", 'question,answer\nq,a\n"open,b\n', {}, ['FILE, row 2: not valid csv: unexpected end of data → mend the quotes']),
     ("csv with a column twice", "x.csv", "question,question\nq,a\n", {}, ['FILE, line 1: a column name occurs twice → give every column its own name']),

@@ -81,7 +81,7 @@ def test_not_a_rule(spec: str) -> None:
 @pytest.mark.parametrize(
     ("body", "what"),
     [
-        ("return [1.0]", "1 scores for 2 replies"),
+        ("return [1.0]", "1 score for 2 replies"),
         ("return None", "a list of numbers is wanted"),
         ("return ['a', 'b']", "a list of numbers is wanted"),
         ("return [1.0, float('nan')]", "reply 2 of 2 the score nan"),

@@ -275,7 +275,7 @@ def test_no_room(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_weights_without_a_place(here: Path) -> None:
     path = write(here / "x.gguf", random_llama(), tensors={"blk.0.attn_q.bias": np.zeros(128, np.float32)})
-    with pytest.raises(UserError, match=r"1 weights have no place in transformers' llama \(blk.0.attn_q.bias\)"):
+    with pytest.raises(UserError, match=r"1 weight has no place in transformers' llama \(blk.0.attn_q.bias\)"):
         folder(path)
 
 

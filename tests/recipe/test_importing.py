@@ -97,7 +97,7 @@ def test_axolotl(tmp_path: Path) -> None:
     assert values["model"]["quantization"] == "int8"
     assert values["train"]["optim"] == "adamw_8bit"
     assert values["train"]["report_to"] == ["wandb"]
-    assert found.notes == ["set WANDB_PROJECT=mine in the environment"]
+    assert found.notes[0] == "set WANDB_PROJECT=mine in the environment"
     assert {"unfrozen_parameters", "special_tokens", "saves_per_epoch", "datasets.type"} <= left(found)
     assert imported(tmp_path / "x.yml", {**AXOLOTL, "adapter": None}).values["adapter"]["method"] == "full"
 
@@ -130,7 +130,7 @@ def test_ms_swift(tmp_path: Path) -> None:
     assert (values["train"]["learning_rate"], values["train"]["weight_decay"]) == (1e-4, 0.1)
     assert values["adapter"]["lora_dropout"] == 0.05
     assert {"deepspeed", "freeze_vit"} <= left(found)
-    assert found.notes == ["train.effective_batch_size is that of one GPU: multiply it by how many you had"]
+    assert found.notes[0] == "train.effective_batch_size is that of one GPU: multiply it by how many you had"
 
 
 def test_trl_by_command_and_by_config(tmp_path: Path) -> None:
@@ -188,3 +188,95 @@ def test_command(tmp_path: Path) -> None:
     again = ft("recipes", "import", "x.yml", "--output", "mine.yaml", cwd=tmp_path)
     assert again.returncode == 2
     assert ft("recipes", "import", "nowhere.yml", cwd=tmp_path).returncode == 2
+
+
+def reasons(found: Imported) -> dict[str, str]:
+    return {key: why for key, _, why in found.left_out}
+
+
+SFT = "swift sft --model org/base --dataset a.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        ({**LLAMA_FACTORY, "warmup_steps": 0}, "train.warmup_steps", 0.1),
+        ({**LLAMA_FACTORY, "warmup_steps": 20}, "train.warmup_steps", 20),
+        ({**LLAMA_FACTORY, "additional_target": "embed_tokens, lm_head"}, "adapter.modules_to_save",
+         ["embed_tokens", "lm_head"]),
+        ({**LLAMA_FACTORY, "adapter_name_or_path": "a,b"}, "model.adapter", "b"),
+        ({**LLAMA_FACTORY, "stage": "dpo", "pref_loss": "simpo", "pref_beta": 2.0}, "dpo.simpo_gamma", 0.25),
+        ({**LLAMA_FACTORY, "stage": "rm"}, "reward.center_rewards_coefficient", 0.0),
+        ({**AXOLOTL, "warmup_ratio": None}, "train.warmup_steps", 0.03),
+        (AXOLOTL, "data.on_overlong", "drop"),
+        ({**AXOLOTL, "lora_target_modules": ["embed_tokens"]}, "adapter.target_modules", "all-linear"),
+        ({**AXOLOTL, "use_tensorboard": True}, "train.report_to", ["tensorboard", "wandb"]),
+        ({**AXOLOTL, "rl": "orpo"}, "dpo.loss_type", "orpo"),
+        (f"{SFT} --per_device_train_batch_size 3\n", "train.effective_batch_size", 18),
+        (f"{SFT} --max_length 99\n", "train.adam_beta2", 0.95),
+        (f"{SFT} --truncation_strategy right\n", "data.on_overlong", "truncate"),
+        ("swift rlhf --rlhf_type simpo --model org/base --dataset a.jsonl\n", "dpo.simpo_gamma", 0.5),
+        ("swift rlhf --rlhf_type orpo --model org/base --dataset a.jsonl\n", "dpo.loss_type", "orpo"),
+        (f"""{SFT} --columns '{{"q": "query", "a": "response"}}'\n""", "data.columns",
+         {"instruction": "q", "output": "a"}),
+        ("trl sft --model_name_or_path b --dataset_name d --assistant_only_loss true\n", "data.train_on", "assistant"),
+        ("trl dpo --model_name_or_path b --dataset_name d --loss_type robust --label_smoothing 0.1\n",
+         "dpo.label_smoothing", 0.1),
+    ],
+)  # fmt: skip
+def test_what_means_something_else_there(tmp_path: Path, config: Any, key: str, value: Any) -> None:
+    """Of two keys the one that counts, defaults that are not ours, names that are called the same and are not."""
+    found = imported(tmp_path / "x.sh", config)
+    section, _, name = key.partition(".")
+    assert found.values[section][name] == value
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({**LLAMA_FACTORY, "warmup_steps": 20}, "warmup_ratio"),
+        ({**LLAMA_FACTORY, "adapter_name_or_path": "a,b"}, "adapter_name_or_path"),
+        ({**LLAMA_FACTORY, "finetuning_type": "freeze", "freeze_trainable_layers": -2}, "freeze_trainable_layers"),
+        ({**LLAMA_FACTORY, "eval_steps": 0.1}, "eval_steps"),
+        ({**LLAMA_FACTORY, "gradient_accumulation_steps": "auto"}, "gradient_accumulation_steps"),
+        ({**LLAMA_FACTORY, "reward_model": "org/r"}, "reward_model"),
+        ({**LLAMA_FACTORY, "test_datasets": "b.json"}, "test_datasets"),
+        ({**AXOLOTL, "lora_target_modules": ["embed_tokens"]}, "lora_target_modules"),
+        ({**AXOLOTL, "datasets": [{"path": "a", "roles_to_train": ["user"]}]}, "datasets.roles_to_train"),
+        ({**AXOLOTL, "use_comet": True}, "use_comet"),
+        (f"{SFT}:a/b\n", "dataset"),
+        (f"{SFT} --val_dataset 'b.jsonl#9'\n", "b.jsonl: max_samples"),
+    ],
+)
+def test_nothing_is_read_and_ignored(tmp_path: Path, config: Any, key: str) -> None:
+    assert key in reasons(imported(tmp_path / "x.sh", config))
+
+
+@pytest.mark.parametrize(
+    ("config", "note"),
+    [
+        ({**LLAMA_FACTORY, "packing": True}, "keeps samples apart"),
+        (AXOLOTL, "counts samples here, and packed rows there"),
+        (f"{SFT}\n", "is the model's own there"),
+        ({**LLAMA_FACTORY, "template": "qwen3_nothink"}, "thinking is off there"),
+        (f"{SFT} --enable_thinking false\n", "thinking is off there"),
+        ("trl sft --model_name_or_path b --dataset_name d\n", "trains all text of messages"),
+        ("trl sft --model_name_or_path b --dataset_name d --use_peft\n", "are peft's for the model there"),
+    ],
+)
+def test_differences_are_told(tmp_path: Path, config: Any, note: str) -> None:
+    assert any(note in one for one in imported(tmp_path / "x.sh", config).notes)
+
+
+def test_what_dataset_info_says_is_used_or_listed(tmp_path: Path) -> None:
+    info = {"mine": {
+        "file_name": "mine.json", "ranking": True, "formatting": "sharegpt", "script_url": "x.py",
+        "columns": {"messages": "turns", "chosen": "good", "rejected": "bad", "images": "pictures"},
+        "tags": {"role_tag": "from", "content_tag": "value", "user_tag": "customer", "assistant_tag": "gpt"},
+    }}  # fmt: skip
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    found = imported(tmp_path / "a.yaml", {**LLAMA_FACTORY, "stage": "dpo", "dataset": "mine"})
+    assert found.values["data"]["train"]["columns"] == {"conversations": "turns", "chosen": "good", "rejected": "bad"}
+    assert {"mine: columns.images", "mine: tags.user_tag", "mine: script_url"} <= left(found)
+    assert not {"mine: tags.role_tag", "mine: ranking", "mine: formatting"} & left(found)

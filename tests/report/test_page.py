@@ -57,6 +57,7 @@ def test_all_parts_are_there(tmp_path: Path) -> None:
 
 def test_keys_that_are_not_the_default_come_first_and_are_marked(tmp_path: Path) -> None:
     text = page.of_one(records.read(make_run(tmp_path / "run")))
+    text = text.replace("<wbr>", "")
     rows = re.findall(r'<tr( class="other")?><th scope="row">([\w.]+)</th><td>(.*?)</td><td>(.*?)</td>', text)
     marked = {key: (value, usual) for other, key, value, usual in rows if other}
     assert marked["adapter.r"] == ("8", "16")
@@ -142,7 +143,7 @@ def test_command(tmp_path: Path) -> None:
     assert both.returncode == 0, both.stderr
     assert "interrupted at step 40" in (tmp_path / "report.html").read_text(encoding="utf-8")
     listed = ft("report", tmp_path / "runs")
-    assert "2 runs, 1 reports made anew" in listed.stderr
+    assert "2 runs, 1 report made anew" in listed.stderr
     links = [
         value
         for _, name, value in Seen((tmp_path / "runs/index.html").read_text(encoding="utf-8")).attributes

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.table import Table
 
 from finetune.errors import UserError, visible
 from finetune.language import translated
 from finetune.recipe.stages import RECIPES
 from finetune.run import json_option, records
-from finetune.run.differences import differences, from_defaults, result_values
+from finetune.run.differences import differences, from_defaults, result_values, told
 from finetune.run.records import Record
 from finetune.run.writing import strict
 from finetune.terminal.progress import (
@@ -22,13 +23,14 @@ from finetune.terminal.progress import (
     command,
     duration,
     note,
+    output,
     row,
     say,
     shown_name,
     shown_path,
 )
 from finetune.terminal.progress import show as show_table
-from finetune.terminal.values import in_cell, with_interval
+from finetune.terminal.values import in_cell, padded, with_interval
 
 SORTS: dict[str, Callable[[Record], Any]] = {
     "name": lambda r: str(r.path), "stage": lambda r: r.stage, "base": lambda r: r.base, "method": lambda r: r.method,
@@ -69,7 +71,10 @@ def show_list(
     json_option.write(json_file, {"runs": [as_json(record, place) for record in kept]})
     if json_file is None:
         if kept:
-            show_table(table_of(kept, place))
+            if output.width < NARROW:
+                listed(kept, place)
+            else:
+                show_table(table_of(kept, place))
         hidden = len(everything) - len(kept)
         if not kept:
             note(
@@ -77,6 +82,18 @@ def show_list(
             )
         elif hidden:
             note(f"{hidden} others are left out")
+
+
+NARROW = 60
+"""Columns of a terminal that hold the table."""
+
+
+def listed(kept: Sequence[Record], place: Path) -> None:
+    """The same in two lines each."""
+    for record in kept:
+        took = "" if record.seconds is None else f", {duration(record.seconds)}"
+        say(f"{name_in(record, place)}: ft {record.stage}, {record.method}, {status_of(record)}{took}")
+        say(f"  {shown_name(record.base)}  {figure(record)}".rstrip())
 
 
 def table_of(kept: Sequence[Record], place: Path) -> Table:
@@ -137,9 +154,9 @@ def show(name: str, json_file: str | None = None) -> None:
     for title, values in (("result", figures_of(record)), ("recipe, where it is not the default", changed_of(record))):
         if values:
             say(f"{translated(title)}:")
-            width = max(map(len, values))
+            width = max(map(cell_len, values))
             for key, value in values.items():
-                say(f"  {key:<{width}}  {value}")
+                say(f"  {padded(key, width)}  {value}")
     for decision in record.result.get("decisions") or ():
         say(f"{translated('decided')}: {translated(str(decision))}")
     if record.status in ("interrupted", "failed") and record.run.last_checkpoint() is not None:
@@ -148,7 +165,15 @@ def show(name: str, json_file: str | None = None) -> None:
 
 
 def figures_of(record: Record) -> dict[str, str]:
-    return {key: in_cell(value) for key, value in result_values(record).items() if key != "status"}
+    return {shown_key(key): in_cell(value) for key, value in result_values(record).items() if key != "status"}
+
+
+def shown_key(key: str) -> str:
+    """`held-out loss`, `content of data.train`: our words before a name."""
+    for words in ("held-out", "content of"):
+        if key.startswith(f"{words} "):
+            return f"{translated(words)} {key.removeprefix(words).strip()}"
+    return key
 
 
 def changed_of(record: Record) -> dict[str, str]:
@@ -173,7 +198,7 @@ def diff(first: str, second: str, json_file: str | None = None) -> None:
         for heading in ("", *names):
             table.add_column(visible(heading), overflow="fold")
         for key, each in values.items():
-            row(table, key, *(in_cell(v[:12] if key.startswith("content of") and v else v) for v in each))
+            row(table, shown_key(key), *(in_cell(told(key, value)) for value in each))
         show_table(table)
 
 

@@ -7,17 +7,31 @@ import re
 from pathlib import Path
 from typing import Any
 
-from finetune.recipe.importing.source import AXOLOTL, LLAMA_FACTORY, SWIFT
+from finetune.recipe.importing.source import AXOLOTL, LLAMA_FACTORY, SWIFT, TRL
+from finetune.recipe.importing.tables import EYES
 
 KEYS = {
-    "dataset", "datasets", "dataset_dir",
-    "dataset_name", "dataset_config", "dataset_config_name", "dataset_train_split",
-    "dataset_test_split", "dataset_split", "eval_dataset", "val_dataset", "test_datasets", "use_hf", "columns",
+    LLAMA_FACTORY: {"dataset", "dataset_dir", "eval_dataset"},
+    AXOLOTL: {"datasets", "pretraining_dataset", "test_datasets"},
+    SWIFT: {"dataset", "val_dataset", "use_hf", "columns"},
+    TRL: {"dataset_name", "dataset_config", "dataset_config_name", "dataset_train_split", "dataset_test_split",
+          "datasets"},
 }  # fmt: skip
+"""What is read here of each tool's keys."""
 INFO = "dataset_info.json"
 COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history",
-           "messages": "conversations"}  # fmt: skip
+           "messages": "conversations", "chosen": "chosen", "rejected": "rejected", "kto_tag": "label",
+           "tools": "tools"}  # fmt: skip
 """LLaMA-Factory's name of a column -> that of our formats."""
+OF_SWIFT = {"query": "instruction", "response": "output", "system": "system", "history": "history",
+            "messages": "messages", "rejected_response": "rejected", "label": "label", "tools": "tools"}  # fmt: skip
+"""ms-swift's name of a column -> that of our formats."""
+TAGS = {"role_tag": ("from", "role"), "content_tag": ("value", "content"), "user_tag": ("human", "user"),
+        "assistant_tag": ("gpt", "assistant"), "observation_tag": ("observation", "tool"),
+        "function_tag": ("function_call",), "system_tag": ("system",)}  # fmt: skip
+"""What LLaMA-Factory's turns are called -> the names that are recognised here."""
+INFO_KEYS = {"file_name", "hf_hub_url", "ms_hub_url", "subset", "split", "num_samples", "columns", "tags", "formatting",
+             "ranking"}  # fmt: skip
 
 
 def put(work: Any) -> None:
@@ -30,12 +44,17 @@ def put(work: Any) -> None:
         held = [entry(work, one) for one in listed(keys.get("test_datasets"))]
     elif work.source.tool == SWIFT:
         source = "hub" if keys.get("use_hf") else "modelscope"
-        train = [of_swift(one, source) for one in listed(keys.get("dataset"))]
-        held = [of_swift(one, source) for one in listed(keys.get("val_dataset"))]
+        train = [of_swift(work, one, source) for one in listed(keys.get("dataset"))]
+        held = [of_swift(work, one, source) for one in listed(keys.get("val_dataset"))]
         if not keys.get("use_hf") and "/" in str(keys.get("model", "")) and not Path(str(keys.get("model"))).exists():
             work.put("model.source", "modelscope", "model")
-        if keys.get("columns"):
-            work.leave("columns", keys["columns"], "write data.columns: {the format's name: your name}")
+        columns = keys.get("columns") or {}
+        if isinstance(columns, dict) and set(columns.values()) <= set(OF_SWIFT):
+            columns = {OF_SWIFT[name]: here for here, name in columns.items() if OF_SWIFT[name] != here}
+            if columns:
+                work.put("data.columns", columns, "columns")
+        else:
+            work.leave("columns", columns, "write data.columns: {the format's name: your name}")
     else:
         one: dict[str, Any] = {"path": keys.get("dataset_name")}
         one |= {"name": keys.get("dataset_config") or keys.get("dataset_config_name")}
@@ -47,6 +66,9 @@ def put(work: Any) -> None:
     if train:
         work.put("data.train", plain(train), "dataset")
     paths = [one["path"] for one in held if one.get("path")]
+    for one in held:
+        if more := {key: value for key, value in one.items() if key not in ("path", "source") and value}:
+            work.leave(f"{one['path']}: {', '.join(more)}", list(more.values()), "eval.data takes a path or an id")
     if paths:
         work.put("eval.data", paths[0] if len(paths) == 1 else paths, "eval dataset")
 
@@ -83,7 +105,16 @@ def registered(work: Any, name: str) -> dict[str, Any]:
             return {"path": name}
         work.notes.append(f"data: {name} is a name in {folder}/{INFO}, which is not here: write its path or hub id")
         return {"path": name}
-    columns = {COLUMNS[key]: value for key, value in (found.get("columns") or {}).items() if key in COLUMNS}
+    listed_columns, tags = found.get("columns") or {}, found.get("tags") or {}
+    for key, value in listed_columns.items():
+        if key not in COLUMNS:
+            work.leave(f"{name}: columns.{key}", value, EYES if key in SEEN else "no column of that kind is read here")
+    for key, value in tags.items():
+        if value not in TAGS.get(key, ()):
+            work.leave(f"{name}: tags.{key}", value, "turns are recognised by the names usual for them: rename them")
+    for key in found.keys() - INFO_KEYS:
+        work.leave(f"{name}: {key}", found[key], "datasets are files and hub ids here")
+    columns = {COLUMNS[key]: value for key, value in listed_columns.items() if key in COLUMNS}
     columns = {ours: theirs for ours, theirs in columns.items() if ours != theirs and theirs != "messages"}
     about = {"columns": columns, "max_samples": found.get("num_samples"), "split": found.get("split")}
     for key, source in (("hf_hub_url", "hub"), ("ms_hub_url", "modelscope")):
@@ -108,17 +139,26 @@ def entry(work: Any, one: Any) -> dict[str, Any]:
     if one.get("type"):
         work.leave("datasets.type", one["type"], "the row format is recognised; data.format names another")
     for key, value in one.items():
-        if key not in known or key in ("shards", "field_messages"):
+        if key in TRAINED:
+            work.leave(f"datasets.{key}", value, "data.train_on says what is trained, the end of a turn with it")
+        elif key not in known or key in ("shards", "field_messages"):
             work.leave(f"datasets.{key}", value, "rows are read as they stand; data.columns renames columns")
     return found
 
 
-def of_swift(text: Any, source: str) -> dict[str, Any]:
+TRAINED = ("roles_to_train", "train_on_eos", "train_on_eot", "message_field_training", "message_field_training_detail")
+SEEN = ("images", "videos", "audios")
+
+
+def of_swift(work: Any, text: Any, source: str) -> dict[str, Any]:
     """HF::name:subset#number, MS::…, or a file."""
-    match = re.fullmatch(r"(?:(HF|MS)::)?([^#]*?)(?::([^/#:]+))?(?:#(\d+))?", str(text), re.I)
+    match = re.fullmatch(r"(?:(HF|MS)::)?([^#]*?)(?::([^#:]+))?(?:#(\d+))?", str(text), re.I)
     if match is None:
         return {"path": str(text)}
     hub, path, subset, number = match.groups()
+    if subset and "/" in subset:
+        work.leave("dataset", text, "a subset each: give one entry for each of them")
+        subset = subset.split("/")[0]
     local = path.endswith((".jsonl", ".json", ".csv", ".parquet", ".txt")) or Path(path).exists()
     where = {"hf": "hub", "ms": "modelscope"}.get((hub or "").lower(), source)
     return {

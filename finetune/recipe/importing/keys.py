@@ -56,6 +56,8 @@ def precision(work: Work, theirs: str, value: Any) -> None:
         work.put("model.dtype", words.get(value, value), theirs)
     elif value is True:
         work.put("model.dtype", words[theirs], theirs)
+    elif value != "auto":
+        work.leave(theirs, value, "model.dtype is auto, float32, bfloat16 or float16; trainable weights are float32")
 
 
 def attention(work: Work, theirs: str, value: Any) -> None:
@@ -79,12 +81,41 @@ def targets(work: Work, theirs: str, value: Any) -> None:
     names = [one.strip() for one in value.split(",")] if isinstance(value, str) and "(" not in value else value
     if value is True or names in (["all"], ["all-linear"]):
         names = "all-linear"
+    before = work.flat.get("adapter.target_modules", names)
+    if "all-linear" in (names, before) and names != before:  # axolotl takes both
+        work.leave(theirs, next(one for one in (names, before) if one != "all-linear"), "all-linear is asked for, too")
+        names = "all-linear"
     if names not in NOTHING:
         work.put("adapter.target_modules", names, theirs)
 
 
+def modules(work: Work, theirs: str, value: Any) -> None:
+    """Names in a list, or with commas between them."""
+    names = [one.strip() for one in value.split(",")] if isinstance(value, str) else value
+    if names not in NOTHING:
+        work.put("adapter.modules_to_save", names, theirs)
+
+
+def adapters(work: Work, theirs: str, value: Any) -> None:
+    """LLaMA-Factory writes several with commas, and merges all but the last."""
+    names = [one.strip() for one in value.split(",")] if isinstance(value, str) else value
+    if names in NOTHING:
+        return
+    names = names if isinstance(names, list) else [names]
+    work.put("model.adapter", names[-1], theirs)
+    if len(names) > 1:
+        work.leave(
+            theirs, names[:-1], "a run goes on from one adapter: merge the others into the base first (ft merge)"
+        )
+
+
 def warmup(work: Work, theirs: str, value: Any) -> None:
-    work.put("train.warmup_steps", float(value), theirs)
+    """Of both keys the steps count where they are given, and 0 gives nothing, as in transformers."""
+    steps = work.keys.get("warmup_steps")
+    if float(value or 0) > 0 and (theirs == "warmup_steps" or not float(steps or 0)):
+        work.put("train.warmup_steps", float(value), theirs)
+    elif value and steps:
+        work.leave(theirs, value, "warmup_steps are given, and count")
 
 
 def micro(work: Work, theirs: str, value: Any) -> None:
@@ -92,7 +123,10 @@ def micro(work: Work, theirs: str, value: Any) -> None:
 
 
 def accumulation(work: Work, theirs: str, value: Any) -> None:
-    work.accumulation = int(value) if str(value).isdigit() else None
+    if str(value).isdigit():
+        work.accumulation = int(value)
+    else:
+        work.leave(theirs, value, "a number is needed: train.effective_batch_size is rows of an optimizer step")
 
 
 def optimizer(work: Work, theirs: str, value: Any) -> None:
@@ -105,13 +139,12 @@ def optimizer(work: Work, theirs: str, value: Any) -> None:
 def reported(work: Work, theirs: str, value: Any) -> None:
     known = ("tensorboard", "wandb", "swanlab", "trackio", "mlflow")
     names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    if theirs in ("wandb_project", "swanlab_project", "use_swanlab", "use_wandb"):
-        names = ["swanlab" if "swanlab" in theirs else "wandb"] if value else []
+    if theirs.startswith("use_") or theirs.endswith("project"):
+        names = [theirs.removeprefix("use_").removesuffix("_project")] if value else []
         if names and theirs.endswith("project"):
             work.notes.append(f"set {theirs.upper()}={value} in the environment")
-    found = [name for name in names if name in known]
-    if found:
-        work.put("train.report_to", [*work.flat.get("train.report_to", []), *found], theirs)
+    if found := [name for name in names if name in known]:
+        work.put("train.report_to", list(dict.fromkeys([*work.flat.get("train.report_to", []), *found])), theirs)
     for name in names:
         if name not in (*known, "none"):
             work.leave(theirs, name, f"trackers are {', '.join(known)}")
@@ -121,8 +154,12 @@ def positive(ours: str) -> Callable[[Work, str, Any], None]:
     """A number that means nothing at 0 and below."""
 
     def put(work: Work, theirs: str, value: Any) -> None:
-        if isinstance(value, int | float) and value > 0:
-            work.put(ours, int(value) if ours != "data.eval_split" or value >= 1 else value, theirs)
+        if not isinstance(value, int | float):
+            work.leave(theirs, value, "a number is needed")
+        elif ours != "data.eval_split" and 0 < value < 1:
+            work.leave(theirs, value, f"a share of all steps is no number of them: set {ours}")
+        elif value > 0:
+            work.put(ours, int(value) if value >= 1 else value, theirs)
 
     return put
 
@@ -150,6 +187,8 @@ def flag(ours: str, wanted: Any, when: Any = True) -> Callable[[Work, str, Any],
     def put(work: Work, theirs: str, value: Any) -> None:
         if value == when:
             work.put(ours, wanted, theirs)
+        elif value is not True:
+            work.leave(theirs, value, f"means nothing known here; {ours} says it")
 
     return put
 
@@ -169,6 +208,27 @@ def trained_turns(work: Work, theirs: str, value: Any) -> None:
 def rewarded(work: Work, theirs: str, value: Any) -> None:
     if work.stage == "ppo" and isinstance(value, str):
         work.put("reward.model", value, theirs)
+    elif isinstance(value, str):
+        work.leave(theirs, value, "a reward model is asked in ft ppo")
+
+
+def spoken(work: Work, theirs: str, value: Any) -> None:
+    """trl's switch: the assistant's turns alone are trained."""
+    if value is True:
+        work.put("data.train_on", "assistant", theirs)
+
+
+def smoothing(work: Work, theirs: str, value: Any) -> None:
+    """Of wrongly labelled pairs in DPO, over the vocabulary elsewhere."""
+    if value:
+        work.put("dpo.label_smoothing" if work.stage == "dpo" else "train.label_smoothing_factor", value, theirs)
+
+
+def frozen(work: Work, theirs: str, value: Any) -> None:
+    if isinstance(value, int) and value > 0:
+        work.put("adapter.num_layers", value, theirs)
+    else:
+        work.leave(theirs, value, "below 0 the first layers are meant; adapter.num_layers are the last ones")
 
 
 def overlong(work: Work, theirs: str, value: Any) -> None:
@@ -192,7 +252,14 @@ SPECIAL: dict[str, Callable[[Work, str, Any], None]] = {
     **dict.fromkeys(("per_device_train_batch_size", "micro_batch_size"), micro),
     "gradient_accumulation_steps": accumulation,
     **dict.fromkeys(("optim", "optimizer"), optimizer),
-    **dict.fromkeys(("report_to", "wandb_project", "swanlab_project", "use_swanlab", "use_wandb"), reported),
+    **dict.fromkeys((
+        "report_to", "wandb_project", "swanlab_project", "use_swanlab", "use_wandb", "use_tensorboard", "use_mlflow",
+        "use_trackio", "use_comet", "trackio_project",
+    ), reported),
+    **dict.fromkeys(("modules_to_save", "additional_target", "lora_modules_to_save"), modules),
+    **dict.fromkeys(("adapter_name_or_path", "adapters", "lora_model_dir"), adapters),
+    **dict.fromkeys(("label_smoothing", "dpo_label_smoothing", "label_smoothing_factor"), smoothing),
+    "freeze_trainable_layers": frozen, "assistant_only_loss": spoken, "excess_length_strategy": overlong,
     **dict.fromkeys(("val_size", "val_set_size", "split_dataset_ratio"), positive("data.eval_split")),
     "max_steps": positive("train.max_steps"), "save_steps": positive("train.save_steps"),
     "eval_steps": positive("train.eval_steps"), "max_samples": positive("data.max_samples"),

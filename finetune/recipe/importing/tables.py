@@ -11,14 +11,11 @@ from finetune.recipe.importing.source import AXOLOTL, LLAMA_FACTORY, SWIFT, TRL
 
 NAMES = {
     "model": "model.name", "model_revision": "model.revision", "revision_of_model": "model.revision",
-    "model_name_or_path": "model.name", "adapters": "model.adapter", "lora_model_dir": "model.adapter",
-    "ref_adapter_name_or_path": "model.adapter", "use_rslora": "adapter.use_rslora", "use_dora": "adapter.use_dora",
+    "model_name_or_path": "model.name", "use_rslora": "adapter.use_rslora", "use_dora": "adapter.use_dora",
     "lora_use_dora": "adapter.use_dora", "lora_use_rslora": "adapter.use_rslora",
     "peft_use_rslora": "adapter.use_rslora",
-    "lorap_lr_ratio": "adapter.loraplus_lr_ratio", "modules_to_save": "adapter.modules_to_save",
-    "oft_target": "adapter.target_modules", "freeze_trainable_layers": "adapter.num_layers",
-    "target_modules": "adapter.target_modules", "init_weights": "adapter.init_lora_weights",
-    "eval_batch_size": "train.per_device_eval_batch_size", "neat_packing": "data.packing",
+    "lorap_lr_ratio": "adapter.loraplus_lr_ratio", "init_weights": "adapter.init_lora_weights",
+    "eval_batch_size": "train.per_device_eval_batch_size",
     "bnb_4bit_quant_type": "model.quantization_type",
     "kto_chosen_weight": "kto.desirable_weight", "kto_rejected_weight": "kto.undesirable_weight",
     "desirable_weight": "kto.desirable_weight", "undesirable_weight": "kto.undesirable_weight",
@@ -45,20 +42,26 @@ METHODS = {
 USUAL: dict[str, dict[str, Any]] = {
     LLAMA_FACTORY: {
         "train.learning_rate": 5e-5, "train.lr_scheduler_type": "linear", "train.warmup_steps": 0.0, "adapter.r": 8,
-        "micro": 8, "accumulation": 1,
+        "adapter.num_layers": 2, "reward.center_rewards_coefficient": 0.0, "micro": 8, "accumulation": 1,
     },
-    AXOLOTL: {"train.warmup_steps": 0.0, "train.num_train_epochs": 1, "data.max_length": 512, "accumulation": 1},
+    AXOLOTL: {
+        "train.warmup_steps": 0.03, "train.lr_scheduler_type": "cosine", "train.num_train_epochs": 1,
+        "data.max_length": 512, "data.on_overlong": "drop", "reward.center_rewards_coefficient": 0.0, "accumulation": 1,
+    },
     SWIFT: {
         "train.learning_rate": 1e-4, "train.lr_scheduler_type": "cosine", "train.warmup_steps": 0.0,
-        "train.weight_decay": 0.1, "adapter.r": 8, "adapter.lora_dropout": 0.05, "micro": 1, "accumulation": 16,
+        "train.weight_decay": 0.1, "train.adam_beta2": 0.95, "data.on_overlong": "drop", "adapter.r": 8,
+        "adapter.lora_dropout": 0.05, "reward.center_rewards_coefficient": 0.0, "micro": 1,
     },
     TRL: {
         "train.learning_rate": 2e-5, "train.lr_scheduler_type": "linear", "train.warmup_steps": 0.0,
-        "data.max_length": 1024, "adapter.lora_dropout": 0.05, "micro": 8, "accumulation": 1,
+        "data.max_length": 1024, "adapter.lora_dropout": 0.05, "reward.center_rewards_coefficient": 0.0, "micro": 8,
+        "accumulation": 1,
     },
 }  # fmt: skip
 """What a tool takes where its config is silent, and we would take something else; `micro` and `accumulation` make
-effective_batch_size. (Defaults of LLaMA-Factory 0.9, axolotl 0.21, ms-swift 4, trl 1.16.)"""
+effective_batch_size; ms-swift makes as many passes as 16 rows take.
+(Defaults of LLaMA-Factory 0.9, axolotl 0.21, ms-swift 4, trl 1.16.)"""
 
 SPEED = "changes speed or memory, not what is learned; a run does without"
 DEVICES = "a run uses one device so far"

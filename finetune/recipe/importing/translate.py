@@ -19,9 +19,11 @@ from finetune.recipe.problems import fields_of
 ORDER = ("version", "stage", "model", "data", "adapter", "train", "eval", "dpo", "kto", "reward", "ppo", "output")
 STAGES = {
     "pt": "pretrain", "pretrain": "pretrain", "sft": "sft", "rm": "reward", "reward": "reward", "ppo": "ppo",
-    "dpo": "dpo", "ipo": "dpo", "simpo": "dpo", "orpo": "dpo", "cpo": "dpo", "kto": "kto",
+    "dpo": "dpo", "ipo": "dpo", "simpo": "dpo", "orpo": "dpo", "kto": "kto",
 }  # fmt: skip
 LOSSES = {"ipo": "ipo", "simpo": "simpo", "orpo": "orpo"}
+GAMMA = {LLAMA_FACTORY: 0.5, AXOLOTL: 0.5, SWIFT: 1.0}
+"""Of SimPO, where a config is silent; ms-swift's beta is 2 then."""
 
 
 @dataclass
@@ -72,7 +74,7 @@ def one(work: Work, theirs: str, value: Any) -> None:
     if (special := SPECIAL.get(theirs)) is not None:
         special(work, theirs, value)
         return
-    if theirs in datasets.KEYS or theirs in SAID:
+    if theirs in datasets.KEYS[work.source.tool] or theirs in SAID:
         return
     if (reason := REASONS.get(theirs)) is not None:
         work.leave(theirs, value, reason)
@@ -112,7 +114,8 @@ def settle(work: Work) -> None:
         theirs = work.made_of[key]
         work.leave(theirs, flat.pop(key), f"is no key of {name}")
     for key, value in usual.items():
-        if "." in key and (not key.startswith("adapter.") or key.partition(".")[2] in known):
+        section, _, field_ = key.partition(".")
+        if field_ and field_ in (known if section == "adapter" else fields_of(work.stage).get(section, ())):
             flat.setdefault(key, value)
     if tool == LLAMA_FACTORY and "lora_alpha" in known:
         flat.setdefault("adapter.lora_alpha", 2 * flat["adapter.r"])
@@ -120,21 +123,42 @@ def settle(work: Work) -> None:
         flat["train.learning_rate"] = 1e-5
     if tool == TRL and "learning_rate" not in work.keys and work.stage in ("dpo", "kto", "reward"):
         flat["train.learning_rate"] = 1e-4 if work.stage == "reward" else 1e-6
-    rows, times = work.micro or usual.get("micro"), work.accumulation or usual.get("accumulation", 1)
+    rows = work.micro or usual.get("micro")
+    times = work.accumulation or usual.get("accumulation") or -(-16 // (rows or 1))
     if rows:
         flat.setdefault("train.effective_batch_size", rows * times)
         flat["train.per_device_train_batch_size"] = rows
         if any(key in work.keys for key in ("deepspeed", "fsdp", "nproc_per_node", "fsdp_config")):
             work.notes.append("train.effective_batch_size is that of one GPU: multiply it by how many you had")
-    if tool == AXOLOTL and str(work.keys.get("rl")) in LOSSES:
-        flat.setdefault("dpo.loss_type", LOSSES[work.keys["rl"]])
-    if "dpo.simpo_gamma" in flat:  # here a share of beta
-        flat["dpo.simpo_gamma"] = flat["dpo.simpo_gamma"] / flat.get("dpo.beta", 0.1)
+    alignment = str(work.keys.get({AXOLOTL: "rl", SWIFT: "rlhf_type"}.get(tool, "")))
+    if alignment in LOSSES:
+        flat["dpo.loss_type"] = LOSSES[alignment]
+    if flat.get("dpo.loss_type") == "simpo":  # the margin is a share of beta here
+        beta = flat.setdefault("dpo.beta", 2.0 if tool == SWIFT else 0.1)
+        flat["dpo.simpo_gamma"] = flat.get("dpo.simpo_gamma", GAMMA.get(tool, 0.5)) / beta
     if flat.get("train.warmup_steps", 0) >= 1:
         flat["train.warmup_steps"] = int(flat["train.warmup_steps"])
-    if "model.adapter" in flat and isinstance(flat["model.adapter"], list):
-        flat["model.adapter"] = flat["model.adapter"][0]
+    work.notes += differences(work)
     flat.setdefault("output.dir", f"runs/{work.source.path.stem}")
+
+
+def differences(work: Work) -> list[str]:
+    """What is called the same, and is not."""
+    flat, keys, tool, found = work.flat, work.keys, work.source.tool, []
+    if flat.get("data.packing") and "train.effective_batch_size" in flat:
+        found.append("train.effective_batch_size counts samples here, and packed rows there: multiply it by how many "
+                     "samples fit into data.max_length")  # fmt: skip
+    if flat.get("data.packing") and tool == LLAMA_FACTORY and not keys.get("neat_packing"):
+        found.append("data.packing keeps samples apart; LLaMA-Factory does so with neat_packing only")
+    if tool == TRL and work.stage == "sft" and "assistant_only_loss" not in keys:
+        found.append("trl trains all text of messages without assistant_only_loss; data.train_on: all does so here")
+    if tool == TRL and flat.get("adapter.method") == "lora" and "adapter.target_modules" not in flat:
+        found.append("adapter.target_modules are peft's for the model there (often q_proj and v_proj), all-linear here")
+    if str(keys.get("template", "")).endswith("nothink") or keys.get("enable_thinking") is False:
+        found.append("thinking is off there: data.thinking: empty writes and trains rows so here")
+    if tool == SWIFT and "data.max_length" not in flat:
+        found.append("data.max_length is the model's own there, and 2048 here")
+    return found
 
 
 def checked(work: Work) -> Imported:
