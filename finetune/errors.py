@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.language import translated
+from finetune.language.agreeing import agreed
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Problem:
     fix: str | None = None
 
     def __str__(self) -> str:
-        return self.shown(str)
+        return self.shown(agreed)
 
     def shown(self, words: Callable[[str], str]) -> str:
         """One line: `path, row 3: key: message → fix`, in the words of a language."""
@@ -51,7 +52,7 @@ class Problem:
 class FinetuneError(Exception):
     exit_code = 1
 
-    def lines(self, words: Callable[[str], str] = str) -> list[str]:
+    def lines(self, words: Callable[[str], str] = agreed) -> list[str]:
         return [words(str(self))]
 
 
@@ -68,7 +69,7 @@ class UserError(FinetuneError):
         self.problems: list[Problem] = list(problems)
         super().__init__("\n".join(self.lines()))
 
-    def lines(self, words: Callable[[str], str] = str) -> list[str]:
+    def lines(self, words: Callable[[str], str] = agreed) -> list[str]:
         return [problem.shown(words) for problem in self.problems]
 
 

@@ -50,12 +50,14 @@ def frozen() -> None:
 
 
 def shorten(put: Callable[[Any, str, Any], None]) -> None:
-    """Half the time of a short run: tiny models fit, without a pass to see how many rows do, and nothing is drawn.
-    put: setattr, or pytest's own."""
+    """Half the time of a short run: tiny models fit, without a pass to see how many rows do, and nothing is
+    planned or drawn. put: setattr, or pytest's own."""
     if sizing := sys.modules.get("finetune.planning.sizing"):
         put(sizing, "skeleton", lambda model: None)
         put(sizing, "build", lambda recipe, skeleton: None)
         put(sizing.fits, "rows_that_fit", lambda network, recipe, length, machine, cap, start: cap)
+    if plan := sys.modules.get("finetune.training.memory"):
+        put(plan, "planned", lambda *_: None)
     if picture := sys.modules.get("finetune.report.picture"):
         put(picture, "plot", lambda rows, path, title="": picture.write_atomically(path, PIXEL))
     if figure := sys.modules.get("matplotlib.figure"):

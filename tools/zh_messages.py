@@ -39,7 +39,7 @@ SINKS: dict[str, dict[str, int]] = {
     "Problem": {"message": 0, "fix": -1}, "UserError": {"problems": 0, "fix": -1}, "RunError": {"message": 0},
     "OutOfMemory": {"message": 0}, "Interrupted": {"message": 0}, "warn": {"message": 0}, "warn_if": {"message": 0},
     "translated": {"text": 0}, "found": {"line": 0}, "_print_errors": {"lines": 0},
-    "note": {"message": 0}, "advise": {"message": 0}, "task": {"what": 0, "unit": 2},
+    "note": {"message": 0}, "tell": {"text": 0}, "advise": {"message": 0}, "task": {"what": 0, "unit": 2},
     "Finding": {"message": 2, "fix": 3}, "error": {"message": 1, "fix": 2}, "warning": {"message": 1, "fix": 2},
     "RowProblem": {"message": 1, "fix": 2},
 }  # fmt: skip

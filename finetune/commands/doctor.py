@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
+from finetune.language import translated
 from finetune.models import hardware, sources
 from finetune.recipe.resolve import compute_dtype
 from finetune.run import json_option
 from finetune.run.directory import versions
+from finetune.terminal.progress import say
+from finetune.terminal.values import padded
 
 # module -> what is missing without it
 EXTRAS = {
@@ -73,18 +76,24 @@ def run(json_file: str | None = None) -> None:
     if json_file is not None:
         return
     for name, version in found["versions"].items():
-        print(f"{name:14} {version}")
+        say(f"{name:14} {version}")
     device, precision, speed = found["device"], found["precision"], found["gflops"]
-    name = device["name"] or f"{device['threads']} threads"
-    print(f"{'device':14} {device['kind']} ({name}), {device['memory_gb']:.0f} GB")
+    name = device["name"] or translated(f"{device['threads']} threads")
+    entry("device", f"{device['kind']} ({name}), {device['memory_gb']:.0f} GB")
     why = "native bfloat16" if precision["native_bfloat16"] else "no native bfloat16"
-    print(f"{'precision':14} auto = {precision['auto']} ({why}); trainable weights float32")
-    print(f"{'speed':14} " + ", ".join(f"{kind} {value:,.0f} GFLOP/s" for kind, value in speed.items()))
+    entry("precision", f"auto = {precision['auto']} ({why}); trainable weights float32")
+    entry("speed", ", ".join(f"{kind} {value:,.0f} GFLOP/s" for kind, value in speed.items()))
     if device["kind"] == "cpu" and precision["native_bfloat16"] and speed["bfloat16"] < speed["float32"]:
-        print(f"{'':14} float32 is the faster one here: set model.dtype: float32")
-    print(f"{'fits':14} " + ", ".join(f"{what} up to {size:.1f}B" for what, size in found["fits_billions"].items()))
-    print(f"{'':14} (a rule of thumb in parameters, at short lengths and small batches)")
-    print(f"{'disk':14} {found['disk_free_gb']:.0f} GB free here")
-    print(f"{'built-in bases':14} {', '.join(found['builtin_bases'])}")
+        entry("", "float32 is the faster one here: set model.dtype: float32")
+    sizes = [f"{translated(what)} {translated(f'up to {size:.1f}B')}" for what, size in found["fits_billions"].items()]
+    entry("fits", ", ".join(sizes))
+    entry("", "(a rule of thumb in parameters, at short lengths and small batches)")
+    entry("disk", f"{found['disk_free_gb']:.0f} GB free here")
+    entry("built-in bases", ", ".join(found["builtin_bases"]))
     for module, what in found["missing"].items():
-        print(f"{'missing':14} {module}: {what}")
+        entry("missing", f"{module}: {translated(what)}")
+
+
+def entry(name: str, text: str) -> None:
+    """What it is about in a column of its own."""
+    say(f"{padded(translated(name), 14)} {translated(text)}")

@@ -9,10 +9,12 @@ from typing import Any
 from rich.table import Table
 
 from finetune.families import FAMILIES, NAMES, REFUSED, TESTED, Refused, record, types_tested, verdict
+from finetune.language import translated
 from finetune.models.gguf.packaged import PACKAGED
 from finetune.resources import BUILTIN_MODELS
 from finetune.run import json_option
-from finetune.terminal.progress import output
+from finetune.terminal.progress import output, say
+from finetune.terminal.values import padded
 
 HONEST = (
     "Published weights ran of two families, on CPUs: SmolLM2-135M-Instruct (llama) was fine-tuned, evaluated, merged "
@@ -107,23 +109,23 @@ def show(*, markdown: bool = False, json_file: str | None = None) -> None:
         return
     table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
     for column in ("model_type", "family", "models", "tested"):
-        table.add_column(column, overflow="fold")
+        table.add_column(translated(column), overflow="fold")
     for model_type, row in SHOWN.items():
-        table.add_row(model_type, row.name, row.models, row.tested)
+        table.add_row(model_type, row.name, row.models, translated(row.tested))
     output.print(table)
     output.print()
     for kind in kinds():
-        output.print(f"{kind:8} {TESTED[kind]}", soft_wrap=True)
+        output.print(f"{padded(translated(kind), 8)} {translated(TESTED[kind])}", soft_wrap=True)
     types = {kind: found for kind, found in types_tested().items() if kind not in SHOWN}
     for word in ("passes", "limits", "cannot"):
         these = ", ".join(kind for kind, found in types.items() if verdict(found) == word)
-        output.print(f"\n{OTHERS[word]}: {these}", soft_wrap=True)
-    output.print(f"\n{HONEST}\n", soft_wrap=True)
-    output.print("refused:")
+        output.print(f"\n{translated(OTHERS[word])}: {these}", soft_wrap=True)
+    output.print(f"\n{translated(HONEST)}\n", soft_wrap=True)
+    output.print(translated("refused:"))
     for refused in refusals():
-        output.print(f"  {refused.name}: {refused.why}; {refused.instead}", soft_wrap=True)
-    output.print(f"\nbuilt-in bases: {', '.join(builtin_bases()) or 'none'}")
-    output.print(f"with the extra ft-recipes[real]: {', '.join(PACKAGED)}")
+        output.print(f"  {refused.name}: {translated(refused.why)}; {translated(refused.instead)}", soft_wrap=True)
+    say(f"\n{translated('built-in bases')}: {', '.join(builtin_bases()) or translated('none')}")
+    say(f"{translated('with the extra ft-recipes[real]')}: {', '.join(PACKAGED)}")
 
 
 def document() -> str:

@@ -10,6 +10,7 @@ import torch
 from rich.table import Table
 
 from finetune.errors import FinetuneError, UserError
+from finetune.language import translated
 from finetune.models import hardware, sources
 from finetune.planning import cards, fits, sizing, speed
 from finetune.planning.memory import Estimate, estimate
@@ -19,7 +20,7 @@ from finetune.recipe.resolve import Hardware, a_step, resolve
 from finetune.recipe.sections import as_list
 from finetune.recipe.stages import ROWS, Recipe
 from finetune.run.writing import write_json
-from finetune.terminal.progress import note, output, say, say_json, task
+from finetune.terminal.progress import note, output, say, say_json, task, tell
 
 GB = 1e9
 ENDLESS = "builtin:world"
@@ -175,30 +176,31 @@ def show(
 ) -> None:  # fmt: skip
     share = built.trainable / built.total
     active = "" if built.active == built.total else f", {built.active / 1e9:.3g} billion of them for each token"
-    say(f"{recipe.model.name}: {built.total:,} parameters{active}; {built.trainable:,} are trained ({share:.3%})")
+    tell(f"{recipe.model.name}: {built.total:,} parameters{active}; {built.trainable:,} are trained ({share:.3%})")
     table = Table(box=None, pad_edge=False)
-    table.add_column("memory")
+    table.add_column(translated("memory"))
     table.add_column("GB", justify="right")
     for part, size in found.parts.items():
         if size:
-            table.add_row(NAMES[part], f"{size / GB:,.3f}")
-    table.add_row("peak", f"{found.peak / GB:,.3f}")
+            table.add_row(translated(NAMES[part]), f"{size / GB:,.3f}")
+    table.add_row(translated("peak"), f"{found.peak / GB:,.3f}")
     output.print(table)
     where = card.name if card is not None else f"this machine ({machine.device})"
     accumulated = fits.accumulation(recipe)
     passes = "a pass" if accumulated == 1 else f"{accumulated} passes"
-    say(f"at its peak in {found.when}; {found.rows} x {found.length:,} tokens a pass, {passes} a step")
-    say(f"{'fits' if more['fits'] else 'does not fit'} {where}: {fits.budget(machine) / GB:,.3g} of "
-        f"{machine.memory_gb:,.3g} GB can be planned with")  # fmt: skip
+    tell(f"at its peak in {translated(found.when)}; {found.rows} x {found.length:,} tokens a pass, {passes} a step")
+    planned_with = f"{fits.budget(machine) / GB:,.3g} of {machine.memory_gb:,.3g} GB can be planned with"
+    tell(f"{'fits' if more['fits'] else 'does not fit'} {where}: {planned_with}")
     rows, longest = more["largest_batch"], more["longest_rows"]
     most = f"{rows} rows of {found.length:,} tokens in a pass" if rows else f"not one row of {found.length:,} tokens"
-    say(f"most that fits: {most}{f', or {found.rows} of {longest:,} tokens' if longest else ''}")
+    tell(f"most that fits: {most}{f', or {found.rows} of {longest:,} tokens' if longest else ''}")
     for change in more["changes"]:
         keys = " ".join(f"--set {key}={str(value).lower() if isinstance(value, bool) else value}"
                         for key, value in change["set"].items())  # fmt: skip
-        say(f"  {keys}: {change['peak_memory_gb']:,.2f} GB, {change['slowdown']:.2f} x the time ({change['why']})")
+        slower = translated(f"{change['slowdown']:.2f} x the time")
+        say(f"  {keys}: {change['peak_memory_gb']:,.2f} GB, {slower} ({translated(change['why'])})")
     if not more["fits"] and not more["changes"]:
-        say("  nothing that can be changed in the recipe makes it fit: a smaller base, or a larger card")
+        tell("nothing that can be changed in the recipe makes it fit: a smaller base, or a larger card")
     timing(recipe, work, tflops)
     if tflops is None:
         note("how fast a card of that size is, its size does not say: --gpu 'RTX 4090' plans the time, too")
@@ -207,7 +209,7 @@ def show(
 def timing(recipe: Recipe, work: speed.Work, tflops: float | None) -> None:
     step = f"{work.step_flops / 1e12:,.3g} TFLOP a {'rollout' if recipe.stage == 'ppo' else 'step'}"
     if work.flops is None:
-        say(f"{step}; how many, the data says, which is not here")
+        tell(f"{step}; how many, the data says, which is not here")
         return
     kind = (
         f"{work.tokens:,.0f} tokens a row" if work.tokens else f"at most: every row {recipe.data.max_length:,} tokens"
@@ -217,7 +219,7 @@ def timing(recipe: Recipe, work: speed.Work, tflops: float | None) -> None:
     if tflops:
         fast, _, slow = speed.seconds(work.flops, tflops)
         line += f": {lasting(fast)} to {lasting(slow)} at 70 to 30% of {tflops:,.3g} TFLOP/s"
-    say(line)
+    tell(line)
 
 
 def lasting(seconds: float) -> str:

@@ -10,6 +10,7 @@ import yaml
 
 from finetune.data.samples import kind_of
 from finetune.errors import UserError, visible
+from finetune.language import translated
 from finetune.places import check_file, json_with
 from finetune.recipe import reference
 from finetune.recipe.file import schema
@@ -19,7 +20,7 @@ from finetune.recipe.reading import find, shipped
 from finetune.recipe.stages import RECIPES
 from finetune.run import json_option
 from finetune.run.writing import write_atomically
-from finetune.terminal.progress import command, note, say, say_json, warn
+from finetune.terminal.progress import command, note, say, say_json, tell, warn
 
 TEMPLATE = """\
 # ft {stage} --recipe {path}
@@ -79,9 +80,10 @@ def show_all(json_file: str | None = None) -> None:
     if json_file is not None:
         return
     for download, lines in groups.items():
-        say(f"\n{download}:" if download else "on built-in bases, without a download:")
+        say(f"\n{translated(download)}:" if download else translated("on built-in bases, without a download:"))
         say("\n".join(lines))
-    say("\nft recipes show NAME prints one; --set model.name=tiny-llama runs any of them on a built-in base")
+    say("")
+    tell("ft recipes show NAME prints one; --set model.name=tiny-llama runs any of them on a built-in base")
 
 
 def show(name: str) -> None:
@@ -156,4 +158,4 @@ def new(path: str, *, stage: str | None = None, model: str = "tiny-llama", data:
     text = TEMPLATE.format(stage=stage, path=path, model=quoted(model), body=body, output=output, schema=SCHEMA_FILE)
     write_atomically(target, text)
     write_atomically(beside, json.dumps(schema(), ensure_ascii=False, indent=2))
-    say(f"wrote {target} and {beside}; now run {command(stage, '--recipe', target, '--dry-run')}")
+    tell(f"wrote {target} and {beside}; now run {command(stage, '--recipe', target, '--dry-run')}")

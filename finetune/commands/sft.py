@@ -15,8 +15,8 @@ from finetune.training.fit import finish_setup
 from finetune.training.packing import one_row, pack_if_isolated, packing_outlook
 from finetune.training.plan import longest_row, one_device, pad_multiple
 from finetune.training.session import Session, prepare
+from finetune.training.sft_trainer import Collator, Sft
 from finetune.training.start import policy
-from finetune.training.trainers import Collator, Sft
 
 
 def run(raw: SftRecipe, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:

@@ -10,10 +10,11 @@ from rich.table import Table
 from finetune import metrics
 from finetune.errors import visible
 from finetune.evaluation.generation import Evaluation
+from finetune.language import translated
 from finetune.metrics import Metric, paired
 from finetune.terminal.progress import row as add_row
-from finetune.terminal.progress import say
 from finetune.terminal.progress import show as show_table
+from finetune.terminal.progress import tell
 
 Row = dict[str, Any]
 
@@ -105,11 +106,11 @@ def show_changes(found: dict[str, Any], label: str, binary: bool) -> None:
         right, wrong = (a, b) if change == "worse" else (b, a)
         how = f"right with {right}, wrong with {wrong}" if binary else f"{change} with {b} than with {a}"
         title = f"{how} ({label}): {found[change]} of {n} rows"
-        say(title + (f", {len(rows)} of them" if rows and len(rows) < found[change] else ""))
+        tell(title + (f", {len(rows)} of them" if rows and len(rows) < found[change] else ""))
         if not rows:
             continue
         table = Table(show_lines=True)
-        for heading in ("row", "asked", "reference", a, b):
+        for heading in (*map(translated, ("row", "asked", "reference")), a, b):
             table.add_column(visible(heading), overflow="fold")
         for one in rows:
             add_row(

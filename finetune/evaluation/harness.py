@@ -31,6 +31,7 @@ from finetune.evaluation.choices import through
 from finetune.evaluation.generation import only_as_told, stop_ids
 from finetune.evaluation.harness_tasks import apart, why
 from finetune.evaluation.options import HARNESS
+from finetune.language import translated
 from finetune.metrics import paired
 from finetune.models.rope import context
 from finetune.run.writing import write_json
@@ -284,9 +285,11 @@ def report(measured: Sequence[Measured], json_file: str | None, limit: int | Non
     if json_file == "-":
         say_json(found)
         return
-    table = Table(title="lm-evaluation-harness, ± standard errors", title_justify="left")
-    for heading in ("task", "metric", "n", "shots", *(one.name for one in measured)):
-        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+    table = Table(title=translated("lm-evaluation-harness, ± standard errors"), title_justify="left")
+    for heading in ("task", "metric"):
+        table.add_column(translated(heading))
+    for heading in ("n", translated("shots"), *(one.name for one in measured)):
+        table.add_column(heading, justify="right")
     for task, values in measured[0].figures.items():
         for metric in values:
             if metric in ABOUT or metric.endswith("_stderr"):
@@ -298,10 +301,10 @@ def report(measured: Sequence[Measured], json_file: str | None, limit: int | Non
         models = [one.name for one in measured if one.templated is templated]
         if models:
             how = "asked with the chat template" if templated else "asked without a chat template"
-            say(f"{', '.join(models)}: {how}")
+            say(f"{', '.join(models)}: {translated(how)}")
     for item in comparisons:
         low, high = item["ci"]
-        counts = f"{item['wins']} higher, {item['losses']} lower, {item['ties']} same"
+        counts = translated(f"{item['wins']} higher, {item['losses']} lower, {item['ties']} same")
         change = f"{item['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
         say(f"{item['b']} - {item['a']}, {item['metric']}: {change}, {counts}")
     if json_file is not None:

@@ -13,11 +13,13 @@ from rich.table import Table
 from finetune.errors import visible
 from finetune.evaluation.comparisons import show_changes
 from finetune.evaluation.generation import Evaluation
+from finetune.language import translated
 from finetune.metrics import Metric
 from finetune.recipe.sections import GenerationConfig
 from finetune.run.writing import write_json, write_lines
-from finetune.terminal.progress import note, output, row, say, say_json, shown_name, warn
+from finetune.terminal.progress import note, output, row, say, say_json, shown_name, tell, warn
 from finetune.terminal.progress import show as show_table
+from finetune.terminal.values import padded
 
 
 @dataclass
@@ -84,7 +86,7 @@ def show_set(one: Found, most: int) -> None:
     parts = [*([ways[0]] if len(ways) == 1 and ways[0] else []), *(f"{k} {v}" for k, v in one.asked_with.items())]
     show(results, one.comparisons, by_split, "".join(f", {part}" for part in parts))
     for result in results if len(ways) > 1 else ():
-        say(f"{result.name} answered {how_written(result)}")
+        tell(f"{result.name} answered {how_written(result)}")
     show_about(results, one.about)
     for change in one.changes:
         metric = next(m for m in one.chosen if m.name == change["metric"])
@@ -140,7 +142,7 @@ def show_about(results: Sequence[Evaluation], about: Mapping[str, str]) -> None:
         how = next((r.metrics[f"{name}_how"] for r in results if f"{name}_how" in r.metrics), None)
         lines.setdefault(text if how is None else f"{text} ({how})", []).append(label(name))
     for text, names in lines.items():
-        say(f"{', '.join(names)}: {text}")
+        say(f"{', '.join(names)}: {translated(text)}")
 
 
 WIDE = 3  # more models than this stand below each other, without the single fields
@@ -157,8 +159,9 @@ def show(
     names = list(dict.fromkeys(k for r in results for k, v in r.metrics.items() if isinstance(v, float)))
     fields = list(dict.fromkeys(f for r in results for f in r.metrics.get("fields", {})))
     seen = {r.name: r.metrics["trained_on"] for r in results if r.metrics.get("trained_on")}
-    number = f"n={results[0].n}{UNITS[results[0].kind]}{title}"
-    table = Table(title=visible(number if seen else f"held-out{by_split}, {number}"), title_justify="left")
+    title = translated(f"n={results[0].n}{UNITS[results[0].kind]}") + title
+    title = title if seen else f"{translated(f'held-out{by_split}')}, {title}"
+    table = Table(title=visible(title), title_justify="left")
     wide = len(results) > WIDE
     for heading in ("", *([label(n) for n in names] if wide else [r.name for r in results])):
         table.add_column(visible(heading), justify="right" if heading else "left")
@@ -176,7 +179,7 @@ def show(
             say(text)
     for item in comparisons:
         low, high = item["ci"]
-        counts = f"{item['wins']} better, {item['losses']} worse, {item['ties']} same"
+        counts = translated(f"{item['wins']} better, {item['losses']} worse, {item['ties']} same")
         name = label(item["metric"])
         number = f"{counts} (n={item['n']})"
         say(f"{item['b']} - {item['a']}, {name}: {item['difference']:+.3f} [{low:+.3f}, {high:+.3f}], {number}")
@@ -189,17 +192,18 @@ def leakage_of(result: Evaluation) -> list[str]:
         return []
     what = "the texts" if result.kind == "text" else f"these {found['n']} rows"
     if not result.metrics["trained_on"]:
-        return [f"{result.name}: none of {what} stands in its training data, exactly or nearly"]
+        return [translated(f"{result.name}: none of {what} stands in its training data, exactly or nearly")]
     kinds = {"exact": "exactly", "near": f"nearly ({found['near_from']:.0%} of the prompt's passages or more)",
              "question": "as the same question under another system turn"}  # fmt: skip
-    how = ", ".join(f"{found[kind]} {words}" for kind, words in kinds.items() if found[kind])
-    lines = [f"{result.name} was trained on {result.metrics['trained_on']} of {what}: its figures are not held-out"]
+    how = ", ".join(f"{found[kind]} {translated(words)}" for kind, words in kinds.items() if found[kind])
+    trained = result.metrics["trained_on"]
+    lines = [translated(f"{result.name} was trained on {trained} of {what}: its figures are not held-out")]
     lines.append(f"  {how}: {'; '.join(example(one) for one in found['examples'])}")
     return lines
 
 
 def example(one: dict[str, Any]) -> str:
-    return f"row {one['row']} is row {one['train_row']} of {shown_name(one['train_file'])}"
+    return translated(f"row {one['row']} is row {one['train_row']} of {shown_name(one['train_file'])}")
 
 
 def show_rows(result: Evaluation, most: int) -> None:
@@ -213,7 +217,7 @@ def show_rows(result: Evaluation, most: int) -> None:
             "unpaired": "on the wrong side",
             "choices": "wrong answers",
         }
-        title = f"{result.name}: {min(most, len(found))} of {len(found)} {what[result.kind]}"
+        title = f"{result.name}: {min(most, len(found))} of {len(found)} {translated(what[result.kind])}"
     elif result.kind == "answers" and any(r["prediction"] is not None for r in result.rows):
         found = result.rows
         title = f"{result.name}: {min(most, len(found))} of {len(found)} answers"
@@ -223,11 +227,11 @@ def show_rows(result: Evaluation, most: int) -> None:
         title = f"{result.name}: what it finds least probable"
     if not found:
         return
-    say(title)
+    tell(title)
     for values in found[:most]:
-        say(f"  row {values['row']}")
+        say("  " + translated(f"row {values['row']}"))
         for name, text in parts_of(values, result.kind).items():
-            say(line(f"    {name:<10} ", text))
+            say(line(f"    {padded(translated(name), 10)} ", text))
 
 
 def parts_of(values: dict[str, Any], kind: str) -> dict[str, str]:

@@ -18,6 +18,8 @@ from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
 
+from finetune.language.agreeing import agreed
+
 LANGUAGES = ("zh", "en")
 VARIABLE = "FT_LANG"
 LOCALE = ("LC_ALL", "LC_MESSAGES", "LANG")
@@ -129,7 +131,7 @@ def templates() -> list[Template]:
 
 def translated(text: str) -> str:
     """The text to show: Chinese where that is asked for and the text is known."""
-    return in_chinese(text) if text and chinese() else text
+    return agreed(in_chinese(text) if text and chinese() else text)
 
 
 @lru_cache(maxsize=4096)

@@ -60,9 +60,10 @@ def _parsed(text: str) -> tuple[yaml.Node | None, Any]:
     """(the tree with its lines, the value). yaml.YAMLError, also for what is YAML but no recipe's value: an alias of
     itself, aliases that multiply without end, nesting too deep for a parser."""
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
         _size(node, {})
-        return node, yaml.load(text, Loader=_Loader)
+        return node, None if node is None else loader.construct_document(node)
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
     except yaml.YAMLError:

@@ -46,10 +46,10 @@ from finetune.run.writing import append_lines
 from finetune.terminal.progress import Progress, note, samples, task
 from finetune.training.callbacks import Guard
 from finetune.training.health import kept_batch, with_batch
+from finetune.training.held_out_figures import undisturbed
 from finetune.training.longest import forgotten, tell
 from finetune.training.sampler import OrderedSampler
 from finetune.training.tracking import Trackers
-from finetune.training.trainers import undisturbed
 from finetune.training.weight_check import Proof
 
 EVALUATION_SEED = 20_000

@@ -85,6 +85,11 @@ def say(text: str, end: str = "\n", flush: bool = False) -> None:
     print(visible(text), end=end, flush=flush)
 
 
+def tell(text: str) -> None:
+    """A result in words of ours: one line of stdout."""
+    say(translated(text))
+
+
 def say_json(value: Any, indent: int | None = 2) -> None:
     """JSON that stays JSON: what a terminal would obey or cannot show is escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
@@ -140,10 +145,11 @@ class Progress:
         """What a long step is at (default: the one after the last done); on no terminal told every ten seconds."""
         now = time.perf_counter()
         if self.bar is not None:
-            self.bar.update(self.task, status=what)
+            self.bar.update(self.task, status=translated(what))
         elif now - self.told >= QUIET:
             self.told = now
-            note(f"step {self.done + 1 if step is None else step}/{self.total}  {what}")
+            at = translated(f"step {self.done + 1 if step is None else step}/{self.total}")
+            console.print(visible(f"{at}  {translated(what)}"), soft_wrap=True)
 
     def rate(self, tokens: float) -> float:
         """Tokens per second since the last call."""
@@ -158,17 +164,19 @@ class Progress:
         if "loss" in row:
             parts.append(f"loss {row['loss']:.4f}")
         if "eval_loss" in row:
-            parts.append(f"held-out loss {row['eval_loss']:.4f}")
+            parts.append(f"{translated('held-out')} loss {row['eval_loss']:.4f}")
         held_out = "eval_" if "eval_loss" in row else ""
         for name, keys in PAIRS.items():
             value = next((row[held_out + key] for key in keys if held_out + key in row), None)
             if value is not None:
-                parts.append(f"{name} {value:.3f}")
+                parts.append(f"{translated(name)} {value:.3f}")
         if "reward_mean" in row:
-            parts = [f"reward {row['reward_mean']:+.3f}", f"KL {row['kl']:.3f}", f"{row['response_length']:.0f} tokens"]
+            parts = [f"{translated('reward')} {row['reward_mean']:+.3f}", f"KL {row['kl']:.3f}"]
+            parts.append(translated(f"{row['response_length']:.0f} tokens"))
         for key, value in row.items():
             if f"{key}_ci" in row and key.startswith("eval_") and key != "eval_loss":
-                parts.append(f"held-out {key.removeprefix('eval_').replace('_', ' ')} {value:.3f}")
+                name = key.removeprefix("eval_").replace("_", " ")
+                parts.append(f"{translated('held-out')} {name} {value:.3f}")
         if self.bar is None and "learning_rate" in row:
             parts.append(f"lr {row['learning_rate']:.2e}")
         if "tokens_per_second" in row:
@@ -176,13 +184,14 @@ class Progress:
         parts.append(f"{row['peak_memory_gb']:.1f} GB")
         if self.bar is not None:
             if any(key.startswith("eval_") for key in row):
-                console.print(f"step {row['step']}: " + "  ".join(parts))
+                console.print("  ".join([translated(f"step {row['step']}"), *parts]))
             else:
                 self.bar.update(self.task, status="  ".join(parts))
             return
         taken = self.done - self.first
         left = (time.perf_counter() - self.begun) / taken * (self.total - self.done) if taken else 0.0
-        line = "  ".join([f"step {row['step']}/{self.total}", *parts, f"ETA {duration(left)}"])
+        parts.append(translated(f"ETA {duration(left)}"))
+        line = "  ".join([translated(f"step {row['step']}/{self.total}"), *parts])
         print(line, file=sys.stderr, flush=True)
 
     def stop(self) -> None:
@@ -217,7 +226,7 @@ def task(
 
     def left() -> str:
         taken = time.perf_counter() - begun
-        return f"ETA {duration(taken / done * (total - done))}" if total and done else duration(taken)
+        return translated(f"ETA {duration(taken / done * (total - done))}") if total and done else duration(taken)
 
     over = threading.Event()
     first = what if total is None else f"{what} {total:,} {unit}"
@@ -262,9 +271,9 @@ def beside(work: Callable[[], None], over: threading.Event) -> Iterator[None]:
 
 def samples(title: str, rows: list[tuple[str, str, float]]) -> None:
     """A small table of prompts, replies and their scores."""
-    table = Table(title=title, title_justify="left", show_lines=False)
+    table = Table(title=translated(title), title_justify="left", show_lines=False)
     for heading in ("prompt", "reply", "score"):
-        table.add_column(heading, no_wrap=True, justify="right" if heading == "score" else "left")
+        table.add_column(translated(heading), no_wrap=True, justify="right" if heading == "score" else "left")
     width = max(8, (console.width - len("│  │  │ +12.34 │")) // 2)  # rich would drop the score for want of room
     for prompt, reply, score in rows:
         prompt, reply = visible(prompt), visible(reply)

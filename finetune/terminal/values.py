@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
+
 
 def shown(value: Any) -> str:
     """A number for people: four digits, large ones with separators."""
@@ -13,6 +15,11 @@ def shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def padded(text: str, width: int) -> str:
+    """`text` in that many columns of a terminal, of which a Chinese character takes two."""
+    return text + " " * (width - cell_len(text))
 
 
 def with_interval(value: Any, interval: Sequence[Any] | None) -> str:

@@ -17,9 +17,9 @@ from finetune.run.directory import Run
 from finetune.run.resuming import to_go_on
 from finetune.terminal.progress import Progress
 from finetune.training.callbacks import Guard, Patience, Proven, Ranks, Recorder
+from finetune.training.checkpointing import CountOn
 from finetune.training.health import Health, with_batch
 from finetune.training.longest import LongestFirst
-from finetune.training.trainers import CountOn
 from finetune.training.weight_check import check_finite, trained
 
 

@@ -15,7 +15,7 @@ from finetune.models import hardware
 from finetune.planning.memory import optimizer_bytes
 from finetune.planning.network import trained_shapes
 from finetune.terminal.progress import note
-from finetune.training.trainers import undisturbed
+from finetune.training.held_out_figures import undisturbed
 
 
 class LongestFirst(TrainerCallback):

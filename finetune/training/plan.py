@@ -137,7 +137,7 @@ def arguments(
         "prediction_loss_only": True,  # accumulated logits are how evaluation runs out of memory
         "save_strategy": "steps" if train.save_steps else "epoch",
         "save_steps": train.save_steps or 500,
-        "save_total_limit": None,  # `trainers.Extras` takes old ones away, once the new one is complete
+        "save_total_limit": None,  # `Checkpointing` takes old ones away, once the new one is complete
         "load_best_model_at_end": keep_best,
         "metric_for_best_model": f"eval_{best[0]}" if keep_best else None,
         "greater_is_better": best[1] if keep_best else None,

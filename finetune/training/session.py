@@ -53,11 +53,11 @@ from finetune.training.finish import Words, finish, save, summary
 from finetune.training.fit import callbacks
 from finetune.training.fit import fit as fit_trainer
 from finetune.training.health import in_batch
+from finetune.training.held_out_figures import During
 from finetune.training.inputs import Stamps, check_still, known_inputs, stamps
 from finetune.training.plan import Layout, arguments, few_rows, few_updates, layout, other_devices
 from finetune.training.start import seed_everything
 from finetune.training.tracking import Trackers
-from finetune.training.trainers import During
 
 REPLIES = {"ppo": "ppo.max_new_tokens"}
 """stage -> the key of how long its replies may be, where it writes some."""

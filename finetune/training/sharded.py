@@ -22,6 +22,11 @@ from torch.utils._pytree import tree_map_only
 from finetune import ranks
 
 
+def in_parts() -> bool:
+    """Whether FSDP has the weights; deepspeed's are its own business."""
+    return ranks.sharded() and ranks.kind() == "fsdp"
+
+
 def arguments() -> dict[str, Any]:
     """transformers' TrainingArguments for weights in parts; none for whole ones."""
     if not ranks.sharded():

@@ -481,7 +481,7 @@ def test_weights_that_float16_cannot_hold_are_not_saved(write: Write, monkeypatc
     """float32 while they are trained; the model is stored in the recipe's precision."""
     settings = {**BROKEN, "max_steps": 1, "learning_rate": 1e9, "save_steps": 5}
     path = write("sft", adapter={"method": "full"}, model={"dtype": "float16"}, train=settings)
-    monkeypatch.setattr("finetune.training.trainers.check_finite", lambda *a: None)
+    monkeypatch.setattr("finetune.training.checkpointing.check_finite", lambda *a: None)
     with pytest.raises(RunError, match=r"not finite (in float16|at the end)"):
         run(path)
 

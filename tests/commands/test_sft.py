@@ -295,7 +295,7 @@ def test_documents_in_rows_are_apart(flat: bool) -> None:
     them to each other."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from finetune.training.trainers import Collator
+    from finetune.training.sft_trainer import Collator
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -31,7 +31,7 @@ PHASES = {
     "loading": "finetune.commands.sft.policy",
     "a step": "transformers.Trainer.training_step",
     "evaluating": "finetune.training.trainers.Extras.evaluation_loop",
-    "saving a checkpoint": "finetune.training.trainers.complete",
+    "saving a checkpoint": "finetune.training.checkpointing.complete",
     "saving the weights": "finetune.training.finish.save_adapter",
     "the report": "finetune.report.page.write",
 }

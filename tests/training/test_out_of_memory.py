@@ -70,6 +70,7 @@ def too_many(
     return seen
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ERRORS)
 def test_one_message_with_figures_and_three_ways_out(
     recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -104,6 +105,7 @@ def test_other_errors_stay_what_they_are(recipe: Any, tmp_path: Path, monkeypatc
     assert "shapes do not match" in done.stderr
 
 
+@pytest.mark.whole
 def test_ways_out_are_the_three_cheapest_of_ft_plan(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Hardware("cuda", True, 24.0)
     made = resolve(load(str(recipe()), None), machine)
@@ -190,6 +192,7 @@ def test_ppo_goes_on_with_fewer_rows(ppo_recipe: Path, tmp_path: Path, monkeypat
     assert Run(tmp_path / "run").done()
 
 
+@pytest.mark.whole
 def test_figures_grow_with_rows_and_are_left_out_where_nothing_is_known(recipe: Any, tmp_path: Path) -> None:
     one, machine = resolve(load(str(recipe()), None), Hardware()), Hardware("cuda", True, 24.0)
     found = [memory.planned(one, machine, rows, 1000) for rows in (4, 40)]

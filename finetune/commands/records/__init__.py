@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from finetune.errors import UserError, visible
+from finetune.language import translated
 from finetune.recipe.stages import RECIPES
 from finetune.run import json_option, records
 from finetune.run.differences import differences, from_defaults, result_values
@@ -81,7 +82,7 @@ def show_list(
 def table_of(kept: Sequence[Record], place: Path) -> Table:
     table = Table(title_justify="left")
     for heading in ("run", "stage", "base", "method", "figure", "time", "status"):
-        table.add_column(heading, justify="right" if heading == "time" else "left", overflow="fold")
+        table.add_column(translated(heading), justify="right" if heading == "time" else "left", overflow="fold")
     for record in kept:
         seconds = record.seconds
         row(
@@ -103,7 +104,8 @@ def figure(record: Record) -> str:
 
 def status_of(record: Record) -> str:
     """`done`, or how far it got."""
-    return record.status if record.status == "done" else f"{record.status} at step {record.steps:,}"
+    status = translated(record.status)
+    return status if record.status == "done" else f"{status} {translated(f'at step {record.steps}')}"
 
 
 def as_json(record: Record, place: Path | None = None) -> dict[str, Any]:
@@ -131,15 +133,15 @@ def show(name: str, json_file: str | None = None) -> None:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.updated))
     say(f"{shown_path(record.path)}: ft {record.stage}, {status_of(record)}, {when}")
     if record.error:
-        say(f"  {record.error.get('error')}")
+        say(f"  {translated(str(record.error.get('error')))}")
     for title, values in (("result", figures_of(record)), ("recipe, where it is not the default", changed_of(record))):
         if values:
-            say(f"{title}:")
+            say(f"{translated(title)}:")
             width = max(map(len, values))
             for key, value in values.items():
                 say(f"  {key:<{width}}  {value}")
     for decision in record.result.get("decisions") or ():
-        say(f"decided: {decision}")
+        say(f"{translated('decided')}: {translated(str(decision))}")
     if record.status in ("interrupted", "failed") and record.run.last_checkpoint() is not None:
         recipe = shown_path(record.path / "recipe.yaml")
         advise(f"go on with {command(record.stage, '--recipe', recipe, '--resume')}")
@@ -165,9 +167,9 @@ def diff(first: str, second: str, json_file: str | None = None) -> None:
     names = [shown_path(one.path) for one in pair]
     for part, values in parts.items():
         if not values:
-            say(f"{part}: no difference")
+            say(f"{translated(part)}: {translated('no difference')}")
             continue
-        table = Table(title=f"{part}:", title_justify="left")
+        table = Table(title=f"{translated(part)}:", title_justify="left")
         for heading in ("", *names):
             table.add_column(visible(heading), overflow="fold")
         for key, each in values.items():

@@ -13,10 +13,11 @@ from rich.text import Text
 
 from finetune.commands.records import found, status_of
 from finetune.errors import visible
+from finetune.language import translated
 from finetune.run import records
 from finetune.run.records import Record
 from finetune.run.writing import read_lines
-from finetune.terminal.progress import command, duration, encodable, output, say, shown_path
+from finetune.terminal.progress import command, duration, encodable, output, say, shown_path, tell
 from finetune.terminal.values import shown
 
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
@@ -39,7 +40,7 @@ def watch(name: str, interval: float = 2.0) -> None:
                 record = records.read(record.path)
         output.print(screen(record, output.width))
     if (after := next_command(record)) is not None:
-        say(after)
+        tell(after)
 
 
 def follow(record: Record, interval: float) -> None:
@@ -70,7 +71,7 @@ def line(row: dict[str, Any]) -> str:
     """A row of metrics.jsonl in one line."""
     values = {key: row[key] for key in row if key in SHOWN or key.startswith("eval_") or key == "epoch"}
     parts = [f"{key} {shown(value)}" for key, value in values.items() if records.is_number(value)]
-    return "  ".join([f"step {row.get('step')}", *parts])
+    return "  ".join([at_step(row.get("step")), *parts])
 
 
 def screen(record: Record, width: int) -> Group:
@@ -83,7 +84,7 @@ def screen(record: Record, width: int) -> Group:
     if len(points) > 1:
         parts += [Text(text) for text in curve(points, key.replace("_", " "), width)]
     else:
-        parts.append(Text(f"no curve of {key.replace('_', ' ')} yet", "dim"))
+        parts.append(Text(translated(f"no curve of {key.replace('_', ' ')} yet"), "dim"))
     if rows:
         parts.append(Text(visible(cut(line(rows[-1]), width))))
     for asked, answer in last_samples(record):
@@ -91,7 +92,7 @@ def screen(record: Record, width: int) -> Group:
         if answer is not None:
             parts.append(Text(cut(f"  {answer}", width)))
     if record.error:
-        parts.append(Text(visible(cut(str(record.error.get("error")), width)), "red"))
+        parts.append(Text(visible(cut(translated(str(record.error.get("error"))), width)), "red"))
     return Group(*parts)
 
 
@@ -101,20 +102,28 @@ def last_samples(record: Record) -> list[tuple[str, str | None]]:
     written = read_lines(record.run.samples)
     last = [row for row in written if row.get("step") == written[-1].get("step")][-SAMPLES:]
     if last:
-        return [(f"step {row.get('step')}  {one_line(row.get('prompt'))}", scored(row)) for row in last]
+        return [(f"{at_step(row.get('step'))}  {one_line(row.get('prompt'))}", scored(row)) for row in last]
     kept = [row for one in record.evaluation.get("sets", []) for row in one.get("rows", [])][:SAMPLES]
     if kept:
         return [
-            (f"ft eval, row {row.get('row')}  {one_line(row.get('asked'))}", one_line(row.get("tuned"))) for row in kept
+            (f"ft eval, {at_row(row.get('row'))}  {one_line(row.get('asked'))}", one_line(row.get("tuned")))
+            for row in kept
         ]
     if record.stage in ("pretrain", "reward"):
-        return [(f"ft {record.stage} writes no answers", None)]
+        return [(translated(f"ft {record.stage} writes no answers"), None)]
     during = (record.recipe.get("eval") or {}).get("during")
     if record.status == "done":
-        return [("no samples: ft eval of the run keeps some", None)]
-    return [
-        ("no samples yet" if during or record.stage == "ppo" else "no samples: eval.during answers some rows", None)
-    ]
+        return [(translated("no samples: ft eval of the run keeps some"), None)]
+    some = during or record.stage == "ppo"
+    return [(translated("no samples yet" if some else "no samples: eval.during answers some rows"), None)]
+
+
+def at_step(step: Any) -> str:
+    return translated(f"step {step}")
+
+
+def at_row(row: Any) -> str:
+    return translated(f"row {row}")
 
 
 def scored(row: dict[str, Any]) -> str:
@@ -157,6 +166,6 @@ def curve(points: Sequence[tuple[float, float]], title: str, width: int) -> list
     body = [
         f"{label:>{margin - 1}} {'|' if plain else '│'}{''.join(row)}" for label, row in zip(labels, marks, strict=True)
     ]
-    ends = f"{first:g}", f"step {last:g}"
-    foot = " " * (margin + 1) + ends[0] + " " * max(1, columns - sum(map(len, ends))) + ends[1]
+    ends = f"{first:g}", at_step(f"{last:g}")
+    foot = " " * (margin + 1) + ends[0] + " " * max(1, columns - sum(map(cell_len, ends))) + ends[1]
     return [title, *body, foot]
