@@ -144,7 +144,7 @@ def room(recipe: Recipe, network: Any, built: Network, now: Estimate, machine: H
         found["changes"] = [
             {"set": change.settings, "slowdown": round(change.slowdown, 3), "why": change.why,
              "peak_memory_gb": round(change.peak / GB, 3)}
-            for change in fits.changes(recipe, network, now, machine, networks={(): built})
+            for change in fits.changes(recipe, network, now, machine)
         ]  # fmt: skip
     return found
 

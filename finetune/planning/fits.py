@@ -13,7 +13,6 @@ from finetune.adapters import compatibility
 from finetune.errors import UserError
 from finetune.planning.memory import Estimate, estimate, writes
 from finetune.planning.network import Network, build
-from finetune.planning.passes import holds
 from finetune.recipe.file import check, to_yaml
 from finetune.recipe.resolve import Hardware, a_step
 from finetune.recipe.stages import PpoRecipe, Recipe
@@ -26,8 +25,6 @@ CLOSE = 0.06  # what is said to fit may be so much less than what does
 UNPACKED = {"int8": 1.25, "int4": 1.3}
 """Seconds a step against bfloat16, measured on a CPU with a model of 112M parameters."""
 ROWS = "train.per_device_train_batch_size"
-NETWORK = ("train.gradient_checkpointing", "adapter.method", "model.quantization")
-"""Changes after which another network is gone through."""
 CUT = ("data.max_length", "ppo.max_new_tokens")
 """What costs no time and some of the data: the last of the changes."""
 
@@ -85,30 +82,23 @@ def length_that_fits(network: Network, recipe: Recipe, now: Estimate, machine: H
     def peak(n: int) -> int:
         return estimate(network, recipe, now.rows, n * STEP, machine.device).peak
 
-    def longest() -> int:
-        return STEP * most(peak, budget(machine), max(1, cap // STEP), max(1, now.length // STEP), CLOSE)
-
-    found = longest()
-    return found if not found or holds(network, recipe, now.rows, found) else longest()
+    return STEP * most(peak, budget(machine), max(1, cap // STEP), max(1, now.length // STEP), CLOSE)
 
 
 def changes(
-    recipe: Recipe, skeleton: Any, now: Estimate, machine: Hardware, limit: float | None = None,
-    networks: dict[tuple[Any, ...], Network] | None = None,
-) -> list[Change]:  # fmt: skip
+    recipe: Recipe, skeleton: Any, now: Estimate, machine: Hardware, limit: float | None = None
+) -> list[Change]:
     """What makes a recipe that does not fit fit, the cheapest first; alone, or where nothing does alone, together.
 
     Args:
         limit: bytes that are enough; by default what can be planned with on that machine.
-        networks: those that were built, by what makes them another; the recipe's own is at ().
     """
-    networks = {} if networks is None else networks
     limit, found = budget(machine) if limit is None else limit, dict[tuple[str, ...], Change]()
     options = [option for option in candidates(recipe, now.length) if is_allowed(recipe, option[0])]
     for settings, slowdown, why in options:
         if tuple(settings) in found:
             continue  # fewer rows than are needed
-        if (change := tried(recipe, skeleton, settings, slowdown, why, now, machine, networks)) and change.peak <= limit:
+        if (change := tried(recipe, skeleton, settings, slowdown, why, now, machine)) and change.peak <= limit:
             found[tuple(settings)] = change
     if not found:
         settings, slowdown, reasons = dict[str, Any](), 1.0, dict[str, None]()
@@ -116,7 +106,7 @@ def changes(
             if not is_allowed(recipe, settings | more):
                 continue
             settings, slowdown, reasons = {**settings, **more}, slowdown * (slower or 1.0), {**reasons, why: None}
-            change = tried(recipe, skeleton, settings, slowdown, "; ".join(reasons), now, machine, networks)
+            change = tried(recipe, skeleton, settings, slowdown, "; ".join(reasons), now, machine)
             if change is not None and change.peak <= limit:
                 found[tuple(settings)] = change
                 break
@@ -201,14 +191,13 @@ def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
 
 def tried(
     recipe: Recipe, skeleton: Any, settings: dict[str, Any], slowdown: float | None, why: str, now: Estimate,
-    machine: Hardware, networks: dict[tuple[Any, ...], Network],
+    machine: Hardware,
 ) -> Change | None:  # fmt: skip
     other = changed(recipe, settings)
     if settings.get("train.gradient_checkpointing") and not skeleton.supports_gradient_checkpointing:
         return None
-    kind = tuple((key, value) for key, value in settings.items() if key in NETWORK)
     try:
-        network = networks[kind] = networks.get(kind) or build(other, skeleton)
+        network = build(other, skeleton)
     except UserError:
         return None  # it cannot be had for this model
     rows = other.train.per_device_train_batch_size or now.rows

@@ -49,10 +49,8 @@ class Network:
     """Of embeddings."""
     masked: bool = True
     """Whether it takes a mask of [rows, 1, length, length]."""
-    smooth: bool = True
-    """Whether what a pass allocates is a polynomial in its tokens."""
-    seen: dict[int, Any] = field(default_factory=dict)
-    """What was traced already, by the tokens of a reply: {(rows, tokens): segments}."""
+    seen: dict[Any, Any] = field(default_factory=dict)
+    """What was traced already."""
 
 
 class Packed(nn.Linear):

@@ -9,7 +9,6 @@ import torch
 from trl.trainer import utils as trl
 
 from finetune.adapters.methods import active
-from finetune.planning import curves
 from finetune.planning.network import Network, tracker_of
 from finetune.planning.tracker import Segment
 from finetune.recipe.stages import PpoRecipe, Recipe
@@ -21,52 +20,16 @@ PAIRS = ("dpo", "reward")
 def traced(network: Network, recipe: Recipe, rows: int, length: int) -> list[Segment]:
     """What a pass of so many rows allocates, in the order of time: before, forward 0, …, head, loss backward,
     backward …, first backward."""
-    passes = seen(network, recipe)
-    if (rows, length) in passes:
-        return passes[rows, length]
-    if (found := followed(network, passes, rows, length)) is None:
-        found = passes[rows, length] = gone_through(network, recipe, rows, length)
-    return found
-
-
-def seen(network: Network, recipe: Recipe) -> dict[tuple[int, int], list[Segment]]:
-    """The passes that were traced, by rows and tokens."""
-    replied = recipe.ppo.max_new_tokens if isinstance(recipe, PpoRecipe) else 0
-    return network.seen.setdefault(replied, {})
-
-
-def followed(
-    network: Network, passes: dict[tuple[int, int], list[Segment]], rows: int, length: int
-) -> list[Segment] | None:
-    """A pass as two of other rows or three of other lengths have it; None where they do not say. Several rows have a
-    mask, which one has not."""
-    of_rows = {r: found for (r, n), found in passes.items() if n == length and (r > 1) == (rows > 1)}
-    of_lengths = {n: found for (r, n), found in passes.items() if r == rows and network.smooth}
-    for x, known, needed in ((rows, of_rows, 2), (length, of_lengths, 3)):
-        if len(known) >= needed and (found := curves.at(x, dict(list(known.items())[:needed]))) is not None:
-            return found
-    return None
-
-
-def holds(network: Network, recipe: Recipe, rows: int, length: int) -> bool:
-    """Whether a pass is what it was said to be: it is traced, and if not, none is followed from other lengths again."""
-    passes = seen(network, recipe)
-    said = None if (rows, length) in passes else followed(network, passes, rows, length)
-    if said is None:
-        return True
-    passes[rows, length] = gone_through(network, recipe, rows, length)
-    network.smooth = passes[rows, length] == said
-    return network.smooth
-
-
-def gone_through(network: Network, recipe: Recipe, rows: int, length: int) -> list[Segment]:
-    try:
-        return _traced(network, recipe, rows, length)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
-        if not network.masked or any(network.seen.values()):
-            raise
-        network.masked = False  # some networks make masks of their own and take no finished one
-        return _traced(network, recipe, rows, length)
+    key = rows, length
+    if key not in network.seen:
+        try:
+            network.seen[key] = _traced(network, recipe, rows, length)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+            if not network.masked or network.seen:
+                raise
+            network.masked = False  # some networks make masks of their own and take no finished one
+            network.seen[key] = _traced(network, recipe, rows, length)
+    return network.seen[key]
 
 
 def _traced(network: Network, recipe: Recipe, rows: int, length: int) -> list[Segment]:

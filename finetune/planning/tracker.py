@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +27,6 @@ class Segment:
     flops: int
     freed: dict[str, int]
     """Bytes that were freed, by the earlier segment in which they were allocated."""
-    levels: list[int] = field(default_factory=list, repr=False)
-    """Bytes above those at its start, after each allocation."""
 
 
 class Tracker(TorchDispatchMode):
@@ -37,11 +35,10 @@ class Tracker(TorchDispatchMode):
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         """known: tensors that were there before; their bytes do not count."""
         super().__init__()
-        self.live = self.begun = self.flops = 0
+        self.live = self.high = self.begun = self.flops = 0
         self.segments: list[Segment] = []
         self.name = ""
         self.freed: dict[str, int] = {}
-        self.levels: list[int] = []
         self.sizes: dict[int, int] = {}
         for tensor in known:
             self._see(tensor, 0)
@@ -50,9 +47,8 @@ class Tracker(TorchDispatchMode):
         """The segment `name` begins, and the one before it ends."""
         if self.name:
             net = self.live - self.begun
-            peak = max(0, max(self.levels, default=0))
-            self.segments.append(Segment(self.name, peak, net, self.flops, self.freed, self.levels))
-        self.name, self.begun, self.flops, self.freed, self.levels = name, self.live, 0, {}, []
+            self.segments.append(Segment(self.name, self.high - self.begun, net, self.flops, self.freed))
+        self.name, self.begun, self.high, self.flops, self.freed = name, self.live, self.live, 0, {}
 
     def _see(self, tensor: torch.Tensor, size: int | None = None) -> None:
         storage = tensor.untyped_storage()
@@ -61,7 +57,7 @@ class Tracker(TorchDispatchMode):
             return
         self.sizes[key] = storage.nbytes() if size is None else size
         self.live += self.sizes[key]
-        self.levels.append(self.live - self.begun)
+        self.high = max(self.high, self.live)
         weakref.finalize(storage, self._gone, key, self.name)
 
     def _gone(self, key: int, born: str) -> None:

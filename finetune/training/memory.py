@@ -54,11 +54,10 @@ def ways_out(recipe: Recipe, machine: Hardware, rows: int, found: Estimate | Non
     recipe = of_rows(recipe, rows)
     changes: list[tuple[dict[str, Any], str]] = []
     if found is not None:
-        networks: dict[tuple[Any, ...], Network] = {}
         network = skeleton(recipe.model)
-        made = fits.changes(recipe, network, found, machine, enough(found, machine), networks)
+        made = fits.changes(recipe, network, found, machine, enough(found, machine))
         if len(made) < WAYS:  # then also what is less at all, the most first
-            less = fits.changes(recipe, network, found, machine, found.peak - 1, networks)
+            less = fits.changes(recipe, network, found, machine, found.peak - 1)
             made += sorted((one for one in less if all(one.settings != o.settings for o in made)), key=lambda o: o.peak)
         for one in made:
             time = "the same time" if one.slowdown == 1 else f"{one.slowdown:.2f} x the time"

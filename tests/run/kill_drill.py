@@ -455,7 +455,7 @@ def stable(report: Path) -> Any:
 
     def kept(value: Any) -> Any:
         if isinstance(value, dict):
-            clock = ("seconds", "per_second", "date", "time", "memory")
+            clock = ("seconds", "per_second", "date", "time", "memory", "overhead", "backward_share")
             return {k: kept(v) for k, v in value.items() if not any(word in k for word in clock)}
         return [kept(item) for item in value] if isinstance(value, list) else value
 
