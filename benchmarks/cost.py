@@ -37,8 +37,9 @@ POINTS: dict[str, list[dict[str, Any]]] = {
         *({"adapter": {"method": "lora", "r": r}} for r in (2, 8, 128)),
         *(
             {"adapter": {"method": m}}
-            for m in ("dora", "ia3", "vera", "oft", "loha", "bitfit", "prompt_tuning", "full")
+            for m in ("ia3", "vera", "oft", "loha", "bitfit", "prompt_tuning", "full")
         ),
+        {"adapter": {"method": "lora", "r": 8, "use_dora": True}},
     ],
 }
 MIDDLE = {"length": 256, "batch": 4, "rows": 16, "vocabulary": 8_000, "adapter": {"method": "lora", "r": 8}}
@@ -147,7 +148,7 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for name, panel in zip(names, axes[0], strict=True):
         points = found[name]
         if name == "adapters":
-            labels = [" ".join(str(v) for v in p["adapter"].values()) for p in points]
+            labels = [" ".join(k if v is True else str(v) for k, v in p["adapter"].items()) for p in points]
             panel.barh(labels, [p["seconds"] for p in points])
             panel.set_xlabel("CPU-s a step")
         else:

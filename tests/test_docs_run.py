@@ -1,7 +1,7 @@
 """The pages' command lines are run as they stand, page by page, in a folder that has the files they name.
 
 bash reads each block. What is not run here is named in ELSEWHERE with the reason, what is made smaller in SMALLER.
-Blocks that train are `slow`; when they last ran stands in CONTRIBUTING.md.
+Blocks that train are `slow` (`make slow`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ ELSEWHERE = {
     "ft sft qwen72.yaml": "several GPUs, and 72B weights",
     "ft plan qwen72.yaml": "downloads the config of its base",
     "#!/bin/bash": "a job of Slurm, with its commands",
+    "ft compare quickstart.yaml": "searches a learning rate for each method: minutes; tests/commands/test_compare.py",
     "make ": "makes an environment, or works for minutes to hours",
     "python benchmarks/real.py": "works for an hour or two",
     ". .venv/bin/activate": "what make quickstart made",
@@ -107,8 +108,8 @@ cp -r runs/a/adapter a; cp -r runs/b/adapter b
 """
 MORE = """
 ft sft qwen.yaml --output runs/sft
-ft reward reward_qwen.yaml --output runs/reward
-ft dpo dpo_qwen.yaml --set eval=null --output runs/dpo
+ft reward reward_llama.yaml --output runs/reward
+ft dpo dpo_llama.yaml --output runs/dpo
 mkdir models; ft merge --model tiny-llama --format gguf --output models/SmolLM2-135M-Instruct.Q4_1.gguf
 """
 """For pages that train."""
@@ -236,6 +237,8 @@ def run_page(page: Path, slow: bool, shell: Shell, folder: Path) -> None:
 
 def copied(world: Path, folder: Path, page: Path) -> Path:
     shutil.copytree(world, folder, dirs_exist_ok=True)
+    if page.name == "cluster.md":
+        shutil.rmtree(folder / "runs" / "mine")  # its first job
     if page.name == "ppo.md":
         (folder / "mine.yaml").write_text(yaml.safe_dump(PPO), encoding="utf-8")
     return folder

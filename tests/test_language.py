@@ -80,6 +80,9 @@ def test_problems_keep_their_place_and_their_key(zh: None) -> None:
         ("write {input, output}", "写成 {input, output}"),
         ("is not JSON (Expecting value: line 2 column 5 (char 7))",
          "不是 JSON（此处应有一个值：第 2 行第 5 列（第 7 个字符））"),
+        ("original weights", "原始权重"),
+        ("8 threads", "8 线程"),
+        ("whole threads", "whole threads"),
         ("cannot be read (what no catalogue knows)", "无法读取（what no catalogue knows）"),
     ],
 )  # fmt: skip

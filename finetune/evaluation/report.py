@@ -131,7 +131,9 @@ def field_cell(result: Evaluation, name: str) -> str:
 
 def label(name: str) -> str:
     """A metric's name as words; patterns and functions stay as they were written."""
-    return name if ":" in name else name.replace("_", " ")
+    return (
+        name if ":" in name else translated(name.removesuffix("_gb").replace("_", " ")) + ", GB" * name.endswith("_gb")
+    )
 
 
 def show_about(results: Sequence[Evaluation], about: Mapping[str, str]) -> None:

@@ -18,7 +18,7 @@ from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
 
-from finetune.language.agreeing import agreed
+from finetune.language.agreeing import UNITS, agreed
 
 LANGUAGES = ("zh", "en")
 VARIABLE = "FT_LANG"
@@ -29,6 +29,7 @@ HOLE = re.compile(r"\{(\w)\}")
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
 SENTENCE = re.compile(r"\b(a|an|and|are|has|in|is|it|its|not|of|or|that|the|to|was|which|with)\b")
 LONGEST, DEEPEST, PLACES = 4000, 4, 20  # what is longer, or in more parts, is no message of ours
+COUNTED = re.compile(rf" (?:{UNITS})")
 FEW = 10
 """Letters of a template that says so little (`use {0}`) that a sentence we do not know would pass for its value."""
 
@@ -68,12 +69,15 @@ class Template:
     """How much it says of itself; a frame of other texts says nothing."""
     texts: int
     """Holes that have entries of their own."""
+    counts: bool
+    """`{0} weights`: the value is a number, and `original weights` is another text."""
 
     @classmethod
     def of(cls, parts: list[str], chinese: str) -> Template:
         literals, holes = tuple(map(braces, parts[::2])), tuple(parts[1::2])
         letters = sum(character.isalpha() for literal in literals for character in literal)
-        return cls(literals, holes, chinese, letters, sum(map(str.isalpha, holes)))
+        counts = parts[0] == "" and COUNTED.fullmatch(parts[-1]) is not None and len(parts) == 3
+        return cls(literals, holes, chinese, letters, sum(map(str.isalpha, holes)), counts)
 
     def fits(self, text: str) -> Iterator[dict[str, str]]:
         """Hole -> what stands there in `text`; of a frame of two texts every place where the second may begin."""
@@ -100,6 +104,7 @@ class Template:
             known = {name: in_chinese(value, deep) if name.isalpha() else value for name, value in values.items()}
             left = [name for name in values if known[name] == values[name]]
             unsure = self.letters <= FEW and any(is_sentence(values[name]) for name in left)
+            unsure = unsure or (self.counts and not any(map(str.isdigit, values["0"])))
             whole = not any(map(str.isalpha, left))
             if not unsure and (self.letters or whole):
                 return filled(self.chinese, known), whole

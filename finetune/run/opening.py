@@ -6,7 +6,8 @@ recipe.yaml, and keeps it in .replaced/ until the new run is finished.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from filelock import FileLock, Timeout
@@ -47,6 +48,8 @@ def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> I
         check_output(run.path, overwrite, resume, further=further)  # another process may have been here meanwhile
         aside = run.path / ASIDE
         try:
+            if aside.is_dir():
+                settle(run)
             if overwrite:
                 set_aside(run)
             elif further and run.result.exists():  # from now on it is not finished
@@ -88,11 +91,28 @@ def joined_run(run: Run) -> Run:
     return run
 
 
+def settle(run: Run) -> None:
+    """What a kill left in .replaced/: beside a finished run it goes, and of a run that was only half there, the rest
+    comes back; the result stays, as what was begun is to replace it."""
+    aside = run.path / ASIDE
+    if run.result.exists():
+        places.remove(aside)
+    elif not (aside / "recipe.yaml").exists():
+        for path in aside.iterdir():
+            if path.name != run.result.name and not os.path.lexists(run.path / path.name):
+                path.rename(run.path / path.name)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """result.json first: nothing looks finished that is not; recipe.yaml last: it says whose the others are."""
+    return sorted(names, key=lambda name: (name == "recipe.yaml") - (name == "result.json"))
+
+
 def set_aside(run: Run) -> None:
-    """What is there to .replaced/, recipe.yaml last. What never replaced the run that is there already goes."""
+    """What is there to .replaced/, which is complete with its recipe.yaml: then what never replaced that run goes."""
     aside = run.path / ASIDE
     complete = (aside / "recipe.yaml").exists()
-    for name in sorted(CONTENTS, key=lambda name: name == "recipe.yaml"):
+    for name in in_order(CONTENTS):
         path = run.path / name
         if complete:
             places.remove(path)
@@ -104,9 +124,9 @@ def set_aside(run: Run) -> None:
 def put_back(run: Run) -> None:
     aside = run.path / ASIDE
     complete = (aside / "recipe.yaml").exists()
-    for name in CONTENTS:
+    for name in in_order(CONTENTS):
         if complete or (aside / name).exists():
             places.remove(run.path / name)
-    for path in aside.iterdir():
-        path.rename(run.path / path.name)
+    for name in reversed(in_order(path.name for path in aside.iterdir())):
+        (aside / name).rename(run.path / name)
     aside.rmdir()

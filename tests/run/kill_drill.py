@@ -1,6 +1,6 @@
 """Commands that are killed at every rename and fsync and at random moments, and go on as a user goes on.
 
-    python tests/run/kill_drill.py FOLDER [--only sft] [--points 12] [--random 30] [--seed 1]
+    python tests/run/kill_drill.py FOLDER [--only sft] [--points 12] [--random 30] [--seed 1] [--part 1/4]
 
 Everything is imported once; each run is a process forked from here, which kills itself with SIGKILL before or after its
 N-th rename, replace, fsync, unlink or rmdir below FOLDER. After every kill:
@@ -201,15 +201,20 @@ def points_of(drill: Drill, stock: Path) -> tuple[list[str], float, Any]:
     return log.read_text().splitlines(), time.perf_counter() - begun, drill.outcome()
 
 
-def run(drill: Drill, stock: Path, points: int | None, moments: int, seed: int) -> dict[str, Any]:
-    """All of one drill. `points`: how many operations at most; each is killed before and after, or, when not all are
-    taken, before or after."""
+def run(
+    drill: Drill, stock: Path, points: int | None, moments: int, seed: int, part: tuple[int, int] = (1, 1)
+) -> dict[str, Any]:
+    """All of one drill, or its `part` (number, of how many). `points`: how many operations at most; each is killed
+    before and after, or, when not all are taken, before or after."""
     draw = random.Random(f"{seed} {drill.name}")
     operations, seconds, whole = points_of(drill, stock)
     kills = [(n, after) for n in range(1, len(operations) + 1) for after in (False, True)]
     if points is not None and points < len(kills):
         kills = sorted(draw.sample(kills, points))
+    shares = [draw.uniform(0, 1) for _ in range(moments)]
+    kills, shares = kills[part[0] - 1 :: part[1]], shares[part[0] - 1 :: part[1]]
     found: list[str] = []
+    missed = 0
     for number, after in kills:
         drill.clean(stock)
         code = ended(start(drill.command, drill.folder, number, after, Path(f"{drill.folder}.log")))
@@ -217,12 +222,13 @@ def run(drill: Drill, stock: Path, points: int | None, moments: int, seed: int) 
             f"{drill.name}: {'after' if after else 'before'} {number} of {len(operations)} ({operations[number - 1]})"
         )
         if code != -signal.SIGKILL:  # another order of files in a folder may make it shorter
+            missed += 1
             found += [f"{where}: ended with {code}"] if code else []
             continue
         found += [f"{where}: {problem}" for problem in examined(drill, whole)]
-    for _ in range(moments):
+    for share in shares:
         drill.clean(stock)
-        moment = draw.uniform(0, seconds)
+        moment = share * seconds
         pid = start(drill.command, drill.folder, log=Path(f"{drill.folder}.log"))
         time.sleep(moment)
         os.kill(pid, signal.SIGKILL)
@@ -230,8 +236,8 @@ def run(drill: Drill, stock: Path, points: int | None, moments: int, seed: int) 
         where = f"{drill.name}: after {moment:.3f} of {seconds:.3f} s"
         found += [f"{where}: {problem}" for problem in examined(drill, whole)]
     return {
-        "drill": drill.name, "operations": len(operations), "kills": len(kills), "moments": moments, "problems": found,
-        "seconds": round(seconds, 2),
+        "drill": drill.name, "operations": len(operations), "kills": len(kills) - missed, "moments": len(shares),
+        "problems": found, "seconds": round(seconds, 2),
     }  # fmt: skip
 
 
@@ -449,7 +455,7 @@ def stable(report: Path) -> Any:
 
     def kept(value: Any) -> Any:
         if isinstance(value, dict):
-            clock = ("seconds", "per_second", "date", "time", "memory")
+            clock = ("seconds", "per_second", "date", "time", "memory", "overhead", "backward_share")
             return {k: kept(v) for k, v in value.items() if not any(word in k for word in clock)}
         return [kept(item) for item in value] if isinstance(value, list) else value
 
@@ -483,13 +489,15 @@ def main() -> None:
     parser.add_argument("--points", type=int)
     parser.add_argument("--random", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--part", default="1/1", help="2/6: the second of six parts of every drill")
     given = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", COLUMNS="200")
     warm()
     print(f"seed {given.seed}", flush=True)
+    number, of = map(int, given.part.split("/"))
     wrong = 0
     for drill, stock in build(given.base, given.folder.resolve(), given.only):
-        found = run(drill, stock, given.points, given.random, given.seed)
+        found = run(drill, stock, given.points, given.random, given.seed, (number, of))
         wrong += len(found["problems"])
         print(json.dumps(found), flush=True)
     sys.exit(1 if wrong else 0)
