@@ -33,6 +33,9 @@ def test_no_place_for_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         check_folder(Path("."), "--output", here=False)
     check_folder(tmp_path / "new" / "run", "output.dir")
     assert not (tmp_path / "new").exists()
+    monkeypatch.chdir("/")
+    with pytest.raises(UserError, match="other things"):
+        check_folder(Path("/"), "output.dir")
 
 
 def test_read_only_places_are_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,3 +189,12 @@ def test_what_a_link_leads_to_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(outside)
     places.remove(tmp_path / "link")
     assert (outside / "result.json").exists()
+
+
+def test_what_another_process_builds_there_meanwhile_stays(tmp_path: Path) -> None:
+    """Ours has its name already, and theirs stands where it was built."""
+    with places.unfinished(tmp_path / "model", "--output") as part:
+        part.rename(tmp_path / "model")
+        part.mkdir()
+        (part / "theirs").write_text("theirs")
+    assert (part / "theirs").read_text() == "theirs"
