@@ -664,6 +664,7 @@ def test_rollouts_of_few_prompts(tmp_path: Path, base: Path, capsys: pytest.Capt
     assert "32 prompts: rollouts are of 32" in result(found)["decisions"]
 
 
+@pytest.mark.whole
 def test_out_of_memory_says_what_to_do(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Collector, *_: Any) -> None:
         raise torch.OutOfMemoryError("tried to allocate 1 GiB")
