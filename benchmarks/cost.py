@@ -35,10 +35,7 @@ POINTS: dict[str, list[dict[str, Any]]] = {
     "vocabulary": [{"vocabulary": n} for n in (2_000, 8_000, 32_000, 128_000)],
     "adapters": [
         *({"adapter": {"method": "lora", "r": r}} for r in (2, 8, 128)),
-        *(
-            {"adapter": {"method": m}}
-            for m in ("ia3", "vera", "oft", "loha", "bitfit", "prompt_tuning", "full")
-        ),
+        *({"adapter": {"method": m}} for m in ("ia3", "vera", "oft", "loha", "bitfit", "prompt_tuning", "full")),
         {"adapter": {"method": "lora", "r": 8, "use_dora": True}},
     ],
 }
