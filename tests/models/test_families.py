@@ -71,7 +71,7 @@ def test_a_missing_head_is_an_error_only_where_it_is_not_tied(checkpoint: Path, 
     if tied:
         assert torch.equal(load(folder).lm_head.weight, load(checkpoint).lm_head.weight)
     else:
-        with pytest.raises(UserError, match="missing weights"):
+        with pytest.raises(UserError, match="missing weight"):
             load(folder)
 
 

@@ -25,8 +25,12 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
     step = Trainer.training_step
 
     def watched(self: Any, model: Any, inputs: dict[str, Any], *more: Any, **options: Any) -> Any:
-        pairs = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)
-        seen.append([tuple(ids[: sum(mask)]) for ids, mask in pairs])
+        if "attention_mask" in inputs:
+            pairs = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)
+            seen.append([tuple(ids[: sum(mask)]) for ids, mask in pairs])
+        else:  # side by side in one row
+            ids, starts = inputs["input_ids"][0].tolist(), (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
+            seen.append([tuple(ids[a:b]) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)])
         return step(self, model, inputs, *more, **options)
 
     monkeypatch.setattr(LongestFirst, "on_train_begin", lambda *_, **__: None)  # no pass beside the steps
