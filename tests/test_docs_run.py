@@ -58,6 +58,8 @@ TRAINING = r"^(sft|dpo|kto|reward|pretrain|ppo|compare) (?!.*--dry-run)"
 SMALLER = [
     (TRAINING, ["--set", "train.max_steps=2", "--set", "train.effective_batch_size=4"]),
     (TRAINING + "(?!.*--resume)(?<!compare )", ["--overwrite"]),  # the folder has runs already
+    (TRAINING + ".*--resume", ["--set", "train.max_steps=4"]),  # what is there is finished, and goes on
+    (r"^pretrain ", ["--set", "train.warmup_steps=0", "--set", "train.eval_steps=1"]),
     (TRAINING + r"(?!.*model\.name)\S+_qwen\.yaml", ["--set", "model.name=tiny-qwen"]),
     (TRAINING + r"(?!.*model\.name)\S+(?<!tiny)_llama\.yaml", ["--set", "model.name=tiny-llama"]),
     (r"^ppo ", ["--set", "ppo.max_new_tokens=8"]),
