@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModel
 
 from finetune.models import hardware
+from finetune.planning import precision
 from finetune.planning.precision import MOST, TOKENS, length_of, one_block
 from finetune.planning.sizing import CANNOT
 from finetune.planning.source import skeleton
@@ -107,22 +108,16 @@ def block_seconds(recipe: Recipe, counts: list[int]) -> dict[int, float] | None:
         length = length_of(min(a_step(recipe)[1], TOKENS), size)
         states = torch.randn(1, length, config.get_text_config().hidden_size)
         try:
-            turns = [{n: seconds(network, states, half, n) for n in counts} for _ in range(ROUNDS + 1)]
+            turns = [{n: with_threads(network, states, half, n) for n in counts} for _ in range(ROUNDS + 1)]
         finally:
             torch.set_num_threads(own)
     return {n: min(turn[n] for turn in turns[1:]) for n in counts}  # kernels are compiled in the first
 
 
-def seconds(network: Any, states: torch.Tensor, half: bool, threads: int) -> float:
-    """On the clock, for one pass there and back."""
+def with_threads(network: Any, states: torch.Tensor, half: bool, threads: int) -> float:
+    """Seconds on the clock, for one pass there and back."""
     torch.set_num_threads(threads)
-    states = states.to(next(network.parameters()).dtype).requires_grad_()
-    begun = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        found = network(inputs_embeds=states, use_cache=False).last_hidden_state
-    found.float().sum().backward()
-    network.zero_grad(set_to_none=True)
-    return time.perf_counter() - begun
+    return precision.seconds(network, states, half, time.perf_counter)
 
 
 def before(known: dict[str, Any]) -> int | None:

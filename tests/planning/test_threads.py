@@ -45,7 +45,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, takes: dict[int, float]) -> list[int]
         taken.append(count)
         return takes[count]
 
-    monkeypatch.setattr(threads, "seconds", seconds)
+    monkeypatch.setattr(threads, "with_threads", seconds)
     return taken
 
 
@@ -70,7 +70,7 @@ def test_the_fastest_is_taken_where_it_is_clearly_faster(
 def test_one_busy_moment_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     turn = iter(range(100))
     slow = {(round_, 4) for round_ in (1, 2, 3)}  # all rounds but one
-    monkeypatch.setattr(threads, "seconds", lambda *given: 9.0 if (next(turn) // 4, given[-1]) in slow else 1.0)
+    monkeypatch.setattr(threads, "with_threads", lambda *given: 9.0 if (next(turn) // 4, given[-1]) in slow else 1.0)
     threads.choose(asked(), CPU)
     assert torch.get_num_threads() == 4
 
