@@ -228,7 +228,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems tell nobody")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl(PR_SET_PDEATHSIG) is of Linux alone")
 def test_processes_end_with_their_launcher(tmp_path: Path) -> None:
     """Also when it is killed."""
     (tmp_path / "job.py").write_text(ORPHAN)
