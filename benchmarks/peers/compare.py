@@ -77,6 +77,7 @@ def main() -> None:
 
 def workload(folder: Path) -> None:
     """Rows, base, a reward model, and an environment for each peer."""
+    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "load" / "workload.json").exists():
         run([sys.executable, str(HERE / "workload.py"), str(folder / "load")], {}, folder / "workload.log")
     for name in VENVS:
