@@ -9,7 +9,7 @@
 # make docs         the site, into site/ (with extras); a broken link is an error
 # make notebook     notebooks/quickstart.ipynb with few steps, from its first cell to its last (with extras)
 # make screenshots  the pictures of docs/reports.md, of a run that it trains (with extras and chromium)
-# make gpu-check    what needs a CUDA machine, and how fast it is there, in sixteen minutes; writes docs/gpu.md
+# make gpu-check    what needs a CUDA machine, and how fast it is there, in under eight minutes; writes docs/gpu.md
 # make lint         ruff and mypy
 PYTHON ?= python3
 BIN = .venv/bin
