@@ -270,8 +270,8 @@ def page(rows: dict[str, Row], where: str | None, shape: str) -> str:
     said = f"On {where}; random models of the shape `{shape}`." if where else (
         "**Not run on hardware**: no GPU has been at hand. `make gpu-check` on a machine with one fills the table in."
     )  # fmt: skip
-    text = ("`make gpu-check` runs these on one card in under eight minutes and writes this page. A check that fails, or "
-            "for which no time is left, is a row, not the end.")  # fmt: skip
+    text = ("`make gpu-check` runs these on one card in under eight minutes and writes this page. A check that fails, "
+            "or for which no time is left, is a row, not the end.")  # fmt: skip
     checks, speed = ({name: row for name, row in rows.items() if (name in SPEED) is fast} for fast in (False, True))
     parts = [f"# On GPUs\n\n{text}\n\n{said}", table(checks)] + (
         [f"## Speed and memory\n\n{NOTE}", table(speed)] if speed else []
