@@ -1,7 +1,7 @@
 """`make bench`: ft beside what people would pick instead, on the same work, in interleaved pairs.
 
-    python benchmarks/peers/compare.py [--only sft,packed,defaults,dpo,ppo,ppo-defaults] [--pairs 10] [--folder DIR]
-        [--cuda]
+    python benchmarks/peers/compare.py [--only sft,smollm2,packed,defaults,dpo,ppo,ppo-defaults] [--pairs 10]
+        [--folder DIR] [--cuda]
 
 Makes the workload and an environment per peer, runs every contestant in turn, and writes benchmarks/RESULTS.md. A run
 that is there already is not repeated: the command goes on where it was stopped.
@@ -36,9 +36,13 @@ CLOCK = "cpu"
 """Of the hook's events: cpu or wall."""
 T_95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's, of 1 to 9 degrees of freedom
 VENVS = {"trl": "trl", "llamafactory": "llamafactory", "ms-swift": "ms-swift", "axolotl": "axolotl", "trl112": "trl"}
-BATCH = {"sft": 8, "packed": 8, "defaults": 8, "dpo": 4, "ppo": 4, "ppo-defaults": 4}
+BATCH = {"sft": 8, "smollm2": 4, "packed": 8, "defaults": 8, "dpo": 4, "ppo": 4, "ppo-defaults": 4}
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("SFT, equal settings, no packing", SFT),
+    "smollm2": (
+        "SFT, equal settings, no packing, SmolLM2-135M's shape, 12 of the chats, batch 4",
+        {k: SFT[k] for k in ("ft", "bare trl script", "LLaMA-Factory", "ms-swift")},
+    ),
     "packed": (
         f"SFT, equal settings, packed into rows of {LENGTH}",
         {k: SFT[k] for k in ("ft", "trl CLI", "LLaMA-Factory")},
@@ -71,7 +75,7 @@ def main() -> None:
                         measured(folder, task, name, number)
     found = {task: results(folder, task) for task in TASKS}
     (HERE.parent / "RESULTS.md").write_text(report(folder, found), encoding="utf-8")
-    if other := unequal(found["sft"]):
+    if other := [*unequal(found["sft"]), *unequal(found["smollm2"])]:
         raise SystemExit(f"no comparison of equals: {', '.join(other)} train another number of label tokens than ft")
 
 
@@ -123,9 +127,11 @@ def measured(folder: Path, task: str, name: str, number: int) -> None:
         return
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    load = folder / "load"
     place = Places(
-        folder / "load", folder / "venvs", work, BATCH[task], task == "packed", "defaults" in task, CLOCK == "wall"
-    )
+        load / "few" if task == "smollm2" else load, folder / "venvs", work, BATCH[task], task == "packed",
+        "defaults" in task, CLOCK == "wall", str(load / "base-135m") if task == "smollm2" else None,
+    )  # fmt: skip
     command, more = TASKS[task][1][name](place)
     code = run(command, more, work / "log.txt", work / "events.jsonl")
     (work / "done").write_text(str(code), encoding="utf-8")
@@ -250,7 +256,7 @@ def table(task: str, runs: dict[str, Runs]) -> list[str]:
         lines.append(
             f"| {name} | {seconds:.2f} | {against} | {count} | {trained} | {positions} | {shown} | {peak:,.0f} |"
         )
-    if task == "sft":
+    if task in ("sft", "smollm2"):
         other = unequal(runs)
         said = f"Not the same label tokens as ft: {', '.join(other)}." if other else "All train the same label tokens."
         lines += ["", said]

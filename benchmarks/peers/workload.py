@@ -1,4 +1,4 @@
-"""The same work for everyone: a small Llama with random weights, ragged chats in English and Chinese, pairs, prompts.
+"""The same work for everyone: Llamas with random weights, ragged chats in English and Chinese, pairs, prompts.
 
     python benchmarks/peers/workload.py DIR
 
@@ -14,6 +14,12 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = 6144
+SMOLLM2 = {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+           "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192,
+           "tie_word_embeddings": True}  # fmt: skip
+"""SmolLM2-135M's config.json; the weights are random."""
+FEW = 12
+"""Rows of a workload for it."""
 SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6,
          "num_key_value_heads": 6, "head_dim": 64, "max_position_embeddings": 2048}  # fmt: skip
 THINGS = [("lantern", "灯笼"), ("bicycle", "自行车"), ("kettle", "水壶"), ("violin", "小提琴"), ("compass", "指南针")]
@@ -115,16 +121,21 @@ def main() -> None:
     encoder = tokenizer([*texts, *(" ".join(writer.random.choices(words, k=12)) for _ in range(4000))])
     torch.manual_seed(0)
     ids = {"pad_token_id": encoder.pad_token_id, "eos_token_id": encoder.eos_token_id, "bos_token_id": None}
-    config = LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=False, dtype="float32", **ids, **SHAPE)
-    model = LlamaForCausalLM(config).float()
-    for key, value in ids.items():
-        setattr(model.generation_config, key, value)
-    model.save_pretrained(folder / "base")
-    encoder.save_pretrained(folder / "base")
+    shapes = {"base": {"vocab_size": VOCABULARY, "tie_word_embeddings": False, **SHAPE}, "base-135m": SMOLLM2}
+    sizes = {}
+    for name, shape in shapes.items():
+        model = LlamaForCausalLM(LlamaConfig(dtype="float32", **ids, **shape)).float()
+        for key, value in ids.items():
+            setattr(model.generation_config, key, value)
+        model.save_pretrained(folder / name)
+        encoder.save_pretrained(folder / name)
+        sizes[name] = sum(p.numel() for p in model.parameters())
+    (folder / "few").mkdir(exist_ok=True)
+    lines = (folder / "sft.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "few" / "sft.jsonl").write_text("".join(lines[:FEW]), encoding="utf-8")
     lengths = sorted(len(encoder.apply_chat_template(row["messages"])["input_ids"]) for row in made["sft.jsonl"])
-    size = sum(p.numel() for p in model.parameters())
     told = {
-        "parameters": size,
+        "parameters": sizes["base"],
         "chats": len(lengths),
         "tokens": sum(lengths),
         "median": lengths[len(lengths) // 2],
