@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,18 @@ def described() -> dict[str, Any]:
         "device": found.device, "name": name, "memory_gb": round(found.memory_gb, 1), "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "system": platform.system(),
     }  # fmt: skip
+
+
+def keep_freed_memory() -> None:
+    """What tensors on the CPU free stays with this process, for those of the next step. With glibc; elsewhere nothing.
+
+    glibc maps whatever is larger than 32 MB anew and gives it back when it is freed, and every page of it is a page
+    fault again: a tenth of a training step (docs/performance.md). Tensors above 1 GiB are mapped as before.
+    """
+    setting = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
+    if setting is not None:
+        setting(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        setting(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def cpu_has_bf16() -> bool:

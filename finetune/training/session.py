@@ -295,6 +295,8 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
         raise UserError(what, key="train.gradient_checkpointing", fix="leave it out, or set it to false")
     if recipe.eval.thinking is not None and recipe.stage != "pretrain":
         thinking.asked(base.encoder, thinking.switched(recipe.eval.thinking), "eval.thinking")
+    if machine.device == "cpu":
+        hardware.keep_freed_memory()
     last = Run.of(raw).last_checkpoint() if resume else None
     before_it = None if last is None else threads.before(known_of(last))
     many = None if recipe.model.is_new else threads.choose(recipe, machine, before_it)
