@@ -17,6 +17,7 @@ from finetune.adapters.methods import sees_padding
 from finetune.data import thinking
 from finetune.data.encoder import Encoder
 from finetune.data.types import Conversation
+from finetune.evaluation import continuous
 from finetune.evaluation.kept import Answers
 from finetune.evaluation.likelihood import negative_log_likelihoods, per_token
 from finetune.evaluation.sampling import Drawn, Repeated, uniforms
@@ -25,6 +26,8 @@ from finetune.models.hardware import input_device
 from finetune.recipe.sections import GenerationConfig as Settings
 
 GREEDY = Settings()
+Draws = Callable[[Sequence[int], Sequence[int], int], torch.Tensor | None]
+"""Of rows (numbers of their prompts) that have so many tokens each: [rows, count] numbers in [0, 1) for the next."""
 
 
 @dataclass
@@ -96,27 +99,88 @@ def generate(
 
 def written(
     model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, stops: Sequence[int], pad: int,
-    how: Settings = GREEDY, names: Sequence[object] | None = None,
+    how: Settings = GREEDY, names: Sequence[object] | None = None, apart: bool = True,
 ) -> Iterator[list[tuple[int, list[int]]]]:  # fmt: skip
-    """Of each batch, short prompts first, (number of the prompt, ids of its answer with the stop token that ends it).
-
-    A drawn answer depends on how.seed and on the prompt's name alone, not on the batch it is in; the caller's random
-    numbers stay as they are.
+    """(number of the prompt, ids of its answer with the stop token that ends it), a list of them whenever some have
+    ended; short prompts first, in continuous batches where the network's cache allows it.
 
     Args:
         names: of the prompts, one each; their numbers when None.
+        apart: a drawn answer depends on how.seed and on the prompt's name alone, not on the batch it is in, and the
+            caller's random numbers stay as they are. Otherwise answers are drawn from torch's global generator.
     """
+
+    def draws(numbers: Sequence[int], begun: Sequence[int], count: int) -> torch.Tensor | None:
+        """[rows, count], from the token after those that were told."""
+        if not (apart and how.drawn):
+            return None
+        found = uniforms(how.seed, [i if names is None else names[i] for i in numbers], max(begun) + count)
+        return torch.stack([row[n : n + count] for row, n in zip(found, begun, strict=True)])
+
     model.eval()
-    for rows in batches(prompts, batch_size, equal_length=sees_padding(model)):
-        ids, mask = left_pad([prompts[i] for i in rows], pad, input_device(model))
-        named = [i if names is None else names[i] for i in rows]
-        draws = uniforms(how.seed, named, max_new_tokens) if how.drawn else None
+    left = list(range(len(prompts)))
+    if how.num_beams == 1 and stops and continuous.can(model) and not sees_padding(model):
+        for done in continuously(model, prompts, max_new_tokens, batch_size, stops, pad, how, draws):
+            left = [i for i in left if i not in {number for number, _ in done}]
+            yield done
+    for rows in batches([prompts[i] for i in left], batch_size, equal_length=sees_padding(model)):
+        numbers = [left[i] for i in rows]
+        ids, mask = left_pad([prompts[i] for i in numbers], pad, input_device(model))
         with torch.inference_mode():
-            output = answer(model, ids, mask, max_new_tokens, stops, pad, how, draws)
+            output = answer(
+                model, ids, mask, max_new_tokens, stops, pad, how, draws(numbers, [0] * len(numbers), max_new_tokens)
+            )
         yield [
             (i, up_to_stop(sequence, stops))
-            for i, sequence in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True)
+            for i, sequence in zip(numbers, output[:, ids.shape[1] :].tolist(), strict=True)
         ]
+
+
+def continuously(
+    model: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, stops: Sequence[int], pad: int,
+    how: Settings, draws: Draws,
+) -> Iterator[list[tuple[int, list[int]]]]:  # fmt: skip
+    """`written` in continuous batches; nothing where the network's cache is none whose rows can come and go."""
+    waiting = [i for rows in batches(prompts, batch_size, equal_length=False) for i in rows]
+    rows: continuous.Rows | None = None
+    while waiting or rows is not None:
+        free = batch_size - (0 if rows is None else len(rows.numbers))
+        if waiting and free * continuous.SHARE >= batch_size:
+            numbers, waiting = waiting[:free], waiting[free:]
+            ids, mask = left_pad([prompts[i] for i in numbers], pad, input_device(model))
+            new = continuous.Rows(numbers, [0] * len(numbers), ids, mask, None)
+            new = further(model, new, 1, stops, pad, how, draws)
+            if not continuous.whole(new.cache):
+                return
+            rows = new if rows is None else continuous.joined(rows, new, pad)
+        else:
+            assert rows is not None
+            count = max_new_tokens - max(rows.told)
+            rows = further(model, rows, count, stops, pad, how, draws)
+        answers = [up_to_stop(ids[-n:], stops) for ids, n in zip(rows.ids.tolist(), rows.told, strict=True)]
+        ended = [i for i, ids in enumerate(answers) if len(ids) == max_new_tokens or ids[-1] in stops]
+        if ended:
+            yield [(rows.numbers[i], answers[i]) for i in ended]
+            kept = [i for i in range(len(answers)) if i not in ended]
+            rows = continuous.of(rows, kept) if kept else None
+
+
+def further(
+    model: Any, rows: continuous.Rows, count: int, stops: Sequence[int], pad: int, how: Settings, draws: Draws,
+) -> continuous.Rows:  # fmt: skip
+    """At most `count` tokens more for each row; fewer when a part of them has ended."""
+    width = rows.ids.shape[1]
+    more = {} if rows.cache is None else {"past_key_values": rows.cache}
+    enough = continuous.Enough(width, list(stops), len(rows.numbers), rows.ids.device)
+    with torch.inference_mode():
+        output: Any = answer(
+            model, rows.ids, rows.mask, count, stops, pad, how, draws(rows.numbers, rows.told, count),
+            stopping_criteria=[enough], as_dict=True, **more,
+        )  # fmt: skip
+    ids = output.sequences
+    told = ids.shape[1] - width
+    mask = torch.cat([rows.mask, rows.mask.new_ones(len(ids), told)], 1)
+    return continuous.Rows(rows.numbers, [n + told for n in rows.told], ids, mask, output.past_key_values)
 
 
 def up_to_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
@@ -136,8 +200,9 @@ def generation_config(how: Settings, max_new_tokens: int, stops: Sequence[int], 
 
 def answer(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, stops: Sequence[int], pad: int,
-    how: Settings = GREEDY, draws: torch.Tensor | None = None, processors: Sequence[Any] = (), **more: Any,
-) -> torch.Tensor:  # fmt: skip
+    how: Settings = GREEDY, draws: torch.Tensor | None = None, processors: Sequence[Any] = (), as_dict: bool = False,
+    **more: Any,
+) -> Any:  # fmt: skip
     """Prompts and answers, [rows, …]. Whoever lets a model write comes through here: eval, generate, chat, PPO's
     rollouts, comparisons.
 
@@ -146,7 +211,7 @@ def answer(
 
     Args:
         draws: [rows, max_new_tokens] numbers in [0, 1) that tokens are drawn with; torch's global generator when None.
-        processors: of the caller's, before those of `how`.
+        processors: of the caller's, before those of `how`. as_dict: all that transformers gives back, with the cache.
     """
     config = generation_config(how, max_new_tokens, stops, pad)
     processors = [*processors, *([] if how.repetition_penalty == 1 else [Repeated(how.repetition_penalty, mask)])]
@@ -154,11 +219,11 @@ def answer(
         config = generation_config(GREEDY, max_new_tokens, stops, pad)  # greedy among the one token that is drawn
         exact = torch.float32 if ids.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         processors.append(Drawn(how, draws.to(ids.device, exact)))
+    config.return_dict_in_generate = as_dict
     with only_as_told(model):
-        output: torch.Tensor = model.generate(
+        return model.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors, **more
         )
-    return output
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from finetune.adapters.methods import active, sees_padding
-from finetune.evaluation.generation import Settings, answer, batches, left_pad, up_to_stop
+from finetune.adapters.methods import active
+from finetune.evaluation.generation import Settings, written
 from finetune.evaluation.likelihood import takes
 from finetune.models import documents
 from finetune.models.hardware import input_device
@@ -95,14 +95,12 @@ def sample(
     on_batch: Callable[[int], None] = lambda n: None,
 ) -> Replies:  # fmt: skip
     """One reply per prompt, in order, drawn from torch's global generator. The model is left in eval mode."""
-    model.eval()
     replies: list[list[int]] = [[] for _ in prompts]
-    for rows in batches(prompts, batch_size, equal_length=sees_padding(model)):
-        ids, mask = left_pad([prompts[i] for i in rows], pad, input_device(model))
-        output = answer(model, ids, mask, sampling.max_new_tokens, stops, pad, sampling.settings)
-        for row, sequence in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
-            replies[row] = up_to_stop(sequence, stops)
-        on_batch(len(rows))
+    how, most = sampling.settings, sampling.max_new_tokens
+    for ended in written(model, prompts, most, batch_size, stops, pad, how, apart=False):
+        for row, ids in ended:
+            replies[row] = ids
+        on_batch(len(ended))
     return together(prompts, replies, stops, pad, input_device(model))
 
 
