@@ -108,10 +108,9 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-SECRET = re.compile(
-    r"(TOKEN|(API|ACCESS|PRIVATE|SECRET)_?KEY|PASSWORD|PASSWD|SECRET)$", re.I
-)  # names of variables whose values are nobody's to read
-# Tokens of the hubs and of GitHub, keys as OpenAI writes them, NAME:PASSWORD or a token in an address, and what signs one.
+# Names of variables whose values are nobody's to read.
+SECRET = re.compile(r"(TOKEN|(API|ACCESS|PRIVATE|SECRET)_?KEY|PASSWORD|PASSWD|SECRET)$", re.I)
+# Tokens of the hubs and of GitHub, keys as OpenAI writes them, NAME:PASSWORD or a token in an address.
 TOKENS = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bms-[0-9a-f]{8}-[0-9a-f-]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[a-z]_[A-Za-z0-9]{20,}"
     r"|\bgithub_pat_\w{20,}|(?<=://)[^/\s@]+(?=@)"

@@ -198,3 +198,15 @@ def test_what_another_process_builds_there_meanwhile_stays(tmp_path: Path) -> No
         part.mkdir()
         (part / "theirs").write_text("theirs")
     assert (part / "theirs").read_text() == "theirs"
+
+
+def test_what_a_link_leads_to_is_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither waited for, as a pipe would be, nor opened, which may change what it leads to."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "file").write_text("x")
+    (folder / "link").symlink_to(tmp_path / "nowhere")
+    synced: list[Path] = []
+    monkeypatch.setattr(places, "sync", synced.append)
+    places.sync_tree(folder)
+    assert synced == [folder / "file", folder, tmp_path]

@@ -23,8 +23,10 @@ from finetune import cli, errors, places
 from finetune.data import sources
 from finetune.data.readers import read_file
 from finetune.errors import UserError
+from finetune.models import sources as model_sources
 from finetune.models import weight_files
 from finetune.run import appending, checkpoints, writing
+from finetune.terminal import progress
 from finetune.training import model_card
 
 PACKAGE = Path(finetune.__file__).parent
@@ -248,3 +250,43 @@ def test_what_a_user_writes_is_no_markup(half_a_run: Path) -> None:
 def test_a_cell_is_a_cell() -> None:
     (*_, line) = model_card.table([("base", "a | b\n# c <img src=x onerror=alert(1)>")])
     assert line == "| base | a \\| b # c &lt;img src=x onerror=alert(1)&gt; |"
+
+
+# --- code that a checkpoint names ---
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"attn_implementation": "kernels-community/flash-attn3"},
+        {"_attn_implementation": {"": "owner/kernel"}},
+        {"text_config": {"_attn_implementation_internal": "owner/kernel:function"}},
+        {"experts_implementation": "sonicmoe"},
+    ],
+)
+def test_a_kernel_that_a_config_names_is_not_fetched(tmp_path: Path, more: dict[str, Any]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **more}))
+    done = ft("chat", "model", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "which may be code of a hub, and that is never run" in done.stderr
+    for usual in ("sdpa", "eager", "flash_attention_2"):
+        assert model_sources.fetched_code({"attn_implementation": usual, "text_config": None}) is None
+
+
+def test_no_secret_is_in_an_address_or_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
+    said = "https://tok123@host/x?a=1&X-Amz-Signature=abcd&sig=ef wJalrXUtnFEMI ghp_ABCDEFGHIJKLMNOPQRSTUVWX"
+    (line,) = errors.render(UserError(said))
+    assert line == "https://***@host/x?a=1&X-Amz-Signature=***&sig=*** *** ***"
+    progress.warn("refused hf_ABCDEFGHIJKLMNOPQRSTUVWX")
+    assert "hf_" not in capsys.readouterr().err
+
+
+def test_a_line_has_an_end() -> None:
+    (line,) = errors.render(UserError("no " + "x" * 100_000, path="rows.jsonl", fix="mend it"))
+    assert len(line) < 2100
+    assert line.startswith("rows.jsonl: no xxx")
+    assert line.endswith("xxx → mend it")

@@ -52,9 +52,9 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     for key in changed_keys(before, now):
         old, new = (value_at(values, key) for values in (before, now))
         what = f"{shown(new)} now, and {shown(old)} in the rows that are there"
-        if isinstance(old, dict) and new is None:  # a model by its name
+        if key.startswith("models.") and new is None:
             what = "wrote the rows that are there, and is not asked now"
-        elif isinstance(new, dict) and old is None:
+        elif key.startswith("models.") and old is None:
             what = "is asked now, and did not write the rows that are there"
         problems.append(Problem(what, path, key=key, fix=ANEW))
     if problems:

@@ -376,6 +376,8 @@ def test_no_more_than_a_window_is_read_ahead(base: Path, tmp_path: Path, monkeyp
         (("tiny-llama", "--data", "rows.jsonL", "-o", "x"), "did you mean rows.jsonl?"),
         (("tiny-lama", "--data", "rows.jsonl", "-o", "x"), "did you mean tiny-llama?"),
         (("tiny-llama", "--data", "rows.jsonl", "-o", "rows.jsonl"), "rows.jsonl: --output: is what is read"),
+        (("tiny-llama", "--data", "*.jsonl", "-o", "x.jsonl"), "x.jsonl: --output: is among what is read (*.jsonl)"),
+        (("tiny-llama", "--data", "**/*.js*", "-o", "x.txt"), "x.txt: --output: is among what is read (**/*.js*)"),
         (("tiny-llama", "--data", "rows.jsonl", "-o", "mine.txt"), "exists, and is nothing that ft wrote"),
         (("tiny-llama", "--data", "rows.jsonl", "-o", "no/x"), "no such folder"),
         (("tiny-llama", "--data", "rows.jsonl", "-o", "-", "--resume"), "--resume: has no effect on stdout"),
@@ -405,3 +407,18 @@ def test_a_column_of_ours_and_options_of_a_run(base: Path, tmp_path: Path) -> No
         answered(base, [{"nothing": 1}], tmp_path)
     with pytest.raises(UserError, match="--columns: no row has a column 'nothing' → their columns: id, prompt"):
         answered(base, PROMPTS, tmp_path, columns={"prompt": "nothing"})
+
+
+def test_what_differs_is_said_in_a_line_each(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    models = {"a": {"model": "x", "base": "y"}}
+    appending.opened(path, 0, 0, {"models": models, "system": None, "columns": None}, {}).close()
+    now = {"models": {"b": models["a"]}, "system": "s" * 999, "columns": {"prompt": "p"}}
+    with pytest.raises(UserError) as caught:
+        appending.check_settings(path, now)
+    assert [line.removeprefix(f"{path}: ").partition(" →")[0] for line in caught.value.lines()] == [
+        'columns: {"prompt": "p"} now, and null in the rows that are there',
+        "models.a: wrote the rows that are there, and is not asked now",
+        "models.b: is asked now, and did not write the rows that are there",
+        f'system: "{"s" * 59}… now, and null in the rows that are there',
+    ]

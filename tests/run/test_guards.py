@@ -13,7 +13,7 @@ from run_kit import contents, finished, recipe
 from finetune.errors import UserError
 from finetune.recipe.file import check, to_yaml
 from finetune.recipe.stages import Recipe
-from finetune.run.directory import ASIDE, CONTENTS
+from finetune.run.directory import ASIDE, CONTENTS, is_marked
 from finetune.run.guards import check_inputs, check_output
 from finetune.run.opening import open_run
 
@@ -164,3 +164,13 @@ def test_advice_is_what_works(tmp_path: Path) -> None:
         check_output(tmp_path, overwrite=False, resume=False)
     assert caught.value.problems[0].fix == "use --output DIR"
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_pipe_for_a_recipe_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    finished(path)
+    (path / "recipe.yaml").unlink()
+    os.mkfifo(path / "recipe.yaml")
+    with pytest.raises(UserError, match="no run of ft wrote"):
+        check_output(path, overwrite=True, resume=False)
+    assert not is_marked(path)
