@@ -19,7 +19,7 @@ from finetune.commands import generate
 from finetune.data import asking
 from finetune.data.asking import Converter, Prompter, windows
 from finetune.data.types import Row
-from finetune.errors import UserError
+from finetune.errors import Interrupted, UserError
 from finetune.evaluation import answering
 from finetune.run import appending
 
@@ -331,8 +331,9 @@ def test_interrupted_in_the_middle(base: Path, tmp_path: Path, monkeypatch: pyte
         return real(*arguments)
 
     monkeypatch.setattr(answering, "written", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="stay in") as caught:
         answered(base, PROMPTS, tmp_path, batch_size=1)
+    assert (caught.value.add, caught.value.drop) == (("--resume",), ("--overwrite",))
     assert [row["id"] for row in lines(tmp_path / "out.jsonl")] == [0, 1, 2, 3]
     monkeypatch.setattr(answering, "written", real)
     assert [row["id"] for row in answered(base, PROMPTS, tmp_path)] == list(range(7))
