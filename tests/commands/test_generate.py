@@ -159,7 +159,7 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_alone(base: Path, tmp_p
     for rows, options, expected in (
         (PROMPTS, {"max_new_tokens": 7}, r"max_new_tokens: 7 now, and 6 in the rows"),
         (PROMPTS, {"options": {"temperature": 0.5}}, r"temperature: 0.5 now, and 0.0"),
-        (PROMPTS, {"system": "Be short."}, "system: 'Be short.' now"),
+        (PROMPTS, {"system": "Be short."}, 'system: "Be short." now, and null in the rows'),
         (changed, {}, r"out.jsonl, line 4: --output: holds another row than .*rows.jsonl has here"),
         (PROMPTS[:5], {}, r"line 6: --output: holds more rows than are asked for .*another file$"),
         (PROMPTS, {"limit": 5}, r"line 6: --output: holds more rows than are asked for .*or raise --limit"),
@@ -256,7 +256,7 @@ def test_several_adapters_on_one_load(recipe: Callable[..., Path], base: Path, t
     (tmp_path / "one" / "adapter" / "adapter_model.safetensors").write_bytes(
         (tmp_path / "two" / "adapter" / "adapter_model.safetensors").read_bytes()
     )
-    with pytest.raises(UserError, match=r"models.one.adapter: '\w+' now"):  # trained again, in the same place
+    with pytest.raises(UserError, match=r'models.one.adapter: "\w+" now'):  # trained again, in the same place
         generate.run([str(tmp_path / "one")], data=str(data), output=str(tmp_path / "one.jsonl"), **SHORT)
     with pytest.raises(UserError, match="is no adapter, and only adapters of one base"):
         generate.run([str(tmp_path / "one"), str(base)], data=str(data), output=str(out), **SHORT)
