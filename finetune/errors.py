@@ -89,7 +89,13 @@ class OutOfMemory(RunError):
 
 
 class Interrupted(FinetuneError):
+    """`add`, `drop`: with and without which words the same command line goes on, where it does."""
+
     exit_code = 130
+
+    def __init__(self, message: str, add: Sequence[str] = (), drop: Sequence[str] = ()) -> None:
+        self.add, self.drop = tuple(add), tuple(drop)
+        super().__init__(message)
 
 
 # Tab and newline are left: they move the cursor no farther than the text goes. Bidirectional overrides reorder a line,
@@ -102,11 +108,14 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-SECRET = re.compile(r"(TOKEN|API_?KEY|PASSWORD|SECRET)$", re.I)  # names of variables whose values are nobody's to read
-# Tokens of the hubs, keys as OpenAI writes them, NAME:PASSWORD in an address.
+# Names of variables whose values are nobody's to read.
+SECRET = re.compile(r"(TOKEN|(API|ACCESS|PRIVATE|SECRET)_?KEY|PASSWORD|PASSWD|SECRET)$", re.I)
+# Tokens of the hubs and of GitHub, keys as OpenAI writes them, NAME:PASSWORD or a token in an address.
 TOKENS = re.compile(
-    r"\bhf_[A-Za-z0-9]{20,}|\bms-[0-9a-f]{8}-[0-9a-f-]{20,}|\bsk-[A-Za-z0-9_-]{20,}|(?<=://)[^/\s@]+:[^/\s@]+(?=@)"
+    r"\bhf_[A-Za-z0-9]{20,}|\bms-[0-9a-f]{8}-[0-9a-f-]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[a-z]_[A-Za-z0-9]{20,}"
+    r"|\bgithub_pat_\w{20,}|(?<=://)[^/\s@]+(?=@)"
 )
+SIGNED = re.compile(r"([?&][\w-]*(?:token|key|secret|password|sig|signature|credential)=)[^&\s]+", re.I)
 
 
 def without_secrets(text: str) -> str:
@@ -114,7 +123,7 @@ def without_secrets(text: str) -> str:
     for name, value in os.environ.items():
         if SECRET.search(name) and len(value.strip()) > 5:
             text = text.replace(value.strip(), "***")
-    return TOKENS.sub("***", text)
+    return SIGNED.sub(r"\1***", TOKENS.sub("***", text))
 
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -145,12 +154,19 @@ def explained(error: BaseException) -> FinetuneError | None:
     return None
 
 
+LONGEST = 2000  # characters of a line: names of columns or files can be of any length
 MOST_LINES = 20  # a broken million-row file must not scroll the cause away
+
+
+def bounded(line: str) -> str:
+    """A line with its middle left out where it is too long: at its ends stand the place and the fix."""
+    half = LONGEST // 2
+    return line if len(line) <= LONGEST else f"{line[:half]} … {line[-half:]}"
 
 
 def render(error: FinetuneError) -> list[str]:
     """The lines to print on stderr, one per problem, the tail counted instead of shown."""
-    lines = [visible(without_secrets(line)) for line in error.lines(translated)]
+    lines = [bounded(visible(without_secrets(line))) for line in error.lines(translated)]
     if len(lines) > MOST_LINES:
         lines = [*lines[:MOST_LINES], translated(f"… and {len(lines) - MOST_LINES} more problems")]
     return lines

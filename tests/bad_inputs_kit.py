@@ -92,7 +92,7 @@ RECIPES: dict[str, str | bytes] = {
     "packing.yaml": good(train="{packing: true}"), "spelled.yaml": good(train="{learning_rat: 1e-4}"),
     "remote.yaml": good(model="{name: tiny-llama, trust_remote_code: true}"), "no_base.yaml": good(model="{name: ./weights}"),
     "env.yaml": good(model="{name: $MODEL}"), "template.yaml": good(model="{name: tiny-llama, chat_template: rows}"),
-    "key_number.yaml": GOOD + "1: {a: b}\n", "merge_key.yaml": GOOD + "train: {<<: 3}\n",
+    "key_number.yaml": GOOD + "1: {a: b}\n", "null_key.yaml": GOOD + "null: x\n", "inner_key.yaml": good(model="{name: tiny-llama, 1: x}"), "merge_key.yaml": GOOD + "train: {<<: 3}\n",
 }
 DATA: dict[str, str | bytes] = {
     "rows.jsonl": ROW * 4, "empty.jsonl": "", "blank.jsonl": " \n\n", "half.jsonl": ROW + ROW[:20], "nan.jsonl": '{"instruction": "q", "output": NaN}\n',

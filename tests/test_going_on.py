@@ -256,3 +256,14 @@ def test_a_step_at_which_an_evaluation_may_end_the_run_is_on_record(tmp_path: Pa
     assert not logs(4, evaluates=True, may_stop=False)
     assert not logs(4, evaluates=False, may_stop=True)
     assert logs(9, evaluates=False, may_stop=False)
+
+
+def test_ctrl_c_where_something_is_kept_says_one_thing(
+    monkeypatch: pytest.MonkeyPatch, typed: Callable[..., tuple[int, str]]
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Interrupted("interrupted with 4 answers kept", add=["--resume"], drop=["--overwrite"])
+
+    monkeypatch.setattr(evaluating, "evaluated", stopped)
+    for words in (["eval", "runs/a"], ["eval", "runs/a", "--resume"]):
+        assert typed(*words) == (130, "interrupted with 4 answers kept; go on with ft eval runs/a --resume\n")

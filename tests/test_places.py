@@ -198,3 +198,47 @@ def test_what_another_process_builds_there_meanwhile_stays(tmp_path: Path) -> No
         part.mkdir()
         (part / "theirs").write_text("theirs")
     assert (part / "theirs").read_text() == "theirs"
+
+
+def test_what_a_link_leads_to_is_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither waited for, as a pipe would be, nor opened, which may change what it leads to."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "file").write_text("x")
+    (folder / "link").symlink_to(tmp_path / "nowhere")
+    synced: list[Path] = []
+    monkeypatch.setattr(places, "sync", synced.append)
+    places.sync_tree(folder)
+    assert synced == [folder / "file", folder, tmp_path]
+
+
+def test_a_name_that_is_taken_after_all_is_not_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "taken").symlink_to(tmp_path / "mine")
+    monkeypatch.setattr(places, "fresh", lambda path: tmp_path / "taken")
+    with pytest.raises(FileExistsError):
+        write_atomically(tmp_path / "x", "new")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_take_its_name_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "merged"
+    build(target, "a")
+    (target / "a").write_text("old")
+    rename = Path.rename
+
+    def refused(path: Path, to: Path) -> Path:
+        if path.name == "merged.part":
+            raise PermissionError(13, "Permission denied")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(PermissionError):
+        build(target, "a", going=("a",))
+    assert [names(tmp_path), (target / "a").read_text()] == [["merged"], "old"]
+
+
+def test_a_report_of_others_is_none_of_ours() -> None:
+    for versions in ("software", ["ft"], None, {"torch": "2"}):
+        assert not places.made_by_ft({"versions": versions}), versions
+    assert places.made_by_ft({"versions": {"ft": "0"}})

@@ -5,10 +5,12 @@ test_places.py; a malicious adapter and YAML: test_bad_inputs.py."""
 from __future__ import annotations
 
 import ast
+import base64
 import gzip
 import json
 import os
 import shutil
+import socket
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +21,15 @@ import torch
 from conftest import ft, train
 
 import finetune
-from finetune import cli, errors, places
+from finetune import cli, errors, given_files, places
 from finetune.data import sources
 from finetune.data.readers import read_file
 from finetune.errors import UserError
+from finetune.models import sources as model_sources
 from finetune.models import weight_files
-from finetune.run import appending, checkpoints, writing
+from finetune.report import page
+from finetune.run import appending, checkpoints, records, writing
+from finetune.terminal import progress
 from finetune.training import model_card
 
 PACKAGE = Path(finetune.__file__).parent
@@ -237,9 +242,9 @@ def test_a_token_in_a_recipe_is_refused_and_not_said(tmp_path: Path) -> None:
 
 
 def test_what_a_user_writes_is_no_markup(half_a_run: Path) -> None:
-    page = (half_a_run / "report.html").read_text(encoding="utf-8")
-    assert "&lt;img src=x" in page
-    assert "<img src=x" not in page
+    text = (half_a_run / "report.html").read_text(encoding="utf-8")
+    assert "&lt;img src=x" in text
+    assert "<img src=x" not in text
     card = (half_a_run / "adapter" / "README.md").read_text(encoding="utf-8")
     assert "&lt;img src=x" in card
     assert "\n# run <img" not in card
@@ -248,3 +253,76 @@ def test_what_a_user_writes_is_no_markup(half_a_run: Path) -> None:
 def test_a_cell_is_a_cell() -> None:
     (*_, line) = model_card.table([("base", "a | b\n# c <img src=x onerror=alert(1)>")])
     assert line == "| base | a \\| b # c &lt;img src=x onerror=alert(1)&gt; |"
+
+
+# --- code that a checkpoint names ---
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"attn_implementation": "kernels-community/flash-attn3"},
+        {"_attn_implementation": {"": "owner/kernel"}},
+        {"text_config": {"_attn_implementation_internal": "owner/kernel:function"}},
+        {"experts_implementation": "sonicmoe"},
+    ],
+)
+def test_a_kernel_that_a_config_names_is_not_fetched(tmp_path: Path, more: dict[str, Any]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **more}))
+    done = ft("chat", "model", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "which may be code of a hub, and that is never run" in done.stderr
+    for usual in ("sdpa", "eager", "flash_attention_2"):
+        assert model_sources.fetched_code({"attn_implementation": usual, "text_config": None}) is None
+
+
+def test_no_secret_is_in_an_address_or_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
+    said = "https://tok123@host/x?a=1&X-Amz-Signature=abcd&sig=ef wJalrXUtnFEMI ghp_ABCDEFGHIJKLMNOPQRSTUVWX"
+    (line,) = errors.render(UserError(said))
+    assert line == "https://***@host/x?a=1&X-Amz-Signature=***&sig=*** *** ***"
+    progress.warn("refused hf_ABCDEFGHIJKLMNOPQRSTUVWX")
+    assert "hf_" not in capsys.readouterr().err
+
+
+def test_a_line_has_an_end() -> None:
+    (line,) = errors.render(UserError("no " + "x" * 100_000, path="rows.jsonl", fix="mend it"))
+    assert len(line) < 2100
+    assert line.startswith("rows.jsonl: no xxx")
+    assert line.endswith("xxx → mend it")
+
+
+def test_a_value_too_short_for_a_secret_is_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "model")
+    monkeypatch.setenv("MY_SECRET", "with a newline\n")
+    assert errors.without_secrets("a model with a newline") == "a model ***"
+
+
+def test_no_secret_is_in_what_is_said_of_arguments(tmp_path: Path, secrets: list[str]) -> None:
+    done = ft("recipes", f"--{secrets[1]}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert secrets[1] not in done.stderr
+
+
+def test_a_line_of_a_card_is_a_line() -> None:
+    assert model_card.plain("a\r# b\n# c") == "a # b # c"
+
+
+def test_a_picture_behind_a_link_is_not_shown(half_a_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(half_a_run, run)
+    (tmp_path / "private").write_bytes(b"a private file")
+    (run / "loss.png").unlink(missing_ok=True)
+    (run / "loss.png").symlink_to(tmp_path / "private")
+    shown = page.of_one(records.read(run))
+    assert base64.b64encode(b"a private file").decode() not in shown
+
+
+def test_a_socket_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a socket may not be long
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind("rows.jsonl")
+        assert given_files.odd(Path("rows.jsonl")) == ("is a socket", "give a file")

@@ -17,7 +17,7 @@ from finetune import __version__, language, ranks
 from finetune.child import PART, as_interrupts
 from finetune.cli import completion, shared
 from finetune.cli.commands import TRAINING, app
-from finetune.errors import FinetuneError, UserError, explained, render, visible, without_secrets
+from finetune.errors import FinetuneError, Interrupted, UserError, explained, render, visible, without_secrets
 from finetune.resources import resource_path
 
 OTHER_COMMANDS = {
@@ -76,6 +76,9 @@ def main() -> None:
             sys.exit(error.exit_code)
         if debug:
             _print_traceback()
+        if isinstance(error, Interrupted) and error.add:
+            words = [word for word in arguments if word not in (*error.add, *error.drop)]
+            error = Interrupted(f"{error}; go on with {progress.command(*without_key(words), *error.add)}")
         if not (part and error.exit_code == 130):
             _print_errors(render(error), "yellow" if error.exit_code == 130 else "red")
         sys.exit(error.exit_code)
@@ -118,7 +121,9 @@ def main() -> None:
 def stage_of(recipe: str) -> str:
     """The command that a recipe is for, as far as its lines say so."""
     for path in (Path(recipe), resource_path("recipes", recipe)):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
+            if not path.is_file():  # a pipe would be waited for
+                continue
             if found := re.search(r"^stage: *(\w+)", path.read_text("utf-8", errors="replace"), re.MULTILINE):
                 return found[1]
     return "sft"

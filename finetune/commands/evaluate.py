@@ -108,6 +108,9 @@ def run(
         if not kinds:
             recorded.keep(named_by(runs, recipe, model, adapter), tuned, targets, sets)
         done = True
+    except KeyboardInterrupt:
+        kept.interrupted()
+        raise
     finally:
         kept.close(done)
 

@@ -17,7 +17,7 @@ import xxhash
 from finetune.data import asking
 from finetune.data.asking import STDIN
 from finetune.data.types import Row
-from finetune.errors import UserError
+from finetune.errors import Interrupted, UserError
 from finetune.evaluation.answering import COLUMN, ERRORS, THINKING, Wishes, Writer, answer_all
 from finetune.evaluation.options import overridden
 from finetune.evaluation.writers import load, targets_of, writer_of
@@ -68,7 +68,11 @@ def run(
         note("nothing is left to answer")
         return
     with appending.opened(path, size, seen, settings, {"data": data}) as file:
-        answer_all(writers, wishes, chain([following], rows), data, load, appending.to(file), done)
+        try:
+            answer_all(writers, wishes, chain([following], rows), data, load, appending.to(file), done)
+        except KeyboardInterrupt:
+            what = f"interrupted; the rows that are answered stay in {output}"
+            raise Interrupted(what, add=["--resume"], drop=["--overwrite"]) from None
     note(f"written to {output}")
 
 

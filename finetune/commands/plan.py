@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from finetune.adapters import compatibility
 from finetune.errors import FinetuneError, UserError
 from finetune.language import translated
 from finetune.models import hardware, sources
@@ -84,6 +85,7 @@ def planned(raw: Recipe, network: Any, machine: Hardware) -> tuple[Recipe, Netwo
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=step)})
         return recipe, attempt(recipe, lambda: build(recipe, network))
     recipe = resolve(raw, machine)
+    compatibility.check(recipe)  # what training refuses has no plan
     built = attempt(recipe, lambda: build(recipe, network))
     if raw.train.per_device_train_batch_size or raw.train.gradient_accumulation_steps:
         return recipe, built

@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from datetime import date, datetime
+from decimal import Decimal
 from typing import Any
 
 from finetune.data.types import Message, RowProblem, is_plain
@@ -108,11 +110,14 @@ def spread(turn: dict[str, Any], parts: list[dict[str, Any]], role: str, where: 
 
 
 def kind_of(value: Any) -> str:
-    """JSON's word for a value's type."""
+    """JSON's word for a value's type; a table may hold others."""
     if value is None:
         return "null"
-    names: dict[type, str] = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), "text")
+    names: dict[type, str] = {
+        bool: "a boolean", int: "a number", float: "a number", Decimal: "a number", list: "a list", dict: "an object",
+        str: "text", bytes: "bytes", datetime: "a date", date: "a date",
+    }  # fmt: skip
+    return names.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def answer_text(value: Any, where: str) -> str:

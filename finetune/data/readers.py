@@ -87,6 +87,8 @@ def read_text_file(stream: IO[bytes], name: str, unit: str = "line", whole: bool
         if head and any(part.strip() for part in iter(lambda: stream.read(CHUNK), b"")):
             raise UserError("the file begins with much white space", path=name, fix="remove it")
         raise EmptyFile("the file is empty", path=name, fix="name a file with rows")
+    if start[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        raise UserError("UTF-32 text", path=name, fix="convert it: iconv -f utf-32 -t utf-8")
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or is_utf16(start[:1024]):
         raise UserError("UTF-16 text", path=name, fix="convert it: iconv -f utf-16 -t utf-8")
     suffix = suffix_of(name)
@@ -149,8 +151,8 @@ def read_csv(stream: IO[bytes], name: str, delimiter: str | None, whole: bool = 
     try:
         header_line = text.readline(LIMIT)
         if header_line.lower().startswith("sep="):  # how Excel is told
-            delimiter, header_line = header_line[4:5], text.readline(LIMIT)
-        elif delimiter is None or delimiter not in header_line:
+            delimiter, header_line = header_line[4:5].strip("\r\n") or None, text.readline(LIMIT)
+        if delimiter is None or delimiter not in header_line:
             delimiter = max(",;\t|", key=header_line.count)
         lines = csv.reader(itertools.chain([header_line], text), delimiter=delimiter, strict=True)
         columns = [column.strip() for column in next(lines)]
@@ -207,10 +209,36 @@ def from_batches(batches: Any, name: str, whole: bool = False) -> Iterator[Row]:
     number = 0
     for batch in batches:
         large = batch.nbytes > LIMIT
-        for record in batch.to_pylist():
+        for record in records_of(batch):
             number += 1
-            problem = too_long() if large and len(str(record)) > LIMIT else None
+            problem = record if isinstance(record, RowProblem) else None
+            if problem is None and large and len(str(record)) > LIMIT:
+                problem = too_long()
             yield Row({} if problem else record if whole else without_nulls(record), name, number, problem)
+
+
+def records_of(batch: Any) -> Iterator[Any]:
+    """The rows of a table's batch; the problem of a row of which Python cannot hold a value: a date after the year
+    9999, an unknown time zone, text that is no UTF-8. What arrow raises for these is any kind of error."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except MemoryError:
+        raise
+    except Exception:
+        pass
+    for i in range(batch.num_rows):
+        record: Any = {}
+        for column, values in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                record[column] = values[i].as_py()
+            except MemoryError:
+                raise
+            except Exception as error:
+                what = f"column {column}: a value that cannot be read ({first_line(error)})"
+                record = RowProblem("unreadable_value", what, "mend the column, or leave it out")
+                break
+        yield record
 
 
 def lines_of(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:

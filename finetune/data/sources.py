@@ -190,7 +190,7 @@ def splits_in(text: str) -> dict[str, list[Path]] | None:
             raise UserError("the folder holds no data files", path=text, fix="name a file, or another folder")
     else:
         found = (Path(f) for f in glob.glob(str(Path(text).expanduser()), recursive=True))
-        files = sorted(f for f in found if f.is_file())
+        files = sorted({f for f in found if f.is_file()})  # with ** twice glob finds a file twice
         if not files:
             raise UserError("no file matches this pattern", path=text, fix="check data.train")
     groups: dict[str, list[Path]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune import places
 from finetune.early.evaluating import evaluated_one
-from finetune.early.inputs import adapter_and_base, rows, there, together
+from finetune.early.inputs import adapter_and_base, check_not_read, rows, there, together
 from finetune.errors import UserError
 from finetune.evaluation import options
 from finetune.models import sources
@@ -135,10 +135,7 @@ def answers_file(output: str, data: str, overwrite: bool, resume: bool) -> None:
             key = "--resume" if resume else "--overwrite"
             raise UserError("has no effect on stdout", key=key, fix="leave it out, or name a file")
         return
-    path, source = Path(output).expanduser(), Path(data).expanduser()
-    if data != "-" and source.exists():
-        read, full = source.resolve(), path.resolve()
-        if read == full or read in full.parents:
-            what = "is what is read" if read == full else f"lies in the folder that is read ({data})"
-            raise UserError(what, path=output, key="--output", fix="name another file")
+    path = Path(output).expanduser()
+    if data != "-":
+        check_not_read(path, data, "--output", appending.beside(path))
     appending.check(path, overwrite, resume)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from finetune.early.inputs import adapter_and_base, base, reward_model, rows, there, together
+from finetune.early.inputs import adapter_and_base, base, check_not_read, reward_model, rows, there, together
 from finetune.evaluation import options
 from finetune.metrics import asked
 from finetune.models import sources
@@ -45,6 +45,9 @@ def evaluated(
         checks.append(lambda: there(ModelConfig(name=model)))
     if data is not None:
         checks.append(lambda: held_out_files(data))
+        for key, written in (("--predictions", predictions), ("--json", json_file)):
+            if written not in (None, "-"):
+                checks.append(lambda key=key, written=written: not_among(data, written, key))  # type: ignore[misc]
     if tasks is not None:
         checks.append(lambda: options.tasks(tasks))
     if shots_from is not None:
@@ -70,6 +73,12 @@ def may_have_rows(name: str) -> bool:
 def held_out_files(data: str | Sequence[str]) -> None:
     """UserError for sets of --data that are not there."""
     rows([absolute_data(one.path) for one in options.named_sets(data)], "--data", held_out=True)
+
+
+def not_among(data: str | Sequence[str], written: str, key: str) -> None:
+    """UserError where what is written is, or would be, among the sets of --data."""
+    for one in options.named_sets(data):
+        check_not_read(Path(written).expanduser(), one.path, key)
 
 
 def evaluated_one(name: str, model: str | None, is_adapter: bool, own: bool) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,36 @@ def rows(data: Any, key: str, held_out: bool = False) -> None:
             problems += [Problem(**{**vars(p), "key": p.key or key}) for p in error.problems]
     if problems:
         raise UserError(problems)
+
+
+def check_not_read(path: Path, data: str, key: str, *also: Path) -> None:
+    """UserError where a file that is written is, or would be, part of what is read: the file, its folder, a pattern.
+
+    Args:
+        also: what is written with it.
+    """
+    place = Path(data).expanduser()
+    fix = "name another file"
+    if place.exists():
+        read, full = place.resolve(), path.resolve()
+        if read == full or read in full.parents:
+            what = "is what is read" if read == full else f"lies in the folder that is read ({data})"
+            raise UserError(what, path=path, key=key, fix=fix)
+    elif glob.has_magic(data):
+        folder = data_sources.root_of(data) or Path()
+        whole = (folder.resolve() / place.relative_to(folder)).parts
+        if any(matches(one.resolve().parts, whole) for one in (path, *also)):
+            raise UserError(f"is among what is read ({data})", path=path, key=key, fix=fix)
+
+
+def matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether glob would find a path of these parts by this pattern, once it is there."""
+    if not pattern or not parts:
+        return not parts and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return matches(parts, pattern[1:]) or (not parts[0].startswith(".") and matches(parts[1:], pattern))
+    hidden = parts[0].startswith(".") and not pattern[0].startswith(".")
+    return not hidden and fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
 
 def base(model: Any) -> None:

@@ -17,7 +17,7 @@ from typing import IO, Any
 import xxhash
 
 from finetune.cache import cache_folder
-from finetune.errors import UserError
+from finetune.errors import Interrupted, UserError
 from finetune.run import appending
 from finetune.terminal.progress import note
 
@@ -50,6 +50,7 @@ class Kept:
 
     def __init__(self, resume: bool = False) -> None:
         self.resume, self.opened = resume, dict[Path, Answers]()
+        self.told = False  # that they are kept
 
     def of(self, settings: Mapping[str, Any]) -> Answers:
         """Those of a model, a set and a way of asking, from before where the command goes on."""
@@ -81,16 +82,25 @@ class Kept:
         self.opened[path] = Answers(known, file, drawn)
         return self.opened[path]
 
+    def count(self) -> int:
+        return sum(len(answers.known) + answers.added for answers in self.opened.values())
+
+    def interrupted(self) -> None:
+        """Interrupted with how to go on, where there are answers to go on from."""
+        if count := self.count():
+            self.told = True
+            raise Interrupted(f"interrupted with {count:,} answers kept", add=["--resume"])
+
     def close(self, done: bool) -> None:
         """done: everything is reported, and nothing needs to be kept."""
-        count = sum(len(answers.known) + answers.added for answers in self.opened.values())
+        count = self.count()
         for path, answers in self.opened.items():
             if done:
                 with suppress(OSError):
                     path.unlink()
             if answers.file is not None:
                 answers.file.close()
-        if count and not done:
+        if count and not done and not self.told:
             note(f"{count:,} answers are kept: the same command with --resume goes on from them")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def check_fit(model: Any, folder: Path, name: str) -> Any:
             warnings.simplefilter("ignore")
             adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
             wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError, re.error) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"does not fit {name} ({reason})", path=folder, key="model.name", fix=fix) from None
     except RuntimeError:  # some methods compute their start from weights, which are not there yet

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -207,7 +208,31 @@ def check_there(model: ModelConfig) -> None:
 
 
 def check_family(config: dict[str, Any], name: str) -> None:
+    """UserError for what cannot be loaded, and for a config.json that has code fetched from a hub and run."""
     _refuse(refused(config), name)
+    if (found := fetched_code(config)) is not None:
+        what = f"its config.json asks for {found[0]} {found[1]!r}, which may be code of a hub, and that is never run"
+        raise UserError(what, path=name, key="model.name", fix=f"take {found[0]} out of config.json")
+
+
+# What transformers has itself; whatever else stands there is the name of a kernel that it fetches (library `kernels`).
+COMPUTED_BY = {
+    "attn_implementation": re.compile(r"(paged\|)?(eager|sdpa|flex_attention|flash_attention_\d)"),
+    "experts_implementation": re.compile(r"eager|grouped_mm|batched_mm"),
+}
+
+
+def fetched_code(config: dict[str, Any]) -> tuple[str, Any] | None:
+    """(key, value) of an attention or of experts in a config.json, of its parts too, that are not transformers' own."""
+    for key, value in config.items():
+        known = COMPUTED_BY.get(key.lstrip("_").removesuffix("_internal"))
+        if known is not None:
+            for name in value.values() if isinstance(value, dict) else [value]:
+                if name is not None and not known.fullmatch(str(name)):
+                    return key, name
+        elif isinstance(value, dict) and (found := fetched_code(value)) is not None:
+            return found
+    return None
 
 
 def announce(model: ModelConfig) -> None:

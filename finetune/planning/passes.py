@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.lycoris_utils import LycorisLayer
 from trl.trainer import utils as trl
 
 from finetune.adapters.methods import active
@@ -66,6 +67,11 @@ def _traced(network: Network, recipe: Recipe, rows: int, length: int) -> list[Se
     for i, block in enumerate(network.blocks):
         handles.append(block.register_forward_pre_hook(before(i), with_kwargs=True))
         handles.append(block.register_forward_hook(behind(i)))
+    for module in model.modules():
+        if isinstance(
+            module, LycorisLayer
+        ):  # LoHa, LoKr: in training they draw a number, also where nothing is left out
+            module.training = False
     dtype = getattr(torch, recipe.model.dtype)
     trl._use_triton = lambda device: False  # all positions are scored: which, without numbers, is not known
     try:

@@ -57,6 +57,8 @@ def explain(error: Any, stage: str) -> tuple[KeyPath, str, str | None]:
         return loc, "unknown key", suggest(str(loc[-1]), section, stage)
     if kind == "missing":
         return loc, "missing", "add it" if loc != ("output",) else "add output: {dir: runs/name} or use --output DIR"
+    if kind == "invalid_key":
+        return loc[:-1], f"{given!r} is no name of a key", "`ft recipes schema` lists all keys"
     if kind == "literal_error":
         close = difflib.get_close_matches(str(given), re.findall(r"'([^']+)'", context["expected"]), n=1)
         hint = f"did you mean {close[0]}?" if close else f"one of {context['expected']}"

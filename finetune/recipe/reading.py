@@ -130,8 +130,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         ) from None  # fmt: skip
     if not isinstance(values, dict):
         raise UserError("not a mapping of sections", path=path, fix="start with `version: 1` and `stage: sft`")
-    if (odd := next((key for key in values if not isinstance(key, str)), None)) is not None:
-        raise UserError(f"{odd!r} is no name of a section", path=path, fix="`ft recipes explain` lists all keys")
+    if strange := [key for key in values if not isinstance(key, str)]:
+        raise UserError(f"{strange[0]!r} is no name of a section", path=path, fix="`ft recipes explain` lists all keys")
     lines: dict[KeyPath, int] = {}
     duplicates: list[Problem] = []
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 from finetune import places
 from finetune.errors import Problem, UserError
 from finetune.run.directory import versions
-from finetune.run.resuming import changed_keys, value_at
+from finetune.run.resuming import changed_keys, shown, value_at
 from finetune.run.writing import as_line, escaped, write_json
 
 KEY = "--output"
@@ -51,7 +51,11 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     problems = []
     for key in changed_keys(before, now):
         old, new = (value_at(values, key) for values in (before, now))
-        what = f"{new!r} now, and {old!r} in the rows that are there"
+        what = f"{shown(new)} now, and {shown(old)} in the rows that are there"
+        if key.startswith("models.") and new is None:
+            what = "wrote the rows that are there, and is not asked now"
+        elif key.startswith("models.") and old is None:
+            what = "is asked now, and did not write the rows that are there"
         problems.append(Problem(what, path, key=key, fix=ANEW))
     if problems:
         raise UserError(problems)

@@ -121,9 +121,10 @@ def not_usable(path: Path) -> tuple[str, str] | None:
 
 def is_marked(path: Path) -> bool:
     """Whether a run of ours wrote recipe.yaml in `path`."""
+    recipe = path / "recipe.yaml"
     try:
-        return MARK in (path / "recipe.yaml").read_text(encoding="utf-8")
-    except (OSError, UnicodeError):
+        return recipe.is_file() and MARK in recipe.read_text(encoding="utf-8")
+    except (OSError, ValueError):  # no UTF-8, or a path with a zero byte
         return False
 
 

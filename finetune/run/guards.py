@@ -69,6 +69,8 @@ def is_ours(run: Run) -> bool:
     run may have been moved.
     """
     path = run.path / "recipe.yaml"
+    if not path.is_file():  # a pipe would be waited for
+        return False
     try:
         text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text)

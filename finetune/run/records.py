@@ -120,7 +120,7 @@ class Record:
     @property
     def seconds(self) -> float | None:
         """That it trained, or has been training so far by its files."""
-        if "seconds" in self.result:
+        if is_number(self.result.get("seconds")):
             return float(self.result["seconds"])
         with suppress(OSError):
             return max(0.0, self.updated - (self.path / "recipe.yaml").stat().st_mtime)
@@ -255,8 +255,11 @@ def headline(record: Record) -> tuple[str, float, list[float] | None] | None:
 
 
 def is_number(value: Any) -> bool:
-    """A finite one."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite one, which a float can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

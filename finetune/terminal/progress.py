@@ -25,7 +25,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from finetune.errors import CONTROL, visible
+from finetune.errors import CONTROL, visible, without_secrets
 from finetune.language import translated
 
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
@@ -293,7 +293,7 @@ def _end_of(text: str, width: int) -> str:
 
 def note(message: str, style: str | None = None) -> None:
     """One line for the user."""
-    console.print(visible(translated(message)), style=style, soft_wrap=True)
+    console.print(visible(without_secrets(translated(message))), style=style, soft_wrap=True)
 
 
 advising = True  # not in a part of a command: the whole says what to type next

@@ -19,7 +19,7 @@ from finetune.commands import evaluate
 from finetune.data.held_out import rows_of
 from finetune.data.samples import read_samples
 from finetune.data.types import Conversation
-from finetune.errors import UserError
+from finetune.errors import Interrupted, UserError
 from finetune.evaluation import comparisons, generation, kept, measuring, parts, targets
 from finetune.evaluation.sets import Part, leaks_of
 from finetune.metrics import METRICS
@@ -267,9 +267,10 @@ def test_an_interrupted_evaluation_goes_on_from_its_answers(
     measured(file, predictions=str(whole), **options)
     assert sum(batches) == 9
     stop_at, batches[:] = 2, []
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="interrupted with 4 answers kept") as caught:
         evaluate.run([], **options)
-    assert "4 answers are kept: the same command with --resume goes on from them" in capsys.readouterr().err
+    assert caught.value.add == ("--resume",)
+    assert "are kept" not in capsys.readouterr().err  # said once, with the command
     stop_at, batches[:] = -1, []
     found = measured(file, predictions=str(lines), resume=True, **options)
     assert sum(batches) == 5
@@ -314,7 +315,7 @@ def test_another_evaluation_leaves_the_answers_of_an_interrupted_one(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate, "report", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         evaluate.run([], model=str(base), data=str(first), named=["exact_match"])
     monkeypatch.setattr(evaluate, "report", plain)
     evaluate.run([], model=str(base), data=str(other), named=["exact_match"])

@@ -19,7 +19,7 @@ from finetune.commands import generate
 from finetune.data import asking
 from finetune.data.asking import Converter, Prompter, windows
 from finetune.data.types import Row
-from finetune.errors import UserError
+from finetune.errors import Interrupted, UserError
 from finetune.evaluation import answering
 from finetune.run import appending
 
@@ -159,7 +159,7 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_alone(base: Path, tmp_p
     for rows, options, expected in (
         (PROMPTS, {"max_new_tokens": 7}, r"max_new_tokens: 7 now, and 6 in the rows"),
         (PROMPTS, {"options": {"temperature": 0.5}}, r"temperature: 0.5 now, and 0.0"),
-        (PROMPTS, {"system": "Be short."}, "system: 'Be short.' now"),
+        (PROMPTS, {"system": "Be short."}, 'system: "Be short." now, and null in the rows'),
         (changed, {}, r"out.jsonl, line 4: --output: holds another row than .*rows.jsonl has here"),
         (PROMPTS[:5], {}, r"line 6: --output: holds more rows than are asked for .*another file$"),
         (PROMPTS, {"limit": 5}, r"line 6: --output: holds more rows than are asked for .*or raise --limit"),
@@ -256,7 +256,7 @@ def test_several_adapters_on_one_load(recipe: Callable[..., Path], base: Path, t
     (tmp_path / "one" / "adapter" / "adapter_model.safetensors").write_bytes(
         (tmp_path / "two" / "adapter" / "adapter_model.safetensors").read_bytes()
     )
-    with pytest.raises(UserError, match=r"models.one.adapter: '\w+' now"):  # trained again, in the same place
+    with pytest.raises(UserError, match=r'models.one.adapter: "\w+" now'):  # trained again, in the same place
         generate.run([str(tmp_path / "one")], data=str(data), output=str(tmp_path / "one.jsonl"), **SHORT)
     with pytest.raises(UserError, match="is no adapter, and only adapters of one base"):
         generate.run([str(tmp_path / "one"), str(base)], data=str(data), output=str(out), **SHORT)
@@ -331,8 +331,9 @@ def test_interrupted_in_the_middle(base: Path, tmp_path: Path, monkeypatch: pyte
         return real(*arguments)
 
     monkeypatch.setattr(answering, "written", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="stay in") as caught:
         answered(base, PROMPTS, tmp_path, batch_size=1)
+    assert (caught.value.add, caught.value.drop) == (("--resume",), ("--overwrite",))
     assert [row["id"] for row in lines(tmp_path / "out.jsonl")] == [0, 1, 2, 3]
     monkeypatch.setattr(answering, "written", real)
     assert [row["id"] for row in answered(base, PROMPTS, tmp_path)] == list(range(7))
@@ -376,6 +377,8 @@ def test_no_more_than_a_window_is_read_ahead(base: Path, tmp_path: Path, monkeyp
         (("tiny-llama", "--data", "rows.jsonL", "-o", "x"), "did you mean rows.jsonl?"),
         (("tiny-lama", "--data", "rows.jsonl", "-o", "x"), "did you mean tiny-llama?"),
         (("tiny-llama", "--data", "rows.jsonl", "-o", "rows.jsonl"), "rows.jsonl: --output: is what is read"),
+        (("tiny-llama", "--data", "*.jsonl", "-o", "x.jsonl"), "x.jsonl: --output: is among what is read (*.jsonl)"),
+        (("tiny-llama", "--data", "**/*.js*", "-o", "x.txt"), "x.txt: --output: is among what is read (**/*.js*)"),
         (("tiny-llama", "--data", "rows.jsonl", "-o", "mine.txt"), "exists, and is nothing that ft wrote"),
         (("tiny-llama", "--data", "rows.jsonl", "-o", "no/x"), "no such folder"),
         (("tiny-llama", "--data", "rows.jsonl", "-o", "-", "--resume"), "--resume: has no effect on stdout"),
@@ -405,3 +408,18 @@ def test_a_column_of_ours_and_options_of_a_run(base: Path, tmp_path: Path) -> No
         answered(base, [{"nothing": 1}], tmp_path)
     with pytest.raises(UserError, match="--columns: no row has a column 'nothing' → their columns: id, prompt"):
         answered(base, PROMPTS, tmp_path, columns={"prompt": "nothing"})
+
+
+def test_what_differs_is_said_in_a_line_each(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    models = {"a": {"model": "x", "base": "y"}}
+    appending.opened(path, 0, 0, {"models": models, "system": None, "columns": None}, {}).close()
+    now = {"models": {"b": models["a"]}, "system": "s" * 999, "columns": {"prompt": "p"}}
+    with pytest.raises(UserError) as caught:
+        appending.check_settings(path, now)
+    assert [line.removeprefix(f"{path}: ").partition(" →")[0] for line in caught.value.lines()] == [
+        'columns: {"prompt": "p"} now, and null in the rows that are there',
+        "models.a: wrote the rows that are there, and is not asked now",
+        "models.b: is asked now, and did not write the rows that are there",
+        f'system: "{"s" * 59}… now, and null in the rows that are there',
+    ]

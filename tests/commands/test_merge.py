@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from finetune.adapters.merge import in_float32, logits_of
 from finetune.commands import merge
+from finetune.early import merging
 from finetune.errors import RunError, UserError
 from finetune.models import attach
 from finetune.models.export import FORMATS
@@ -376,3 +377,18 @@ def test_adapter_folder_of_plain_peft(base: Path, tmp_path: Path) -> None:
                 parameter.normal_(std=0.1)
     model.save_pretrained(tmp_path / "adapter")
     assert merged(tmp_path / "adapter", tmp_path / "merged")["adapter_effect"] > 0.01  # type: ignore[operator]
+
+
+def test_what_is_in_the_way_is_told_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "new.part").mkdir()
+    (tmp_path / "new.part" / "mine").write_text("mine")
+    with pytest.raises(UserError, match="is in the way"):
+        merging.check_target(tmp_path / "new", False)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").write_text("mine")  # since the check at the beginning
+    with pytest.raises(UserError, match="already holds files"):
+        merging.written_names(tmp_path / "there", True)
+    for report in ({"adapter": "x", "versions": {}}, {"versions": {"ft": "0"}}):
+        (tmp_path / "there" / "merge.json").write_text(json.dumps(report))
+        with pytest.raises(UserError, match="already holds files"):
+            merging.check_target(tmp_path / "there", True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 import sys
 import types
 from pathlib import Path
@@ -253,3 +254,61 @@ def test_modelscope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {"path": "owner/data", "source": "modelscope", "split": "train"}
     assert [row.data["text"] for row in read_rows(spec)] == ["train"]
     assert asked == [("owner/data", "master")]
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("a date past the last", pa.array([1, 1 << 62], pa.timestamp("us"))),
+        ("a span past the longest", pa.array([1, 1 << 62], pa.duration("s"))),
+        ("a day past the last", pa.array([1, 1 << 30], pa.int32()).cast(pa.date32())),
+        ("text that is no UTF-8", pa.Array.from_buffers(
+            pa.string(), 2, [None, pa.py_buffer(struct.pack("<iii", 0, 1, 2)), pa.py_buffer(b"a\xff")])),
+    ],
+)  # fmt: skip
+def test_a_value_that_python_cannot_hold_is_told_with_its_row(tmp_path: Path, name: str, column: Any) -> None:
+    table = pa.table({"instruction": ["q", "p"], "output": ["a", "b"], "when": column})
+    pa.parquet.write_table(table, tmp_path / "rows.parquet")
+    good, bad = read_rows(tmp_path / "rows.parquet")
+    assert (good.problem, good.data["instruction"]) == (None, "q")
+    assert bad.row == 2
+    assert bad.problem is not None
+    assert "column when: a value that cannot be read" in bad.problem.message
+
+
+def test_an_unknown_time_zone_is_told(tmp_path: Path) -> None:
+    when = pa.array([0], pa.timestamp("us", tz="Mars/Olympus"))
+    table = pa.table({"instruction": ["q"], "output": ["a"], "when": when})
+    pa.parquet.write_table(table, tmp_path / "rows.parquet")
+    (row,) = read_rows(tmp_path / "rows.parquet")
+    assert row.problem is not None
+    assert row.problem.message.startswith("column when: a value that cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"), [(pa.array([b"q"]), "bytes"), (pa.array([0], pa.date32()), "a date")], ids=["bytes", "date"]
+)
+def test_a_value_of_a_table_is_called_what_it_is(tmp_path: Path, column: Any, kind: str) -> None:
+    pa.parquet.write_table(pa.table({"instruction": column, "output": ["a"]}), tmp_path / "rows.parquet")
+    (item,) = read_samples(tmp_path / "rows.parquet", DataConfig(train="-"), None)
+    assert item.problem is not None
+    assert item.problem.message == f"instruction is {kind}, not text"
+
+
+def test_text_of_four_bytes_a_character(tmp_path: Path) -> None:
+    for order in ("utf-32-le", "utf-32-be"):
+        (tmp_path / "rows.jsonl").write_bytes('\ufeff{"instruction": "q", "output": "a"}\n'.encode(order))
+        with pytest.raises(UserError, match=r"UTF-32 text → convert it: iconv -f utf-32"):
+            list(read_rows(tmp_path / "rows.jsonl"))
+
+
+def test_a_file_is_read_once_however_often_a_pattern_finds_it(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    write(tmp_path / "a" / "b" / "rows.jsonl", [{"instruction": "q", "output": "a"}])
+    assert files_of(f"{tmp_path}/**/**/*.jsonl") == [tmp_path / "a" / "b" / "rows.jsonl"]
+
+
+def test_excel_s_line_may_name_no_delimiter(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("sep=\ninstruction,output\nq,a\n")
+    (row,) = read_rows(tmp_path / "rows.csv")
+    assert row.data == {"instruction": "q", "output": "a"}

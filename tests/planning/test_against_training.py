@@ -13,6 +13,7 @@ import torch
 from conftest import ft, train
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
+from finetune.adapters.methods import METHODS
 from finetune.commands import plan
 from finetune.errors import UserError
 from finetune.planning import cards, fits, network, sizing
@@ -36,6 +37,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dpo": ("llama", "dpo", {}),
     "smoothed": ("llama", "sft", {"train": {"label_smoothing_factor": 0.1}}),
     "bitfit": ("qwen2", "sft", {"adapter": {"method": "bitfit"}}),
+    "loha": ("llama", "sft", {"adapter": {"method": "loha", "r": 4}}),
+    "lokr": ("llama", "sft", {"adapter": {"method": "lokr", "r": 4}}),
     "ppo": ("llama", "ppo", {"reward": {"functions": ["x.py:f"]}, "ppo": {"max_new_tokens": 8}}),
 }  # fmt: skip
 
@@ -64,6 +67,21 @@ def test_a_pass_without_numbers_is_one_with_them(name: str, monkeypatch: pytest.
         for tensor in [*real.model.parameters(), *real.model.buffers()]:
             tensor.fill_(0.01)
     assert planned == traced(real, made, 2, 32)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "other"])
+def test_every_method_is_planned(method: str) -> None:
+    more = {"oft_block_size": 16} if method == "oft" else {}
+    made = recipe(adapter={"method": method, **more}, train={"max_steps": 100})
+    assert traced(network.build(made, skeleton("llama")), made, 2, 32)
+
+
+@pytest.mark.parametrize(("method", "kind"), [("full", "int4"), ("loha", "int4"), ("lokr", "int8")])
+def test_what_training_refuses_has_no_plan(tmp_path: Path, method: str, kind: str) -> None:
+    words = ["--set", f"adapter.method={method}", "--set", f"model.quantization={kind}"]
+    done = ft("plan", "quickstart", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "model.quantization: " in done.stderr
 
 
 def test_blocks_stand_for_their_kind() -> None:

@@ -13,7 +13,7 @@ from run_kit import contents, finished, recipe
 from finetune.errors import UserError
 from finetune.recipe.file import check, to_yaml
 from finetune.recipe.stages import Recipe
-from finetune.run.directory import ASIDE, CONTENTS
+from finetune.run.directory import ASIDE, CONTENTS, is_marked
 from finetune.run.guards import check_inputs, check_output
 from finetune.run.opening import open_run
 
@@ -164,3 +164,46 @@ def test_advice_is_what_works(tmp_path: Path) -> None:
         check_output(tmp_path, overwrite=False, resume=False)
     assert caught.value.problems[0].fix == "use --output DIR"
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_pipe_for_a_recipe_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    finished(path)
+    (path / "recipe.yaml").unlink()
+    os.mkfifo(path / "recipe.yaml")
+    with pytest.raises(UserError, match="no run of ft wrote"):
+        check_output(path, overwrite=True, resume=False)
+    assert not is_marked(path)
+
+
+@pytest.mark.parametrize("report", [{"stage": "dpo", "versions": {"ft": "0"}}, {"stage": "sft", "versions": {}}])
+def test_a_result_of_another_stage_or_tool_does_not_make_a_run(tmp_path: Path, report: dict[str, Any]) -> None:
+    finished(tmp_path / "run", adapter__x="mine")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "result.json").write_text(json.dumps(report))
+    with pytest.raises(UserError, match="no run of ft wrote"):
+        check_output(tmp_path / "moved", overwrite=True, resume=False)
+
+
+def test_a_recipe_nested_without_end_does_not_make_a_run(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("[" * 50_000)
+    with pytest.raises(UserError, match="no run of ft wrote"):
+        check_output(tmp_path, overwrite=True, resume=False)
+
+
+def test_a_link_for_the_run_is_told_before_its_inputs(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="is a link"):
+        check_inputs(recipe(tmp_path / "run"))
+    with pytest.raises(UserError, match="is a link"):
+        check_output(tmp_path / "run", overwrite=False, resume=False)
+
+
+def test_going_on_and_starting_anew_exclude_each_other(tmp_path: Path) -> None:
+    finished(tmp_path / "run")
+    with pytest.raises(UserError, match="exclude each other"):
+        check_output(tmp_path / "run", overwrite=True, resume=True)
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        check_output(tmp_path / "run", overwrite=False, resume=True)
