@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune import ranks
+from finetune.adapters.compatibility import tensor_parallel
 from finetune.errors import Problem, UserError
 from finetune.recipe.resolve import processes_problem
 from finetune.recipe.stages import DpoRecipe, KtoRecipe, PpoRecipe, Recipe
 
-KINDS = ("ddp", "fsdp", "deepspeed", "ray")
+KINDS = ("ddp", "fsdp", "tp", "deepspeed", "ray")
 SHARDED = ("lora", "full")
 """Methods whose weights have been trained in shards and gone on with."""
 OPTIMIZERS = ("adamw", "sgd")
@@ -79,6 +80,9 @@ def given(
             if options[name] not in (None, 1):
                 what = "Ray knows its machines, and shares the processes out by itself"
                 raise UserError(what, key=name, fix="leave it out")
+    if kind == "tp" and machines > 1:
+        what = "the processes wait for each other in every layer, which has been tried on one machine only"
+        raise UserError(what, key="--num-machines", fix="leave it out, or use --launch fsdp")
     if machines == 1:
         for name in ("--machine-rank", "--main-address"):
             if options[name]:
@@ -218,7 +222,7 @@ def _problems(recipe: Recipe, kind: str, processes: int) -> Iterator[Problem]:
         yield Problem("deepspeed is not installed", key="--launch", fix="pip install deepspeed, or use fsdp")
     if processes == 1:
         return
-    if (found := processes_problem(recipe, processes)) is not None:
+    if (found := processes_problem(recipe, 1 if kind == "tp" else processes)) is not None:
         yield found
     if recipe.model.device_map is not None:
         what = "spreads one model over the devices, and each of the processes has one of its own"
@@ -235,6 +239,8 @@ def _problems(recipe: Recipe, kind: str, processes: int) -> Iterator[Problem]:
         yield Problem(what, key="--launch", fix="use ddp")
     elif kind != "ddp":
         yield from _sharded(recipe, kind, by)
+    if kind == "tp":
+        yield from tensor_parallel(recipe)
 
 
 def _sharded(recipe: Recipe, kind: str, by: str) -> Iterator[Problem]:

@@ -157,7 +157,7 @@ def arguments(
 
 def launched(hardware: Hardware, once: bool = False) -> dict[str, Any]:
     """What transformers is told where there are several processes."""
-    if hardware.processes == 1:
+    if hardware.processes == 1 and ranks.count() == 1:
         return {}
     return {
         **sharded.arguments(once),
