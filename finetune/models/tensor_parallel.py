@@ -4,7 +4,8 @@ it. All processes compute every pass together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,8 +91,23 @@ def mend(model: Any) -> None:
                 a.in_features, b.out_features = base.in_features, base.out_features
 
 
+@contextmanager
+def alone(model: Any) -> Iterator[None]:
+    """One process saves the model: transformers would wait for the others, whatever it is given to save."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "distributed_config", None)
+    if before is None:
+        yield
+        return
+    config.distributed_config = None
+    try:
+        yield
+    finally:
+        config.distributed_config = before
+
+
 def forget(model: Any) -> None:
-    """The model is one that a single process has: what is saved waits for no other."""
+    """The model computes no more, and one process saves it: peft would gather what lies in parts, with the others."""
     for module in model.modules():
         if getattr(module, "_tp_size", None) is not None:
             module._tp_size = module._device_mesh = None

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
 from finetune import ranks
 from finetune.errors import UserError
+from finetune.models import tensor_parallel
 from finetune.training import sharded
 from finetune.training.sampler import SharedBatches, Spared
 
@@ -104,7 +105,8 @@ class Several:
             return super().save_model(output_dir, _internal_call)  # type: ignore[misc]
         weights = sharded.trained(self.model)
         if ranks.first():
-            self._save(output_dir, state_dict=weights)  # type: ignore[attr-defined]
+            with tensor_parallel.alone(self.model):
+                self._save(output_dir, state_dict=weights)  # type: ignore[attr-defined]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not sharded.in_parts():
