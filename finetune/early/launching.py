@@ -16,6 +16,11 @@ from finetune.recipe.resolve import processes_problem
 from finetune.recipe.stages import DpoRecipe, KtoRecipe, PpoRecipe, Recipe
 
 KINDS = ("ddp", "fsdp", "tp", "deepspeed", "ray")
+UNTRIED = {
+    "cp": "context parallelism is not offered: torch 2.13 has it for CUDA's kernels of attention alone",
+    "sp": "sequence parallelism is not offered: accelerate 1.15 has it as a part of DeepSpeed alone",
+}
+"""What accelerate has, and cannot be compared with one process here (docs/scaling.md)."""
 SHARDED = ("lora", "full")
 """Methods whose weights have been trained in shards and gone on with."""
 OPTIMIZERS = ("adamw", "sgd")
@@ -60,6 +65,8 @@ def given(
             if value is not None:
                 raise UserError("has no effect without --launch", key=name, fix="write --launch ddp, or leave it out")
         return None
+    if kind in UNTRIED:
+        raise UserError(UNTRIED[kind], key="--launch", fix="use tp, fsdp, or a smaller data.max_length")
     if kind not in KINDS:
         raise UserError(f"no such way: {kind}", key="--launch", fix=f"use {', '.join(KINDS)}")
     if zero and kind != "deepspeed":
@@ -182,8 +189,8 @@ def check_accelerate() -> None:
             raise UserError(f"accelerate's own configuration of {kind} is not read", key=name, fix=fix)
     for name in ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM"):
         if asked(name):
-            what = "tensor, sequence, context and pipeline parallelism are not supported"
-            raise UserError(what, key=name, fix="use a configuration of accelerate without, or ft … --launch fsdp")
+            what = "tensor, sequence, context and pipeline parallelism are not read from accelerate's configuration"
+            raise UserError(what, key=name, fix="use one without, or ft … --launch tp or fsdp --num-processes N")
     for name, key in (("GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps"),
                       ("DYNAMO_BACKEND", "torch_compile")):  # fmt: skip
         value = os.environ.get(f"ACCELERATE_{name}", "no")
@@ -239,19 +246,19 @@ def _problems(recipe: Recipe, kind: str, processes: int) -> Iterator[Problem]:
         yield Problem(what, key="--launch", fix="use ddp")
     elif kind != "ddp":
         yield from _sharded(recipe, kind, by)
-    if kind == "tp":
-        yield from tensor_parallel(recipe)
 
 
 def _sharded(recipe: Recipe, kind: str, by: str) -> Iterator[Problem]:
     """What does not go with weights that lie in parts."""
     method: Any = recipe.adapter.method
-    if method not in SHARDED:
+    if kind == "tp":
+        yield from tensor_parallel(recipe)
+    elif method not in SHARDED:
         yield Problem(f"{method} has not been tried with {by}", key="adapter.method", fix=f"use {', '.join(SHARDED)}")
     if recipe.train.optim not in OPTIMIZERS:
         what = f"{recipe.train.optim} needs whole matrices or has not been tried with {by}"
         yield Problem(what, key="train.optim", fix=f"use {' or '.join(OPTIMIZERS)}")
-    if recipe.model.quantization == "int8":
+    if recipe.model.quantization == "int8" and kind != "tp":
         yield Problem(f"{by} shards int4 only", key="model.quantization", fix="use int4, or --launch ddp")
     if recipe.train.torch_compile:
         yield Problem(f"has not been tried with {by}", key="train.torch_compile", fix="leave it out")

@@ -291,7 +291,8 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
         if recipe.model.adapter is None:
             check(base.skeleton, recipe.adapter, is_held_quantized(recipe.model, base.config))
         if ranks.side_by_side():
-            tensor_parallel.check(base.skeleton, recipe.model.name, ranks.count())
+            full = recipe.adapter.method == "full"
+            tensor_parallel.check(base.skeleton, base.config, recipe.model.name, ranks.count(), full)
     if raw.train.gradient_checkpointing and not base.skeleton.supports_gradient_checkpointing:
         what = f"transformers cannot recompute the activations of {base.config['model_type']}"
         raise UserError(what, key="train.gradient_checkpointing", fix="leave it out, or set it to false")

@@ -53,6 +53,7 @@ class Extras(Several, Checkpointing, HeldOutFigures):
         with unrounded(kwargs["model"]):
             super().__init__(*args, **kwargs)
         settings.eval_strategy, settings.save_only_model = strategy, False
+        self._tp_size = 1  # trl divides by it what it has gathered from all; here each has its own (`own_figures`)
         self.file_names = sharded.file_names(self.model) if sharded.in_parts() else {}
         if sharded.in_parts():
             self.model.counted = parameter_counts(self.model)
