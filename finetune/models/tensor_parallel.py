@@ -18,9 +18,10 @@ from finetune.errors import Problem, UserError
 from finetune.families import family
 
 COMPARED = (
-    "apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "granite",
-    "helium", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "ministral", "ministral3", "mistral",
-    "nanochat", "nemotron", "olmo", "phi", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2", "vaultgemma",
+    "apertus", "arcee", "cohere", "cohere2", "cohere_compass_text", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2",
+    "gemma3_text", "gemma4_unified_text", "gpt_neox", "granite", "helium", "hyperclovax", "internlm3", "iquestcoder",
+    "jais2", "llama", "ministral", "ministral3", "mistral", "nanochat", "nemotron", "olmo", "phi", "qwen2", "qwen3",
+    "seed_oss", "smollm3", "starcoder2", "vaultgemma",
 )  # fmt: skip
 """Types whose loss and gradients are those of one process (`tests/models/test_tensor_parallel.py`). Not all are for
 which transformers has a plan: those of youtu, hrm_text and gemma3n_text are others."""
@@ -40,38 +41,41 @@ def check(network: Any, config: Mapping[str, Any], name: str, processes: int, fu
 
     full: whether all of it is trained.
     """
-    found = _problems(network, config, processes, full)
-    problems = [Problem(what, path=name, key="model.name", fix=fix) for what, fix in found]
+    problems = list(_problems(network, config, name, processes, full))
     if problems:
         raise UserError(problems)
 
 
-ELSEWHERE = "use --launch fsdp or ddp"
-
-
-def _problems(network: Any, config: Mapping[str, Any], processes: int, full: bool) -> Iterator[tuple[str, str]]:
-    """(what, how to mend it)"""
-    text, plan = network.config.get_text_config(), network.tp_plan or {}
-    kind = text.model_type
+def _problems(network: Any, config: Mapping[str, Any], name: str, processes: int, full: bool) -> Iterator[Problem]:
+    text, plan, key = network.config.get_text_config(), network.tp_plan or {}, "model.name"
+    kind, elsewhere = text.model_type, "use --launch fsdp or ddp"
     if layout := family(str(config["model_type"])).layout:
-        yield f"checkpoints in the original layout of {layout} are read whole", ELSEWHERE
+        what = f"checkpoints in the original layout of {layout} are read whole"
+        yield Problem(what, path=name, key=key, fix=elsewhere)
+        return
     if config.get("quantization_config"):
-        yield "the checkpoint is quantized, and --launch tp cuts up weights that are not", ELSEWHERE
+        what = "the checkpoint is quantized, and --launch tp cuts up weights that are not"
+        yield Problem(what, path=name, key=key, fix=elsewhere)
     if not any("layers." in layer for layer in plan):
-        yield f"transformers has no plan to share out the layers of {kind}", ELSEWHERE
+        what = f"transformers has no plan to share out the layers of {kind}"
+        yield Problem(what, path=name, key=key, fix=elsewhere)
     elif kind not in COMPARED:
-        yield f"{kind} has not been found to learn the same with --launch tp as in one process", ELSEWHERE
+        what = f"{kind} has not been found to learn the same with --launch tp as in one process"
+        yield Problem(what, path=name, key=key, fix=elsewhere)
     elif full and NORMED in plan.values():
         what = f"transformers sums the gradients of {kind}'s norms wrongly where a step has several passes"
-        yield what, "use adapter.method: lora, which does not train them, or --launch fsdp"
-    for key in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(text, key, None)
-        if isinstance(heads, int) and heads % processes:
-            what = f"{heads} heads ({key}) cannot be shared out evenly over {processes} processes"
-            yield what, f"use a number of processes that divides {heads}, or --launch fsdp"
-    for key, value in text.to_dict().items():
-        if key.endswith(("dropout", "pdrop", "dropout_prob")) and key != "classifier_dropout" and value:
-            yield f"{kind} drops out ({key}: {value}), and each process would draw for its own part", ELSEWHERE
+        fix = "use adapter.method: lora, which does not train them, or --launch fsdp"
+        yield Problem(what, path=name, key=key, fix=fix)
+    for heads in ("num_attention_heads", "num_key_value_heads"):
+        many = getattr(text, heads, None)
+        if isinstance(many, int) and many % processes:
+            what = f"{many} heads ({heads}) cannot be shared out evenly over {processes} processes"
+            fix = f"use a number of processes that divides {many}, or --launch fsdp"
+            yield Problem(what, path=name, key=key, fix=fix)
+    for drop, value in text.to_dict().items():
+        if drop.endswith(("dropout", "pdrop", "dropout_prob")) and drop != "classifier_dropout" and value:
+            what = f"{kind} drops out ({drop}: {value}), and each process would draw for its own part"
+            yield Problem(what, path=name, key=key, fix=elsewhere)
 
 
 def with_adapter(network: Any, make: Callable[[Any], Any], whole: Any) -> Any:
