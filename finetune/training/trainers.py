@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy
 
 from finetune import ranks
@@ -78,6 +79,18 @@ class Extras(Several, Checkpointing, HeldOutFigures):
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         return decayed(model)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """transformers puts parts and whole tensors into groups of their own, which one process has not."""
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if ranks.side_by_side():
+            reached, trained = decayed(model), [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            matrices, others = ([p for n, p in trained if (n in reached) is wanted] for wanted in (True, False))
+            options["params"] = [
+                {"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0},
+            ]  # fmt: skip
+        return kind, options
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.recipe_train.optim == "muon" and self.optimizer is None:
