@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,57 +41,62 @@ def made(path: Path, model: type[Any], config: type[Any], **values: Any) -> Path
     return path
 
 
-def trained(folder: Path, base: Path, stages: Sequence[str], resumed: bool = False) -> Together:
-    """A folder with each stage trained by one process and by two, and what the two saw."""
-    written = recipes(folder, base)
-    five, three = (("--set", f"train.max_steps={steps}") for steps in (5, 3))
-    for name in stages:
-        done = ft(*command(written[name], folder / f"{name}.one"))
-        assert done.returncode == 0, (name, done.stderr)
-    commands = [["tp", *command(written[name], folder / f"{name}.tp")] for name in stages]
-    if resumed:
-        assert ft(*command(written["sft"], folder / "tp.from_one", *three)).returncode == 0
-        commands.append(["tp", *command(written["sft"], folder / "tp.from_one", "--resume", *five)])
-        commands.append(["tp", *command(written["sft"], folder / "tp.to_one", *three)])
-        four = ("--set", "train.max_steps=4")
-        commands.append(["tp", *command(written["sft"], folder / "tp.to_one", "--resume", *four)])
-    by_rank = launched(folder, commands, TORCHRUN)
-    return folder, {Path(words[5]).name: [own[i] for own in by_rank] for i, words in enumerate(commands)}
+def run(folder: Path, commands: Sequence[Sequence[str]]) -> Together:
+    """What two processes see of these."""
+    by_rank = launched(folder, [["tp", *words] for words in commands], TORCHRUN)
+    return folder, {Path(words[4]).name: [own[i] for own in by_rank] for i, words in enumerate(commands)}
 
 
-def check_alike(together: Together, stage: str) -> None:
+def alone(*words: str) -> None:
+    done = ft(*words)
+    assert done.returncode == 0, (words, done.stderr)
+
+
+def check_alike(together: Together, one: str, name: str) -> None:
     """Losses, the result's own weights; and each process had half of them."""
     folder, seen = together
-    check_codes(together, f"{stage}.tp")
-    assert_alike(folder / f"{stage}.one", folder / f"{stage}.tp")
-    for own in seen[f"{stage}.tp"]:
-        assert max(own["shares"][0], own["shares"][1] if stage == "full" else 0) < 0.52
-    kept = "model" if stage == "full" else "adapter"
-    whole, found = tensors(folder / f"{stage}.one" / kept), tensors(folder / f"{stage}.tp" / kept)
+    check_codes(together, name)
+    assert_alike(folder / one, folder / name)
+    full = (folder / one / "model").is_dir()
+    for own in seen[name]:
+        frozen, trained = own["shares"]
+        assert (trained if full else frozen) < 0.52
+    kept = "model" if full else "adapter"
+    whole, found = tensors(folder / one / kept), tensors(folder / name / kept)
     assert {name: value.shape for name, value in whole.items()} == {name: v.shape for name, v in found.items()}
-    for name, value in whole.items():
-        assert (value - found[name]).abs().max() < 1e-4, name
+    for key, value in whole.items():
+        assert (value - found[key]).abs().max() < 1e-4, key
+
+
+def steps(number: int) -> tuple[str, str]:
+    return "--set", f"train.max_steps={number}"
 
 
 @pytest.fixture(scope="module")
 def daily(tmp_path_factory: pytest.TempPathFactory) -> Together:
-    base = made(tmp_path_factory.mktemp("base"), LlamaForCausalLM, LlamaConfig)
-    return trained(tmp_path_factory.mktemp("tp"), base, ("sft",), resumed=True)
+    """Three steps of one process and of two, and a fourth of two after three of one."""
+    base, folder = made(tmp_path_factory.mktemp("base"), LlamaForCausalLM, LlamaConfig), tmp_path_factory.mktemp("tp")
+    recipe = recipes(folder, base)["sft"]
+    alone(*command(recipe, folder / "one", *steps(3)))
+    shutil.copytree(folder / "one", folder / "from_one")
+    further = command(recipe, folder / "from_one", "--resume", *steps(4))
+    return run(folder, [command(recipe, folder / "two", *steps(3)), further])
 
 
 def test_half_of_every_layer_is_one(daily: Together) -> None:
-    check_alike(daily, "sft")
+    check_alike(daily, "one", "two")
 
 
 def test_the_number_of_processes_may_change(daily: Together) -> None:
-    """Three steps by one and two more by two processes, and the other way round, are five steps of one."""
+    """Three steps by one and another by two processes, and the other way round, are four steps of one."""
     folder, _ = daily
-    check_codes(daily, "tp.from_one")
-    check_codes(daily, "tp.to_one")
-    done = ft(*command(folder / "sft.yaml", folder / "tp.to_one", "--resume", "--set", "train.max_steps=5"))
-    assert done.returncode == 0, done.stderr
-    whole = {row["step"]: row["loss"] for row in metrics(folder / "sft.one") if "loss" in row and row["step"] <= 5}
-    for name in ("tp.from_one", "tp.to_one"):
+    check_codes(daily, "from_one")
+    for name in ("one", "two"):
+        shutil.copytree(folder / name, folder / f"{name}.further")
+        alone(*command(folder / "sft.yaml", folder / f"{name}.further", "--resume", *steps(4)))
+    whole = {row["step"]: row["loss"] for row in metrics(folder / "one.further") if "loss" in row}
+    assert [*whole] == [1, 2, 3, 4]
+    for name in ("from_one", "two.further"):
         found = {row["step"]: row["loss"] for row in metrics(folder / name) if "loss" in row}
         assert found == pytest.approx(whole, abs=1e-5), name
 
@@ -108,9 +114,33 @@ def test_every_stage_is_one(
 ) -> None:
     base = made(tmp_path_factory.mktemp("base"), model, config, **values)
     stages = [stage for stage in SLOW if stage != "full" or config is LlamaConfig]
-    together = trained(tmp_path_factory.mktemp("tp"), base, stages)
+    folder = tmp_path_factory.mktemp("tp")
+    written = recipes(folder, base)
     for stage in stages:
-        check_alike(together, stage)
+        alone(*command(written[stage], folder / f"{stage}.one"))
+    together = run(folder, [command(written[stage], folder / f"{stage}.tp") for stage in stages])
+    for stage in stages:
+        check_alike(together, f"{stage}.one", f"{stage}.tp")
+
+
+@pytest.mark.slow
+def test_two_go_on_from_two(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """And from an adapter of another run."""
+    base, folder = made(tmp_path_factory.mktemp("base"), LlamaForCausalLM, LlamaConfig), tmp_path_factory.mktemp("tp")
+    written = recipes(folder, base)
+    alone(*command(written["sft"], folder / "whole", *steps(4)))
+    more = ("--set", f"model.adapter={folder / 'whole' / 'adapter'}")
+    alone(*command(written["dpo"], folder / "dpo.one", *more))
+    together = run(
+        folder,
+        [
+            command(written["sft"], folder / "two", *steps(3)),
+            command(written["sft"], folder / "two", "--resume", *steps(4)),
+            command(written["dpo"], folder / "dpo.tp", *more),
+        ],
+    )
+    check_alike(together, "whole", "two")
+    check_alike(together, "dpo.one", "dpo.tp")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +160,7 @@ def test_a_network_that_cannot_be_cut_is_refused_by_name(kind: str, values: Any,
     shown = "llama" if kind == "chatglm" else kind
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": shown}))
     network = skeleton(ModelConfig(name=str(tmp_path)), with_weights=False)
-    if kind == "llama" and "quantization_config" not in values:
+    if "num_key_value_heads" in values:
         tensor_parallel.check(network, config, "m", 1)
     with pytest.raises(UserError) as caught:
         tensor_parallel.check(network, config, "m", 2, full="full" in values)
