@@ -23,7 +23,7 @@ from finetune.errors import FinetuneError, Interrupted, UserError
 
 T = TypeVar("T")
 KIND, WORDS, LAUNCHER = "FT_LAUNCH", "FT_LAUNCH_WORDS", "FT_LAUNCH_PID"
-"""Variables of `ft … --launch`: ddp, fsdp or deepspeed, the options as they were typed, and its process."""
+"""Variables of `ft … --launch`: ddp, fsdp, tp or deepspeed, the options as they were typed, and its process."""
 ACCELERATE = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
 """What a recipe says, and `accelerate launch` says again (`early.launching` compares them)."""
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -76,6 +76,22 @@ def kind() -> str:
 def sharded() -> bool:
     """Whether each process holds a part of the weights only."""
     return count() > 1 and kind() != "ddp"
+
+
+def side_by_side() -> bool:
+    """Whether all processes compute every pass together, of the same rows: tensor parallelism."""
+    return count() > 1 and kind() == "tp"
+
+
+def shares() -> int:
+    """How many shares the rows of a step are dealt out in: one for each process, but all of them work on the same rows
+    where each has a part of every layer."""
+    return 1 if side_by_side() else count()
+
+
+def share() -> int:
+    """Which of them this process works on."""
+    return 0 if side_by_side() else rank()
 
 
 def words() -> list[str]:
@@ -290,7 +306,22 @@ def once(make: Callable[[], T]) -> T:
     return from_first(make, "machine")
 
 
+def of_all(make: Callable[[], T]) -> T:
+    """What a pass through the model shows: to the first process, as others may have no weights yet. Where they compute
+    it together, all must take part."""
+    if side_by_side():
+        value = make()
+        return from_first(lambda: value)
+    return from_first(make)
+
+
 def each(value: T) -> list[T]:
+    """What is known of each share of the rows, in all processes. Of a share that several work on, what the first says:
+    they may round differently, and must decide alike."""
+    return [from_first(lambda: value)] if side_by_side() else every(value)
+
+
+def every(value: T) -> list[T]:
     """What each process has, by rank, in all of them."""
     if count() == 1:
         return [value]
@@ -303,23 +334,23 @@ def each(value: T) -> list[T]:
 
 
 def total(value: float) -> float:
-    """The sum over all processes, in double precision; added in the same order in each."""
-    if count() == 1:
-        return value
-    return float(_summed([value])[0])
+    """The sum over all shares of the rows, in double precision; added in the same order in each process."""
+    return totals([value])[0]
 
 
 def totals(values: list[float]) -> list[float]:
-    return values if count() == 1 else [float(value) for value in _summed(values)]
+    if shares() == 1:
+        return each(values)[0]
+    return [float(value) for value in _summed(values)]
 
 
 def mean(value: float) -> float:
-    return total(value) / count()
+    return total(value) / shares()
 
 
 def any_of(flag: bool) -> bool:
-    """Whether it is so in one of them."""
-    return total(float(flag)) > 0
+    """Whether it is so in one of the processes."""
+    return any(every(flag))
 
 
 def _summed(values: list[float]) -> Any:
@@ -334,7 +365,7 @@ def _summed(values: list[float]) -> Any:
 
 def same(value: Any, what: str, fix: str) -> None:
     """UserError where machines have not the same, e.g. files of one name and other content."""
-    for other, theirs in enumerate(each(value)):
+    for other, theirs in enumerate(every(value)):
         if theirs != value:
             keys = [key for key in value if theirs.get(key) != value[key]] if isinstance(value, dict) else []
             said = f"{what} is not the same for process {other} and process {rank()}"

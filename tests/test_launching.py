@@ -60,6 +60,9 @@ def recipe(stage: str = "sft", **sections: Mapping[str, Any]) -> Recipe:
         (["--launch", "ray", "--num-processes", "2", "--main-port", "5"], "--main-port: Ray knows its machines"),
         (["--launch", "fsdp", "--num-processes", "2", "--zero", "3"], "--zero: is deepspeed's"),
         (["--launch", "ddp", "--num-processes", "2", "--offload"], "--offload: has nothing to keep elsewhere"),
+        (["--launch", "cp", "--num-processes", "2"], "--launch: context parallelism is not offered"),
+        (["--launch", "sp", "--num-processes", "2"], "--launch: sequence parallelism is not offered"),
+        (["--launch", "tp", "--num-processes", "4", "--num-machines", "2"], "--num-machines: the processes wait for"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit_together(words: list[str], said: str, tmp_path: Path) -> None:
@@ -94,6 +97,16 @@ def test_a_port_in_use(machines: int) -> None:
         ("fsdp", 2, {"train": {"optim": "muon"}}, "train.optim: muon"),
         ("fsdp", 2, {"model": {"quantization": "int8"}}, "model.quantization: --launch fsdp shards int4 only"),
         ("fsdp", 2, {"adapter": {"method": "lora", "init_lora_weights": "pissa"}}, "adapter.init_lora_weights: starts"),
+        ("tp", 2, {"stage": "ppo"}, "--launch: --launch tp shares out the weights"),
+        ("tp", 2, {"adapter": {"method": "ia3"}}, "adapter.method: ia3 has not been tried with --launch tp"),
+        ("tp", 2, {"adapter": {"method": "lora", "lora_dropout": 0.1}}, "adapter.lora_dropout: each process"),
+        ("tp", 2, {"adapter": {"method": "lora", "use_dora": True}}, "adapter.use_dora: has not been tried"),
+        ("tp", 2, {"adapter": {"method": "lora", "modules_to_save": ["lm_head"]}}, "adapter.modules_to_save: has not"),
+        ("tp", 2, {"train": {"optim": "muon"}}, "train.optim: muon"),
+        ("tp", 2, {"train": {"torch_compile": True}}, "train.torch_compile: has not been tried"),
+        ("tp", 2, {"train": {"neftune_noise_alpha": 5.0}}, "train.neftune_noise_alpha: has not been tried"),
+        ("tp", 2, {"model": {"quantization": "int4"}}, "model.quantization: int4 packs the weights"),
+        ("tp", 2, {"model": {"dtype": "float16"}}, "model.dtype: whether the gradients of a step are finite"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_by_name(kind: str, processes: int, sections: Any, said: str) -> None:
@@ -102,6 +115,16 @@ def test_what_cannot_be_done_is_refused_by_name(kind: str, processes: int, secti
     with pytest.raises(UserError) as caught:
         launching.check(asked, kind, processes)
     assert said in str(caught.value)
+
+
+def test_rows_are_shared_out_over_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all compute a pass together, a step need not divide by their number."""
+    launching.check(recipe(), "tp", 3)
+    for name, value in {"WORLD_SIZE": "3", "RANK": "2", ranks.KIND: "ddp"}.items():
+        monkeypatch.setenv(name, value)
+    assert (ranks.shares(), ranks.share()) == (3, 2)
+    monkeypatch.setenv(ranks.KIND, "tp")
+    assert (ranks.shares(), ranks.share()) == (1, 0)
 
 
 @pytest.mark.parametrize("name", launching.OTHERS)

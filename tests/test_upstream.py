@@ -56,6 +56,7 @@ METHODS: list[tuple[Any, str, tuple[Any, ...], str]] = [
     (TRAINER, "_save_optimizer_and_scheduler", ("self", "output_dir"), "the same of the optimizer's state"),
     (TRAINER, "_load_optimizer_and_scheduler", ("self", "checkpoint"), "the same, back into parts"),
     (TRAINER, "_save_rng_state", ("self", "output_dir"), "the first process writes those of all"),
+    (TRAINER, "_load_rng_state", ("self", "checkpoint"), "who computes a pass together draws the same"),
     (SACREBLEU, "_extract_corpus_statistics", ("self", "hypotheses", "references"), "rows are drawn for an interval"),
     (SACREBLEU, "_compute_score_from_stats", ("self", "stats"), "the same: the figure of drawn rows is of their sum"),
     (DPO, "_prepare_dataset", ("self", "dataset", ...), "rows are token ids already"),
@@ -125,6 +126,12 @@ IN_THE_SOURCE: dict[str, tuple[Any, str, str]] = {
     "_use_triton": (
         trl.trainer.utils, r"compact = _use_triton\(hidden_states\.device\)", "only trained positions are scored",
     ),
+    "_tp_size": (
+        trl.SFTTrainer, r"num_tokens_in_batch // self\._tp_size", "each process counts its own, of the same rows",
+    ),
+    "_device_mesh": (
+        lora.model, r'device_mesh = getattr\(model, "_device_mesh", None\)', "LoRA on layers that lie in parts",
+    ),
     "_fingerprint": (datasets.Dataset, r"self\._fingerprint", "packed rows are kept under the name of their content"),
 }  # fmt: skip
 
@@ -160,6 +167,20 @@ def test_trl_counts_in_these(trainer: type) -> None:
     source = inspect.getsource(trainer)
     assert 'self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}' in source
     assert "self._total_train_tokens = 0" in source
+
+
+def test_what_is_wrong_with_layers_in_parts() -> None:
+    """`models.tensor_parallel` makes up for it; where it is mended, that can go."""
+    from peft.tuners import tuners_utils
+    from transformers.distributed import tensor_parallel
+
+    narrow = inspect.getsource(tuners_utils._get_in_out_features)
+    assert "out_features, in_features = module.weight.to_local().shape" in narrow, "LoRA is as wide as a part"
+    wide = inspect.getsource(tensor_parallel.RowwiseParallel.transform_inputs_pre_forward)
+    assert "self._from_local_last_dim_shard(x, mesh, module.in_features)" in wide, "and read as if it were the whole"
+    summed = inspect.getsource(tensor_parallel.ReplicatedWithGradAllReduce)
+    assert "dist.all_reduce(param.grad" in summed, "norms' gradients, with those of the passes before"
+    assert "and not args.save_only_model" in inspect.getsource(TRAINER.__init__), "no optimizer is saved"
 
 
 @pytest.mark.parametrize("trainer", OF_TRL)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from finetune import ranks
 from finetune.adapters.methods import FROM_WEIGHTS, METHODS, Method, of
 from finetune.errors import Problem, UserError
 from finetune.families import family
@@ -130,6 +131,32 @@ def check_base(recipe: Recipe, config: Mapping[str, Any]) -> None:
         )  # fmt: skip
 
 
+def tensor_parallel(recipe: Recipe) -> Iterator[Problem]:
+    """What does not go with layers of which each process has a part."""
+    adapter: Any = recipe.adapter
+    if recipe.model.is_new:
+        what = "a new model has no weights of which each process could read its part"
+        yield Problem(what, key="model.config", fix="use --launch ddp or fsdp")
+    if recipe.model.quantization is not None:
+        what = f"{recipe.model.quantization} packs the weights, and --launch tp cuts them up"
+        yield Problem(what, key="model.quantization", fix="leave it out, or use --launch fsdp or ddp")
+    if recipe.model.dtype == "float16":
+        what = "whether the gradients of a step are finite each process would see of its part alone"
+        yield Problem(what, key="model.dtype", fix="use bfloat16, or --launch fsdp")
+    if recipe.train.neftune_noise_alpha is not None:
+        yield Problem("has not been tried with --launch tp", key="train.neftune_noise_alpha", fix="leave it out")
+    if adapter.method == "full":
+        return
+    if adapter.method != "lora":
+        what = f"{adapter.method} has not been tried with --launch tp"
+        yield Problem(what, key="adapter.method", fix="use lora or full")
+    for key in ("use_dora", "lora_dropout", "modules_to_save"):
+        if getattr(adapter, key, None):
+            draws = key == "lora_dropout"
+            what = "each process would draw for its own part" if draws else "has not been tried with --launch tp"
+            yield Problem(what, key=f"adapter.{key}", fix="leave it out")
+
+
 def check(recipe: Recipe) -> None:
     """UserError listing every limit that the recipe meets."""
     row = METHODS[recipe.adapter.method]
@@ -139,6 +166,8 @@ def check(recipe: Recipe) -> None:
         for limit in (*own, *LIMITS)
         if limit.holds(recipe.adapter, recipe.model, recipe.train)
     ]
+    if ranks.side_by_side():
+        problems += tensor_parallel(recipe)
     if problems:
         raise UserError(problems)
 

@@ -71,7 +71,8 @@ Temperature = Annotated[
         "--temperature", help="0 answers greedily, above it answers are drawn; the recipe's by default.", min=0.0
     ),
 ]
-Kind = Annotated[str | None, typer.Option("--launch", metavar="ddp|fsdp|deepspeed|ray", help="In several processes.")]
+KINDS = "ddp|fsdp|tp|deepspeed|ray"
+Kind = Annotated[str | None, typer.Option("--launch", metavar=KINDS, help="In several processes.")]
 Processes = Annotated[int | None, typer.Option("--num-processes", help="Of all machines together.", min=1, max=MOST)]
 Machines = Annotated[int | None, typer.Option("--num-machines", help="Each has its share of them.", min=1, max=MOST)]
 MachineRank = Annotated[int | None, typer.Option("--machine-rank", help="Which this one is, from 0.", min=0, max=MOST)]

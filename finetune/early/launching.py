@@ -10,11 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune import ranks
+from finetune.adapters.compatibility import tensor_parallel
 from finetune.errors import Problem, UserError
 from finetune.recipe.resolve import processes_problem
 from finetune.recipe.stages import DpoRecipe, KtoRecipe, PpoRecipe, Recipe
 
-KINDS = ("ddp", "fsdp", "deepspeed", "ray")
+KINDS = ("ddp", "fsdp", "tp", "deepspeed", "ray")
+UNTRIED = {
+    "cp": "context parallelism is not offered: torch 2.13 has it for CUDA's kernels of attention alone",
+    "sp": "sequence parallelism is not offered: accelerate 1.15 has it as a part of DeepSpeed alone",
+}
+"""What accelerate has, and cannot be compared with one process here (docs/scaling.md)."""
 SHARDED = ("lora", "full")
 """Methods whose weights have been trained in shards and gone on with."""
 OPTIMIZERS = ("adamw", "sgd")
@@ -59,6 +65,8 @@ def given(
             if value is not None:
                 raise UserError("has no effect without --launch", key=name, fix="write --launch ddp, or leave it out")
         return None
+    if kind in UNTRIED:
+        raise UserError(UNTRIED[kind], key="--launch", fix="use tp, fsdp, or a smaller data.max_length")
     if kind not in KINDS:
         raise UserError(f"no such way: {kind}", key="--launch", fix=f"use {', '.join(KINDS)}")
     if zero and kind != "deepspeed":
@@ -79,6 +87,9 @@ def given(
             if options[name] not in (None, 1):
                 what = "Ray knows its machines, and shares the processes out by itself"
                 raise UserError(what, key=name, fix="leave it out")
+    if kind == "tp" and machines > 1:
+        what = "the processes wait for each other in every layer, which has been tried on one machine only"
+        raise UserError(what, key="--num-machines", fix="leave it out, or use --launch fsdp")
     if machines == 1:
         for name in ("--machine-rank", "--main-address"):
             if options[name]:
@@ -178,8 +189,8 @@ def check_accelerate() -> None:
             raise UserError(f"accelerate's own configuration of {kind} is not read", key=name, fix=fix)
     for name in ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM"):
         if asked(name):
-            what = "tensor, sequence, context and pipeline parallelism are not supported"
-            raise UserError(what, key=name, fix="use a configuration of accelerate without, or ft … --launch fsdp")
+            what = "tensor, sequence, context and pipeline parallelism are not read from accelerate's configuration"
+            raise UserError(what, key=name, fix="use one without, or ft … --launch tp or fsdp --num-processes N")
     for name, key in (("GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps"),
                       ("DYNAMO_BACKEND", "torch_compile")):  # fmt: skip
         value = os.environ.get(f"ACCELERATE_{name}", "no")
@@ -218,7 +229,7 @@ def _problems(recipe: Recipe, kind: str, processes: int) -> Iterator[Problem]:
         yield Problem("deepspeed is not installed", key="--launch", fix="pip install deepspeed, or use fsdp")
     if processes == 1:
         return
-    if (found := processes_problem(recipe, processes)) is not None:
+    if (found := processes_problem(recipe, 1 if kind == "tp" else processes)) is not None:
         yield found
     if recipe.model.device_map is not None:
         what = "spreads one model over the devices, and each of the processes has one of its own"
@@ -240,12 +251,14 @@ def _problems(recipe: Recipe, kind: str, processes: int) -> Iterator[Problem]:
 def _sharded(recipe: Recipe, kind: str, by: str) -> Iterator[Problem]:
     """What does not go with weights that lie in parts."""
     method: Any = recipe.adapter.method
-    if method not in SHARDED:
+    if kind == "tp":
+        yield from tensor_parallel(recipe)
+    elif method not in SHARDED:
         yield Problem(f"{method} has not been tried with {by}", key="adapter.method", fix=f"use {', '.join(SHARDED)}")
     if recipe.train.optim not in OPTIMIZERS:
         what = f"{recipe.train.optim} needs whole matrices or has not been tried with {by}"
         yield Problem(what, key="train.optim", fix=f"use {' or '.join(OPTIMIZERS)}")
-    if recipe.model.quantization == "int8":
+    if recipe.model.quantization == "int8" and kind != "tp":
         yield Problem(f"{by} shards int4 only", key="model.quantization", fix="use int4, or --launch ddp")
     if recipe.train.torch_compile:
         yield Problem(f"has not been tried with {by}", key="train.torch_compile", fix="leave it out")

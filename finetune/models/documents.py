@@ -110,7 +110,7 @@ def use(model: Any) -> bool:
     if network.device.type != "cpu" or config._attn_implementation != "sdpa" or has_windows(config):
         return False
     network.set_attn_implementation(NAME)
-    if config._attn_implementation == NAME and ranks.from_first(lambda: alike(model)):  # others may have no weights
+    if config._attn_implementation == NAME and ranks.of_all(lambda: alike(model)):  # others may have no weights
         return True
     network.set_attn_implementation("sdpa")
     return False

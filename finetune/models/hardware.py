@@ -21,13 +21,13 @@ def detect() -> Hardware:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         # is_bf16_supported() also says yes where it is emulated (T4, V100), which is slower than fp32.
         native = torch.version.hip is not None or properties.major >= 8
-        return Hardware("cuda", native, properties.total_memory / GB, ranks.count())
+        return Hardware("cuda", native, properties.total_memory / GB, ranks.shares())
     if torch.backends.mps.is_available():
         return Hardware("mps", False, torch.mps.recommended_max_memory() / GB)
     import psutil
 
     memory = psutil.virtual_memory().total / GB / ranks.on_this_machine()
-    return Hardware("cpu", cpu_has_bf16(), memory, ranks.count())
+    return Hardware("cpu", cpu_has_bf16(), memory, ranks.shares())
 
 
 def described() -> dict[str, Any]:

@@ -44,7 +44,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype, machine: Hardware = CPU, 
     if model.device_map is not None:
         scratch = tempfile.mkdtemp(prefix="ft-offload-")
         options |= _spread(model, scratch)
-    elif machine.device != "cpu":
+    elif machine.device != "cpu" and "distributed_config" not in options:  # that says where each part goes
         options.setdefault("device_map", {"": torch.accelerator.current_device_index()})
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation

@@ -20,6 +20,7 @@ HEAD = "score"
 # What transformers notes on a loaded model, and trainers ask for.
 LOADED = (
     "is_quantized", "hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_device_map",
+    "_tp_size", "_device_mesh", "_is_distributed_loading_by_transformers",
 )  # fmt: skip
 
 

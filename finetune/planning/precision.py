@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
+from finetune import ranks
 from finetune.adapters.load import weights_dtype
 from finetune.planning.sizing import CANNOT
 from finetune.planning.source import skeleton
@@ -42,7 +43,7 @@ def timed(raw: Recipe, machine: Hardware, before: str | None = None) -> tuple[Ha
         return machine, None
     if before is not None:
         return replace(machine, bf16=before == "bfloat16"), f"model.dtype: auto is {before}, as the run was begun"
-    if not machine.bf16 or raw.model.quantization is not None or machine.processes > 1:
+    if not machine.bf16 or raw.model.quantization is not None or machine.processes > 1 or ranks.count() > 1:
         return machine, None
     try:
         config = skeleton(raw.model).config

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
+from finetune import ranks
 from finetune.models import hardware
 from finetune.planning import precision
 from finetune.planning.precision import MOST, TOKENS, length_of, one_block
@@ -38,7 +39,7 @@ def choose(recipe: Recipe, machine: Hardware, before: int | None = None) -> str 
     Args:
         recipe: resolved; before: of the run to go on with, which is kept where there are as many cores.
     """
-    if machine.device != "cpu" or machine.processes > 1:
+    if machine.device != "cpu" or machine.processes > 1 or ranks.count() > 1:
         return None
     own, cores = torch.get_num_threads(), cores_allowed()
     if name := next((name for name in SET_BY if os.environ.get(name)), None):

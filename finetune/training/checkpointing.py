@@ -88,7 +88,7 @@ class Checkpointing:
         self._tr_loss = torch.tensor(known["loss_since"], device=self.args.device)
         self._loss_before, self.health.first = known["loss_since"], known.get("first_loss")
         self._globalstep_last_logged = known["logged_at"]
-        self._total_train_tokens = known["tokens"] if ranks.first() else 0
+        self._total_train_tokens = known["tokens"] if ranks.share() == 0 else 0
         self._metrics["train"].update({key: list(values) for key, values in known["metrics"].items()})
         self.begun -= known["seconds"]
         for stopper, counter in zip(self._stoppers(), known["patience"], strict=False):

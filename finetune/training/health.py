@@ -54,7 +54,7 @@ class Health:
 
 def rows_of_step(trainer: Any, step: int) -> list[int]:
     """Numbers of the rows in train_dataset that the `step`-th step is made of, from 1."""
-    micro, accumulation = trainer.args.train_batch_size * ranks.count(), trainer.args.gradient_accumulation_steps
+    micro, accumulation = trainer.args.train_batch_size * ranks.shares(), trainer.args.gradient_accumulation_steps
     passes = math.ceil(len(trainer.train_dataset) / micro)
     epoch, place = divmod(step - 1, max(1, math.ceil(passes / accumulation)))
     order = trainer._get_train_sampler()

@@ -75,7 +75,7 @@ def pack_if_isolated(recipe: Recipe, model: PreTrainedModel, rows: Any) -> tuple
     sample = [i for ids in rows[: min(len(rows), 64)]["input_ids"] for i in ids][:64]
     sample = (sample * 64)[:32] if len(sample) < 32 else sample
     with task("looking whether packed documents see each other", after=1.0):
-        isolated = ranks.from_first(lambda: documents_isolated(model, sample))  # others may have no weights yet
+        isolated = ranks.of_all(lambda: documents_isolated(model, sample))  # others may have no weights yet
     if not isolated:
         return rows, "packing is off: documents in one row would see each other with this model and adapter"
     with task(f"packing {len(rows):,} rows", after=1.0):

@@ -111,6 +111,7 @@ def arguments(
     train = recipe.train
     steps = "steps" if recipe.eval_every else "epoch"
     keep_best, fused = train.load_best_model_at_end and has_eval, train.optim == "adamw" and hardware.device == "cuda"
+    fused = fused and not ranks.side_by_side()  # one kernel takes no mixture of whole tensors and parts
     return {
         "output_dir": str(run.checkpoints),
         "per_device_train_batch_size": plan.rows_per_pass,
@@ -157,7 +158,7 @@ def arguments(
 
 def launched(hardware: Hardware, once: bool = False) -> dict[str, Any]:
     """What transformers is told where there are several processes."""
-    if hardware.processes == 1:
+    if hardware.processes == 1 and ranks.count() == 1:
         return {}
     return {
         **sharded.arguments(once),

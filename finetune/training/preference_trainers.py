@@ -26,7 +26,7 @@ SORTED = ("aot", "aot_unpaired")
 
 def check_scores(model: Any) -> None:
     """UserError for a model whose log-probabilities trl gets wrong."""
-    if not ranks.from_first(lambda: scores_are_its_own(model)):
+    if not ranks.of_all(lambda: scores_are_its_own(model)):
         kind = model.config.model_type
         what = f"trl computes other log-probabilities for {kind} than the model does itself"
         raise UserError(what, key="stage", fix="use ft sft, which takes them from the logits, or another base")
@@ -151,7 +151,7 @@ class Kto(Extras, RowMeans, KTOTrainer):
                 if "spare" not in batch:
                     found, rows = found + ratios.sum(), rows + len(ratios)
         total, count = ranks.totals([float(found), rows])
-        self.kl = found / rows if ranks.count() == 1 else torch.tensor(total / count, device=self.args.device)
+        self.kl = found / rows if ranks.shares() == 1 else torch.tensor(total / count, device=self.args.device)
 
     def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         return batch["ref_KL_logps"] + self.kl  # trl takes the former off, and then the mean

@@ -82,7 +82,7 @@ def add(trainer: Any, recipe: DpoRecipe | KtoRecipe, base: Base, layout: Layout)
 def trained_rows(trainer: Any, layout: Layout) -> list[int]:
     """Numbers of the rows that will be trained, in the order of the first epoch; all of them after that."""
     order = list(trainer._get_train_sampler())
-    return order[: layout.total_steps * layout.accumulation * layout.rows_per_pass * ranks.count()]
+    return order[: layout.total_steps * layout.accumulation * layout.rows_per_pass * ranks.shares()]
 
 
 def _with_columns(
@@ -103,13 +103,13 @@ def _with_columns(
         own: dict[int, tuple[float, ...]] = {}
         what = "scoring with the reference" if training else "scoring held-out rows with the reference"
         with task(what, len(missing)) as advance:
-            for start in range(ranks.rank() * size, len(missing), size * ranks.count()):
+            for start in range(ranks.share() * size, len(missing), size * ranks.shares()):
                 numbers = missing[start : start + size]
                 batch = trainer.data_collator([rows[i] for i in numbers])
                 batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
                 found = trainer.compute_ref_log_probs(trainer.model, batch)
                 own |= dict(zip(numbers, zip(*(values.tolist() for values in found), strict=True), strict=True))
-                advance(len(numbers) * ranks.count())
+                advance(len(numbers) * ranks.shares())
         for theirs in ranks.each(own):
             for i, row in theirs.items():
                 for name, value in zip(trainer.reference_columns, row, strict=True):

@@ -32,7 +32,7 @@ from finetune.base import Base
 from finetune.data import thinking
 from finetune.data.rows import Rows
 from finetune.errors import OutOfMemory, RunError, UserError
-from finetune.models import attach, hardware, loading, sources
+from finetune.models import attach, hardware, loading, sources, tensor_parallel
 from finetune.models.quantization import check_network, is_held_quantized, planned_bytes
 from finetune.models.rope import check_length
 from finetune.planning import fits, precision, sizing, threads
@@ -290,6 +290,9 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
             check_network(base.skeleton, recipe.model)
         if recipe.model.adapter is None:
             check(base.skeleton, recipe.adapter, is_held_quantized(recipe.model, base.config))
+        if ranks.side_by_side():
+            full = recipe.adapter.method == "full"
+            tensor_parallel.check(base.skeleton, base.config, recipe.model.name, ranks.count(), full)
     if raw.train.gradient_checkpointing and not base.skeleton.supports_gradient_checkpointing:
         what = f"transformers cannot recompute the activations of {base.config['model_type']}"
         raise UserError(what, key="train.gradient_checkpointing", fix="leave it out, or set it to false")

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
 from finetune import ranks
 from finetune.errors import UserError
+from finetune.models import tensor_parallel
 from finetune.training import sharded
 from finetune.training.sampler import SharedBatches, Spared
 
@@ -43,17 +44,17 @@ class Several:
             # without a word with whole weights in every process. torch shards there as well.
             self.args.distributed_state.distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        if sharded.in_parts() and not self.accelerator.is_fsdp2:
+        if sharded.gathers() and not self.accelerator.is_fsdp2:
             what = f"accelerate does not share out the weights on {self.args.device.type}"
             raise UserError(what, key="--launch", fix="use ddp")
 
     def get_train_dataloader(self) -> Any:
-        if ranks.count() == 1:
+        if ranks.shares() == 1:
             return super().get_train_dataloader()  # type: ignore[misc]
         return shared_loader(self, self.train_dataset, self._get_train_sampler(), self.args.train_batch_size)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        if ranks.count() == 1:
+        if ranks.shares() == 1:
             return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         return shared_loader(self, rows, SequentialSampler(rows), self.args.eval_batch_size)
@@ -80,13 +81,21 @@ class Several:
                 own["num_tokens"] = [ranks.total(self._total_train_tokens)]
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Those who compute together draw the same, whoever wrote the checkpoint."""
+        super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        if ranks.side_by_side():
+            torch.set_rng_state(ranks.from_first(torch.get_rng_state))
+            if self.args.device.type == "cuda":
+                torch.cuda.set_rng_state(ranks.from_first(torch.cuda.get_rng_state))
+
     def _save_rng_state(self, output_dir: str) -> None:
         """The first process writes those of all: beside it nobody writes into a checkpoint."""
         if ranks.count() == 1:
             return super()._save_rng_state(output_dir)  # type: ignore[misc]
         with tempfile.TemporaryDirectory() as scratch:
             super()._save_rng_state(scratch)  # type: ignore[misc]
-            files = ranks.each({file.name: file.read_bytes() for file in Path(scratch).iterdir()})
+            files = ranks.every({file.name: file.read_bytes() for file in Path(scratch).iterdir()})
         if ranks.first():
             for name, content in (item for each in files for item in each.items()):
                 (Path(output_dir) / name).write_bytes(content)
@@ -96,7 +105,8 @@ class Several:
             return super().save_model(output_dir, _internal_call)  # type: ignore[misc]
         weights = sharded.trained(self.model)
         if ranks.first():
-            self._save(output_dir, state_dict=weights)  # type: ignore[attr-defined]
+            with tensor_parallel.alone(self.model):
+                self._save(output_dir, state_dict=weights)  # type: ignore[attr-defined]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not sharded.in_parts():
@@ -128,7 +138,7 @@ def shared_loader(trainer: Any, rows: Any, order: Sampler[int], size: int) -> An
         batch: dict[str, Any] = trainer.data_collator(picked)
         return {**batch, "spare": True} if any(spare) else batch
 
-    batches = SharedBatches(order, size, ranks.count())
+    batches = SharedBatches(order, size, ranks.shares())
     pin = trainer.args.dataloader_pin_memory and trainer.args.device.type == "cuda"
     loader: DataLoader[Any] = DataLoader(Spared(rows), batch_sampler=batches, collate_fn=collated, pin_memory=pin)  # type: ignore[arg-type]
     return trainer.accelerator.prepare(loader)

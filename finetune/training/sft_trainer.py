@@ -50,7 +50,7 @@ class _WeightedSft(SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.own_scores = ranks.from_first(lambda: scores_are_its_own(self.model))
+        self.own_scores = ranks.of_all(lambda: scores_are_its_own(self.model))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -89,7 +89,7 @@ class _WeightedSft(SFTTrainer):
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         loss = losses.sum() / (trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None:
-            loss = loss * ranks.count()  # DDP averages over the processes
+            loss = loss * ranks.shares()  # DDP averages over the processes
         return (loss, outputs) if return_outputs else loss
 
 

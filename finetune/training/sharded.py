@@ -1,4 +1,5 @@
-"""Weights that lie in parts (FSDP2): brought together for checkpoints, for the result and for answers.
+"""Weights that lie in parts (FSDP2, tensor parallelism): brought together for checkpoints, for the result and for
+answers.
 
 A checkpoint has the files that one process would write, so any number of processes goes on with it. What accelerate
 offers instead puts (N-1)/N of an adapter back to its start (huggingface/accelerate#4206).
@@ -16,18 +17,25 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from finetune import ranks
 from finetune.base import Base
 from finetune.errors import UserError
+from finetune.models import tensor_parallel
 from finetune.models.quantization import is_held_quantized
+from finetune.models.tensor_parallel import like, put
 from finetune.recipe.stages import REFERENCE_FREE, DpoRecipe, KtoRecipe, Recipe
 
 
 def in_parts() -> bool:
-    """Whether FSDP has the weights; deepspeed's are its own business."""
+    """Whether what is trained lies in parts that are torch's; deepspeed's are its own business."""
+    return ranks.sharded() and ranks.kind() != "deepspeed"
+
+
+def gathers() -> bool:
+    """Whether FSDP has them, which puts each block together while it is at work."""
     return ranks.sharded() and ranks.kind() == "fsdp"
 
 
@@ -38,7 +46,7 @@ def read_once(recipe: Recipe, base: Base) -> bool:
     accelerate 1.15, where they are in 4 bits (`fsdp2_prepare_model`), or a checkpoint holds more than parameters
     (`fsdp2_load_full_state_dict` takes no buffers).
     """
-    if not in_parts() or recipe.model.is_new or is_held_quantized(recipe.model, base.config):
+    if not gathers() or recipe.model.is_new or is_held_quantized(recipe.model, base.config):
         return False
     if isinstance(recipe, KtoRecipe) or (isinstance(recipe, DpoRecipe) and recipe.dpo.loss_type not in REFERENCE_FREE):
         return False
@@ -49,9 +57,9 @@ def read_once(recipe: Recipe, base: Base) -> bool:
 def arguments(once: bool = False) -> dict[str, Any]:
     """transformers' TrainingArguments for weights in parts, which the first process alone has read; none for whole
     ones."""
-    if not ranks.sharded():
+    if not ranks.sharded() or ranks.side_by_side():  # transformers sees those in the model
         return {}
-    if ranks.kind() == "fsdp":
+    if gathers():
         return fsdp(ranks.offloads(), once)
     return {"deepspeed": deepspeed(ranks.deepspeed_stage(), ranks.offloads())}
 
@@ -109,19 +117,6 @@ def optimizer_state(optimizer: Any) -> dict[str, Any]:
     return tree_map_only(torch.Tensor, plain, optimizer.state_dict())
 
 
-@torch.no_grad()
-def put(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """All of a tensor into its part in each process."""
-    parameter.copy_(like(parameter, value))
-
-
-def like(parameter: Any, value: torch.Tensor) -> torch.Tensor:
-    if not isinstance(parameter, DTensor):
-        return value
-    value = value.to(parameter.device_mesh.device_type, parameter.dtype)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-
-
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     """The state that one process would have, in parts."""
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -135,12 +130,13 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 def file_names(model: Any) -> dict[str, str]:
-    """{name in a checkpoint's weights: name of the parameter}, of a model that is not shared out yet."""
-    parameters = {p.data_ptr(): name for name, p in model.named_parameters() if p.requires_grad}
+    """{name in a checkpoint's weights: name of the parameter}."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
     if not hasattr(model, "peft_config"):
-        return {name: name for name in parameters.values()}
-    stored = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {key: parameters[value.data_ptr()] for key, value in stored.items() if value.data_ptr() in parameters}
+        return {name: name for name in names}
+    numbered = {name: torch.tensor(number) for number, name in enumerate(names)}
+    stored = get_peft_model_state_dict(model, state_dict=numbered, save_embedding_layers=False)
+    return {key: names[int(number)] for key, number in stored.items()}
 
 
 def read(checkpoint: Path, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
@@ -182,6 +178,7 @@ def bring_together(model: nn.Module) -> None:
     for module in model.modules():  # `fully_shard` has put a class before the module's own, which knows parts only
         if isinstance(module, FSDPModule):
             module.__class__ = type(module).__bases__[1]
+    tensor_parallel.forget(model)
 
 
 def bring_together_of_zero(model: nn.Module) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from finetune import child, ranks
@@ -13,7 +15,7 @@ from finetune.adapters.methods import without_head
 from finetune.adapters.multiple import HEAD_WEIGHTS
 from finetune.base import Base
 from finetune.errors import RunError, UserError
-from finetune.models import attach, loading, sources
+from finetune.models import attach, loading, sources, tensor_parallel
 from finetune.models.score_head import with_score_head
 from finetune.recipe.resolve import Hardware
 from finetune.recipe.stages import DpoRecipe, KtoRecipe, Recipe, RewardRecipe
@@ -29,18 +31,28 @@ def seed_everything(recipe: Recipe) -> None:
 
 def policy(recipe: Recipe, base: Base, machine: Hardware) -> Any:
     """The model to train: the base with a fresh adapter, or with that of model.adapter."""
-    network = loaded(recipe, base, machine)
-    if base.model.adapter is None:
-        return apply(network, recipe.adapter, base.tokenizer, base.folder)
-    start = sources.adapter_folder(base.model.adapter)
-    model = attach.attach_adapter(network, start, base.model, trainable=loads_trainable(start))
-    prepare(model)
-    return model
+
+    def adapted(network: Any) -> Any:
+        if base.model.adapter is None:
+            return apply(network, recipe.adapter, base.tokenizer, base.folder)
+        start = sources.adapter_folder(base.model.adapter)
+        model = attach.attach_adapter(network, start, base.model, trainable=loads_trainable(start))
+        prepare(model)
+        return model
+
+    return begun(recipe, base, loaded(recipe, base, machine), adapted)
 
 
 def reward_model(recipe: RewardRecipe, base: Base, machine: Hardware) -> Any:
     """The base with a score head and an adapter: fresh, or started from that of model.adapter."""
-    scored = with_score_head(loaded(recipe, base, machine), base.model.name)
+
+    def scored(network: Any) -> Any:
+        return scoring(recipe, base, with_score_head(network, base.model.name))
+
+    return begun(recipe, base, loaded(recipe, base, machine), scored)
+
+
+def scoring(recipe: RewardRecipe, base: Base, scored: Any) -> Any:
     if base.model.adapter is None:
         section = without_head(recipe.adapter)  # that of the scores is always trained
         return apply(scored, section, base.tokenizer, base.folder, as_score_task)
@@ -55,13 +67,22 @@ def reward_model(recipe: RewardRecipe, base: Base, machine: Hardware) -> Any:
     return model
 
 
+def begun(recipe: Recipe, base: Base, network: Any, adapted: Callable[[Any], Any]) -> Any:
+    """`adapted(network)`, with the same start however many processes share it out."""
+    if not ranks.side_by_side() or recipe.adapter.method == "full":
+        return adapted(network)
+    with torch.random.fork_rng():
+        whole = loading.without_weights(base.model, weights_dtype(recipe))
+    return tensor_parallel.with_adapter(network, adapted, whole)
+
+
 def loaded(recipe: Recipe, base: Base, machine: Hardware) -> Any:
     """The network of the base, which can be trained on."""
     if sharded.read_once(recipe, base):
         if ranks.local_rank():
             return loading.without_weights(base.model, weights_dtype(recipe))
         machine = loading.CPU  # they need not fit one card
-    network = loading.load_model(base.model, weights_dtype(recipe), machine)
+    network = loading.load_model(base.model, weights_dtype(recipe), machine, **tensor_parallel.options())
     loading.refuse_training(network, base.model.name)
     return network
 

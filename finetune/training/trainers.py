@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy
 
 from finetune import ranks
@@ -40,7 +41,7 @@ class Extras(Several, Checkpointing, HeldOutFigures):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         score_trained_positions()
         self.batches, settings = [], kwargs["args"]
-        if hasattr(settings, "router_aux_loss_coef") and not ranks.from_first(lambda: balances(kwargs["model"])):
+        if hasattr(settings, "router_aux_loss_coef") and not ranks.of_all(lambda: balances(kwargs["model"])):
             settings.router_aux_loss_coef = 0.0
         if not kwargs["model"].supports_gradient_checkpointing:  # who asks for it was told (session.prepare)
             settings.activation_checkpointing = settings.gradient_checkpointing = False
@@ -49,9 +50,11 @@ class Extras(Several, Checkpointing, HeldOutFigures):
         strategy = settings.eval_strategy
         if kwargs.get("eval_dataset") is None:
             settings.eval_strategy = IntervalStrategy.NO  # transformers asks for rows otherwise
+        settings.save_only_model = ranks.side_by_side()  # transformers saves no optimizer's parts; `Several` does
         with unrounded(kwargs["model"]):
             super().__init__(*args, **kwargs)
-        settings.eval_strategy = strategy
+        settings.eval_strategy, settings.save_only_model = strategy, False
+        self._tp_size = 1  # trl divides by it what it has gathered from all; here each has its own (`own_figures`)
         self.file_names = sharded.file_names(self.model) if sharded.in_parts() else {}
         if sharded.in_parts():
             self.model.counted = parameter_counts(self.model)
@@ -61,7 +64,7 @@ class Extras(Several, Checkpointing, HeldOutFigures):
         columns = zip(*(dataset[name] for name in self.length_columns), strict=True)
         lengths = [max(len(ids) for ids in row) for row in columns]
         grouped = self.recipe_train.group_by_length and "seq_lengths" not in dataset.column_names
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * ranks.count()
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * ranks.shares()
         group = step if grouped else 1
         return OrderedSampler(lengths, self.args.seed, group)
 
@@ -76,6 +79,18 @@ class Extras(Several, Checkpointing, HeldOutFigures):
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         return decayed(model)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """transformers puts parts and whole tensors into groups of their own, which one process has not."""
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if ranks.side_by_side():
+            reached, trained = decayed(model), [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            matrices, others = ([p for n, p in trained if (n in reached) is wanted] for wanted in (True, False))
+            options["params"] = [
+                {"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0},
+            ]  # fmt: skip
+        return kind, options
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.recipe_train.optim == "muon" and self.optimizer is None:
@@ -152,5 +167,5 @@ class RowMeans:
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if num_items_in_batch is None:
             return loss
-        share = len(inputs["input_ids"]) / num_items_in_batch * ranks.count()  # DDP averages over the processes
+        share = len(inputs["input_ids"]) / num_items_in_batch * ranks.shares()  # DDP averages over the processes
         return (loss[0] * share, loss[1]) if return_outputs else loss * share

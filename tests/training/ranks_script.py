@@ -1,6 +1,6 @@
 """One of several processes of torchrun: runs command lines of `ft` one after another, and notes what it took part in.
 
-    torchrun … ranks_script.py FOLDER        FOLDER/commands.json: [[ddp or fsdp, words of ft …], …]
+    torchrun … ranks_script.py FOLDER        FOLDER/commands.json: [[ddp, fsdp or tp, words of ft …], …]
 
 FOLDER/seen.RANK.json: [{"code": …, "rows": numbers of the rows that it was given, "loads": how often it read data,
 "reads": how often it read weights, "shares": of the frozen and of the trained weights that lay here}, …]
