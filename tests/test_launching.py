@@ -43,7 +43,7 @@ def recipe(stage: str = "sft", **sections: Mapping[str, Any]) -> Recipe:
     ("words", "said"),
     [
         (["--num-processes", "2"], "--num-processes: has no effect without --launch"),
-        (["--launch", "dp", "--num-processes", "2"], "--launch: no such way: dp → use ddp, fsdp, deepspeed"),
+        (["--launch", "dp", "--num-processes", "2"], "--launch: no such way: dp → use ddp, fsdp, tp"),
         (["--launch", "ddp"], "--num-processes: is missing"),
         (["--launch", "ddp", "--num-processes", "3", "--num-machines", "2"], "3 processes cannot be shared out over 2"),
         (["--launch", "ddp", "--num-processes", "2", "--machine-rank", "1"], "--machine-rank: has no effect on one"),

@@ -6,7 +6,7 @@ import re
 
 UNITS = (
     "GPUs|adapters|answers|blocks|bytes|calls|cards|cells|changes|characters|checkpoints|columns|conversations|cores|"
-    "devices|duplicates|embeddings|entries|epochs|evaluations|examples|exchanges|files|folders|groups|ids|items|jobs|layers|"
+    "devices|duplicates|embeddings|entries|epochs|evaluations|examples|exchanges|files|heads|folders|groups|ids|items|jobs|layers|"
     "lines|machines|messages|metrics|minibatches|models|nats|numbers|outputs|pairs|parameters|parts|passes|positions|problems|processes|"
     "prompts|questions|ranks|rejects|replies|reports|requests|rollouts|rounds|rows|runs|samples|scores|seconds|sets|shots|"
     "sources|steps|tasks|tensors|terms|texts|things|threads|times|tokens|turns|updates|values|weights|words"
