@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from finetune.errors import FinetuneError, Interrupted, UserError
+from finetune.errors import FinetuneError, Interrupted, RunError, UserError
 
 T = TypeVar("T")
 KIND, WORDS, LAUNCHER = "FT_LAUNCH", "FT_LAUNCH_WORDS", "FT_LAUNCH_PID"
@@ -253,22 +253,28 @@ def heard(error: BaseException) -> bool:
 
 
 def _says(error: BaseException) -> bool:
-    if first() or not isinstance(error, UserError | Interrupted | Lost):
-        said_first() if isinstance(error, UserError) else None
-        return True
-    if isinstance(error, Lost):
-        return False
-    return said_first() if isinstance(error, UserError) else local_rank() == 0
+    if isinstance(error, Lost | Interrupted):
+        return first() or (isinstance(error, Interrupted) and local_rank() == 0)
+    found_by_all = isinstance(error, UserError) or (isinstance(error, RunError) and bool(_store))
+    turn = said_first() if found_by_all else True
+    return first() or turn
+
+
+TURN = 5.0
+"""Seconds that the first process of a machine has, to say what all of them have found."""
 
 
 def said_first() -> bool:
     """Whether nobody of this machine has said something before; the first process gets its turn first."""
     if not _store:
         return local_rank() == 0
-    if local_rank():
-        time.sleep(1)
+    key, end = f"said by machine {number('GROUP_RANK', 0)}", time.monotonic() + TURN
     try:
-        return bool(_store[0].add(f"said by machine {number('GROUP_RANK', 0)}", 1) == 1)
+        while local_rank() and time.monotonic() < end:
+            if _store[0].check([key]):
+                return False
+            time.sleep(0.1)
+        return bool(_store[0].add(key, 1) == 1)
     except RuntimeError:  # the first process has ended, and has said why
         return False
 

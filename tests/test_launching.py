@@ -19,7 +19,7 @@ from conftest import ft
 
 from finetune import ranks
 from finetune.early import launching
-from finetune.errors import UserError
+from finetune.errors import RunError, UserError
 from finetune.recipe.file import check
 from finetune.recipe.resolve import Hardware, resolve
 from finetune.recipe.stages import Recipe
@@ -185,6 +185,11 @@ class Said:
     def __init__(self, before: int | None) -> None:
         self.before = before
 
+    def check(self, keys: list[str]) -> bool:
+        if self.before is None:
+            raise RuntimeError("Connection reset by peer")
+        return self.before > 0
+
     def add(self, key: str, more: int) -> int:
         if self.before is None:
             raise RuntimeError("Connection reset by peer")
@@ -198,8 +203,10 @@ def test_what_only_one_process_finds_is_said(monkeypatch: pytest.MonkeyPatch, be
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "_store", [Said(before)])
     monkeypatch.setattr(ranks, "_streams", [])
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(ranks, "TURN", 0.0 if before == 0 else 5.0)
     assert ranks.heard(UserError("a file is not there")) is heard
+    monkeypatch.setattr(ranks, "_store", [Said(before)])
+    assert ranks.heard(RunError("loss became nan at step 2")) is heard, "as the mean over all processes is in each"
     assert not ranks.heard(ranks.Lost("another one has ended"))
     assert ranks.heard(RuntimeError("anything else"))
 
@@ -209,7 +216,6 @@ def test_who_is_not_heard_stays_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "_store", [Said(None)])
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
     restored: list[int] = []
     monkeypatch.setattr(ranks, "_streams", [7, 8])
     monkeypatch.setattr(
