@@ -41,11 +41,12 @@ def run(*arguments: str, module: str = "finetune", shown: bool = False) -> tuple
             process.send_signal(number)
 
     before = [(number, signal.signal(number, pass_on)) for number in stopping()]
+    environment = {**ranks.without(), "PYTHONPATH": python_path(), ranks.LAUNCHER: str(os.getpid())}
     try:
         # Its own group, or the terminal's Ctrl-C would reach it a second time.
         process = subprocess.Popen(
             command, process_group=0, text=True, errors="replace", stdout=None if shown else subprocess.DEVNULL,
-            stderr=None if shown else subprocess.PIPE, env={**ranks.without(), "PYTHONPATH": python_path()},
+            stderr=None if shown else subprocess.PIPE, env=environment,
         )  # fmt: skip
         for number in got:  # while it was being started
             process.send_signal(number)

@@ -7,6 +7,7 @@ what one finds out for all is said over gloo, on the CPU, also where gradients g
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import re
@@ -14,16 +15,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from finetune.errors import FinetuneError, Interrupted, UserError
+from finetune.errors import FinetuneError, Interrupted, RunError, UserError
 
 T = TypeVar("T")
 KIND, WORDS, LAUNCHER = "FT_LAUNCH", "FT_LAUNCH_WORDS", "FT_LAUNCH_PID"
-"""Variables of `ft … --launch`: ddp, fsdp, tp or deepspeed, the options as they were typed, and its process."""
+"""Variables of `ft … --launch`: ddp, fsdp, tp or deepspeed, the options as they were typed, and its process; the last
+also of a command that runs a part of itself in another process."""
 ACCELERATE = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
 """What a recipe says, and `accelerate launch` says again (`early.launching` compares them)."""
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -122,13 +124,15 @@ def without() -> dict[str, str]:
 
 
 def end_with_launcher() -> None:
-    """SIGTERM when `ft … --launch` has ended without a word to its processes, as when it is killed. On Linux."""
-    launcher = os.environ.get(LAUNCHER)
+    """SIGTERM when what started this process (`ft … --launch`, or a command of which it is a part) has ended without a
+    word to it, as when it is killed. On Linux."""
+    launcher = os.environ.pop(LAUNCHER, None)
     if launcher is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
-    if str(os.getppid()) != launcher:  # it had ended before
-        sys.exit(Lost.exit_code)
+    if str(os.getppid()) != launcher:
+        what = f"process {launcher}, which started this one, has ended"
+        raise Lost(f"{what}; where none has started it: unset {LAUNCHER}")
 
 
 def join(meeting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
@@ -173,25 +177,47 @@ def met() -> Any:
     """torch's store, where all have come together."""
     import torch.distributed as dist
 
-    place, found = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", []
-
-    def meet() -> None:
-        try:
-            found.append(next(dist.rendezvous("env://", rank(), count(), timeout=MEETING))[0])
-        except Exception as error:
-            found.append(error)
-
-    waits = threading.Thread(target=meet, daemon=True)  # torch would let no Ctrl-C through
-    waits.start()
-    while waits.is_alive():
-        waits.join(0.2)
-    if isinstance(error := found[0], Exception):
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        return interruptible(lambda: next(dist.rendezvous("env://", rank(), count(), timeout=MEETING))[0])
+    except Exception as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error):
             fix = "wait until the other run ends, or give another port"
             raise UserError(f"{place} is in use by another program", key="--main-port", fix=fix) from None
         what = f"{count()} processes were to meet at {place}, and did not"
         fix = "start the same command on every machine; alone: unset WORLD_SIZE and RANK"
         raise UserError(what, key="--main-address", fix=fix) from error
+
+
+def interruptible(wait: Callable[[], T]) -> T:
+    """`wait`, where a signal ends it: torch would let none through before the others come."""
+    if threading.current_thread() is not threading.main_thread():  # which gets the signals
+        return wait()
+    found: list[T] = []
+    errors: list[BaseException] = []
+
+    def waits() -> None:
+        try:
+            found.append(wait())
+        except BaseException as error:
+            errors.append(error)
+
+    waiting = threading.Thread(target=waits, daemon=True)
+
+    def end_at_once() -> None:
+        if waiting.is_alive():  # torch aborts where its wait is over while Python ends
+            sys.stderr.flush()
+            os._exit(Interrupted.exit_code)
+
+    waiting.start()
+    try:
+        while waiting.is_alive():
+            waiting.join(0.2)
+    except BaseException:
+        atexit.register(end_at_once)
+        raise
+    if errors:
+        raise errors[0]
     return found[0]
 
 
@@ -234,25 +260,37 @@ def hush() -> None:
 
 def heard(error: BaseException) -> bool:
     """Whether this process says what ended it: not that another has ended, nor what another of its machine has said,
-    as all of one may find the same."""
+    as all of one may find the same. It is heard from then on, and not before: torch itself writes where it asks."""
+    if not _says(error):
+        return False
     for number, kept in zip((1, 2), _streams, strict=False):
         os.dup2(kept, number)
-    if first() or not isinstance(error, UserError | Interrupted | Lost):
-        said_first() if isinstance(error, UserError) else None
-        return True
-    if isinstance(error, Lost):
-        return False
-    return said_first() if isinstance(error, UserError) else local_rank() == 0
+    return True
+
+
+def _says(error: BaseException) -> bool:
+    if isinstance(error, Lost | Interrupted):
+        return first() or (isinstance(error, Interrupted) and local_rank() == 0)
+    found_by_all = isinstance(error, UserError) or (isinstance(error, RunError) and bool(_store))
+    turn = said_first() if found_by_all else True
+    return first() or turn
+
+
+TURN = 5.0
+"""Seconds that the first process of a machine has, to say what all of them have found."""
 
 
 def said_first() -> bool:
     """Whether nobody of this machine has said something before; the first process gets its turn first."""
     if not _store:
         return local_rank() == 0
-    if local_rank():
-        time.sleep(1)
+    key, end = f"said by machine {number('GROUP_RANK', 0)}", time.monotonic() + TURN
     try:
-        return bool(_store[0].add(f"said by machine {number('GROUP_RANK', 0)}", 1) == 1)
+        while local_rank() and time.monotonic() < end:
+            if _store[0].check([key]):
+                return False
+            time.sleep(0.1)
+        return bool(_store[0].add(key, 1) == 1)
     except RuntimeError:  # the first process has ended, and has said why
         return False
 
@@ -296,8 +334,13 @@ def from_first(make: Callable[[], T], group: str = "cpu") -> T:
 
     source = 0 if group == "cpu" else rank() - local_rank()
     found = [make() if rank() == source else None]
+    members = _groups[group]  # while it is waited for, the groups may be left
+
+    def told() -> None:
+        dist.broadcast_object_list(found, source, group=members)
+
     with broken():
-        dist.broadcast_object_list(found, source, group=_groups[group])
+        told() if rank() == source else interruptible(told)
     return found[0]  # type: ignore[return-value]
 
 
@@ -331,6 +374,13 @@ def every(value: T) -> list[T]:
     with broken():
         dist.all_gather_object(found, value, group=_groups["cpu"])
     return found
+
+
+def lists(own: Mapping[str, Sequence[T]]) -> dict[str, list[T]]:
+    """What the processes have by name, one after the other."""
+    every = each({key: list(values) for key, values in own.items()})
+    keys = dict.fromkeys(key for values in every for key in values)
+    return {key: [value for values in every for value in values.get(key, ())] for key in keys}
 
 
 def total(value: float) -> float:

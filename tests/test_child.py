@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from finetune import child
@@ -43,6 +46,31 @@ def test_a_signal_is_passed_on_once_and_waited_for(
     assert child.run(str(int(number)), module="job") == (130, "")
     assert (tmp_path / f"saved-{int(number)}").read_text() == "x"
     assert signal.getsignal(number) == before
+
+
+ORPHAN = """
+import os, sys
+from finetune import child
+if len(sys.argv) > 1:
+    import time
+    from finetune import ranks
+    ranks.end_with_launcher()
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+child.run("child", module="job", shown=True)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl(PR_SET_PDEATHSIG) is of Linux alone")
+def test_a_part_ends_with_a_whole_that_is_killed(tmp_path: Path) -> None:
+    """It would go on writing into a run that somebody may start again."""
+    (tmp_path / "job.py").write_text(ORPHAN)
+    whole = subprocess.Popen([sys.executable, "job.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    with whole:
+        assert whole.stdout is not None
+        part = psutil.Process(int(whole.stdout.readline()))
+        whole.kill()
+        part.wait(30)
 
 
 def test_a_signal_counts_also_where_the_process_dies_of_it_or_ends_well(

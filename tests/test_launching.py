@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -17,7 +19,7 @@ from conftest import ft
 
 from finetune import ranks
 from finetune.early import launching
-from finetune.errors import UserError
+from finetune.errors import RunError, UserError
 from finetune.recipe.file import check
 from finetune.recipe.resolve import Hardware, resolve
 from finetune.recipe.stages import Recipe
@@ -165,6 +167,8 @@ def test_another_launcher_says_all_that_is_needed(monkeypatch: pytest.MonkeyPatc
         ({"LOCAL_RANK": "0"}, "LOCAL_WORLD_SIZE: 2 processes are not as many on every machine"),
         ({"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE: 3 processes are not as many"),
         ({"MASTER_PORT": None}, "MASTER_PORT: is not set in one of 2 processes"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT: 99999 is no port"),
+        ({"MASTER_PORT": "tcp://10.0.0.1:1"}, "MASTER_PORT: tcp://10.0.0.1:1 is no port"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS: 4 is accelerate's"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "set train.torch_compile in the recipe"),
     ],
@@ -204,6 +208,11 @@ class Said:
     def __init__(self, before: int | None) -> None:
         self.before = before
 
+    def check(self, keys: list[str]) -> bool:
+        if self.before is None:
+            raise RuntimeError("Connection reset by peer")
+        return self.before > 0
+
     def add(self, key: str, more: int) -> int:
         if self.before is None:
             raise RuntimeError("Connection reset by peer")
@@ -217,10 +226,81 @@ def test_what_only_one_process_finds_is_said(monkeypatch: pytest.MonkeyPatch, be
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "_store", [Said(before)])
     monkeypatch.setattr(ranks, "_streams", [])
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(ranks, "TURN", 0.0 if before == 0 else 5.0)
     assert ranks.heard(UserError("a file is not there")) is heard
+    monkeypatch.setattr(ranks, "_store", [Said(before)])
+    assert ranks.heard(RunError("loss became nan at step 2")) is heard, "as the mean over all processes is in each"
     assert not ranks.heard(ranks.Lost("another one has ended"))
     assert ranks.heard(RuntimeError("anything else"))
+
+
+def test_who_is_not_heard_stays_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """torch writes pages of its own where the first process, which it asks, has ended."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "_store", [Said(None)])
+    restored: list[int] = []
+    monkeypatch.setattr(ranks, "_streams", [7, 8])
+    monkeypatch.setattr(
+        ranks, "os", SimpleNamespace(environ=os.environ, dup2=lambda kept, number: restored.append(number))
+    )
+    assert not ranks.heard(UserError("a file is not there"))
+    assert not restored
+    assert ranks.heard(RuntimeError("anything else"))
+    assert restored == [1, 2]
+
+
+WAITS = """
+import sys, threading, time
+from finetune import ranks
+try:
+    print("waits", flush=True)
+    ranks.interruptible(lambda: threading.Event().wait())
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_a_signal_ends_a_wait_for_others() -> None:
+    """The first process may be reading data for hours."""
+    waiting = subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, text=True)
+    with waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "waits\n"
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.wait(30) == 130
+    assert ranks.interruptible(lambda: 5) == 5
+    with pytest.raises(ValueError, match="what it says"):
+        ranks.interruptible(lambda: int("what it says"))
+
+
+@pytest.mark.parametrize(
+    ("codes", "asked", "said"),
+    [
+        ({1: 130}, False, "process 1 of 2 was interrupted, and the others end with it"),
+        ({0: 75, 1: 130}, False, "process 1 of 2 was interrupted"),
+        ({0: 130, 1: 130}, False, ""),  # at the same step, and the first has said so
+        ({1: 130}, True, ""),
+        ({1: -9}, False, "process 1 of 2 was ended by SIGKILL"),
+    ],
+)
+def test_who_ended_the_others_is_said(
+    capsys: pytest.CaptureFixture[str], codes: dict[int, int], asked: bool, said: str
+) -> None:
+    from finetune.commands.launch import told
+
+    assert told(codes, launching.Launch("ddp", 2), asked) == (1 if -9 in codes.values() else 130)
+    err = capsys.readouterr().err
+    assert said in err if said else not err
+
+
+def test_a_launcher_that_is_gone_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shell may have kept its variable."""
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", "sft", "none.yaml"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "FT_LAUNCH_PID": "1", "PYTHONPATH": str(Path(ranks.__file__).parents[1])},
+    )  # fmt: skip
+    assert (done.returncode, "unset FT_LAUNCH_PID" in done.stderr) == (75, True)
 
 
 def test_nobody_comes(monkeypatch: pytest.MonkeyPatch) -> None:

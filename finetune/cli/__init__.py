@@ -89,7 +89,8 @@ def main() -> None:
             _print_bug(error.__cause__)
             sys.exit(1)
         if not part:
-            again = progress.command(*without_key(arguments))
+            launched = [] if "--launch" in arguments else ranks.words()
+            again = progress.command(*without_key(arguments), *launched)
             _print_errors([f"interrupted; start again with {again}"], "yellow")
         sys.exit(130)
     except BrokenPipeError:

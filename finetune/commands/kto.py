@@ -45,7 +45,7 @@ def run(raw: KtoRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
 
 def check_others(layout: Layout, rows: Any) -> None:
     """UserError where a row has no other one beside it, or none of another prompt."""
-    if layout.rows_per_pass * layout.accumulation < 2:
+    if layout.rows_per_pass * layout.accumulation * ranks.shares() < 2:
         what = "KTO's KL term is a mean over the rows of a step, and one is alone in it"
         raise UserError(what, key="train.effective_batch_size", fix="set it to 2 or more")
     if len({tuple(ids) for ids in rows["prompt_ids"]}) < 2:

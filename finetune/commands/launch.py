@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_pr
 from finetune import ranks
 from finetune.child import HANGUP, at_terminal, leave, python_path, stopping
 from finetune.early.launching import Launch
-from finetune.errors import RunError, UserError
+from finetune.errors import Interrupted, RunError, UserError
 from finetune.terminal.progress import note, warn
 
 GRACE = 15  # seconds in which the others may end by themselves
@@ -98,11 +98,14 @@ def watched(processes: Sequence[Any], context: Any, launch: Launch) -> int:
             signal.signal(number, handler)
     first = launch.machine_rank * len(processes)
     codes = [0 if number in still else process.poll() for number, process in enumerate(processes)]
-    return told({first + number: code for number, code in enumerate(codes) if code}, launch)
+    return told({first + number: code for number, code in enumerate(codes) if code}, launch, bool(asked))
 
 
-def told(codes: dict[int, int], launch: Launch) -> int:
-    """The exit code of those that failed by themselves; a signal that ended one is said, as nobody else can."""
+def told(codes: dict[int, int], launch: Launch, asked: bool = False) -> int:
+    """The exit code of those that failed by themselves; a signal that ended one is said, as nobody else can.
+
+    asked: whether this process was to end, and has told all of them.
+    """
     killed = {rank: -code for rank, code in codes.items() if code < 0}
     for rank, number in killed.items():
         name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
@@ -110,8 +113,11 @@ def told(codes: dict[int, int], launch: Launch) -> int:
         note(f"process {rank} of {launch.processes} was ended by {name}{said}, and the others with it", "red")
     if killed:
         return 1
-    own = [code for code in codes.values() if code != ranks.Lost.exit_code]
-    return next(iter(own), 1)
+    own = {rank: code for rank, code in codes.items() if code != ranks.Lost.exit_code}
+    if not asked and set(own.values()) == {Interrupted.exit_code} and len(own) < launch.processes // launch.machines:
+        alone = ", ".join(map(str, own))
+        note(f"process {alone} of {launch.processes} was interrupted, and the others end with it", "red")
+    return next(iter(own.values()), 1)
 
 
 def on_ray(words: Sequence[str], launch: Launch) -> int:

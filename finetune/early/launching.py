@@ -165,6 +165,8 @@ def check_environment(launch: Launch | None = None) -> None:
     for name, most in (("RANK", ranks.count()), ("LOCAL_RANK", here)):
         if not os.environ[name].isdigit() or ranks.number(name, 0) >= most:
             raise UserError(f"{os.environ[name]} is none of 0 to {most - 1}", key=name, fix=ALONE)
+    if not 0 < ranks.number("MASTER_PORT", 0) < 1 << 16:
+        raise UserError(f"{os.environ['MASTER_PORT']} is no port (1 to 65535)", key="MASTER_PORT", fix=ALONE)
     if ranks.count() % here or (here == ranks.count() and ranks.rank() != ranks.local_rank()):
         what = f"{ranks.count()} processes are not as many on every machine"
         raise UserError(what, key="LOCAL_WORLD_SIZE", fix="start as many on each, with torchrun or ft … --launch")

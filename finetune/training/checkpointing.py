@@ -72,7 +72,7 @@ class Checkpointing:
         return {
             "loss": self._total_loss_scalar, "loss_since": ranks.mean(float(self._tr_loss)),
             "logged_at": self._globalstep_last_logged, "tokens": ranks.total(self._total_train_tokens),
-            "metrics": dict(self._metrics["train"]),
+            "metrics": ranks.lists(self._metrics["train"]),
             "patience": [stopper.early_stopping_patience_counter for stopper in self._stoppers()],
             "best": best and Path(best).name, "first_loss": self.health.first,
             "seconds": time.perf_counter() - self.begun,
@@ -89,7 +89,8 @@ class Checkpointing:
         self._loss_before, self.health.first = known["loss_since"], known.get("first_loss")
         self._globalstep_last_logged = known["logged_at"]
         self._total_train_tokens = known["tokens"] if ranks.share() == 0 else 0
-        self._metrics["train"].update({key: list(values) for key, values in known["metrics"].items()})
+        if ranks.share() == 0:  # it has those of all
+            self._metrics["train"].update({key: list(values) for key, values in known["metrics"].items()})
         self.begun -= known["seconds"]
         for stopper, counter in zip(self._stoppers(), known["patience"], strict=False):
             stopper.early_stopping_patience_counter = counter

@@ -179,7 +179,9 @@ class Session(Generic[AnyRecipe]):
             name, kind = self.recipe.model.dtype, self.recipe.model.quantization
             held, plain = (planned_bytes(self.base.skeleton, k, getattr(torch, name)) / 1e9 for k in (kind, None))
             note(f"the base's weights take {held:,.3g} GB in {kind}, where they would take {plain:,.3g} GB in {name}")
-        note(f"{cut.total_steps} {steps} of {cut.rows_per_pass} rows x {cut.accumulation} passes; nothing was written")
+        several = f" x {ranks.shares()} processes" if ranks.shares() > 1 else ""
+        made = f"{cut.total_steps} {steps} of {cut.rows_per_pass} rows x {cut.accumulation} passes{several}"
+        note(f"{made}; nothing was written")
 
     @contextmanager
     def run(self, overwrite: bool) -> Iterator[Run]:

@@ -74,9 +74,7 @@ class Several:
         """trl's means, over the passes of all processes."""
         own = self._metrics["train" if self.model.training else "eval"]
         if ranks.count() > 1 and self.model.training:
-            every = ranks.each(dict(own))
-            for key in dict.fromkeys(key for values in every for key in values):
-                own[key] = [value for values in every for value in values.get(key, ())]
+            own.update(ranks.lists(own))
             if "num_tokens" in own:
                 own["num_tokens"] = [ranks.total(self._total_train_tokens)]
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
