@@ -11,7 +11,6 @@ from finetune import ranks
 from finetune.data import pairs
 from finetune.errors import UserError
 from finetune.evaluation import during
-from finetune.models import documents
 from finetune.recipe.stages import REFERENCE_FREE, DpoRecipe
 from finetune.training import reference
 from finetune.training.fit import finish_setup
@@ -19,6 +18,7 @@ from finetune.training.plan import Layout, longest_row, one_device, pad_multiple
 from finetune.training.preference import PairCollator, stuck
 from finetune.training.preference_trainers import SORTED, Dpo
 from finetune.training.session import Session, prepare
+from finetune.training.side_by_side import allow
 from finetune.training.start import check_start, merged_start, policy
 
 
@@ -54,8 +54,7 @@ def check_sorted(recipe: DpoRecipe, layout: Layout) -> None:
 def make_trainer(session: Session[DpoRecipe], model: Any) -> Dpo:
     """trl's DPOTrainer with the recipe's objective."""
     dpo, tokenizer = session.recipe.dpo, session.base.tokenizer
-    if session.machine.device == "cpu" and not session.recipe.train.torch_compile:  # as `ft sft` does
-        documents.use(model)
+    allow(model, session.recipe, session.machine)
     config = DPOConfig(
         **session.arguments(), loss_type=["sigmoid" if dpo.loss_type in REFERENCE_FREE else dpo.loss_type],
         beta=dpo.beta, label_smoothing=dpo.label_smoothing, max_length=None,

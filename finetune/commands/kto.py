@@ -18,6 +18,7 @@ from finetune.training.plan import Layout, longest_row, one_device
 from finetune.training.preference import stuck, with_other_answers
 from finetune.training.preference_trainers import Kto
 from finetune.training.session import Session, prepare
+from finetune.training.side_by_side import allow
 from finetune.training.start import check_start, merged_start, policy
 
 
@@ -56,6 +57,7 @@ def check_others(layout: Layout, rows: Any) -> None:
 def make_trainer(session: Session[KtoRecipe], model: Any) -> Kto:
     """trl's KTOTrainer with the recipe's objective."""
     kto, rows, seed = session.recipe.kto, session.rows, session.recipe.train.seed
+    allow(model, session.recipe, session.machine)
     config = KTOConfig(
         **session.arguments(), beta=kto.beta, desirable_weight=kto.desirable_weight,
         undesirable_weight=kto.undesirable_weight, max_length=None,

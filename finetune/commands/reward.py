@@ -18,6 +18,7 @@ from finetune.training.plan import longest_row, one_device, pad_multiple
 from finetune.training.preference import ScoreCollator
 from finetune.training.preference_trainers import Reward
 from finetune.training.session import Session, prepare
+from finetune.training.side_by_side import allow
 from finetune.training.start import reward_model
 
 
@@ -48,6 +49,7 @@ def gist(held_out: dict[str, Any]) -> str | None:
 def make_trainer(session: Session[RewardRecipe], model: Any) -> Reward:
     """trl's RewardTrainer with the recipe's objective."""
     reward, tokenizer = session.recipe.reward, session.base.tokenizer
+    allow(model, session.recipe, session.machine)
     config = RewardConfig(
         **session.arguments(), center_rewards_coefficient=reward.center_rewards_coefficient, disable_dropout=False,
         max_length=None,

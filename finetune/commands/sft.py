@@ -10,13 +10,13 @@ from trl import SFTConfig
 from finetune import ranks
 from finetune.data import conversations
 from finetune.evaluation import during
-from finetune.models import documents
 from finetune.recipe.stages import SftRecipe
 from finetune.training.fit import finish_setup
 from finetune.training.packing import one_row, pack_if_isolated, packing_outlook
 from finetune.training.plan import longest_row, one_device, pad_multiple
 from finetune.training.session import Session, prepare
 from finetune.training.sft_trainer import Collator, Sft
+from finetune.training.side_by_side import allow
 from finetune.training.start import policy
 
 
@@ -32,9 +32,7 @@ def run(raw: SftRecipe, *, resume: bool = False, overwrite: bool = False, dry_ru
         return
     with session.run(overwrite):
         model = policy(recipe, base, session.machine)
-        # torch.compile would compile anew for all lengths of documents; weights for GPUs may lie on the CPU at first.
-        if session.machine.device == "cpu" and not recipe.train.torch_compile:
-            documents.use(model)
+        allow(model, recipe, session.machine)
         train, reason = pack_if_isolated(recipe, model, rows.train)
         session.note(reason)
         session.train(make_trainer(session, model, train))

@@ -102,12 +102,14 @@ def used(model: Any) -> bool:
 def use(model: Any) -> bool:
     """Lets a model attend document by document where that computes the same, found by trying.
 
-    Not on GPUs, with another attention than sdpa, and with layers that see a window of a text only: what stands in one
-    row would be longer than that.
+    Not on GPUs, with another attention than sdpa, with layers that see a window of a text only (what stands in one row
+    would be longer than that), and with what is computed of a row as a whole. Three short texts show none of these.
     """
     network = network_of(model)
     config = network.config
     if network.device.type != "cpu" or config._attn_implementation != "sdpa" or has_windows(config):
+        return False
+    if stretches(config) or begins_at_a_mark(model):
         return False
     network.set_attn_implementation(NAME)
     if config._attn_implementation == NAME and ranks.of_all(lambda: alike(model)):  # others may have no weights
@@ -123,9 +125,23 @@ def has_windows(config: Any) -> bool:
     return bool(windows or getattr(text, "attention_chunk_size", None) or kinds != {"full_attention"})
 
 
+def stretches(config: Any) -> bool:
+    """Whether the width of a row, padding included, decides how fast positions turn (dynamic NTK)."""
+    told = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [told, *(part for part in told.values() if isinstance(part, dict))]  # some have one for each kind of layer
+    return any("dynamic" in str(kind.get("rope_type")) for kind in kinds)
+
+
+def begins_at_a_mark(model: Any) -> bool:
+    """Whether an adapter works from the last of its marks in a row on (aLoRA): in a row of several texts, only in the
+    last of them."""
+    configs = getattr(model, "peft_config", {}).values()
+    return any(getattr(config, "alora_invocation_tokens", None) for config in configs)
+
+
 @torch.no_grad()
 def alike(model: Any) -> bool:
-    """Whether documents in one row have the logits that each has in a row of its own."""
+    """Whether documents in one row have the logits, or the scores, that each has in a row of its own."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     device = model.get_input_embeddings().weight.device
@@ -134,8 +150,9 @@ def alike(model: Any) -> bool:
     try:
         # As in training: what is trained is float32, also on a bfloat16 base.
         with torch.autocast(device.type, model.dtype, enabled=model.dtype != torch.float32):
-            together = model(input_ids=torch.cat(rows)[None], position_ids=positions, use_cache=False).logits[0]
-            alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
+            found = model(input_ids=torch.cat(rows)[None], position_ids=positions, use_cache=False).logits
+            together = found.flatten(0, -2)
+            alone = torch.cat([model(input_ids=row[None], use_cache=False).logits.flatten(0, -2) for row in rows])
     except (RuntimeError, ValueError, TypeError):  # a network that takes no positions, or no row without a mask
         return False
     finally:

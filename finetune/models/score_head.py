@@ -15,6 +15,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedMo
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from finetune.errors import UserError
+from finetune.models.documents import documents
 
 HEAD = "score"
 # What transformers notes on a loaded model, and trainers ask for.
@@ -50,7 +51,11 @@ class ScoredAtLastToken:
         hidden = network(**given, use_cache=bool(past_key_values is not None)).last_hidden_state
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         last = rows.new_full((len(rows),), hidden.shape[1] - 1)
-        if attention_mask is not None:
+        several = None if attention_mask is not None else documents(position_ids, *hidden.shape[:2])
+        if several is not None:  # side by side, without padding: a score of each
+            last = torch.tensor([length for length, _ in several], device=hidden.device).cumsum(0) - 1
+            rows, hidden = torch.zeros_like(last), hidden.flatten(0, 1)[None]
+        elif attention_mask is not None:
             last = last_real(attention_mask[:, -hidden.shape[1] :].long())
         ends = hidden[rows, last]
         head: nn.Module = self.score  # type: ignore[attr-defined]
@@ -74,7 +79,7 @@ def with_score_head(model: PreTrainedModel, name: str) -> Any:
             fix="use another base for the reward model",
         )  # fmt: skip
     # The class keeps its stock name: config.json of a fully trained reward model says it.
-    scored = type(stock.__name__, (ScoredAtLastToken, stock), {})
+    scored = type(stock.__name__, (ScoredAtLastToken, stock), {"__module__": stock.__module__})  # whose source is read
     with torch.device("meta"):
         shell = scored(config)
     setattr(shell, shell.base_model_prefix, getattr(model, model.base_model_prefix))

@@ -13,11 +13,12 @@ from trl import DPOTrainer, KTOTrainer, RewardTrainer
 
 from finetune import ranks
 from finetune.errors import UserError
+from finetune.models import documents
 from finetune.recipe.stages import REFERENCE_FREE, DpoConfig
 from finetune.training.loss_parts import scores_are_its_own
 from finetune.training.preference import orpo_loss, simpo_loss
 from finetune.training.reference import NoReference, as_measured
-from finetune.training.side_by_side import pairs
+from finetune.training.side_by_side import draws, scored, unpadded
 from finetune.training.trainers import Extras, RowMeans
 
 SORTED = ("aot", "aot_unpaired")
@@ -36,6 +37,12 @@ class _PairLoss(DPOTrainer):
     """The loss of a pass, below `RowMeans`."""
 
     recipe_dpo: DpoConfig
+    draws: bool
+
+    def shares(self) -> bool:
+        """Whether both answers may have one prompt: counted twice where experts are balanced, and where activations are
+        dropped, other ones."""
+        return not self.aux_loss_enabled and not (self.draws and self.model.training)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -47,7 +54,7 @@ class _PairLoss(DPOTrainer):
         """
         dpo, mask, seen = self.recipe_dpo, inputs["completion_mask"][:, 1:], []
 
-        passed = pairs(model, self.model, share=not self.aux_loss_enabled)
+        passed = unpadded(model, self.model, self.shares())
 
         def forward(**kwargs: Any) -> Any:
             seen.append(passed(**kwargs))
@@ -70,7 +77,7 @@ class _PairLoss(DPOTrainer):
         return loss - dpo.sft_weight * (chosen / long).mean() if dpo.sft_weight else loss
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        return super().compute_ref_log_probs(pairs(model, self.model, share=not self.aux_loss_enabled), inputs)
+        return super().compute_ref_log_probs(unpadded(model, self.model, self.shares()), inputs)
 
     def _record(self, chosen: Any, rejected: Any, long: Any, short: Any, attention: Any) -> None:
         """The same names that trl logs; a reward is beta times the mean log-probability."""
@@ -96,6 +103,7 @@ class Dpo(Extras, RowMeans, _PairLoss):
         super().__init__(ref_model=NoReference(kwargs["model"].config), **kwargs)
         check_scores(self.model)
         self.recipe_dpo, self.precompute_ref_logps = dpo, True
+        self.draws = documents.used(self.model) and ranks.from_first(lambda: draws(self.model))
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
@@ -141,13 +149,19 @@ class Kto(Extras, RowMeans, KTOTrainer):
         self.measure_kl(dataloader, training=False)
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        return super().compute_ref_log_probs(unpadded(model, self.model), inputs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        return super()._compute_loss(unpadded(model, self.model), inputs, return_outputs)
+
     def measure_kl(self, batches: Iterable[dict[str, Any]], training: bool) -> None:
         """The mean over all rows of these batches of log (policy / reference) of the answers to other prompts."""
         as_measured(self.model, training)
         found, rows = torch.zeros((), device=self.args.device), 0
         with torch.no_grad(), self.accelerator.autocast():
             for batch in batches:
-                ratios = super()._compute_kl_logps(self.model, batch) - batch["ref_KL_logps"]
+                ratios = super()._compute_kl_logps(unpadded(self.model, self.model), batch) - batch["ref_KL_logps"]
                 if "spare" not in batch:
                     found, rows = found + ratios.sum(), rows + len(ratios)
         total, count = ranks.totals([float(found), rows])
@@ -174,7 +188,14 @@ class Kto(Extras, RowMeans, KTOTrainer):
         return found
 
 
-class Reward(Extras, RowMeans, RewardTrainer):
+class _ScoreLoss(RewardTrainer):
+    """The loss of a pass, below `RowMeans`."""
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(scored(model, self.model), *args, **kwargs)
+
+
+class Reward(Extras, RowMeans, _ScoreLoss):
     """Rows of chosen_ids and rejected_ids; the model has one output."""
 
     length_columns = ("chosen_ids", "rejected_ids")

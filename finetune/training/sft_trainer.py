@@ -62,6 +62,8 @@ class _WeightedSft(SFTTrainer):
         """
         weights, smoothing = inputs.pop("weights", None), self.args.label_smoothing_factor
         tokens, seen = inputs.pop("tokens", None), self._total_train_tokens
+        if tokens is None and "attention_mask" in inputs:
+            tokens = int(inputs["attention_mask"].sum())
         if weights is None and not smoothing and self.own_scores:
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if tokens is not None and self.model.training:  # trl counts the positions of the first row
@@ -85,7 +87,7 @@ class _WeightedSft(SFTTrainer):
         self._metrics["train" if self.model.training else "eval"]["mean_token_accuracy"].append(accuracy.item())
         losses = -logps if weights is None else -logps * weights[:, 1:].to(logps)
         if self.model.training:
-            self._total_train_tokens += int(inputs["labels"].numel()) if tokens is None else tokens
+            self._total_train_tokens += inputs["labels"].numel() if tokens is None else tokens
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         loss = losses.sum() / (trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None:

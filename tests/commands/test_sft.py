@@ -309,7 +309,7 @@ def test_a_pass_without_padding_has_the_same_loss(
     monkeypatch.setattr(documents, "use", lambda model: False)
     rows = train(recipe(output={"dir": str(tmp_path / "rows")}, train=settings, data={"eval_split": 8}))
     assert "attention_mask" in shapes[-1]
-    for key in ("loss", "eval_loss", "mean_token_accuracy"):
+    for key in ("loss", "eval_loss", "mean_token_accuracy", "num_tokens"):
         assert logged(one_row, key) == pytest.approx(logged(rows, key), abs=1e-5), key
     assert logged(one_row, "grad_norm") == pytest.approx(logged(rows, "grad_norm"), rel=1e-4)
 

@@ -117,6 +117,28 @@ def test_a_network_that_computes_otherwise_then_keeps_its_own(config: dict[str, 
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.parametrize("longest", [64, 4])
+def test_positions_that_turn_by_the_width_of_a_row_keep_it(longest: int) -> None:
+    """Dynamic NTK, of which texts of the original length show nothing."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    assert not documents.use(llama(max_position_embeddings=longest, rope_parameters=rope))
+    assert documents.use(llama(max_position_embeddings=longest, rope_parameters={**rope, "rope_type": "linear"}))
+
+
+def test_an_adapter_that_begins_at_a_mark_keeps_rows_and_is_not_packed() -> None:
+    """aLoRA works behind the last of its marks in a row: of several texts there, in the last one only. A fresh one
+    computes nothing, and one without its marks neither, so that trying shows no difference."""
+    from peft import LoraConfig, get_peft_model
+
+    from finetune.training.packing import documents_isolated
+
+    for marks, apart in ((None, True), ([77, 78], False)):
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=marks)
+        model = get_peft_model(llama(vocab_size=300), config)
+        assert documents_isolated(model, [*range(3, 35)]) is apart
+        assert documents.use(model) is apart
+
+
 def test_virtual_tokens_keep_their_rows_apart() -> None:
     from peft import PromptTuningConfig, get_peft_model
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.adapters.load import apply
 from finetune.models import documents
 from finetune.recipe.adapters import ADAPTERS
+from finetune.rl.models import no_dropout
 from finetune.rl.replies import Replies, Sampling, end_scores, log_probs, response_logits, together, token_values
 
 PROMPTS = [[40, 50, 60, 70, 80], [90], [33, 44, 55]]
@@ -61,3 +62,17 @@ def test_no_position_is_padding(base: Path) -> None:
     read = torch.where(replies.mask.bool(), inputs["input_ids"][0][at], -1)
     assert read.tolist() == [[80, 7, 8, -1], [90, 9, 10, 11], [55, -1, -1, -1]]
     assert replies.side_by_side(last=True)[0]["input_ids"].shape == (1, 24)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("mixtral", {"router_jitter_noise": 0.1}), ("gpt2", {"embd_pdrop": 0.1}), ("opt", {"layerdrop": 0.5})],
+)
+def test_passes_of_an_unchanged_policy_are_equal(kind: str, more: dict[str, Any]) -> None:
+    """Whatever its config says of dropout, of layers that are left out and of noise on what chooses experts."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=96, **shape, **more)).train()
+    no_dropout(network)
+    ids = torch.arange(3, 40)[None]
+    one, *others = (network(input_ids=ids, use_cache=False).logits for _ in range(4))
+    assert all(torch.equal(one, other) for other in others)

@@ -1,4 +1,4 @@
-"""Pairs in one row, their prompts once: the same log-probabilities and gradients as of padded rows."""
+"""Rows of a pass in one, prompts of pairs once: the same log-probabilities, scores and gradients as of padded rows."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from finetune.models import documents
+from finetune.models.score_head import with_score_head
+from finetune.recipe.resolve import Hardware
+from finetune.recipe.stages import SftRecipe
 from finetune.training.loss_parts import score_trained_positions
 from finetune.training.preference import PairCollator
-from finetune.training.side_by_side import draws, pairs
+from finetune.training.side_by_side import allow, draws, scored, unpadded
 
 ROWS = [
     {"chosen_ids": [3, 4, 5, 6, 10, 11], "chosen_mask": [0, 0, 0, 0, 1, 1],
@@ -45,14 +48,14 @@ def measured(network: Any, call: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("share", [True, False])
 def test_log_probabilities_and_gradients_are_those_of_padded_rows(share: bool) -> None:
     network = model()
-    assert pairs(network, network) is network, "as long as it does not attend document by document"
+    assert unpadded(network, network) is network, "as long as it does not attend document by document"
     wanted = measured(network, network)
     assert documents.use(network)
     lengths: list[int] = []
     hook = network.model.register_forward_pre_hook(
         lambda module, args, given: lengths.append(given["input_ids"].numel()), with_kwargs=True
     )
-    found = measured(network, pairs(network, network, share))
+    found = measured(network, unpadded(network, network, share))
     hook.remove()
     assert lengths == [26 - 3 if share else 26], "three of four tokens of one prompt; the last ones predict"
     for name, value in wanted.items():
@@ -63,12 +66,71 @@ def test_log_probabilities_and_gradients_are_those_of_padded_rows(share: bool) -
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=limit, msg=name)
 
 
-def test_prompts_are_not_shared_where_activations_are_dropped() -> None:
-    network = model(attention_dropout=0.1)
+def test_rows_that_are_no_pairs_keep_their_order() -> None:
+    """As those of KTO: any number of them."""
+    network = model()
+    ids = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0], [9, 10, 11, 0]])
+    mask = (ids != 0).long()
+    given = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    wanted = network(**given, fused_lm_head=True).log_probs
     assert documents.use(network)
-    assert draws(network.train())
-    assert not draws(network.eval())
-    plain = model().train()
-    assert not draws(plain)
-    plain.model.layers[0].add_module("dropped", torch.nn.Dropout(0.1))
-    assert draws(plain)
+    found = unpadded(network, network)(**given, fused_lm_head=True).log_probs
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_scores_and_gradients_are_those_of_padded_rows(kind: str) -> None:
+    """Of a reward model: one score of each row, read at its last token."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(kind, vocab_size=96, intermediate_size=48, **shape)
+    torch.manual_seed(0)
+    network = with_score_head(AutoModelForCausalLM.from_config(config), kind)
+    batch = PairCollator(0)(ROWS)
+    del batch["completion_mask"]
+
+    def read(call: Any) -> dict[str, torch.Tensor]:
+        network.zero_grad()
+        scores = call(**batch, use_cache=False).logits
+        (scores[:, 0] * torch.arange(1, 7)).sum().backward()
+        grads = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+        return {"": scores.detach(), **grads}
+
+    assert scored(network, network) is network
+    wanted = read(network)
+    assert documents.use(network)
+    found = read(scored(network, network))
+    assert found[""].shape == (6, 1)
+    for name, value in wanted.items():
+        limit = 1e-5 * max(1.0, float(value.abs().max()))
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=limit, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "drawn"),
+    [
+        ("llama", {}, False),
+        ("llama", {"attention_dropout": 0.1}, True),
+        ("gpt2", {"resid_pdrop": 0.1}, True),
+        ("opt", {"dropout": 0.1, "ffn_dim": 48}, True),  # a function, no module
+        ("mixtral", {"router_jitter_noise": 0.1}, True),  # no dropout
+    ],
+)
+def test_whether_a_pass_draws_is_found_by_trying(kind: str, more: dict[str, Any], drawn: bool) -> None:
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "dropout": 0.0, "num_key_value_heads": 2}
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(kind, vocab_size=96, **{**shape, **off, **more})
+    network = AutoModelForCausalLM.from_config(config).eval()
+    network.get_output_embeddings().train()
+    before = torch.get_rng_state()
+    assert draws(network) is drawn
+    assert torch.equal(torch.get_rng_state(), before), "other numbers would be drawn from here on"
+    assert [module for module in network.modules() if module.training] == [network.get_output_embeddings()]
+
+
+@pytest.mark.parametrize(("train", "used"), [({}, True), ({"neftune_noise_alpha": 5.0}, False)], ids=str)
+def test_noise_on_embeddings_keeps_rows_apart(train: dict[str, Any], used: bool) -> None:
+    """NEFTune's is alpha / sqrt(length x width): of all rows in one it would be the less the more rows there are."""
+    recipe = {"version": 1, "stage": "sft", "model": {"name": "m"}, "data": {"train": "d"}, "output": {"dir": "o"}}
+    network = model()
+    allow(network, SftRecipe.model_validate({**recipe, "train": train}), Hardware())
+    assert documents.used(network) is used
