@@ -251,8 +251,9 @@ def test_who_is_not_heard_stays_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 WAITS = """
-import sys, threading, time
+import atexit, sys, threading
 from finetune import ranks
+atexit.register(lambda: print("Python ends", flush=True))
 try:
     print("waits", flush=True)
     ranks.interruptible(lambda: threading.Event().wait())
@@ -269,6 +270,7 @@ def test_a_signal_ends_a_wait_for_others() -> None:
         assert waiting.stdout.readline() == "waits\n"
         waiting.send_signal(signal.SIGINT)
         assert waiting.wait(30) == 130
+        assert not waiting.stdout.read(), "torch would abort the process"
     assert ranks.interruptible(lambda: 5) == 5
     with pytest.raises(ValueError, match="what it says"):
         ranks.interruptible(lambda: int("what it says"))
