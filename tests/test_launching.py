@@ -45,7 +45,7 @@ def recipe(stage: str = "sft", **sections: Mapping[str, Any]) -> Recipe:
     ("words", "said"),
     [
         (["--num-processes", "2"], "--num-processes: has no effect without --launch"),
-        (["--launch", "dp", "--num-processes", "2"], "--launch: no such way: dp → use ddp, fsdp, tp"),
+        (["--launch", "dp", "--num-processes", "2"], "--launch: no such way: dp → use ddp, fsdp, tp, deepspeed"),
         (["--launch", "ddp"], "--num-processes: is missing"),
         (["--launch", "ddp", "--num-processes", "3", "--num-machines", "2"], "3 processes cannot be shared out over 2"),
         (["--launch", "ddp", "--num-processes", "2", "--machine-rank", "1"], "--machine-rank: has no effect on one"),
@@ -107,7 +107,7 @@ def test_a_port_in_use(machines: int) -> None:
         ("tp", 2, {"train": {"optim": "muon"}}, "train.optim: muon"),
         ("tp", 2, {"train": {"torch_compile": True}}, "train.torch_compile: has not been tried"),
         ("tp", 2, {"train": {"neftune_noise_alpha": 5.0}}, "train.neftune_noise_alpha: has not been tried"),
-        ("tp", 2, {"model": {"quantization": "int4"}}, "model.quantization: int4 packs the weights"),
+        ("tp", 2, {"model": {"quantization": "int4"}}, "model.quantization: weights in int4 are packed"),
         ("tp", 2, {"model": {"dtype": "float16"}}, "model.dtype: whether the gradients of a step are finite"),
     ],
 )  # fmt: skip

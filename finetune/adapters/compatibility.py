@@ -138,7 +138,7 @@ def tensor_parallel(recipe: Recipe) -> Iterator[Problem]:
         what = "a new model has no weights of which each process could read its part"
         yield Problem(what, key="model.config", fix="use --launch ddp or fsdp")
     if recipe.model.quantization is not None:
-        what = f"{recipe.model.quantization} packs the weights, and --launch tp cuts them up"
+        what = f"weights in {recipe.model.quantization} are packed, and --launch tp cuts them up"
         yield Problem(what, key="model.quantization", fix="leave it out, or use --launch fsdp or ddp")
     if recipe.model.dtype == "float16":
         what = "whether the gradients of a step are finite each process would see of its part alone"

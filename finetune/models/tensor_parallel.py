@@ -69,12 +69,12 @@ def _problems(network: Any, config: Mapping[str, Any], name: str, processes: int
     for heads in ("num_attention_heads", "num_key_value_heads"):
         many = getattr(text, heads, None)
         if isinstance(many, int) and many % processes:
-            what = f"{many} heads ({heads}) cannot be shared out evenly over {processes} processes"
+            what = f"{heads} of {many} cannot be shared out evenly over {processes} processes"
             fix = f"use a number of processes that divides {many}, or --launch fsdp"
             yield Problem(what, path=name, key=key, fix=fix)
     for drop, value in text.to_dict().items():
         if drop.endswith(("dropout", "pdrop", "dropout_prob")) and drop != "classifier_dropout" and value:
-            what = f"{kind} drops out ({drop}: {value}), and each process would draw for its own part"
+            what = f"{kind} has dropout ({drop}: {value}), and each process would draw for its own part"
             yield Problem(what, path=name, key=key, fix=elsewhere)
 
 

@@ -56,8 +56,8 @@ def check_alike(together: Together, one: str, name: str) -> None:
     """Losses, the result's own weights; and each process had half of them."""
     folder, seen = together
     check_codes(together, name)
-    assert_alike(folder / one, folder / name)
     full = (folder / one / "model").is_dir()
+    assert_alike(folder / one, folder / name, 1e-4 if full else 1e-5)  # gradients of 4.4, not of 0.4
     for own in seen[name]:
         frozen, trained = own["shares"]
         assert (trained if full else frozen) < 0.52
@@ -146,8 +146,8 @@ def test_two_go_on_from_two(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.mark.parametrize(
     ("kind", "values", "said"),
     [
-        ("llama", {"num_key_value_heads": 1}, "1 heads (num_key_value_heads) cannot be shared out evenly over 2"),
-        ("llama", {"attention_dropout": 0.1}, "llama drops out (attention_dropout: 0.1)"),
+        ("llama", {"num_key_value_heads": 1}, "num_key_value_heads of 1 cannot be shared out evenly over 2"),
+        ("llama", {"attention_dropout": 0.1}, "llama has dropout (attention_dropout: 0.1)"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "the checkpoint is quantized"),
         ("gpt2", {}, "transformers has no plan to share out the layers of gpt2"),
         ("mixtral", {"num_local_experts": 2}, "mixtral has not been found to learn the same"),
