@@ -62,6 +62,7 @@ METHODS: list[tuple[Any, str, tuple[Any, ...], str]] = [
     (DPO, "_prepare_dataset", ("self", "dataset", ...), "rows are token ids already"),
     (KTO, "_prepare_dataset", ("self", "dataset", ...), "rows are token ids already"),
     (KTO, "_compute_kl_logps", ("self", "model", "batch"), "the KL term is that of the step, not of the pass"),
+    (KTO, "_compute_loss", ("self", "model", "inputs", "return_outputs"), "its rows stand side by side on CPUs"),
     (DPO, "compute_ref_log_probs", ("self", "model", "inputs"), "the reference is scored by the policy's own pass"),
     (KTO, "compute_ref_log_probs", ("self", "model", "inputs"), "the same"),
     (BaseTuner, "_pre_injection_hook", ("self", "model", "config", "adapter_name"), "targets of our own tuners"),

@@ -121,7 +121,7 @@ def test_generate_asks_the_same_and_keeps_thinking_apart(
         found = [json.loads(line) for line in output.read_text().splitlines()]
         assert [row["prediction"] for row in found] == ["0", "1"]
         assert [row.get("prediction_thinking") for row in found] == ["hm", None]
-    with pytest.raises(UserError, match=r"models\.run\.thinking: False now, and True"):
+    with pytest.raises(UserError, match=r"models\.run\.thinking: false now, and true"):
         generate.run([str(folder / "run")], data=str(data), output=str(output), thinking="off")
 
 

@@ -20,6 +20,7 @@ from finetune.adapters.load import apply
 from finetune.adapters.methods import sees_padding
 from finetune.data import conversations
 from finetune.errors import UserError
+from finetune.evaluation.generation import generate
 from finetune.evaluation.likelihood import negative_log_likelihoods
 from finetune.models import native
 from finetune.recipe.adapters import BitFitAdapter, FullAdapter, Ia3Adapter, LnTuningAdapter, LoraAdapter
@@ -174,4 +175,6 @@ def test_padding_that_is_seen_is_not_there(tmp_path: Path) -> None:
     assert not sees_padding(network("llama"))
     with pytest.raises(AssertionError, match="logits differ"):
         family_checks.pads(checkpoint)
-    family_checks.writes_alike(checkpoint)
+    model, encoder = checkpoint.load(), checkpoint.base.encoder
+    together, alone = (generate(model, encoder, checkpoint.samples, max_new_tokens=12, batch_size=n) for n in (4, 1))
+    assert together == alone

@@ -57,7 +57,7 @@ def test_byte_order_mark(tmp_path: Path) -> None:
         ("x" * (2 << 20), "is larger than 1 MiB"),
         (GOOD + "data: {train: x}\n", "line 6: data: key stands twice"),
         (GOOD.replace("{train: builtin:tickets/train}", "{train: a, train: b}"), "data.train: key stands twice"),
-        (GOOD + "train: {1: 2}\n", "train.1: 1 is not possible here"),
+        (GOOD + "train: {1: 2}\n", "train: 1 is no name of a key"),
         (GOOD + "train: {null: 2}\n", "train"),
         (GOOD + "train: {[1]: 2}\n", "not readable as YAML"),
         (GOOD + "train: 5\n", "train"),
