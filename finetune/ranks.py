@@ -179,24 +179,24 @@ def interruptible(wait: Callable[[], T]) -> T:
         return wait()
     found: list[T] = []
     errors: list[BaseException] = []
+    over = threading.Event()  # join() takes a thread for ended when a signal comes, in Python 3.11
 
     def waits() -> None:
         try:
             found.append(wait())
         except BaseException as error:
             errors.append(error)
-
-    waiting = threading.Thread(target=waits, daemon=True)
+        over.set()
 
     def end_at_once() -> None:
-        if waiting.is_alive():  # torch aborts where its wait is over while Python ends
+        if not over.is_set():  # torch aborts where its wait is over while Python ends
             sys.stderr.flush()
             os._exit(Interrupted.exit_code)
 
-    waiting.start()
     try:
-        while waiting.is_alive():
-            waiting.join(0.2)
+        threading.Thread(target=waits, daemon=True).start()
+        while not over.wait(0.2):
+            pass
     except BaseException:
         atexit.register(end_at_once)
         raise

@@ -228,11 +228,11 @@ def test_who_is_not_heard_stays_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 WAITS = """
-import sys, threading, time
+import atexit, sys, threading
 from finetune import ranks
+atexit.register(lambda: print("Python ends", flush=True))
 try:
-    print("waits", flush=True)
-    ranks.interruptible(lambda: threading.Event().wait())
+    ranks.interruptible(lambda: (print("waits", flush=True), threading.Event().wait()))
 except KeyboardInterrupt:
     sys.exit(130)
 """
@@ -246,6 +246,7 @@ def test_a_signal_ends_a_wait_for_others() -> None:
         assert waiting.stdout.readline() == "waits\n"
         waiting.send_signal(signal.SIGINT)
         assert waiting.wait(30) == 130
+        assert not waiting.stdout.read(), "torch would abort the process"
     assert ranks.interruptible(lambda: 5) == 5
     with pytest.raises(ValueError, match="what it says"):
         ranks.interruptible(lambda: int("what it says"))
