@@ -209,8 +209,8 @@ def interruptible(wait: Callable[[], T]) -> T:
             sys.stderr.flush()
             os._exit(Interrupted.exit_code)
 
-    threading.Thread(target=waits, daemon=True).start()
     try:
+        threading.Thread(target=waits, daemon=True).start()
         while not over.wait(0.2):
             pass
     except BaseException:

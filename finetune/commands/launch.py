@@ -72,16 +72,16 @@ def environment(launch: Launch, local: int) -> dict[str, str]:
 
 def watched(processes: Sequence[Any], context: Any, launch: Launch) -> int:
     """The exit code of all of them; signals go to each, which then ends in its own time."""
-    terminals, asked = at_terminal(), 0
+    terminals, asked = at_terminal(), list[int]()
 
     def pass_on(number: int, frame: Any) -> None:
-        nonlocal asked
-        asked += 1
         if number == HANGUP:
             leave(terminals)
+        number = signal.SIGTERM if number == signal.SIGINT else number  # Python shows a traceback before ft has begun
+        asked.append(number if len(asked) + 1 < AT_ONCE else signal.SIGKILL)
         for process in processes:
             if process.poll() is None:
-                process.send_signal(number if asked < AT_ONCE else signal.SIGKILL)
+                process.send_signal(asked[-1])
 
     before = [(number, signal.signal(number, pass_on)) for number in stopping()]
     try:
@@ -99,22 +99,25 @@ def watched(processes: Sequence[Any], context: Any, launch: Launch) -> int:
             signal.signal(number, handler)
     first = launch.machine_rank * len(processes)
     codes = [0 if number in still else process.poll() for number, process in enumerate(processes)]
-    return told({first + number: code for number, code in enumerate(codes) if code}, launch, bool(asked))
+    return told({first + number: code for number, code in enumerate(codes) if code}, launch, asked)
 
 
-def told(codes: dict[int, int], launch: Launch, asked: bool = False) -> int:
+def told(codes: dict[int, int], launch: Launch, asked: Sequence[int] = ()) -> int:
     """The exit code of those that failed by themselves; a signal that ended one is said, as nobody else can.
 
-    asked: whether this process was to end, and has told all of them.
+    asked: the signals that this process has sent to all of them.
     """
-    killed = {rank: -code for rank, code in codes.items() if code < 0}
+    killed = {rank: -code for rank, code in codes.items() if code < 0 and -code not in asked}
     for rank, number in killed.items():
         name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
         said = " (out of memory?)" if number == signal.SIGKILL else ""
         note(f"process {rank} of {launch.processes} was ended by {name}{said}, and the others with it", "red")
     if killed:
         return 1
-    own = {rank: code for rank, code in codes.items() if code != ranks.Lost.exit_code}
+    own = {rank: code for rank, code in codes.items() if code > 0 and code != ranks.Lost.exit_code}
+    if asked and not own:  # before they had begun, or as they are
+        note("interrupted", "yellow")
+        return Interrupted.exit_code
     if not asked and set(own.values()) == {Interrupted.exit_code} and len(own) < launch.processes // launch.machines:
         alone = ", ".join(map(str, own))
         note(f"process {alone} of {launch.processes} was interrupted, and the others end with it", "red")
