@@ -23,6 +23,7 @@ from finetune import ranks
 from finetune.child import HANGUP, at_terminal, leave, python_path, stopping
 from finetune.early.launching import Launch
 from finetune.errors import RunError, UserError
+from finetune.models import hardware
 from finetune.terminal.progress import note, warn
 
 GRACE = 15  # seconds in which the others may end by themselves
@@ -49,7 +50,7 @@ def run(words: Sequence[str], launch: Launch) -> int:
 
 def check_devices(here: int) -> None:
     """UserError for more processes than GPUs; a warning where there are none, and fewer cores."""
-    cards, cores = torch.cuda.device_count(), os.cpu_count() or here
+    cards, cores = torch.cuda.device_count(), hardware.cores_allowed()
     if cards and here > cards:
         what = f"{here} processes want a GPU each, and this machine has {cards}"
         raise UserError(what, key="--num-processes", fix=f"start {cards} on each machine")
@@ -64,7 +65,7 @@ def environment(launch: Launch, local: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": here, "GROUP_RANK": launch.machine_rank, "MASTER_ADDR": launch.main_address,
         "MASTER_PORT": launch.main_port, ranks.KIND: launch.kind, ranks.WORDS: " ".join(launch.words()),
         ranks.LAUNCHER: os.getpid(), "TORCHELASTIC_USE_AGENT_STORE": False, "PYTHONPATH": python_path(),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // here),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or max(1, hardware.cores_allowed() // here),
     }  # fmt: skip
     return {name: str(value) for name, value in values.items()}
 

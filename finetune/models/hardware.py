@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,6 @@ def detect() -> Hardware:
 
 def described() -> dict[str, Any]:
     """The machine in a run's record; nothing that names it."""
-    import os
     import platform
 
     found = detect()
@@ -83,3 +84,47 @@ def input_device(model: torch.nn.Module) -> torch.device:
         return device
     places = (getattr(model, "hf_device_map", None) or {}).values()
     return torch.device(next((place for place in places if isinstance(place, int)), "cpu"))
+
+
+def cores_allowed() -> int:
+    """Of this process: by affinity and by a container's share of processor time."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        count = os.cpu_count() or 1
+    share = quota()
+    return count if share is None else max(1, min(count, math.ceil(share)))
+
+
+def quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Processors' worth of time that the container may take, or the groups that this process is in; None without a
+    limit. Of cgroups, version 2 and 1.
+
+    Args:
+        own: lines "number:controllers:group"; version 2 is the one without controllers.
+    """
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        lines = []
+    folders = [root, root / "cpu"]
+    for _, kinds, group in (line for line in lines if len(line) == 3 and ".." not in line[2]):
+        if not kinds or "cpu" in kinds.split(","):
+            top = root / "cpu" if kinds else root
+            below = Path(group.strip("/"))
+            folders += [top / below, *(top / part for part in below.parents)]
+    found = [share for folder in folders if (share := quota_of(folder)) is not None]
+    return min(found, default=None)
+
+
+def quota_of(folder: Path) -> float | None:
+    """Of one group."""
+    try:
+        found = folder / "cpu.max"
+        words = found.read_text().split() if found.exists() else [
+            (folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")
+        ]  # fmt: skip
+        most, period = (float(word) for word in words)
+    except (OSError, ValueError):  # "max"
+        return None
+    return most / period if most > 0 and period > 0 else None

@@ -7,10 +7,9 @@ had: another number rounds otherwise.
 
 from __future__ import annotations
 
-import math
 import os
+import re
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,8 @@ GAIN = 0.9
 """Of the time of torch's own number: another one has to be faster by more than the noise of a busy machine."""
 ROUNDS = 4
 SET_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+CHOSEN = re.compile(r"\s*\+?0*[1-9]\d*\s*(,|$)")
+"""A number, or one for each level of nesting; torch passes over anything else."""
 
 
 def choose(recipe: Recipe, machine: Hardware, before: int | None = None) -> str | None:
@@ -40,8 +41,8 @@ def choose(recipe: Recipe, machine: Hardware, before: int | None = None) -> str 
     """
     if machine.device != "cpu" or machine.processes > 1:
         return None
-    own, cores = torch.get_num_threads(), cores_allowed()
-    if name := next((name for name in SET_BY if os.environ.get(name)), None):
+    own, cores = torch.get_num_threads(), hardware.cores_allowed()
+    if name := next((name for name in SET_BY if CHOSEN.match(os.environ.get(name, ""))), None):
         return None if own == cores else f"threads: {own} of {cores} cores, as {name} says"
     if before is not None and before <= max(cores, own):
         torch.set_num_threads(before)
@@ -64,29 +65,6 @@ def choose(recipe: Recipe, machine: Hardware, before: int | None = None) -> str 
 def candidates(own: int, cores: int) -> list[int]:
     """Torch's own number, all cores allowed, a half and a quarter of them, and one."""
     return sorted({own, cores, *(max(1, cores // part) for part in (2, 4)), 1})
-
-
-def cores_allowed() -> int:
-    """Of this process: by affinity and by a container's share of processor time."""
-    try:
-        count = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS, Windows
-        count = os.cpu_count() or 1
-    share = quota()
-    return count if share is None else max(1, min(count, math.ceil(share)))
-
-
-def quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Processors' worth of time that the container may take; None without a limit. Of cgroups, version 2 and 1."""
-    try:
-        found = root / "cpu.max"
-        words = found.read_text().split() if found.exists() else [
-            (root / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")
-        ]  # fmt: skip
-        most, period = (float(word) for word in words)
-    except (OSError, ValueError):  # "max"
-        return None
-    return most / period if most > 0 and period > 0 else None
 
 
 def block_seconds(recipe: Recipe, counts: list[int]) -> dict[int, float] | None:

@@ -84,6 +84,29 @@ def logged(found: Run, key: str) -> list[float]:
     return [row[key] for row in found.read_metrics() if key in row]
 
 
+def test_kto_without_padding_has_the_figures_of_padded_rows(
+    aligned: Write, unpaired: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers, those to other prompts, their references and held-out rows: each pass is one row."""
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    from finetune.models import documents
+
+    passes, plain = [], LlamaModel.forward
+    monkeypatch.setattr(LlamaModel, "forward", lambda self, **given: passes.append(given) or plain(self, **given))
+    settings = {"data": {"train": str(unpaired), "eval_split": 6}, "train": {"max_steps": 2}}
+    one = run(aligned("kto", **settings))
+    assert passes
+    assert all(given.get("attention_mask") is None and len(given["input_ids"]) == 1 for given in passes)
+    monkeypatch.setattr(documents, "use", lambda model: False)
+    shutil.rmtree(tmp_path / "cache")
+    rows = run(aligned("kto", **settings, output={"dir": str(tmp_path / "rows")}))
+    assert passes[-1]["attention_mask"] is not None
+    for key in ("loss", "eval_loss", "rewards/margins", "eval_logps/chosen", "num_tokens", "entropy"):
+        assert logged(one, key) == pytest.approx(logged(rows, key), rel=1e-5, abs=1e-5), key
+    assert logged(one, "grad_norm") == pytest.approx(logged(rows, "grad_norm"), rel=1e-4)
+
+
 @pytest.mark.parametrize("stage", ["dpo", "kto"])
 def test_losses_equal_those_of_trl(
     aligned: Write, base: Path, pairs: Path, unpaired: Path, tmp_path: Path, stage: str

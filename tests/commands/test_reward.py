@@ -127,6 +127,26 @@ def test_learns_and_scores_alike_everywhere(tmp_path: Path, base: Path, adapter:
         assert [theirs(input_ids=torch.tensor([row])).logits.item() for row in rows] == pytest.approx(alone, abs=1e-5)
 
 
+def test_pairs_without_padding_have_the_figures_of_padded_rows(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    from finetune.models import documents
+
+    passes, plain = [], LlamaModel.forward
+    monkeypatch.setattr(LlamaModel, "forward", lambda self, **given: passes.append(given) or plain(self, **given))
+    settings: dict[str, Any] = {"data": {"eval_split": 6}, "train": {"max_steps": 2}}
+    one = run_reward(reward_recipe(tmp_path, base, **settings))
+    assert passes
+    assert all(given.get("attention_mask") is None and len(given["input_ids"]) == 1 for given in passes)
+    monkeypatch.setattr(documents, "use", lambda model: False)
+    rows = run_reward(reward_recipe(tmp_path, base, "rows", **settings))
+    assert passes[-1]["attention_mask"] is not None
+    for key in ("loss", "grad_norm", "eval_loss", "margin", "eval_mean_reward", "num_tokens"):
+        assert logged(one, key) == pytest.approx(logged(rows, key), rel=1e-4, abs=1e-5), key
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_on_quantized_bases(tmp_path: Path, base: Path, kind: str) -> None:
     path = reward_recipe(tmp_path, base, model={"quantization": kind}, data={"eval_split": 8}, train={"max_steps": 16})

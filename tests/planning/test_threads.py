@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import train
 
+from finetune.models import hardware
 from finetune.planning import threads
 from finetune.recipe.file import check
 from finetune.recipe.resolve import Hardware, resolve
@@ -32,7 +33,7 @@ def nobody_has_chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in threads.SET_BY:
         monkeypatch.delenv(name, raising=False)
     torch.set_num_threads(4)
-    monkeypatch.setattr(threads, "cores_allowed", lambda: 8)
+    monkeypatch.setattr(hardware, "cores_allowed", lambda: 8)
     yield
     torch.set_num_threads(own)
 
@@ -78,7 +79,7 @@ def test_one_busy_moment_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("machine", "more"),
     [(Hardware("cuda", bf16=True), {}), (Hardware("cpu", bf16=False, processes=2), {}), (CPU, {"OMP_NUM_THREADS": "4"}),
-     (CPU, {"MKL_NUM_THREADS": "4"})],
+     (CPU, {"OMP_NUM_THREADS": " 4,2"}), (CPU, {"MKL_NUM_THREADS": "4"})],
 )  # fmt: skip
 def test_nothing_is_timed(machine: Hardware, more: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     taken = clock(monkeypatch, {})
@@ -114,7 +115,36 @@ def test_what_a_container_allows(files: dict[str, str], found: float | None, tmp
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert threads.quota(tmp_path) == found
+    assert hardware.quota(tmp_path, tmp_path / "own") == found
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "found"),
+    [
+        ("0::/user.slice/job.scope\n", {"user.slice/cpu.max": "200000 100000"}, 2.0),
+        ("0::/a/b\n", {"cpu.max": "max 100000", "a/cpu.max": "400000 100000", "a/b/cpu.max": "150000 100000"}, 1.5),
+        ("3:cpu,cpuacct:/job\n0::/\n",
+         {"cpu/job/cpu.cfs_quota_us": "300000", "cpu/job/cpu.cfs_period_us": "100000"}, 3.0),
+        ("0::/../../other\n", {"cpu.max": "max 100000"}, None),
+        ("nonsense\n", {"cpu.max": "200000 100000"}, 2.0),
+    ],
+)  # fmt: skip
+def test_what_the_groups_of_the_process_allow(
+    own: str, files: dict[str, str], found: float | None, tmp_path: Path
+) -> None:
+    """A service or a job of a cluster, without a container around it."""
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text)
+    assert hardware.quota(tmp_path / "root", tmp_path / "own") == found
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "1.5", ""])
+def test_what_torch_passes_over_is_no_choice(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock(monkeypatch, {1: 1.0, 2: 0.5, 4: 1.0, 8: 1.0})
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert (threads.choose(asked(), CPU) or "").startswith("threads: 2 of 8 cores; a block of the model")
 
 
 def test_a_run_that_goes_on_keeps_its_number(recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,3 +174,12 @@ def test_a_machine_with_fewer_cores_times_anew(monkeypatch: pytest.MonkeyPatch) 
     said = threads.choose(asked(), CPU, before=64)
     assert torch.get_num_threads() == 4
     assert "a block of the model" in (said or "")
+
+
+def test_processes_of_a_launch_share_the_cores_that_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of the machine, of which a container may have few."""
+    from finetune.commands import launch
+    from finetune.early.launching import Launch
+
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert launch.environment(Launch(kind="ddp", processes=2), 0)["OMP_NUM_THREADS"] == "4"
