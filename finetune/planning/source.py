@@ -18,8 +18,10 @@ SHIPPED = Path(__file__).parent / "configs"
 def skeleton(model: ModelConfig) -> Any:
     """The network without weights. Nothing is downloaded but config.json, where it is neither here nor shipped."""
     if model.is_new:
+        # Ids are the tokenizer's, and of no size; those that a config class has may lie outside of this vocabulary.
+        config = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **model.config}  # type: ignore[attr-defined]
         with torch.device("meta"):
-            return loading.new_model(model.config, torch.float32)  # type: ignore[attr-defined]
+            return loading.new_model(config, torch.float32)
     folder = shipped(model)
     if folder is not None:
         model = model.model_copy(update={"name": str(folder), "source": "local", "revision": None})
