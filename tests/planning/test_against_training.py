@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import ft, train
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from finetune.adapters.methods import METHODS
 from finetune.commands import plan
 from finetune.errors import UserError
+from finetune.models import sources
 from finetune.planning import cards, fits, network, sizing, source
 from finetune.planning.memory import estimate
 from finetune.planning.passes import traced
@@ -83,6 +84,15 @@ def test_ids_of_a_new_network_are_its_tokenizer_s() -> None:
     del config["pad_token_id"]
     model = PretrainModelConfig(name="mine", tokenizer="t", config=config)
     assert source.skeleton(model).config.pad_token_id is None
+
+
+def test_the_vocabulary_of_a_new_network_is_its_tokenizer_s(base: Path) -> None:
+    """Not that of its config class, LLaMA's 32,000; builtin:world makes the one of tiny-llama."""
+    config = {"model_type": "llama", **{key: value for key, value in SHAPE.items() if key != "vocab_size"}}
+    for tokenizer, made in ((str(base), base), ("builtin:world", sources.BUILTIN_MODELS / "tiny-llama")):
+        model = PretrainModelConfig(name="mine", tokenizer=tokenizer, config=config)
+        rows = source.skeleton(model).get_input_embeddings().weight.shape[0]
+        assert rows == len(AutoTokenizer.from_pretrained(made))
 
 
 @pytest.mark.parametrize(("method", "kind"), [("full", "int4"), ("loha", "int4"), ("lokr", "int8")])
