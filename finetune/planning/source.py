@@ -25,7 +25,8 @@ def skeleton(model: ModelConfig) -> Any:
     if model.is_new:
         # Ids are the tokenizer's, and of no size; those that a config class has may lie outside of this vocabulary.
         config = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **model.config}  # type: ignore[attr-defined]
-        config.setdefault("vocab_size", vocabulary(str(model.tokenizer)))  # type: ignore[attr-defined]
+        if "vocab_size" not in config:
+            config["vocab_size"] = vocabulary(str(model.tokenizer))  # type: ignore[attr-defined]
         with torch.device("meta"):
             return loading.new_model(config, torch.float32)
     folder = shipped(model)
