@@ -242,3 +242,11 @@ def test_a_report_of_others_is_none_of_ours() -> None:
     for versions in ("software", ["ft"], None, {"torch": "2"}):
         assert not places.made_by_ft({"versions": versions}), versions
     assert places.made_by_ft({"versions": {"ft": "0"}})
+
+
+def test_a_folder_below_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"file: output\.dir: is no folder"):
+        check_folder(tmp_path / "file" / "a" / "run", "output.dir")
+    with pytest.raises(UserError, match=r"file: output\.dir: is a file"):
+        check_folder(tmp_path / "file", "output.dir")

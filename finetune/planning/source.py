@@ -9,17 +9,26 @@ import torch
 
 from finetune.models import loading, sources
 from finetune.models.gguf import cache
+from finetune.models.tokenizers import load_tokenizer
+from finetune.models.weight_files import read_json
 from finetune.recipe.sections import ModelConfig
 
 SHIPPED = Path(__file__).parent / "configs"
 """config.json of the models that shipped recipes name, as far as it says how the network is built."""
 
 
+MADE_FOR = {"builtin:world": "tiny-llama", "builtin:world/chatglm3": "tiny-chatglm3"}
+
+
 def skeleton(model: ModelConfig) -> Any:
     """The network without weights. Nothing is downloaded but config.json, where it is neither here nor shipped."""
     if model.is_new:
+        # Ids are the tokenizer's, and of no size; those that a config class has may lie outside of this vocabulary.
+        config = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **model.config}  # type: ignore[attr-defined]
+        if "vocab_size" not in config:
+            config["vocab_size"] = vocabulary(str(model.tokenizer))  # type: ignore[attr-defined]
         with torch.device("meta"):
-            return loading.new_model(model.config, torch.float32)  # type: ignore[attr-defined]
+            return loading.new_model(config, torch.float32)
     folder = shipped(model)
     if folder is not None:
         model = model.model_copy(update={"name": str(folder), "source": "local", "revision": None})
@@ -30,6 +39,13 @@ def skeleton(model: ModelConfig) -> Any:
         cache.check(sources.gguf_base(model))
         return loading.of_config(config_of(read_header(sources.gguf_base(model))), model)
     return loading.skeleton(model, with_weights=False)
+
+
+def vocabulary(tokenizer: str) -> int:
+    """Tokens of a new model, which are its tokenizer's; one that training makes is that of a built-in base."""
+    if tokenizer in MADE_FOR:
+        return int(read_json(sources.BUILTIN_MODELS / MADE_FOR[tokenizer] / "config.json")["vocab_size"])
+    return len(load_tokenizer(ModelConfig(name=tokenizer)))
 
 
 def is_unconverted(model: ModelConfig) -> bool:

@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import ft, train
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from finetune.adapters.methods import METHODS
 from finetune.commands import plan
 from finetune.errors import UserError
-from finetune.planning import cards, fits, network, sizing
+from finetune.models import sources
+from finetune.planning import cards, fits, network, sizing, source
 from finetune.planning.memory import estimate
 from finetune.planning.passes import traced
 from finetune.planning.tracker import Tracker
 from finetune.recipe.file import check, load
 from finetune.recipe.resolve import Hardware, resolve
+from finetune.recipe.sections import PretrainModelConfig
 from finetune.recipe.stages import SftRecipe
 
 pytestmark = pytest.mark.whole
@@ -74,6 +76,23 @@ def test_every_method_is_planned(method: str) -> None:
     more = {"oft_block_size": 16} if method == "oft" else {}
     made = recipe(adapter={"method": method, **more}, train={"max_steps": 100})
     assert traced(network.build(made, skeleton("llama")), made, 2, 32)
+
+
+def test_ids_of_a_new_network_are_its_tokenizer_s() -> None:
+    """GLM's own lie beyond a small vocabulary."""
+    config = {"model_type": "glm", **SHAPE, "head_dim": 12}
+    del config["pad_token_id"]
+    model = PretrainModelConfig(name="mine", tokenizer="t", config=config)
+    assert source.skeleton(model).config.pad_token_id is None
+
+
+def test_the_vocabulary_of_a_new_network_is_its_tokenizer_s(base: Path) -> None:
+    """Not that of its config class, LLaMA's 32,000; builtin:world makes the one of tiny-llama."""
+    config = {"model_type": "llama", **{key: value for key, value in SHAPE.items() if key != "vocab_size"}}
+    for tokenizer, made in ((str(base), base), ("builtin:world", sources.BUILTIN_MODELS / "tiny-llama")):
+        model = PretrainModelConfig(name="mine", tokenizer=tokenizer, config=config)
+        rows = source.skeleton(model).get_input_embeddings().weight.shape[0]
+        assert rows == len(AutoTokenizer.from_pretrained(made))
 
 
 @pytest.mark.parametrize(("method", "kind"), [("full", "int4"), ("loha", "int4"), ("lokr", "int8")])

@@ -207,3 +207,24 @@ def test_going_on_and_starting_anew_exclude_each_other(tmp_path: Path) -> None:
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(UserError, match="no complete checkpoint"):
         check_output(tmp_path / "run", overwrite=False, resume=True)
+
+
+def test_what_a_user_put_where_the_old_run_goes_stays(tmp_path: Path) -> None:
+    finished(tmp_path / "run")
+    (tmp_path / "run" / ASIDE).mkdir()
+    (tmp_path / "run" / ASIDE / "mine").write_text("mine")
+    with pytest.raises(UserError, match="is nothing that ft wrote"):
+        check_output(tmp_path / "run", overwrite=True, resume=False)
+
+
+def test_inputs_in_the_run_beside_what_it_writes(tmp_path: Path) -> None:
+    """What lies where the old run is put aside, the run's own directory as data, and links deep in a folder of data."""
+    run, data = tmp_path / "run", tmp_path / "data" / "deep"
+    finished(run, adapter__rows="x", **{"mine.jsonl": "x"})
+    (run / ASIDE).mkdir()
+    (run / ASIDE / "rows.jsonl").write_text("x")
+    data.mkdir(parents=True)
+    (data / "rows.jsonl").symlink_to(run / "adapter" / "rows")
+    for value in (run / ASIDE / "rows.jsonl", run, tmp_path / "data"):
+        with pytest.raises(UserError, match="would be deleted by --overwrite"):
+            check_inputs(reading(run, "data.train", str(value)))
