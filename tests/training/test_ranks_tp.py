@@ -57,15 +57,15 @@ def check_alike(together: Together, one: str, name: str) -> None:
     folder, seen = together
     check_codes(together, name)
     full = (folder / one / "model").is_dir()
-    assert_alike(folder / one, folder / name, 1e-4 if full else 1e-5)  # gradients of 4.4, not of 0.4
+    assert_alike(folder / one, folder / name, relative=1e-5)  # norms of gradients reach 4.4
     for own in seen[name]:
         frozen, trained = own["shares"]
         assert (trained if full else frozen) < 0.52
     kept = "model" if full else "adapter"
     whole, found = tensors(folder / one / kept), tensors(folder / name / kept)
     assert {name: value.shape for name, value in whole.items()} == {name: v.shape for name, v in found.items()}
-    for key, value in whole.items():
-        assert (value - found[key]).abs().max() < 1e-4, key
+    for key, value in whole.items():  # AdamW makes a step of a gradient that is next to nothing: of one in 512, 1e-3
+        assert (value - found[key]).abs().mean() < 1e-5, key
 
 
 def steps(number: int) -> tuple[str, str]:
