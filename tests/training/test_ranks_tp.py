@@ -57,7 +57,7 @@ def check_alike(together: Together, one: str, name: str) -> None:
     folder, seen = together
     check_codes(together, name)
     full = (folder / one / "model").is_dir()
-    assert_alike(folder / one, folder / name, relative=1e-5)  # norms of gradients reach 4.4
+    assert_alike(folder / one, folder / name, norms=1e-3)  # that reach 4.4, after 16 steps
     for own in seen[name]:
         frozen, trained = own["shares"]
         assert (trained if full else frozen) < 0.52
