@@ -250,3 +250,9 @@ def test_a_folder_below_a_file_is_told(tmp_path: Path) -> None:
         check_folder(tmp_path / "file" / "a" / "run", "output.dir")
     with pytest.raises(UserError, match=r"file: output\.dir: is a file"):
         check_folder(tmp_path / "file", "output.dir")
+
+
+def test_json_that_is_no_object_is_none_of_ours(tmp_path: Path) -> None:
+    for text in ("[1]", "null", '"x"', "{"):
+        (tmp_path / "result.json").write_text(text)
+        assert places.read_json(tmp_path / "result.json") == {}

@@ -55,10 +55,14 @@ FORBIDDEN = {
     "eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "marshal.loads", "joblib.load",
     "yaml.unsafe_load", "yaml.full_load", "torch.jit.load", "shelve.open",
 }  # fmt: skip
+NEVER = ("trust_remote_code", "shell", "allow_pickle")
 SAFE_LOADERS = ("Loader=_Loader", "SafeLoader")
 
 
-def unsafe(call: ast.Call) -> str | None:
+def unsafe(call: ast.Call | ast.Dict) -> str | None:
+    if isinstance(call, ast.Dict):  # options that are handed on
+        values = {ast.unparse(k).strip("'"): ast.unparse(v) for k, v in zip(call.keys, call.values, strict=True) if k}
+        return next((f"{{{key}: True}}" for key in NEVER if values.get(key) == "True"), None)
     name, given = ast.unparse(call.func), {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
     if name in FORBIDDEN:
         return name
@@ -70,23 +74,21 @@ def unsafe(call: ast.Call) -> str | None:
         and "SafeLoader" not in ast.unparse(call)
     ):
         return "yaml.load without a safe loader"
-    for key, value in (("trust_remote_code", "True"), ("shell", "True"), ("allow_pickle", "True")):
-        if given.get(key) == value:
-            return f"{name}({key}=True)"
-    return None
+    return next((f"{name}({key}=True)" for key in NEVER if given.get(key) == "True"), None)
 
 
 def test_nothing_in_the_package_runs_what_it_reads() -> None:
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and (what := unsafe(node)) is not None:
+            if isinstance(node, ast.Call | ast.Dict) and (what := unsafe(node)) is not None:
                 found.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {what}")
     assert found == []
 
 
 def test_the_look_at_the_package_finds_something() -> None:
-    lines = ("torch.load(f)", "eval(x)", "yaml.load(t, yaml.Loader)", "f(trust_remote_code=True)", "run(x, shell=True)")
+    lines = ("torch.load(f)", "eval(x)", "yaml.load(t, yaml.Loader)", "f(trust_remote_code=True)", "run(x, shell=True)",
+             "{'trust_remote_code': True}")  # fmt: skip
     for line in lines:
         assert unsafe(ast.parse(line).body[0].value) is not None  # type: ignore[attr-defined]
 
