@@ -95,7 +95,7 @@ class HeldOutFigures:
                 with sharded.gathered(self.model):
                     figures = ranks.each(during.figures(self.model, self.doing))[0]
             else:
-                figures = ranks.from_first(lambda: during.figures(self.model, self.doing))
+                figures = ranks.of_all(lambda: during.figures(self.model, self.doing))
         if self.samples is not None and self.is_world_process_zero():  # type: ignore[attr-defined]
             append_lines(self.samples, [{"step": self.state.global_step, **row} for row in during.samples])
         return {f"eval_{name}": value for name, value in figures.items()}

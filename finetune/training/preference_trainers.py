@@ -103,7 +103,7 @@ class Dpo(Extras, RowMeans, _PairLoss):
         super().__init__(ref_model=NoReference(kwargs["model"].config), **kwargs)
         check_scores(self.model)
         self.recipe_dpo, self.precompute_ref_logps = dpo, True
-        self.draws = documents.used(self.model) and ranks.from_first(lambda: draws(self.model))
+        self.draws = documents.used(self.model) and ranks.of_all(lambda: draws(self.model))
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from finetune.models import tensor_parallel
 from finetune.models.loading import skeleton
 from finetune.recipe.sections import ModelConfig
 
+PACKAGE = Path(tensor_parallel.__file__).parents[1]
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 2,
@@ -141,6 +143,15 @@ def test_two_go_on_from_two(tmp_path_factory: pytest.TempPathFactory) -> None:
     )
     check_alike(together, "whole", "two")
     check_alike(together, "dpo.one", "dpo.tp")
+
+
+def test_nobody_computes_a_pass_alone() -> None:
+    """What is tried on the model is tried by all (`ranks.of_all`): with a part of every layer, the first would wait for
+    ever."""
+    asked = re.compile(r"from_first\(lambda: [\w.]+\(.*\bmodel\b")
+    lines = [line for file in PACKAGE.rglob("*.py") for line in file.read_text("utf-8").splitlines()]
+    assert [line for line in lines if asked.search(line)] == []
+    assert asked.search("x = ranks.from_first(lambda: draws(self.model))")
 
 
 @pytest.mark.parametrize(
