@@ -66,8 +66,8 @@ def check_alike(together: Together, one: str, name: str) -> None:
     kept = "model" if full else "adapter"
     whole, found = tensors(folder / one / kept), tensors(folder / name / kept)
     assert {name: value.shape for name, value in whole.items()} == {name: v.shape for name, v in found.items()}
-    for key, value in whole.items():  # AdamW makes a step of a gradient that is next to nothing: of one in 512, 1e-3
-        assert (value - found[key]).abs().mean() < 1e-5, key
+    for key, value in whole.items():  # AdamW steps by 0.01, also where a gradient is next to nothing
+        assert (value - found[key]).abs().mean() < 1e-4, key
 
 
 def steps(number: int) -> tuple[str, str]:
