@@ -299,6 +299,42 @@ def test_who_ended_the_others_is_said(
     assert err.startswith(said) if said else not err
 
 
+class Starting:
+    """A process in which Python, and not yet ft, gets the signals; the first look at it is where Ctrl-C comes."""
+
+    code: int | None = None
+    looked = False
+
+    def poll(self) -> int | None:
+        if not self.looked:
+            self.looked = True
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.code
+
+    def send_signal(self, number: int) -> None:
+        self.code = -number
+
+
+def test_ctrl_c_before_a_process_has_begun(capsys: pytest.CaptureFixture[str]) -> None:
+    """Python would show a traceback for SIGINT."""
+    from finetune.commands.launch import watched
+
+    process, context = Starting(), SimpleNamespace(close=lambda *_, **__: None)
+    assert watched([process], context, launching.Launch("ddp", 1)) == 130
+    assert process.code == -signal.SIGTERM
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_the_command_that_starts_again_has_the_launcher_s_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finetune.cli.check_processes", interrupted)
+    monkeypatch.setenv(ranks.WORDS, "--launch ddp --num-processes 2")
+    for words in (["sft", "r.yaml"], ["sft", "r.yaml", "--launch", "ddp", "--num-processes", "2"]):
+        assert ft(*words).stderr == "interrupted; start again with ft sft r.yaml --launch ddp --num-processes 2\n"
+
+
 def test_a_launcher_that_is_gone_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A shell may have kept its variable."""
     done = subprocess.run(

@@ -13,6 +13,7 @@ from transformers import TrainerState
 from finetune import ranks
 from finetune.commands.kto import check_others
 from finetune.run.checkpoints import complete
+from finetune.training import session
 from finetune.training.checkpointing import Checkpointing
 from finetune.training.plan import Layout
 
@@ -68,3 +69,17 @@ def test_a_row_of_each_process_is_a_step_of_two(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(ranks.UserError, match="one is alone in it"):
         check_others(Layout(1, 1, 1, 1), rows)
+
+
+def test_a_dry_run_says_how_many_share_a_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = {"rows": 48, "trained_tokens": 0, "dropped": 0}
+    stub: Any = SimpleNamespace(
+        inputs=lambda dry_run: None, recipe=SimpleNamespace(model=SimpleNamespace(quantization=None)),
+        rows=SimpleNamespace(counts=counts), layout=Layout(2, 2, 6, 6),
+    )  # fmt: skip
+    monkeypatch.setattr(session, "to_yaml", lambda recipe: "")
+    as_rank(monkeypatch, 0)
+    session.Session.show(stub)
+    assert "6 steps of 2 rows x 2 passes x 2 processes; nothing was written" in capsys.readouterr().err
