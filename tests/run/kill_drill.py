@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def part(*arguments: str, module: str = "finetune", shown: bool = False) -> tupl
         for name, real in REAL.items():
             setattr(os, name, real)
         if module == "finetune":
+            os.environ["FT_LAUNCH_PID"] = str(os.getppid())
             run_as_ft([*arguments])
         import runpy
 
@@ -147,6 +149,7 @@ def start(words: Words, folder: Path, at: int | None = None, after: bool = False
     pid = os.fork()
     if pid:
         return pid
+    os.setpgid(0, 0)
     said = os.open(f"{folder}.said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
@@ -158,7 +161,15 @@ def start(words: Words, folder: Path, at: int | None = None, after: bool = False
 
 
 def ended(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    """The exit code, when nothing of it is running: a part of a killed command saves a checkpoint before it ends."""
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    end = time.monotonic() + 60
+    with suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            os.killpg(pid, 0)
+            time.sleep(0.01)
+        raise SystemExit(f"parts of {pid} are running a minute after it ended")
+    return code
 
 
 # --- after a kill ---
