@@ -5,8 +5,8 @@ Remote code is never run, pickles are read with weights_only. Where files lie: s
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import tempfile
 import weakref
 from pathlib import Path
@@ -40,9 +40,9 @@ def load_model(model: ModelConfig, dtype: torch.dtype, machine: Hardware = CPU, 
     check_weights(model)
     if model.quantization is not None:
         quantization.check_network(skeleton(model), model)
-    scratch = None
+    offloaded = contextlib.ExitStack()
     if model.device_map is not None:
-        scratch = tempfile.mkdtemp(prefix="ft-offload-")
+        scratch = offloaded.enter_context(tempfile.TemporaryDirectory(prefix="ft-offload-", ignore_cleanup_errors=True))
         options |= _spread(model, scratch)
     elif machine.device != "cpu" and "distributed_config" not in options:  # that says where each part goes
         options.setdefault("device_map", {"": torch.accelerator.current_device_index()})
@@ -51,12 +51,11 @@ def load_model(model: ModelConfig, dtype: torch.dtype, machine: Hardware = CPU, 
     if (quantized := quantization.config_for(model, dtype)) is not None:
         options["quantization_config"] = quantized
     precision = [str(dtype).removeprefix("torch."), *([model.quantization] if model.quantization else [])]
-    with task(f"loading {shown_name(model.name)} ({', '.join(precision)})"):
+    with offloaded, task(f"loading {shown_name(model.name)} ({', '.join(precision)})"):
         layout = layout_of(config)
         with as_user_error(model):
             loaded: Any = layout.weights(model, layout.network(model, config), dtype=dtype, **options)
-        if scratch is not None:
-            weakref.finalize(loaded, shutil.rmtree, scratch, ignore_errors=True)
+        weakref.finalize(loaded, offloaded.pop_all().close)
         if quantized is not None or quantization.is_bitsandbytes(config):
             quantization.after_loading(loaded, model.name)
     in_one_piece(loaded)

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,6 +205,22 @@ def test_a_temporary_offload_folder_goes_with_the_model(checkpoint: Path, tmp_pa
         assert torch.equal(model(torch.tensor(IDS)).logits[0], logits_of(load(checkpoint), IDS)[0])
     del model
     gc.collect()
+    assert not any(tmp_path.glob("ft-offload-*"))
+
+
+def test_a_temporary_offload_folder_goes_when_loading_fails(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = []
+
+    def fails(*_: Any, **options: Any) -> Any:
+        made.append(Path(options["offload_folder"]).is_dir())
+        raise UserError("no")
+
+    layout = loading.layout_of(loading.read_config(config_of(checkpoint)))
+    monkeypatch.setattr(loading, "layout_of", lambda config: replace(layout, weights=fails))
+    with pytest.raises(UserError, match="no"):
+        load(checkpoint, device_map="auto")
+    assert made == [True]
     assert not any(tmp_path.glob("ft-offload-*"))
 
 
