@@ -21,6 +21,7 @@ from finetune.recipe.file import load, to_yaml
 from finetune.recipe.resolve import Hardware, resolve
 from finetune.recipe.sections import ModelConfig
 from finetune.recipe.stages import ROWS, SftRecipe
+from finetune.run.checkpoints import complete
 
 RECIPE = """\
 # ft sft --recipe mine.yaml            one 24 GB GPU (bfloat16)
@@ -113,7 +114,8 @@ def folder_of_runs(tmp: Path) -> None:
     write("runs/full/model/config.json", {"model_type": "llama"})
     write("runs/begun/recipe.yaml", "stage: sft\n")
     half = RECIPE.format(stage="sft", model="tiny-llama", data="rows.jsonl")
-    write("runs/half/checkpoints/checkpoint-2/complete", {"files": {}, "inputs": {"data.train": "digest"}})
+    (tmp / "runs/half/checkpoints/checkpoint-2").mkdir(parents=True)
+    complete(tmp / "runs/half/checkpoints/checkpoint-2", inputs={"data.train": "digest"})
     write("rows.jsonl", {"instruction": "q", "output": "a"})
     write("broken.jsonl", "{")
     write("mine.yaml", half)

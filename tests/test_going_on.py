@@ -23,6 +23,7 @@ from finetune.errors import Interrupted
 from finetune.models import tokenizers
 from finetune.recipe.file import load
 from finetune.recipe.stages import RECIPES, SftRecipe
+from finetune.run.checkpoints import complete
 from finetune.run.directory import Run
 from finetune.run.opening import open_run
 from finetune.terminal import progress
@@ -128,7 +129,7 @@ def test_a_second_ctrl_c_after_a_checkpoint(recipe: Recipes, tmp_path: Path) -> 
     def begin() -> None:
         with open_run(checked) as run:
             (run.checkpoints / "checkpoint-3").mkdir(parents=True)
-            (run.checkpoints / "checkpoint-3" / "complete").touch()
+            complete(run.checkpoints / "checkpoint-3")
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted) as stopped:

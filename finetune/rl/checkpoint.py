@@ -69,9 +69,8 @@ def save_checkpoint(
     """
     check_finite(weights.items(), f"at step {state.step}")
     folder = run.checkpoints / f"checkpoint-{state.step}"
-    if folder.exists():
-        discard(folder)  # what a kill or a damaged checkpoint has left
-    folder.mkdir(parents=True)
+    apart = discard(folder) if folder.exists() else set()  # what a kill or a damaged checkpoint has left
+    folder.mkdir(parents=True, exist_ok=True)
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     save_file(copies, folder / "trainable.safetensors")
     random: dict[str, Any] = {"cpu": torch.get_rng_state()}
@@ -79,7 +78,7 @@ def save_checkpoint(
         random["cuda"] = torch.cuda.get_rng_state_all()
     torch.save({**{k: v.state_dict() for k, v in stateful.items()}, "random": random}, folder / "optimizer.pt")
     write_json(folder / "state.json", asdict(state))
-    complete(folder, inputs=dict(inputs), rounding=rounding())
+    complete(folder, apart, inputs=dict(inputs), rounding=rounding())
     rotate(run.checkpoints, keep)
 
 

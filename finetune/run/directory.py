@@ -18,7 +18,7 @@ from finetune import places, ranks
 from finetune.errors import Problem, UserError
 from finetune.recipe.reading import read
 from finetune.recipe.stages import Recipe
-from finetune.run.checkpoints import CHECKPOINT_COMPLETE, checkpoints_of, damage
+from finetune.run.checkpoints import CHECKPOINT_COMPLETE, checkpoints_of, damage, known_of
 from finetune.run.writing import append_lines, as_line, read_lines, write_atomically, write_json
 from finetune.terminal.progress import warn
 
@@ -45,6 +45,8 @@ class Run:
         self.evaluation = path / "evaluation.json"  # what `ft eval` last found
         self.error = path / "error.json"  # why an unfinished run failed
         self.reward = path / "reward"  # the reward model that `ft ppo` trains first
+        self.start: Path | None = None
+        """The checkpoint that it goes on from, set when it is opened."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Run:
@@ -60,11 +62,15 @@ class Run:
 
     def complete_checkpoints(self) -> list[Path]:
         """Newest first."""
-        return [path for path in checkpoints_of(self.checkpoints) if (path / CHECKPOINT_COMPLETE).exists()]
+        return [path for path in checkpoints_of(self.checkpoints) if (path / CHECKPOINT_COMPLETE).is_file()]
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""
         return next(iter(self.complete_checkpoints()), None)
+
+    def known(self) -> dict[str, Any]:
+        """What the newest checkpoint says whose mark is as it was written: of a run all know the same inputs."""
+        return next((known for path in self.complete_checkpoints() if (known := known_of(path))), {})
 
     def usable_checkpoint(self) -> Path | None:
         """The newest complete checkpoint that can be read; what is wrong with newer ones is said. None without any.

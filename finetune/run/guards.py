@@ -14,6 +14,7 @@ from finetune import places
 from finetune.errors import Problem, UserError
 from finetune.recipe.sections import SourceConfig, as_list, held_sets
 from finetune.recipe.stages import Recipe
+from finetune.run.checkpoints import named, not_ours
 from finetune.run.directory import ASIDE, CONTENTS, FAILED, LOCK, MARK, Run, resumable
 
 WEIGHTS = ("", ".json", ".safetensors", ".jinja", ".model", ".bin", ".pt")  # what lies in adapter/ and model/
@@ -39,6 +40,7 @@ def check_output(
         if run.result.exists() and not further:
             fix = "use --overwrite, or ask for more, as with --set train.num_train_epochs=6"
             raise UserError("this run is finished, there is nothing to resume", path=run.path, fix=fix)
+        check_checkpoints(run)
         if not resumable(run):
             raise UserError("holds no complete checkpoint", path=run.checkpoints, fix="start it again with --overwrite")
     elif overwrite:
@@ -82,6 +84,16 @@ def is_ours(run: Run) -> bool:
     return (result.get("stage") == stage and places.made_by_ft(result)) or (named and MARK in text)
 
 
+def check_checkpoints(run: Run) -> None:
+    """UserError for what stands where a checkpoint goes, and when no checkpoint says any more what is in it."""
+    for path in named(run.checkpoints):
+        if not path.is_dir():
+            what = "is no folder, and stands where a checkpoint goes"
+            raise UserError(what, path=path, key="output.dir", fix="move it away, or use --output DIR")
+    if run.complete_checkpoints() and not run.known():
+        run.usable_checkpoint()
+
+
 def check_ours(run: Run) -> None:
     """UserError for anything that --overwrite would take and no run of ours wrote."""
     fix = "move it away, or use --output DIR"
@@ -92,6 +104,8 @@ def check_ours(run: Run) -> None:
     aside = run.path / ASIDE
     if os.path.lexists(aside) and not (aside.is_dir() and {path.name for path in aside.iterdir()} <= set(CONTENTS)):
         raise UserError("is nothing that ft wrote", path=aside, key="output.dir", fix=fix)
+    if (strange := not_ours(run.checkpoints)) is not None:
+        raise UserError("is nothing that a run of ft wrote", path=strange, key="output.dir", fix=fix)
     # Conversions of a model are made beside its weights, and are a user's; so are notes.
     weights = [run.path / f"{name}{end}" for name in ("adapter", "model") for end in ("", FAILED)]
     for path in (path for folder in weights if folder.is_dir() for path in folder.iterdir()):

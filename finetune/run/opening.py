@@ -48,6 +48,8 @@ def open_run(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> I
         check_output(run.path, overwrite, resume, further=further)  # another process may have been here meanwhile
         aside = run.path / ASIDE
         try:
+            if resume:  # before anything is touched: when none can be read, all stays as it is
+                run.start = run.usable_checkpoint()
             if aside.is_dir():
                 settle(run)
             if overwrite:

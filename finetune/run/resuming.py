@@ -12,7 +12,6 @@ from finetune.errors import Problem, UserError
 from finetune.recipe.file import to_yaml
 from finetune.recipe.reading import parse_value
 from finetune.recipe.stages import Recipe
-from finetune.run.checkpoints import known_of
 from finetune.run.directory import Run, read_recipe, resumable
 from finetune.run.guards import strings, taken
 from finetune.terminal.progress import command, shown_path
@@ -177,9 +176,8 @@ def without_places(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def inputs_of(run: Run) -> dict[str, str]:
-    """{key: digest of its content} of what the unfinished run was started with, as its newest checkpoint says."""
-    last = run.last_checkpoint()
-    return known_of(last).get("inputs") or {} if last is not None else {}
+    """{key: digest of its content} of what the unfinished run was started with, as its checkpoints say."""
+    return run.known().get("inputs") or {}
 
 
 def check_unchanged(recipe: Recipe, inputs: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ from finetune.adapters.resume import load_state, save_state
 from finetune.models.hardware import rounding
 from finetune.recipe.sections import TrainConfig
 from finetune.run.checkpoints import complete, damage, discard, known_of, rotate
+from finetune.terminal.progress import warn
 from finetune.training import sharded
 from finetune.training.callbacks import Proven
 from finetune.training.health import Health
@@ -55,14 +56,15 @@ class Checkpointing:
         """Complete or not there; older ones go when it is there. RunError when there is nothing good to keep."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         check_finite(trained(self.model), f"at step {self.state.global_step}")
+        apart: set[Path] = set()
         if self.args.should_save and folder.exists():
-            discard(folder)  # what a kill or a damaged checkpoint has left
+            apart = discard(folder)  # what a kill or a damaged checkpoint has left
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         counters = self._counters()
         if self.args.should_save:
             save_state(self.model, folder)
             best = self.state.best_model_checkpoint
-            complete(folder, inputs=self.inputs, counters=counters, rounding=rounding())
+            complete(folder, apart, inputs=self.inputs, counters=counters, rounding=rounding())
             if not self.health.high:  # or the last good one may be among those that go
                 rotate(folder.parent, self.recipe_train.save_total_limit, best and Path(best).name)
 
@@ -95,7 +97,10 @@ class Checkpointing:
         for stopper, counter in zip(self._stoppers(), known["patience"], strict=False):
             stopper.early_stopping_patience_counter = counter
         best = known["best"] and Path(self.args.output_dir) / known["best"]  # the run may lie elsewhere now
-        self.state.best_model_checkpoint = str(best) if best and best.is_dir() else None
+        self.state.best_model_checkpoint = str(best) if best else None
+        if best and ranks.first() and (reason := damage(best)) is not None:
+            what = f"the best checkpoint so far, {best}, is damaged ({reason})"
+            warn(f"{what}: without a better one from here on the run will have failed, with its last weights kept")
 
     def _stoppers(self) -> list[Any]:
         return [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]

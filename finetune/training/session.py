@@ -240,7 +240,7 @@ class Session(Generic[AnyRecipe]):
             look: what the run's metrics should warn of; words: what the summary says.
         """
         base = base or self.base
-        checkpoint = ranks.from_first(self.folder.usable_checkpoint) if self.resume else None
+        checkpoint = ranks.from_first(lambda: self.folder.start) if self.resume else None
         if checkpoint is not None:
             sharded.check_zero(known_of(checkpoint).get("rounding") or {}, hardware.rounding())
             self.note(not_to_the_bit(known_of(checkpoint), self.recomputed))
@@ -302,8 +302,8 @@ def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Bas
         thinking.asked(base.encoder, thinking.switched(recipe.eval.thinking), "eval.thinking")
     if machine.device == "cpu":
         hardware.keep_freed_memory()
-    last = Run.of(raw).last_checkpoint() if resume else None
-    before_it = None if last is None else threads.before(known_of(last))
+    known = Run.of(raw).known() if resume else {}
+    before_it = threads.before(known) if known else None
     many = None if recipe.model.is_new else threads.choose(recipe, machine, before_it)
     timed = [line for line in (said, many) if line is not None]
     return Session(recipe, base, machine, resume, stamps(recipe), timed=timed, network=network)

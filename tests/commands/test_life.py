@@ -25,8 +25,9 @@ from rl_kit import comparable, logged, ppo_recipe, rule, run_ppo
 from finetune.errors import Interrupted, RunError, UserError
 from finetune.recipe.file import load
 from finetune.recipe.stages import RECIPES
-from finetune.run.checkpoints import damage, known_of
+from finetune.run.checkpoints import damage, known_of, seal
 from finetune.run.directory import Run
+from finetune.run.guards import check_output
 from finetune.terminal.progress import Progress
 from finetune.training.trainers import Extras
 
@@ -140,11 +141,11 @@ def test_a_resumed_run_of_ppo_is_the_uninterrupted_one(tmp_path: Path, base: Pat
 def test_a_resumed_run_counts_its_time_and_tokens_on(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, counted = run(write("sft", "whole")), []
     broken = stopped_after(whole, "broken", 3)
-    mark = broken.checkpoints / "checkpoint-3" / "complete"
-    known = json.loads(mark.read_text())
+    begun = broken.checkpoints / "checkpoint-3"
+    known = known_of(begun)
     assert 0 < known["counters"]["seconds"] < result(whole)["seconds"]
     known["counters"]["seconds"] = 5000.0
-    mark.write_text(json.dumps(known))
+    seal(begun, known)
     monkeypatch.setattr(Progress, "rate", lambda self, tokens: counted.append(tokens) or 1.0)
     again = run(write("sft", "broken"), resume=True)
     assert 5000 < result(again)["seconds"] < 5100
@@ -183,6 +184,12 @@ def garbled(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def replaced(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new, 1))
+
+
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "cut weights": lambda folder: truncated(next(folder.glob("*.safetensors"))),
     "other weights": lambda folder: garbled(next(folder.glob("*.safetensors"))),
@@ -190,6 +197,11 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "empty optimizer": lambda folder: (folder / "optimizer.pt").write_bytes(b""),
     "bad json": lambda folder: next(folder.glob("*state.json")).write_text("{"),
     "half a mark": lambda folder: truncated(folder / "complete"),
+    "an empty mark": lambda folder: (folder / "complete").write_bytes(b""),
+    "a mark of another": lambda folder: shutil.copy(folder.parent / "other" / "complete", folder),
+    "another figure in the mark": lambda folder: replaced(folder / "complete", b'"threads": "', b'"threads": "9'),
+    "another key in the mark": lambda folder: replaced(folder / "complete", b'"inputs"', b'"input5"'),
+    "another name": lambda folder: replaced(folder / "complete", b"checkpoint-3", b"checkpoint-2"),
 }
 
 
@@ -210,15 +222,9 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 @pytest.mark.parametrize("what", DAMAGES)
-@pytest.mark.parametrize("marked", ["as now", "as before"])
-def test_damage_is_seen(
-    finished: dict[str, tuple[Path, Run]], tmp_path: Path, stage: str, what: str, marked: str
-) -> None:
+def test_damage_is_seen(finished: dict[str, tuple[Path, Run]], tmp_path: Path, stage: str, what: str) -> None:
     folder = Path(shutil.copytree(finished[stage][1].checkpoints / "checkpoint-3", tmp_path / "checkpoint-3"))
-    if marked == "as before":
-        (folder / "complete").write_text("")
-        if what in ("other weights", "half a mark"):
-            pytest.skip("an empty mark tells nothing of this")
+    shutil.copytree(finished[stage][1].checkpoints / "checkpoint-2", tmp_path / "other")
     assert damage(folder) is None
     DAMAGES[what](folder)
     assert damage(folder) is not None
@@ -252,21 +258,84 @@ def test_only_damaged_checkpoints(finished: dict[str, tuple[Path, Run]], tmp_pat
     assert len(copy.complete_checkpoints()) == 3, "nothing was touched"
 
 
+def test_a_damaged_mark_hides_no_change(
+    finished: dict[str, tuple[Path, Run]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest mark is unreadable, and the one before says what the run was begun with, moved or not."""
+    path, whole = finished["sft"]
+    copy = Run(shutil.copytree(whole.path, tmp_path / "copy"))
+    copy.result.unlink()
+    truncated(copy.checkpoints / "checkpoint-3" / "complete")
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(Path(yaml.safe_load(path.read_text())["data"]["train"]).read_bytes().replace(b"yes", b"yea", 1))
+    with pytest.raises(UserError, match=r"other\.jsonl: data\.train: has another content"):
+        run(path, f"output.dir={copy.path}", f"data.train={other}", resume=True)
+    same_run(run(path, f"output.dir={copy.path}", resume=True), whole)
+    assert "complete is not what was written" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_finished_run_stays_finished_when_it_cannot_go_on(
+    finished: dict[str, tuple[Path, Run]], tmp_path: Path
+) -> None:
+    """More steps are asked for, and none of its checkpoints can be read."""
+    path, whole = finished["sft"]
+    copy = Run(shutil.copytree(whole.path, tmp_path / "copy"))
+    for folder in copy.complete_checkpoints():
+        truncated(folder / "optimizer.pt")
+    before = {p: p.read_bytes() for p in copy.path.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=r"optimizer\.pt is not what was written"):
+        run(path, f"output.dir={copy.path}", "train.max_steps=5", resume=True)
+    assert {p: p.read_bytes() for p in copy.path.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+@pytest.mark.parametrize("what", ["a file", "no mark can be read"])
+def test_what_stands_in_the_way_is_told_first(finished: dict[str, tuple[Path, Run]], tmp_path: Path, what: str) -> None:
+    """Before anything is loaded, and not at the step whose checkpoint would go there."""
+    _, whole = finished["sft"]
+    copy = Run(shutil.copytree(whole.path, tmp_path / "copy"))
+    copy.result.unlink()
+    if what == "a file":
+        (copy.checkpoints / "checkpoint-9").write_text("mine")
+    for folder in copy.complete_checkpoints() if what != "a file" else ():
+        (folder / "complete").write_bytes(b"")
+    expected = "stands where a checkpoint goes" if what == "a file" else "complete is not what was written"
+    with pytest.raises(UserError, match=expected):
+        check_output(copy.path, overwrite=False, resume=True)
+
+
+def test_a_best_checkpoint_that_is_gone_is_told(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    """When the run goes on, and at its end: the last weights are not taken for the best."""
+    settings = {
+        "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True, "max_steps": 2, "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    sections: dict[str, Any] = {"data": {"eval_split": 4}, "train": settings}
+    whole = run(write("sft", "whole", **sections))
+    best = Path(result(whole)["best_checkpoint"]).name
+    assert best == "checkpoint-1"
+    broken = stopped_after(whole, "broken", 2)
+    shutil.rmtree(broken.checkpoints / best)
+    with pytest.raises(RunError, match=f"{best} is damaged"):
+        run(write("sft", "broken", **sections), resume=True)
+    assert result(broken)["status"] == "failed"
+    assert "the best checkpoint so far" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("stage", [*TRAINERS, "ppo"])
 def test_there_is_always_a_complete_checkpoint(
     write: Write, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """Looked at whenever a folder is deleted or the trainer writes."""
     place, seen = tmp_path / "run" / "checkpoints", []
-    rmtree = shutil.rmtree
+    unlink = Path.unlink
 
-    def looked(path: Any, *args: Any, **kwargs: Any) -> None:
-        if Path(path).parent == place:
-            rest = [f for f in place.glob("checkpoint-*/complete") if f.parent != Path(path)]
+    def looked(path: Path, *args: Any, **kwargs: Any) -> None:
+        if path.name == "complete":
+            rest = [f for f in place.glob("checkpoint-*/complete") if f.parent != path.parent]
             seen.append(bool(rest))
-        rmtree(path, *args, **kwargs)
+        unlink(path, *args, **kwargs)
 
-    monkeypatch.setattr(shutil, "rmtree", looked)
+    monkeypatch.setattr(Path, "unlink", looked)
     settings = {"max_steps": 3, "save_steps": 1, "save_total_limit": 1}
     path = ppo_recipe(tmp_path, base, "run", train=settings) if stage == "ppo" else write(stage, train=settings)
     found = run(path)

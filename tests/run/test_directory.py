@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
+from finetune.run.checkpoints import complete
 from finetune.run.directory import Run
 from finetune.run.guards import check_output
 
@@ -17,7 +18,7 @@ def test_incomplete_checkpoints_do_not_count(tmp_path: Path) -> None:
         (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
     assert run.last_checkpoint() is None
     for step in (5, 10):
-        (run.checkpoints / f"checkpoint-{step}" / "complete").touch()
+        complete(run.checkpoints / f"checkpoint-{step}")
     assert run.last_checkpoint() == run.checkpoints / "checkpoint-10"
     with pytest.raises(UserError, match="no complete checkpoint"):
         check_output(tmp_path / "other", overwrite=False, resume=True)

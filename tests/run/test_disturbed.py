@@ -19,7 +19,7 @@ from conftest import ft, tensors, write_rows
 from transformers import Trainer
 
 from finetune.child import HANGUP
-from finetune.run.checkpoints import complete, damage, discard
+from finetune.run.checkpoints import complete, damage, discard, known_of, seal
 from finetune.run.directory import Run
 
 SETTINGS = {"max_steps": 4, "save_steps": 1, "eval_steps": 2, "save_total_limit": 9}
@@ -262,13 +262,13 @@ def test_another_number_of_threads_is_told(base: Path, tmp_path: Path) -> None:
     assert ft("sft", path).returncode == 0
     run = Run(tmp_path / "run")
     run.result.unlink()
-    mark = run.complete_checkpoints()[0] / "complete"
-    known = json.loads(mark.read_text())
+    last = run.complete_checkpoints()[0]
+    known = known_of(last)
     assert known["rounding"]["threads"] == str(torch.get_num_threads())
     assert ft("sft", path, "--resume").stderr.count("not equal to the last bit") == 0
     run.result.unlink()
     known["rounding"] |= {"threads": "99", "device": "another"}
-    mark.write_text(json.dumps(known))
+    seal(last, known)
     done = ft("sft", path, "--resume")
     assert done.returncode == 0
     assert "not equal to the last bit to the run without a stop: device CPU with" in done.stderr
@@ -293,7 +293,7 @@ def test_a_checkpoint_runs_no_code(base: Path, tmp_path: Path, name: str) -> Non
     run.result.unlink()
     discard(run.complete_checkpoints()[0])  # with steps left, all of the one before is read
     last = run.complete_checkpoints()[0]
-    known = json.loads((last / "complete").read_text())
+    known = known_of(last)
     torch.save({"state": Evil(tmp_path / "evil")}, last / name)
     with (last / name).open("rb") as file:
         assert b"mkdir" in file.read()

@@ -13,6 +13,7 @@ from run_kit import contents, finished, recipe
 
 from finetune.errors import RunError, UserError
 from finetune.run import opening
+from finetune.run.checkpoints import complete
 from finetune.run.directory import ASIDE
 from finetune.run.opening import open_run
 
@@ -53,7 +54,7 @@ def test_the_old_run_goes_when_the_new_one_is_finished(tmp_path: Path) -> None:
         with open_run(recipe(folder, seed=7), **how) as run:
             checkpoint = run.checkpoints / "checkpoint-1"
             checkpoint.mkdir(parents=True, exist_ok=True)
-            (checkpoint / "complete").touch()
+            complete(checkpoint)
             if error:
                 raise RunError("NaN")
             run.finish({"stage": "sft"})

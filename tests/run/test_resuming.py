@@ -9,6 +9,7 @@ import pytest
 from run_kit import finished, recipe
 
 from finetune.errors import UserError
+from finetune.run.checkpoints import complete
 from finetune.run.opening import open_run
 from finetune.run.resuming import changed_keys, check_resumable, goes_further, without_places
 
@@ -44,8 +45,9 @@ def test_what_changes_no_weight_and_more_steps_are_free(tmp_path: Path) -> None:
 def test_a_finished_run_goes_on_for_more_steps(tmp_path: Path) -> None:
     """From then on it is not finished, and it is again when it has them."""
     folder = tmp_path / "run"
-    finished(folder, checkpoints__checkpoint_3__complete="")
-    (folder / "checkpoints" / "checkpoint_3").rename(folder / "checkpoints" / "checkpoint-3")
+    finished(folder)
+    (folder / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    complete(folder / "checkpoints" / "checkpoint-3")
     with (
         pytest.raises(UserError, match="this run is finished, there is nothing to resume"),
         open_run(recipe(folder), resume=True),
