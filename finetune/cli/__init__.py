@@ -6,10 +6,11 @@ import contextlib
 import io
 import os
 import re
+import select
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import typer
 
@@ -93,13 +94,11 @@ def main() -> None:
             again = progress.command(*without_key(arguments), *launched)
             _print_errors([f"interrupted; start again with {again}"], "yellow")
         sys.exit(130)
-    except BrokenPipeError:
-        _close_stdout()
-        sys.exit(0)
+    except BrokenPipeError as error:
+        sys.exit(_unread(error))
     except SystemExit as ended:
         if isinstance(ended.__context__, BrokenPipeError):  # typer makes 1 of it
-            _close_stdout()
-            sys.exit(0)
+            sys.exit(_unread(ended.__context__))
         raise
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong arguments, in typer's own words
@@ -113,7 +112,7 @@ def main() -> None:
         ranks.heard(error)
         if (known := explained(error)) is not None:
             _print_errors(render(known), "red")
-            _close_stdout()
+            _close(sys.stdout)
             sys.exit(known.exit_code)
         _print_bug(error)
         sys.exit(1)
@@ -183,9 +182,25 @@ def _print_errors(lines: list[str], style: str) -> None:
         note(ranks.name() + line, style)
 
 
-def _close_stdout() -> None:
+def _unread(error: BrokenPipeError) -> int:
+    """The exit code where nobody reads on: 0 of `| head`, which has what it wanted; 1 where no word can be said."""
+    gone = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream.fileno())]
+    for stream in gone:
+        _close(stream)
+    if not gone:
+        _print_bug(error)
+    return 0 if gone == [sys.stdout] else 1
+
+
+def _close(stream: TextIO) -> None:
     """What is left to print has nowhere to go: without this Python tries again at its end, and complains."""
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in poll.poll(0))

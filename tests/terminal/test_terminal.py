@@ -122,6 +122,19 @@ def test_a_full_disk_at_the_end_of_a_pipe() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_a_pipe_that_nobody_reads_on(tmp_path: Path, both: bool) -> None:
+    """`| head` has what it wanted; with `2>&1 | head` what was cut off is not called done."""
+    data = write_rows(tmp_path / "rows.jsonl", [{"question": "a", "answer": "b"}] * 4)
+    reader, writer = os.pipe()
+    os.close(reader)
+    how = {"stdout": writer, "stderr": writer if both else subprocess.PIPE}
+    done = ft("data", "preview", "--data", data, "--model", "tiny-llama", **how)
+    os.close(writer)
+    assert done.returncode == both
+    assert not done.stderr
+
+
 def test_wrong_arguments_are_shown_escaped() -> None:
     done = ft("recipes", "--\x1b[31mred")
     assert done.returncode == 2
