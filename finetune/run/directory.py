@@ -58,7 +58,8 @@ class Run:
 
     def done(self) -> bool:
         """Whether it ended, and well."""
-        return self.result.exists() and places.read_json(self.result).get("status") != "failed"
+        result = places.read_json(self.result)
+        return bool(result) and result.get("status") != "failed"
 
     def complete_checkpoints(self) -> list[Path]:
         """Newest first."""
@@ -119,9 +120,12 @@ def not_usable(path: Path) -> tuple[str, str] | None:
     if not run.result.exists():
         fix = "train it to its end first (--resume goes on from its last checkpoint)"
         return "is a run that is not finished: it has no result yet", fix
-    run.keep_apart()
+    if result := places.read_json(run.result):
+        run.keep_apart()
+        what = f"is a run of which a check failed at its end ({result.get('failed')})"
+    else:
+        what = "is a run whose result.json cannot be read"
     kept = next((str(folder) for folder in (run.adapter, run.model) if folder.is_dir()), None)
-    what = f"is a run of which a check failed at its end ({places.read_json(run.result).get('failed')})"
     return what, f"look at what it says; its weights are in {kept}" if kept else "train it again"
 
 

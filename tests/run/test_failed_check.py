@@ -66,6 +66,12 @@ def test_an_unfinished_run_has_no_result(recipe: Any, rows: Path, tmp_path: Path
         said = ft(*command)
         assert said.returncode == 2
         assert "is a run that is not finished: it has no result yet" in said.stderr
+    run.result.write_text('{"stage": "sf')
+    said = ft("eval", run.path, "--data", rows)
+    assert said.returncode == 2
+    assert f"is a run whose result.json cannot be read → look at what it says; its weights are in {run.adapter}" in (
+        " ".join(said.stderr.split())
+    )
 
 
 def test_a_damaged_best_checkpoint_leaves_the_last_weights(recipe: Any, tmp_path: Path, monkeypatch: Any) -> None:
