@@ -151,7 +151,7 @@ def as_html(shown: list[dict[str, Any]], rows: list[list[int]] | None = None) ->
                 inner = "".join(spoken(part, at, shown[i].get("roles", ()), trained))
                 body += f"<mark>{inner}</mark>" if trained else inner
                 at += len(part)
-            parts.append(f"<h2>{html.escape(heading(shown[i]))}</h2>\n<pre>{body}</pre>")
+            parts.append(f"<h2>{escaped(heading(shown[i]))}</h2>\n<pre>{body}</pre>")
     return PAGE.format(body="\n".join(parts))
 
 
@@ -161,7 +161,12 @@ def spoken(part: str, at: int, roles: Iterable[tuple[str, int, int]], trained: b
     for role, first, last in roles:
         a, b = max(first, done), min(last, end)
         if a < b and not (trained and role == "assistant"):
-            yield html.escape(part[done - at : a - at])
-            yield f'<span data-role="{html.escape(role)}">{html.escape(part[a - at : b - at])}</span>'
+            yield escaped(part[done - at : a - at])
+            yield f'<span data-role="{escaped(role)}">{escaped(part[a - at : b - at])}</span>'
             done = b
-    yield html.escape(part[done - at :])
+    yield escaped(part[done - at :])
+
+
+def escaped(text: str) -> str:
+    """Also what would turn the reading order round: a mark has to stand on what is trained."""
+    return html.escape(visible(text))

@@ -83,6 +83,15 @@ def test_roles_are_told_apart_on_the_page(tmp_path: Path) -> None:
     assert '<span data-role="user">more?</span>' in everything.partition("<mark>")[2]
 
 
+def test_a_page_reads_in_one_direction(tmp_path: Path) -> None:
+    """An override of the direction, even in a row, would set the marks beside what is trained."""
+    rows = [{"messages": [user("hi\u202e there"), assistant("so\u2066 it is")]}]
+    page = preview.as_html(shown(write(tmp_path / "x.jsonl", rows)))
+    assert "hi\\u202e there" in page
+    assert "<mark>so\\u2066 it is" in page
+    assert "\u202e" not in page
+
+
 def test_without_colours_trained_text_stands_between_marks(tmp_path: Path) -> None:
     text = preview.as_text(shown(write(tmp_path / "x.jsonl", make_rows(1))), coloured=False).plain
     assert "⟦answer 0<|im_end|>⟧" in text
