@@ -170,7 +170,9 @@ class Ppo:
             numbers = self.numbers_of(step)
             texts = [{"prompt": self.prompts[i].text} for i in numbers]
             told = kept_batch(self.run, texts, [self.places[i] for i in numbers] if len(self.places) else [])
-            raise with_batch(error, told, self.run) from None
+            said = str(error)
+            message = with_batch(said, told, self.run)
+            raise type(error)(message) from None
         return row
 
     def epochs(self) -> float:

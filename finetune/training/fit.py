@@ -99,7 +99,9 @@ def with_rows(trainer: Any, run: Run, checkpoint: str | None) -> Any:
             or "eval_" in str(error)
         ):
             raise
-        raise with_batch(error, trainer.in_batch(step), run) from None
+        said = str(error)
+        message = with_batch(said, trainer.in_batch(step), run)
+        raise type(error)(message) from None
 
 
 def of_the_saved_weights(trainer: Any, run: Run) -> dict[str, float]:

@@ -81,7 +81,7 @@ def kept_batch(run: Run, rows: Sequence[dict[str, Any]], places: Sequence[Row]) 
     path = run.path / "failed_batch.jsonl"
     where: list[dict[str, Any]] = [{"file": file, "row": row} for file, row in places] or [{} for _ in rows]
     write_lines(path, [{**place, **row} for place, row in zip(where, rows, strict=True)])
-    return f"{named(places) or 'its rows'}, in {shown_path(path)}"
+    return f"{named(places) or f'{len(rows)} rows'}, in {shown_path(path)}"
 
 
 def named(places: Sequence[Row]) -> str:
@@ -90,8 +90,9 @@ def named(places: Sequence[Row]) -> str:
         return ""
     file = places[0][0]
     same = [str(row) for name, row in places if name == file][:NAMED]
-    more = len(places) - len(same)
-    return f"row{'s' * (len(same) > 1)} {', '.join(same)} of {Path(file).name}" + (f" and {more} more" if more else "")
+    listed, of, more = ", ".join(same), Path(file).name, len(places) - len(same)
+    text = f"row {listed} of {of}" if len(same) == 1 else f"rows {listed} of {of}"
+    return f"{text} and {more} more" if more else text
 
 
 def in_batch(trainer: Any, run: Run, data: Rows, max_length: int, decode: Callable[[Any], str]) -> Callable[[int], str]:
@@ -109,8 +110,8 @@ def in_batch(trainer: Any, run: Run, data: Rows, max_length: int, decode: Callab
     return told
 
 
-def with_batch(error: RunError, told: str, run: Run) -> RunError:
-    """The same error, with the rows of its step and the checkpoint that is kept."""
-    last = run.last_checkpoint()
-    kept = f"; the last checkpoint before is kept: {shown_path(last)}" if last is not None else ""
-    return type(error)(f"{error} ({told}{kept})")
+def with_batch(error: str, told: str, run: Run) -> str:
+    """What an error says, with the rows of its step and the checkpoint that is kept."""
+    if (last := run.last_checkpoint()) is None:
+        return f"{error}; the step had {told}"
+    return f"{error}; the step had {told}; the last checkpoint before is kept: {shown_path(last)}"

@@ -128,7 +128,7 @@ def test_a_pipe_that_nobody_reads_on(tmp_path: Path, both: bool) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [{"question": "a", "answer": "b"}] * 4)
     reader, writer = os.pipe()
     os.close(reader)
-    how = {"stdout": writer, "stderr": writer if both else subprocess.PIPE}
+    how: dict[str, Any] = {"stdout": writer, "stderr": writer if both else subprocess.PIPE}
     done = ft("data", "preview", "--data", data, "--model", "tiny-llama", **how)
     os.close(writer)
     assert done.returncode == both
