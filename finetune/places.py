@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -87,6 +88,11 @@ def json_with(*keys: str) -> Callable[[Path], bool]:
 def fresh(path: Path) -> Path:
     """A name beside `path`, to be opened with "x": it is nobody's, so nothing is lost and no link is followed."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
+
+
+def is_left(path: Path, of: str) -> bool:
+    """Whether it is what a kill leaves of `fresh`, for a file of that name."""
+    return re.fullmatch(rf"{re.escape(of)}\.[0-9a-f]{{12}}\.part", path.name) is not None
 
 
 def part_of(target: Path) -> Path:

@@ -17,7 +17,7 @@ import pytest
 from conftest import ft, write_rows
 from rl_kit import here
 
-from finetune import child
+from finetune import child, places
 from finetune.commands import compare
 from finetune.commands.compare import jobs, measure, plan
 from finetune.errors import Interrupted, RunError, UserError
@@ -167,6 +167,15 @@ def test_folders_of_others_are_left_alone(checked: SftRecipe, tmp_path: Path) ->
         with pytest.raises(UserError, match=what):
             compared(checked, ["lora"], output=str(tmp_path / name))
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["lora"]
+
+
+def test_a_comparison_that_was_killed_at_its_first_file_can_be_started(checked: SftRecipe, tmp_path: Path) -> None:
+    left = places.fresh(tmp_path / plan.MARK)
+    left.write_text("stage: sf")
+    plan.check_folder(tmp_path, checked)
+    left.rename(tmp_path / "mine.yaml.part")
+    with pytest.raises(UserError, match="no comparison"):
+        plan.check_folder(tmp_path, checked)
 
 
 def test_what_cannot_be_and_what_fails_are_rows_with_reasons(

@@ -15,6 +15,7 @@ from finetune.data import audit, held_out, samples
 from finetune.data.choices import is_choices
 from finetune.errors import UserError
 from finetune.places import check_folder as check_place
+from finetune.places import is_left
 from finetune.recipe.file import check, to_yaml
 from finetune.recipe.reading import parse_value, read
 from finetune.recipe.stages import SftRecipe
@@ -67,7 +68,7 @@ def check_folder(folder: Path, recipe: SftRecipe) -> None:
     """UserError when `folder` is not a comparison, or one of another recipe: neither may be mixed or overwritten."""
     fix = "use --output DIR"
     check_place(folder, "--output")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(is_left(path, of=MARK) for path in folder.iterdir()):
         return
     if not (folder / MARK).exists():
         raise UserError("holds files that are no comparison", path=folder, key="--output", fix=fix)
