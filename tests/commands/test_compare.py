@@ -170,12 +170,13 @@ def test_folders_of_others_are_left_alone(checked: SftRecipe, tmp_path: Path) ->
 
 
 def test_a_comparison_that_was_killed_at_its_first_file_can_be_started(checked: SftRecipe, tmp_path: Path) -> None:
-    left = places.fresh(tmp_path / plan.MARK)
+    left = places.fresh(tmp_path / "all" / plan.MARK)
+    left.parent.mkdir()
     left.write_text("stage: sf")
-    plan.check_folder(tmp_path, checked)
-    left.rename(tmp_path / "mine.yaml.part")
+    plan.check_folder(left.parent, checked)
+    left.rename(left.parent / "mine.yaml.part")
     with pytest.raises(UserError, match="no comparison"):
-        plan.check_folder(tmp_path, checked)
+        plan.check_folder(left.parent, checked)
 
 
 def test_what_cannot_be_and_what_fails_are_rows_with_reasons(
