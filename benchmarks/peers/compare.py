@@ -3,8 +3,9 @@
     python benchmarks/peers/compare.py [--only sft,smollm2,packed,defaults,dpo,ppo,ppo-defaults] [--pairs 10]
         [--folder DIR] [--cuda]
 
-Makes the workload and an environment per peer, runs every contestant in turn, and writes benchmarks/RESULTS.md. A run
-that is there already is not repeated: the command goes on where it was stopped.
+Makes the workload and an environment per peer, runs every contestant in turn, and writes benchmarks/RESULTS.md, where
+the tables of what is not in DIR stay as they are. A run that is there already is not repeated: the command goes on
+where it was stopped.
 
 Measured are processor seconds (user and system) of an epoch after the first, in one thread, which other work on the
 machine leaves as they are, within some percent. `hook/sitecustomize.py` takes them, in the same way for everybody. With
@@ -30,6 +31,7 @@ import contestants
 from contestants import DPO, EPOCHS, LENGTH, PPO, SFT, Places
 
 HERE = Path(__file__).parent
+RESULTS = HERE.parent / "RESULTS.md"
 Runs = dict[int, dict[str, Any] | None]
 """By number, those of one contestant; None for one that failed. Runs of one number followed each other."""
 CLOCK = "cpu"
@@ -74,7 +76,7 @@ def main() -> None:
                     if not given.contestants or name in ("ft", *given.contestants.split(",")):
                         measured(folder, task, name, number)
     found = {task: results(folder, task) for task in TASKS}
-    (HERE.parent / "RESULTS.md").write_text(report(folder, found), encoding="utf-8")
+    RESULTS.write_text(report(folder, found), encoding="utf-8")
     if other := [*unequal(found["sft"]), *unequal(found["smollm2"])]:
         raise SystemExit(f"no comparison of equals: {', '.join(other)} train another number of label tokens than ft")
 
@@ -210,17 +212,13 @@ def report(folder: Path, found: dict[str, Any]) -> str:
         f"Machine: {machine()}.", "",
         "| contestant | version |", "|---|---|", *versions(folder), "",
     ]  # fmt: skip
+    before = RESULTS.read_text(encoding="utf-8").split("\n## ") if RESULTS.is_file() else []
     for task, (title, _) in TASKS.items():
-        runs = found[task]
-        if runs:
-            lines += [
-                f"## {title}",
-                "",
-                f"`python benchmarks/peers/compare.py --only {task}`",
-                "",
-                *table(task, runs),
-                "",
-            ]
+        if runs := found[task]:
+            command = f"`python benchmarks/peers/compare.py --only {task}`"
+            lines += [f"## {title}", "", command, "", *table(task, runs), ""]
+        else:
+            lines += [f"## {section.rstrip()}\n" for section in before if section.startswith(f"{title}\n")]
     if CLOCK == "cpu":
         lines += ["## GPU", "", "Not run: no GPU was at hand (`--cuda` is for such a machine, and untried).", ""]
     return "\n".join(lines)
