@@ -18,20 +18,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from finetune.errors import FinetuneError, Interrupted, RunError, UserError
 
 T = TypeVar("T")
-KIND, WORDS, LAUNCHER = "FT_LAUNCH", "FT_LAUNCH_WORDS", "FT_LAUNCH_PID"
-"""Variables of `ft … --launch`: ddp, fsdp, tp or deepspeed, the options as they were typed, and its process; the last
-also of a command that runs a part of itself in another process."""
+KIND, WORDS, LAUNCHER, SAID = "FT_LAUNCH", "FT_LAUNCH_WORDS", "FT_LAUNCH_PID", "FT_LAUNCH_SAID"
+"""Variables of `ft … --launch`: ddp, fsdp, tp or deepspeed, the options as they were typed, its process (also of a
+command that runs a part of itself in another process), and a file for what a process that is not heard writes as its
+errors."""
 ACCELERATE = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
 """What a recipe says, and `accelerate launch` says again (`early.launching` compares them)."""
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
          "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
 """What every launcher says to a process of torch."""
-OURS = (*PLACE, KIND, WORDS, LAUNCHER)
+OURS = (*PLACE, KIND, WORDS, LAUNCHER, SAID)
 MEETING = timedelta(minutes=10)
 """How long they may take to come together, one machine after the other."""
 PATIENCE = timedelta(hours=2)
@@ -247,15 +248,19 @@ def leave() -> None:
 # --- what is said ---
 
 _streams: list[int] = []
+_python_errors: list[TextIO] = []
 
 
 def hush() -> None:
-    """Only the first process is heard."""
+    """Only the first process is heard. What libraries of others write as errors, and not Python, is kept, for the case
+    that a signal ends them."""
     if not first() and not _streams:
+        _python_errors.append(sys.stderr)
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends, or is heard)
         _streams.extend(os.dup(number) for number in (1, 2))
-        with open(os.devnull, "wb") as nowhere:
-            for number in (1, 2):
-                os.dup2(nowhere.fileno(), number)
+        for number, place in ((1, os.devnull), (2, os.environ.get(SAID, os.devnull))):
+            with open(place, "ab") as file:
+                os.dup2(file.fileno(), number)
 
 
 def heard(error: BaseException) -> bool:
@@ -265,6 +270,7 @@ def heard(error: BaseException) -> bool:
         return False
     for number, kept in zip((1, 2), _streams, strict=False):
         os.dup2(kept, number)
+    sys.stderr = _python_errors[0] if _python_errors else sys.stderr
     return True
 
 

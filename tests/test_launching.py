@@ -299,6 +299,26 @@ def test_who_ended_the_others_is_said(
     assert err.startswith(said) if said else not err
 
 
+def test_the_last_words_of_a_process_that_aborts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """torch and NCCL say on stderr why they abort, where nobody but the first process is heard."""
+    from finetune.commands.launch import LINES, MOST_KEPT, last_lines, shorten, told
+
+    code = "import os; from finetune import ranks; ranks.hush(); print('out', flush=True)\n"
+    code += f"for i in range({LINES}): os.write(2, b'line %d\\n' % i)\nos.write(2, b'terminate called\\n'); os.abort()"
+    file = tmp_path / "1.txt"
+    said = {"RANK": "1", "WORLD_SIZE": "2", ranks.SAID: str(file)}
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **said}, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGABRT, b"", b"")
+    shorten([file, tmp_path / "none.txt"])
+    assert told({1: -signal.SIGABRT}, launching.Launch("ddp", 2), (), {1: last_lines(file)}) == 1
+    lines = [f"process 1: line {i}" for i in range(1, LINES)]
+    shown = ["process 1 of 2 was ended by SIGABRT, and the others with it", *lines, "process 1: terminate called"]
+    assert capsys.readouterr().err.splitlines() == shown
+    file.write_bytes(b"x" * (MOST_KEPT + 1))
+    shorten([file])
+    assert last_lines(file) == []
+
+
 class Starting:
     """A process in which Python, and not yet ft, gets the signals; the first look at it is where Ctrl-C comes."""
 

@@ -1,6 +1,7 @@
 """`ft … --launch`: the processes of one machine, by torch.distributed's own starter; each is `ft …` again with a rank.
 
-Nothing is read here. The first process speaks for all; when one ends, the others are ended, and which it was is said.
+Nothing is read here. The first process speaks for all; when one ends, the others are ended, and which it was is said,
+and where a signal ended it (torch and NCCL abort) the last that it wrote.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ from finetune.terminal.progress import note, warn
 
 GRACE = 15  # seconds in which the others may end by themselves
 LOOK = 0.1
+LINES, MOST_KEPT = 8, 1 << 20
+"""Of what a process wrote that a signal has ended: lines that are shown, and bytes that are kept."""
 AT_ONCE = 4
 """The signal that ends all of them as they are: they may wait for another machine, and hear none."""
 
@@ -41,11 +45,13 @@ def run(words: Sequence[str], launch: Launch) -> int:
     check_devices(here)
     arguments = ("-P", "-m", "finetune", *words)
     with tempfile.TemporaryDirectory() as logs:
+        said = [Path(logs) / f"{local}.txt" for local in range(here)]
         context: Any = start_processes(
             "ft", sys.executable, dict.fromkeys(range(here), arguments),
-            {local: environment(launch, local) for local in range(here)}, DefaultLogsSpecs(log_dir=logs),
+            {local: {**environment(launch, local), ranks.SAID: str(file)} for local, file in enumerate(said)},
+            DefaultLogsSpecs(log_dir=logs),
         )  # fmt: skip
-        return watched([handler.proc for handler in context.subprocess_handlers.values()], context, launch)
+        return watched([handler.proc for handler in context.subprocess_handlers.values()], context, launch, said)
 
 
 def check_devices(here: int) -> None:
@@ -70,8 +76,11 @@ def environment(launch: Launch, local: int) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
-def watched(processes: Sequence[Any], context: Any, launch: Launch) -> int:
-    """The exit code of all of them; signals go to each, which then ends in its own time."""
+def watched(processes: Sequence[Any], context: Any, launch: Launch, said: Sequence[Path] = ()) -> int:
+    """The exit code of all of them; signals go to each, which then ends in its own time.
+
+    said: what each has written as errors, where that is kept.
+    """
     terminals, asked = at_terminal(), list[int]()
 
     def pass_on(number: int, frame: Any) -> None:
@@ -88,6 +97,7 @@ def watched(processes: Sequence[Any], context: Any, launch: Launch) -> int:
         while all(process.poll() == 0 or process.poll() is None for process in processes):
             if all(process.poll() == 0 for process in processes):
                 return 0
+            shorten(said)
             time.sleep(LOOK)
         end = time.monotonic() + GRACE
         while any(process.poll() is None for process in processes) and (asked or time.monotonic() < end):
@@ -99,19 +109,38 @@ def watched(processes: Sequence[Any], context: Any, launch: Launch) -> int:
             signal.signal(number, handler)
     first = launch.machine_rank * len(processes)
     codes = [0 if number in still else process.poll() for number, process in enumerate(processes)]
-    return told({first + number: code for number, code in enumerate(codes) if code}, launch, asked)
+    words = {first + number: last_lines(file) for number, file in enumerate(said)}
+    return told({first + number: code for number, code in enumerate(codes) if code}, launch, asked, words)
 
 
-def told(codes: dict[int, int], launch: Launch, asked: Sequence[int] = ()) -> int:
+def shorten(said: Sequence[Path]) -> None:
+    """Libraries may warn at every step, and the disk is small; they append, so that it goes on from the start."""
+    for file in said:
+        if file.is_file() and file.stat().st_size > MOST_KEPT:
+            os.truncate(file, 0)
+
+
+def last_lines(file: Path) -> list[str]:
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line for line in lines if line.strip()][-LINES:]
+
+
+def told(
+    codes: dict[int, int], launch: Launch, asked: Sequence[int] = (), words: Mapping[int, Sequence[str]] | None = None
+) -> int:
     """The exit code of those that failed by themselves; a signal that ended one is said, as nobody else can.
 
-    asked: the signals that this process has sent to all of them.
+    asked: the signals that this process has sent to all of them; words: the last that each wrote.
     """
     killed = {rank: -code for rank, code in codes.items() if code < 0 and -code not in asked}
     for rank, number in killed.items():
         name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
         said = " (out of memory?)" if number == signal.SIGKILL else ""
         note(f"process {rank} of {launch.processes} was ended by {name}{said}, and the others with it", "red")
+        for line in (words or {}).get(rank, ()):
+            note(f"process {rank}: {line}", "red")
     if killed:
         return 1
     own = {rank: code for rank, code in codes.items() if code > 0 and code != ranks.Lost.exit_code}
