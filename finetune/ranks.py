@@ -229,12 +229,14 @@ _store: list[Any] = []
 
 @contextmanager
 def joined(made: Callable[[], T], meeting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[T]:
-    """`made`, of what takes seconds to import, among the others; the group is left at the end. After an error it is
-    not: the others see that by the connection."""
+    """`made`, of what takes seconds to import, among the others; the group is left at the end, by all together: who
+    goes takes down connections from which another may still read. After an error it is not left: the others see that
+    by the connection."""
     value = made()
     join(meeting)
     with broken():
         yield value
+    barrier()
     leave()
 
 

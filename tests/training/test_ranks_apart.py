@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -106,6 +107,25 @@ def test_a_disk_that_is_full_for_one_process_is_no_hang(recipe: Write, tmp_path:
     assert "process 1: " in said
     assert "Traceback" not in said
     assert resumable(run)
+
+
+def test_all_leave_together(tmp_path: Path) -> None:
+    """Who goes takes down connections from which the first, which still writes, may read."""
+    code = (
+        "import time; from pathlib import Path; from finetune import ranks\n"
+        "with ranks.joined(lambda: None):\n"
+        "    if ranks.first(): time.sleep(1); Path('written').touch()\n"
+        "Path(f'left{ranks.rank()}').write_text(str(Path('written').exists()))"
+    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **place, "RANK": str(rank)}, cwd=tmp_path)
+        for rank in range(2)
+    ]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert [(tmp_path / f"left{rank}").read_text() for rank in range(2)] == ["True", "True"]
 
 
 @pytest.mark.slow
