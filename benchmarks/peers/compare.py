@@ -1,7 +1,7 @@
 """`make bench`: ft beside what people would pick instead, on the same work, in interleaved pairs.
 
-    python benchmarks/peers/compare.py [--only sft,smollm2,packed,defaults,dpo,ppo,ppo-defaults] [--pairs 10]
-        [--folder DIR] [--cuda]
+    python benchmarks/peers/compare.py [--only sft,smollm2,packed,defaults,dpo,dpo-defaults,ppo,ppo-defaults]
+        [--pairs 10] [--folder DIR] [--cuda]
 
 Makes the workload and an environment per peer, runs every contestant in turn, and writes benchmarks/RESULTS.md, where
 the tables of what is not in DIR stay as they are. A run that is there already is not repeated: the command goes on
@@ -38,7 +38,8 @@ CLOCK = "cpu"
 """Of the hook's events: cpu or wall."""
 T_95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's, of 1 to 9 degrees of freedom
 VENVS = {"trl": "trl", "llamafactory": "llamafactory", "ms-swift": "ms-swift", "axolotl": "axolotl", "trl112": "trl"}
-BATCH = {"sft": 8, "smollm2": 4, "packed": 8, "defaults": 8, "dpo": 4, "ppo": 4, "ppo-defaults": 4}
+BATCH = {"sft": 8, "smollm2": 4, "packed": 8, "defaults": 8, "dpo": 4, "dpo-defaults": 4, "ppo": 4,
+         "ppo-defaults": 4}  # fmt: skip
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("SFT, equal settings, no packing", SFT),
     "smollm2": (
@@ -51,6 +52,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "defaults": ("SFT, each tool's own defaults", {k: v for k, v in SFT.items() if k != "axolotl"}),
     "dpo": ("DPO, equal settings", DPO),
+    "dpo-defaults": ("DPO, each tool's own precision, checkpointing and attention", DPO),
     "ppo": ("PPO, equal settings", PPO),
     "ppo-defaults": ("PPO, each tool's own precision and checkpointing", PPO),
 }
