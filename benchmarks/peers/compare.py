@@ -31,7 +31,8 @@ import contestants
 from contestants import DPO, EPOCHS, LENGTH, PPO, SFT, Places
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "RESULTS.md"
+RESULTS = {"cpu": HERE.parent / "RESULTS.md", "wall": HERE.parent / "RESULTS-cuda.md"}
+"""By the clock."""
 Runs = dict[int, dict[str, Any] | None]
 """By number, those of one contestant; None for one that failed. Runs of one number followed each other."""
 CLOCK = "cpu"
@@ -40,6 +41,19 @@ T_95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Studen
 VENVS = {"trl": "trl", "llamafactory": "llamafactory", "ms-swift": "ms-swift", "axolotl": "axolotl", "trl112": "trl"}
 BATCH = {"sft": 8, "smollm2": 4, "packed": 8, "defaults": 8, "dpo": 4, "dpo-defaults": 4, "ppo": 4,
          "ppo-defaults": 4}  # fmt: skip
+OWN = """
+Their own: ft bfloat16 where that is timed as faster, as here, and activations kept; trl bfloat16 and activations
+recomputed; LLaMA-Factory and ms-swift float32 and activations recomputed. That pays time for memory: of it ft needs
+the most."""
+NOTES = {
+    "defaults": f"{OWN} axolotl has no default for most of what it was told, and is left out.",
+    "dpo-defaults": OWN,
+    "dpo": """
+ft scores each pair with the reference once, before the first step, trl and LLaMA-Factory in every step; an epoch after
+the first has none of it. `python benchmarks/peers/same_order.py` measures it, and compares the losses of ft with trl's
+over batches in trl's order: they are the same.""",
+}
+"""What has to be known beside a table."""
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("SFT, equal settings, no packing", SFT),
     "smollm2": (
@@ -78,8 +92,8 @@ def main() -> None:
                     if not given.contestants or name in ("ft", *given.contestants.split(",")):
                         measured(folder, task, name, number)
     found = {task: results(folder, task) for task in TASKS}
-    RESULTS.write_text(report(folder, found), encoding="utf-8")
-    if other := [*unequal(found["sft"]), *unequal(found["smollm2"])]:
+    RESULTS[CLOCK].write_text(report(folder, found), encoding="utf-8")
+    if other := [f"{name} ({task})" for task, runs in found.items() for name in unequal(runs)]:
         raise SystemExit(f"no comparison of equals: {', '.join(other)} train another number of label tokens than ft")
 
 
@@ -168,6 +182,7 @@ def figures(work: Path, task: str) -> dict[str, Any] | None:
         "seconds": part[-1][CLOCK] - wanted[steps - 1][CLOCK], "inside": sum(e["spent"] for e in part), "steps": steps,
         "labels": sum(e["labels"] or 0 for e in part), "positions": sum(math.prod(e["shape"]) for e in part),
         "peak_mb": peak, "first": wanted[0]["cpu"], "losses": [e["loss"] for e in wanted],
+        "tokens": sum(e.get("real") or 0 for e in part),
     }  # fmt: skip
 
 
@@ -197,13 +212,19 @@ def ratio(theirs: Runs, ours: Runs) -> tuple[float, float, float, int] | None:
 
 def report(folder: Path, found: dict[str, Any]) -> str:
     about = json.loads((folder / "load" / "workload.json").read_text(encoding="utf-8"))
+    measure = "processor seconds (user and system) of one thread" if CLOCK == "cpu" else "seconds by the clock"
+    head = f"""# Side by side
+
+`make bench` writes this page (`python benchmarks/peers/compare.py`). Every figure is {measure}:
+other work on the machine moves them by up to a third, but all alike, as every contestant runs under the same
+conditions, in turn, and a ratio is of runs that followed each other. Ratios above 1: ft needs less. In brackets the 95%
+interval of the mean ratio over n pairs; one pair has none, and a difference of a tenth is noise then. Positions are
+tokens with their padding. Outside is the share of an epoch that is spent neither in the forward nor in the backward
+pass: ft writes a checkpoint at the end of each epoch, the others were told to write none. A loss is that of the first
+step and the mean of the last epoch's.
+"""
     lines = [
-        "# Side by side", "",
-        "`make bench` writes this page (`python benchmarks/peers/compare.py`). Every figure is processor seconds (user",
-        "and system) of one thread: other work on the machine moves them by up to a third, but all alike, as every",
-        "contestant runs under the same conditions, in turn, and a ratio is of runs that followed each other. Ratios",
-        "above 1: ft needs less. In brackets the 95% interval of the mean ratio over n pairs; one pair has none, and a",
-        "difference of a tenth is noise then. Positions are tokens with their padding.", "",
+        head,
         f"Base: a Llama of {about['parameters'] / 1e6:.1f}M parameters with random weights, vocabulary 6,144. SFT: "
         f"{about['chats']} chats of {about['median']:,} tokens in the median and {about['longest']:,} at most, "
         f"batch 8. DPO: 32 pairs, batch 4. PPO: 16 prompts "
@@ -214,11 +235,12 @@ def report(folder: Path, found: dict[str, Any]) -> str:
         f"Machine: {machine()}.", "",
         "| contestant | version |", "|---|---|", *versions(folder), "",
     ]  # fmt: skip
-    before = RESULTS.read_text(encoding="utf-8").split("\n## ") if RESULTS.is_file() else []
+    page = RESULTS[CLOCK]
+    before = page.read_text(encoding="utf-8").split("\n## ") if page.is_file() else []
     for task, (title, _) in TASKS.items():
         if runs := found[task]:
             command = f"`python benchmarks/peers/compare.py --only {task}`"
-            lines += [f"## {title}", "", command, "", *table(task, runs), ""]
+            lines += [f"## {title}", "", command, "", *table(task, runs), NOTES.get(task, ""), ""]
         else:
             lines += [f"## {section.rstrip()}\n" for section in before if section.startswith(f"{title}\n")]
     if CLOCK == "cpu":
@@ -230,13 +252,13 @@ def table(task: str, runs: dict[str, Runs]) -> list[str]:
     ours = runs.get("ft", {})
     unit = ("CPU-s" if CLOCK == "cpu" else "s") + (" a rollout" if task.startswith("ppo") else " an epoch")
     lines = [
-        f"| | {unit} | against ft | n | label tokens | positions | loss, first → last | peak MB |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| | {unit} | against ft | n | label tokens | positions | loss, first → last epoch | outside | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, listed in runs.items():
         good = [run for run in listed.values() if run]
         if not good:
-            lines.append(f"| {name} | does not run | | {len(listed)} | | | | |")
+            lines.append(f"| {name} | does not run | | {len(listed)} | | | | | |")
             continue
         seconds = statistics.median(run["seconds"] for run in good)
         compared = ratio(listed, ours)
@@ -248,15 +270,19 @@ def table(task: str, runs: dict[str, Runs]) -> list[str]:
             against = "" if compared is None else f"**{compared[0]:.2f}** ({interval})"
         count = len(good) if name == "ft" or compared is None else compared[3]
         losses = good[-1].get("losses") or [good[-1]["loss"]]
-        shown = f"{losses[0]:.4f} → {losses[-1]:.4f}" if len(losses) > 1 else f"{losses[0]:.4f}"
+        last = statistics.fmean(losses[len(losses) // EPOCHS :])
+        shown = f"{losses[0]:.4f} → {last:.4f}" if len(losses) > 1 else f"{losses[0]:.4f}"
+        outside = [1 - run["inside"] / run["seconds"] for run in good if "inside" in run]
+        apart = f"{statistics.median(outside):.1%}" if outside else ""
         peak = statistics.median(run["peak_mb"] or 0 for run in good)
         trained, positions = (
             f"{good[-1].get(key) or 0:,}" if good[-1].get(key) else "" for key in ("labels", "positions")
         )
-        lines.append(
-            f"| {name} | {seconds:.2f} | {against} | {count} | {trained} | {positions} | {shown} | {peak:,.0f} |"
-        )
-    if task in ("sft", "smollm2"):
+        if name == "ft" and task.startswith("dpo"):  # the batch is cut to its tokens after it was counted
+            positions = f"≤ {good[-1]['tokens']:,}"
+        cells = [name, f"{seconds:.2f}", against, count, trained, positions, shown, apart, f"{peak:,.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    if not task.startswith("ppo"):
         other = unequal(runs)
         said = f"Not the same label tokens as ft: {', '.join(other)}." if other else "All train the same label tokens."
         lines += ["", said]
@@ -265,7 +291,7 @@ def table(task: str, runs: dict[str, Runs]) -> list[str]:
 
 def unequal(runs: dict[str, Runs]) -> list[str]:
     """Contestants that train another number of label tokens in an epoch than ft."""
-    labels = {name: {run["labels"] for run in listed.values() if run} for name, listed in runs.items()}
+    labels = {name: {run.get("labels") for run in listed.values() if run} for name, listed in runs.items()}
     return [name for name, counts in labels.items() if counts and counts != labels.get("ft")]
 
 
