@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ft, tensors, train, write_rows
+from torch.nn.functional import cross_entropy
 from transformers import Trainer
 
 from finetune.errors import UserError
@@ -316,8 +317,8 @@ def test_a_pass_without_padding_has_the_same_loss(
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_documents_in_rows_are_apart(flat: bool) -> None:
-    """Each document's logits are those that it has alone, behind padding and between others; a mask for all would show
-    them to each other."""
+    """Each document's logits and gradients are those that it has alone, behind padding and between others; a mask for
+    all would show them to each other."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from finetune.training.sft_trainer import Collator
@@ -349,6 +350,19 @@ def test_documents_in_rows_are_apart(flat: bool) -> None:
                 assert trained.tolist() == [-100, *document[1:]]
                 at += len(document)
     assert flat or batch["tokens"] == 27
+
+    def gradients(*passes: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of the summed loss of (logits, labels); both (rows, tokens, …)."""
+        model.zero_grad()
+        for logits, labels in passes:
+            cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum").backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    packed = gradients((model(**{name: batch[name] for name in names}, use_cache=False).logits, batch["labels"]))
+    documents = [torch.tensor([list(document)]) for row in rows for document in row]
+    plain = gradients(*((model(input_ids=ids).logits, ids) for ids in documents if ids.shape[1] > 1))
+    for name, wanted in plain.items():
+        torch.testing.assert_close(packed[name], wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
 def of_threes(folder: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def test_one_row_has_the_loss_and_gradients_of_padded_rows(more: dict[str, Any])
     torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
     for name, p in model.named_parameters():
         if name in wanted:
-            torch.testing.assert_close(p.grad, wanted[name], rtol=1e-4, atol=1e-5 * float(wanted[name].abs().max()))
+            torch.testing.assert_close(p.grad, wanted[name], rtol=1e-5, atol=1e-5 * float(wanted[name].abs().max()))
 
 
 @pytest.mark.parametrize("more", [{}, {"num_key_value_heads": 2}], ids=str)
@@ -75,7 +75,7 @@ def test_two_documents_share_their_beginning(more: dict[str, Any]) -> None:
         torch.testing.assert_close(found, expected[-len(found) :], rtol=1e-5, atol=1e-5)
     sum((part[-3:] ** 2).sum() for part in logits.split([7, 3, 2])).backward()
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, wanted[name], rtol=1e-4, atol=1e-5 * float(wanted[name].abs().max()))
+        torch.testing.assert_close(p.grad, wanted[name], rtol=1e-5, atol=1e-5 * float(wanted[name].abs().max()))
 
 
 def test_padded_rows_and_generation_are_as_they_were() -> None:
