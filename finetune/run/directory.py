@@ -58,7 +58,7 @@ class Run:
 
     def done(self) -> bool:
         """Whether it ended, and well."""
-        result = places.read_json(self.result)
+        result = places.read_json(self.result) if self.result.exists() else {}  # exists() says what may not be read
         return bool(result) and result.get("status") != "failed"
 
     def complete_checkpoints(self) -> list[Path]:
