@@ -9,6 +9,7 @@ import importlib.util
 import json
 import sqlite3
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,7 +65,10 @@ def test_wandb_offline(recipe: Callable[..., Path], tmp_path: Path, monkeypatch:
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = trained(recipe, "wandb", tmp_path, monkeypatch)
     (kept,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    read = wandb_records(kept)
+    end, read = time.monotonic() + 60, wandb_records(kept)
+    while "exit" not in read and time.monotonic() < end:  # wandb's own process writes the last of it a moment later
+        time.sleep(0.1)
+        read = wandb_records(kept)
     assert [r["train/loss"] for r in read["history"] if "train/loss" in r] == pytest.approx(logged(run))
     assert read["config"]["recipe"]["train"]["learning_rate"] == 0.01
     assert read["summary"]["result/train_loss"] == pytest.approx(json.loads(run.result.read_text())["train_loss"])
