@@ -6,7 +6,7 @@ Each case is a random model (the shape of a published one where it is named afte
 training through ft, with rows of about one length. The peak is that of the bytes that torch's allocator has handed
 out, as torch.profiler's memory events tell it, beside the weights that were there before: tensor bytes, not those of
 the process. The plan is made of config.json and the recipe alone, before. `DEVELOPMENT` are the cases that planning
-was written with; `HELD_OUT` were run once, when it was done.
+was written with; `HELD_OUT` were first run when it was done, and again since (docs/plan.md says what was found then).
 """
 
 from __future__ import annotations

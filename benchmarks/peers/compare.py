@@ -46,7 +46,7 @@ Their own: ft bfloat16 where that is timed as faster, as here, and activations k
 recomputed; LLaMA-Factory and ms-swift float32 and activations recomputed. That pays time for memory: of it ft needs
 the most."""
 NOTES = {
-    "defaults": f"{OWN} axolotl has no default for most of what it was told, and is left out.",
+    "defaults": f"{OWN} axolotl was not run with its own.",
     "dpo-defaults": OWN,
     "dpo": """
 ft scores each pair with the reference once, before the first step, trl and LLaMA-Factory in every step; an epoch after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def amount(recipe: Recipe) -> tuple[int | None, int | None, float | None]:
         return rows, train.max_steps, tokens
     held = recipe.data.eval_split or 0
     kept = max(1, int(rows * (1 - held)) if held < 1 else rows - int(held))
-    return kept, max(1, round(-(-kept // train.effective_batch_size) * train.num_train_epochs)), tokens
+    return kept, max(1, math.ceil(-(-kept // train.effective_batch_size) * train.num_train_epochs)), tokens
 
 
 def room(recipe: Recipe, network: Any, built: Network, now: Estimate, machine: Hardware) -> dict[str, Any]:

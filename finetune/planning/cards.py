@@ -49,6 +49,6 @@ def card(text: str) -> Card:
 
 def _number(text: str) -> bool:
     try:
-        return 0 < float(text) < 10_000
+        return 0 < float(text) < 1_000  # 4090 is a card
     except ValueError:
         return False

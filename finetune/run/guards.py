@@ -15,7 +15,7 @@ from finetune.errors import Problem, UserError
 from finetune.recipe.sections import SourceConfig, as_list, held_sets
 from finetune.recipe.stages import Recipe
 from finetune.run.checkpoints import named, not_ours
-from finetune.run.directory import ASIDE, CONTENTS, FAILED, LOCK, MARK, Run, resumable
+from finetune.run.directory import ASIDE, CONTENTS, FAILED, LOCK, MARK, Run, read_recipe, resumable, section_of
 
 WEIGHTS = ("", ".json", ".safetensors", ".jinja", ".model", ".bin", ".pt")  # what lies in adapter/ and model/
 DATA_KEYS = ("data.train", "eval.data", "reward.train", "eval.shots_from")
@@ -38,7 +38,7 @@ def check_output(
         raise UserError("--resume and --overwrite exclude each other", fix="give one of them")
     if resume:
         if run.result.exists() and not further:
-            fix = "use --overwrite, or ask for more, as with --set train.num_train_epochs=6"
+            fix = f"use --overwrite, or ask for more, as with --set {twice(run)}"
             raise UserError("this run is finished, there is nothing to resume", path=run.path, fix=fix)
         check_checkpoints(run)
         if not resumable(run):
@@ -82,6 +82,18 @@ def is_ours(run: Run) -> bool:
         return False
     result = places.read_json(run.result)
     return (result.get("stage") == stage and places.made_by_ft(result)) or (named and MARK in text)
+
+
+def twice(run: Run) -> str:
+    """The key that says how long a run was, and twice its value: steps override epochs."""
+    try:
+        train = section_of(read_recipe(run.path), "train")
+    except UserError:
+        train = {}
+    steps, epochs = train.get("max_steps"), train.get("num_train_epochs")
+    if isinstance(steps, int):
+        return f"train.max_steps={2 * steps}"
+    return f"train.num_train_epochs={2 * epochs if isinstance(epochs, int | float) else 6:g}"
 
 
 def check_checkpoints(run: Run) -> None:

@@ -61,6 +61,24 @@ def test_a_finished_run_goes_on_for_more_steps(tmp_path: Path) -> None:
     assert not (run.path / ".replaced").exists()
 
 
+@pytest.mark.parametrize(
+    ("length", "more"), [({"num_train_epochs": 2.5}, "num_train_epochs=5"), ({"max_steps": 4}, "max_steps=8")]
+)
+def test_what_a_finished_run_is_told_to_ask_for_is_taken(tmp_path: Path, length: dict[str, Any], more: str) -> None:
+    folder = tmp_path / "run"
+    with open_run(recipe(folder, **length)) as run:
+        (run.checkpoints / "checkpoint-3").mkdir(parents=True)
+        complete(run.checkpoints / "checkpoint-3")
+        run.finish({"stage": "sft"})
+    with (
+        pytest.raises(UserError, match=f"as with --set train.{more}$"),
+        open_run(recipe(folder, **length), resume=True),
+    ):
+        pass
+    key, _, value = more.partition("=")
+    assert goes_further(recipe(folder, **{key: int(value)}))
+
+
 def test_changed_keys() -> None:
     assert changed_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 1}) == ["a.c", "d"]
 
