@@ -46,7 +46,7 @@ Their own: ft bfloat16 where that is timed as faster, as here, and activations k
 recomputed; LLaMA-Factory and ms-swift float32 and activations recomputed. That pays time for memory: of it ft needs
 the most."""
 NOTES = {
-    "defaults": f"{OWN} axolotl was not run with its own.",
+    "defaults": OWN,
     "dpo-defaults": OWN,
     "dpo": """
 ft scores each pair with the reference once, before the first step, trl and LLaMA-Factory in every step; an epoch after
@@ -64,7 +64,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
         f"SFT, equal settings, packed into rows of {LENGTH}",
         {k: SFT[k] for k in ("ft", "trl CLI", "LLaMA-Factory")},
     ),
-    "defaults": ("SFT, each tool's own defaults", {k: v for k, v in SFT.items() if k != "axolotl"}),
+    "defaults": ("SFT, each tool's own defaults", SFT),
     "dpo": ("DPO, equal settings", DPO),
     "dpo-defaults": ("DPO, each tool's own precision, checkpointing and attention", DPO),
     "ppo": ("PPO, equal settings", PPO),

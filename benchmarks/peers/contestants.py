@@ -52,27 +52,31 @@ class Places:
         return str(path)
 
 
-def trl_arguments(p: Places, rows_per_step: int) -> dict[str, Any]:
-    equal = {"bf16": False, "gradient_checkpointing": False, "packing": p.packed}
+def trl_arguments(p: Places, stage: str) -> dict[str, Any]:
+    equal = {"bf16": False, "gradient_checkpointing": False}
+    own = {"beta": 0.1} if stage == "dpo" else {"assistant_only_loss": True}
+    if stage == "sft":
+        equal["packing"] = p.packed
     return {
-        "output_dir": str(p.work / "out"), "max_length": LENGTH, "per_device_train_batch_size": rows_per_step,
+        "output_dir": str(p.work / "out"), "max_length": LENGTH, "per_device_train_batch_size": p.batch,
         "gradient_accumulation_steps": 1, "learning_rate": RATE, "lr_scheduler_type": "constant",
         "num_train_epochs": EPOCHS, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "seed": 42,
-        "use_cpu": not p.cuda, "assistant_only_loss": True, **({} if p.defaults else equal),
+        "use_cpu": not p.cuda, **own, **({} if p.defaults else equal),
     }  # fmt: skip
 
 
-def trl_script(p: Places) -> Command:
-    values = {"base": p.model, "data": str(p.load / "sft.jsonl"), "dtype": "float32", "targets": TARGETS}
-    given = p.settings("trl_script.json", {**values, "arguments": trl_arguments(p, p.batch)})
-    return [p.python("trl"), str(HERE / "trl_sft.py"), given], {}
+def trl_script(stage: str) -> Callable[[Places], Command]:
+    def command(p: Places) -> Command:
+        values = {"base": p.model, "data": str(p.load / f"{stage}.jsonl"), "targets": TARGETS, "dtype": "float32"}
+        given = p.settings("trl_script.json", {**values, "arguments": trl_arguments(p, stage)})
+        return [p.python("trl"), str(HERE / f"trl_{stage}.py"), given], {}
+
+    return command
 
 
 def trl_cli(stage: str) -> Callable[[Places], Command]:
     def command(p: Places) -> Command:
-        values = trl_arguments(p, p.batch)
-        if stage == "dpo":
-            values = {k: v for k, v in values.items() if k not in ("assistant_only_loss", "packing")} | {"beta": 0.1}
+        values = trl_arguments(p, stage)
         lora = {"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "lora_target_modules": TARGETS}
         data = {"datasets": [{"path": "json", "data_files": str(p.load / f"{stage}.jsonl"), "split": "train"}]}
         model = {"model_name_or_path": p.model, **({} if p.defaults else {"dtype": "float32"})}
@@ -136,26 +140,34 @@ def swift(stage: str) -> Callable[[Places], Command]:
     return command
 
 
-def axolotl(p: Places) -> Command:
-    equal = {"bf16": False, "fp16": False, "tf32": False, "gradient_checkpointing": False,
-             "attn_implementation": "sdpa",
-             "sample_packing": p.packed, "pad_to_sequence_len": False}  # fmt: skip
-    given = p.settings("axolotl.yaml", {
-        "base_model": p.model, "model_type": "LlamaForCausalLM", "tokenizer_type": "AutoTokenizer", "adapter": "lora",
-        "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "lora_target_modules": TARGETS,
-        "datasets": [{
-            "path": str(p.load / "sft.jsonl"), "ds_type": "json", "type": "chat_template", "field_messages": "messages",
-            "message_property_mappings": {"role": "role", "content": "content"}, "roles_to_train": ["assistant"],
-            "train_on_eos": "turn",
-        }],
-        "chat_template": "tokenizer_default", "dataset_prepared_path": str(p.work / "prepared"), "val_set_size": 0,
-        "output_dir": str(p.work / "out"), "sequence_len": LENGTH, "excess_length_strategy": "truncate",
-        "micro_batch_size": p.batch, "gradient_accumulation_steps": 1, "num_epochs": EPOCHS, "optimizer": "adamw_torch",
-        "lr_scheduler": "constant", "learning_rate": RATE, "weight_decay": 0.0, "logging_steps": 1,
-        "save_strategy": "no", "seed": 42, "use_tensorboard": False, "lora_mlp_kernel": False, "lora_qkv_kernel": False,
-        "lora_o_kernel": False, **({} if p.defaults else equal),
-    })  # fmt: skip
-    return [p.program("axolotl", "axolotl"), "train", given, "--launcher", "python"], {"AXOLOTL_DO_NOT_TRACK": "1"}
+def axolotl(stage: str) -> Callable[[Places], Command]:
+    data = {
+        "sft": {"type": "chat_template", "field_messages": "messages", "roles_to_train": ["assistant"],
+                "train_on_eos": "turn"},
+        "dpo": {"type": "chat_template.default", "field_messages": "prompt", "split": "train"},
+    }[stage]  # fmt: skip
+    more = {"rl": "dpo", "rl_beta": 0.1} if stage == "dpo" else {"excess_length_strategy": "truncate"}
+
+    def command(p: Places) -> Command:
+        equal = {"bf16": False, "fp16": False, "tf32": False, "gradient_checkpointing": False,
+                 "attn_implementation": "sdpa"}  # fmt: skip
+        if stage == "sft":
+            equal |= {"sample_packing": p.packed, "pad_to_sequence_len": False}
+        given = p.settings("axolotl.yaml", {
+            "base_model": p.model, "model_type": "LlamaForCausalLM", "tokenizer_type": "AutoTokenizer",
+            "adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "lora_target_modules": TARGETS,
+            "datasets": [{"path": str(p.load / f"{stage}.jsonl"), "ds_type": "json",
+                          "message_property_mappings": {"role": "role", "content": "content"}, **data}],
+            "chat_template": "tokenizer_default", "dataset_prepared_path": str(p.work / "prepared"), "val_set_size": 0,
+            "output_dir": str(p.work / "out"), "sequence_len": LENGTH,
+            "micro_batch_size": p.batch, "gradient_accumulation_steps": 1, "num_epochs": EPOCHS,
+            "optimizer": "adamw_torch", "lr_scheduler": "constant", "learning_rate": RATE, "weight_decay": 0.0,
+            "logging_steps": 1, "save_strategy": "no", "seed": 42, "use_tensorboard": False, "lora_mlp_kernel": False,
+            "lora_qkv_kernel": False, "lora_o_kernel": False, **more, **({} if p.defaults else equal),
+        })  # fmt: skip
+        return [p.program("axolotl", "axolotl"), "train", given, "--launcher", "python"], {"AXOLOTL_DO_NOT_TRACK": "1"}
+
+    return command
 
 
 def trl_ppo(p: Places) -> Command:
@@ -204,7 +216,8 @@ def ft(stage: str) -> Callable[[Places], Command]:
     return command
 
 
-SFT = {"ft": ft("sft"), "bare trl script": trl_script, "trl CLI": trl_cli("sft"), "LLaMA-Factory": llamafactory("sft"),
-       "ms-swift": swift("sft"), "axolotl": axolotl}  # fmt: skip
-DPO = {"ft": ft("dpo"), "trl CLI": trl_cli("dpo"), "LLaMA-Factory": llamafactory("dpo"), "ms-swift": swift("dpo")}
+SFT = {"ft": ft("sft"), "bare trl script": trl_script("sft"), "trl CLI": trl_cli("sft"),
+       "LLaMA-Factory": llamafactory("sft"), "ms-swift": swift("sft"), "axolotl": axolotl("sft")}  # fmt: skip
+DPO = {"ft": ft("dpo"), "bare trl script": trl_script("dpo"), "trl CLI": trl_cli("dpo"),
+       "LLaMA-Factory": llamafactory("dpo"), "ms-swift": swift("dpo"), "axolotl": axolotl("dpo")}  # fmt: skip
 PPO = {"ft": ft("ppo"), "trl 1.12": trl_ppo}
