@@ -44,7 +44,7 @@ BATCH = {"sft": 8, "smollm2": 4, "packed": 8, "defaults": 8, "dpo": 4, "dpo-defa
 OWN = """
 Their own: ft bfloat16 where that is timed as faster, as here, and activations kept; trl bfloat16 and activations
 recomputed; LLaMA-Factory and ms-swift float32 and activations recomputed. That pays time for memory: of it ft needs
-the most."""
+the most. axolotl takes float16 where it finds no GPU with bfloat16, and processors are slow in it: one pair."""
 NOTES = {
     "defaults": OWN,
     "dpo-defaults": OWN,
@@ -54,6 +54,8 @@ the first has none of it. `python benchmarks/peers/same_order.py` measures it, a
 over batches in trl's order: they are the same.""",
 }
 """What has to be known beside a table."""
+ONCE = {("defaults", "axolotl"), ("dpo-defaults", "axolotl")}
+"""Forty times as slow as the others: one pair."""
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("SFT, equal settings, no packing", SFT),
     "smollm2": (
@@ -89,6 +91,8 @@ def main() -> None:
         for number in range(given.pairs):
             for task in given.only.split(","):
                 for name in TASKS[task][1]:
+                    if number and (task, name) in ONCE:
+                        continue
                     if not given.contestants or name in ("ft", *given.contestants.split(",")):
                         measured(folder, task, name, number)
     found = {task: results(folder, task) for task in TASKS}
