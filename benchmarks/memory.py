@@ -99,6 +99,7 @@ DEVELOPMENT: dict[str, Case] = {
     "smol full bf16 recomputed": ("smollm2-135m", "sft", 2, 128, {**BF16, **RECOMPUTED, **method("full")}),
     "smol dpo": ("smollm2-135m", "dpo", 2, 128, FP32),
     "smol packed": ("smollm2-135m", "sft", 2, 160, {**FP32, "data.packing": True}),
+    "smol eager": ("smollm2-135m", "sft", 2, 384, {**FP32, "model.attn_implementation": "eager"}),
     "llama lora recomputed": ("llama-102m", "sft", 4, 192, {**BF16, **RECOMPUTED}),
     "llama bitfit": ("llama-102m", "sft", 4, 128, {**FP32, **method("bitfit", bias="add")}),
     "llama prompt tuning": ("llama-102m", "sft", 4, 128, {**BF16, **method("prompt_tuning")}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,10 @@ UNPACKED = {"int8": 1.25, "int4": 1.3}
 ROWS = "train.per_device_train_batch_size"
 CUT = ("data.max_length", "ppo.max_new_tokens")
 """What costs no time and some of the data: the last of the changes."""
+
+
+Option = tuple[dict[str, Any], float | None, str]
+"""(settings, slowdown where it is not computed, what it costs)"""
 
 
 @dataclass(frozen=True)
@@ -95,31 +99,55 @@ def changes(
     """
     limit, found = budget(machine) if limit is None else limit, dict[tuple[str, ...], Change]()
     options = [option for option in candidates(recipe, now.length) if is_allowed(recipe, option[0])]
-    for settings, slowdown, why in options:
-        if tuple(settings) in found:
+    for option in options:
+        if tuple(option[0]) in found:
             continue  # fewer rows than are needed
-        if (change := tried(recipe, skeleton, settings, slowdown, why, now, machine)) and change.peak <= limit:
-            found[tuple(settings)] = change
-    if not found:
-        settings, slowdown, reasons = dict[str, Any](), 1.0, dict[str, None]()
-        for more, slower, why in options:
-            if not is_allowed(recipe, settings | more):
-                continue
-            settings, slowdown, reasons = {**settings, **more}, slowdown * (slower or 1.0), {**reasons, why: None}
-            change = tried(recipe, skeleton, settings, slowdown, "; ".join(reasons), now, machine)
-            if change is not None and change.peak <= limit:
-                found[tuple(settings)] = change
-                break
+        if (change := tried(recipe, skeleton, [option], now, machine)) and change.peak <= limit:
+            found[tuple(option[0])] = change
+    if not found and (change := together(recipe, skeleton, options, now, machine, limit)):
+        return [change]
     return sorted(found.values(), key=lambda change: (any(key in CUT for key in change.settings), change.slowdown))
 
 
-def candidates(recipe: Recipe, length: int) -> Iterator[tuple[dict[str, Any], float | None, str]]:
-    """(settings, slowdown where it is not computed, what it costs), roughly by price.
+def together(
+    recipe: Recipe, skeleton: Any, options: list[Option], now: Estimate, machine: Hardware, limit: float
+) -> Change | None:  # fmt: skip
+    """One after the other, until it fits; then without those that it fits without."""
+    taken: dict[str, Option] = {}  # by the first key: of rows and of quantization the last one counts
+    change = None
+    for option in options:
+        more = {**taken, next(iter(option[0])): option}
+        if not is_allowed(recipe, merged(more.values())):
+            continue
+        taken, change = more, tried(recipe, skeleton, list(more.values()), now, machine)
+        if change is not None and change.peak <= limit:
+            break
+    else:
+        return None
+    for key in reversed(list(taken)[:-1]):  # the dearest first; without the last it did not fit
+        fewer = [option for name, option in taken.items() if name != key]
+        if not is_allowed(recipe, merged(fewer)):
+            continue
+        other = tried(recipe, skeleton, fewer, now, machine)
+        if other is not None and other.peak <= limit:
+            del taken[key]
+            change = other
+    return change
+
+
+def merged(options: Iterable[Option]) -> dict[str, Any]:
+    return {key: value for settings, *_ in options for key, value in settings.items()}
+
+
+def candidates(recipe: Recipe, length: int) -> Iterator[Option]:
+    """Roughly by price.
 
     Args:
         length: tokens of the longest row, with its reply.
     """
     train = recipe.train
+    if recipe.model.attn_implementation == "eager":
+        yield {"model.attn_implementation": "sdpa"}, 1.0, "the scores of attention are nowhere whole"
     if train.optim in ("adamw", "paged_adamw"):
         yield {"train.optim": "adamw_8bit"}, 1.0, "its moments in 8 bits"
     for rows in fewer(recipe):
@@ -190,9 +218,9 @@ def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
 
 
 def tried(
-    recipe: Recipe, skeleton: Any, settings: dict[str, Any], slowdown: float | None, why: str, now: Estimate,
-    machine: Hardware,
+    recipe: Recipe, skeleton: Any, options: list[Option], now: Estimate, machine: Hardware
 ) -> Change | None:  # fmt: skip
+    settings = merged(options)
     other = changed(recipe, settings)
     if settings.get("train.gradient_checkpointing") and not skeleton.supports_gradient_checkpointing:
         return None
@@ -203,9 +231,10 @@ def tried(
     rows = other.train.per_device_train_batch_size or now.rows
     length = min(now.length - replied(recipe), other.data.max_length) + replied(other)
     then = estimate(network, other, rows, length, machine.device, max(2, accumulation(other)))
-    if slowdown is None:
-        slowdown = (then.flops / then.rows) / (now.flops / now.rows)
-    return Change(settings, slowdown, why, then.peak, other)
+    slowdown = math.prod(price for _, price, _ in options if price is not None)
+    if any(price is None for _, price, _ in options):
+        slowdown *= (then.flops / (then.rows * then.length)) / (now.flops / (now.rows * now.length))
+    return Change(settings, slowdown, "; ".join(dict.fromkeys(why for *_, why in options)), then.peak, other)
 
 
 def length_of(recipe: Recipe) -> int:

@@ -89,6 +89,7 @@ def build(recipe: Recipe, skeleton: Any) -> Network:
     UserError for what cannot be attached, and for a network whose blocks are not found.
     """
     network = copy.deepcopy(skeleton)
+    attend(network, recipe.model.attn_implementation)
     quantization = recipe.model.quantization
     if quantization is not None:
         pack(network, quantization)
@@ -99,6 +100,18 @@ def build(recipe: Recipe, skeleton: Any) -> Network:
         if METHODS[recipe.adapter.method].make_config is not None:
             model.enable_input_require_grads()
     return measured(recipe, model)
+
+
+def attend(network: Any, kernel: str | None) -> None:
+    """With the attention that training takes. Flash attention, whose package needs the GPU, is gone through as sdpa,
+    which holds as much: its scores are nowhere whole either. UserError where the network has no such attention."""
+    if kernel is None:
+        return
+    kernel = "sdpa" if "flash" in kernel else kernel
+    try:
+        network.set_attn_implementation(kernel)
+    except ValueError as error:
+        raise UserError(str(error).splitlines()[0], key="model.attn_implementation") from error
 
 
 def attach(recipe: Recipe, network: Any) -> Any:

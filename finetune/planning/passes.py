@@ -101,7 +101,7 @@ def loss_of(network: Network, recipe: Recipe, rows: int, length: int) -> torch.T
         return model(input_ids=ids).logits.float().sum()
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if rows > 1 and network.masked and active(model).virtual_tokens is None:  # several rows are padded
-        inputs["attention_mask"] = torch.ones(rows, 1, length, length, dtype=torch.bool)
+        inputs["attention_mask"] = mask_of(model, rows, length)
     if isinstance(recipe, PpoRecipe):
         return policy_loss(model, recipe, inputs)
     if recipe.train.label_smoothing_factor:
@@ -109,6 +109,12 @@ def loss_of(network: Network, recipe: Recipe, rows: int, length: int) -> torch.T
         every = logits.log_softmax(-1)
         return (every.gather(-1, ids[:, 1:, None])[..., 0] + every.mean(-1)).sum()
     return -model(**inputs, labels=ids, fused_lm_head=True).log_probs.sum()
+
+
+def mask_of(model: Any, rows: int, length: int) -> torch.Tensor:
+    """As transformers makes it: eager attention adds it to the scores, sdpa takes what is to be seen."""
+    added = model.config.get_text_config()._attn_implementation == "eager"
+    return torch.ones(rows, 1, length, length, dtype=model.dtype if added else torch.bool)
 
 
 def policy_loss(model: Any, recipe: PpoRecipe, inputs: dict[str, Any]) -> torch.Tensor:

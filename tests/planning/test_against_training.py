@@ -36,6 +36,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "full, recomputed, bfloat16": ("qwen2", "sft", {
         "adapter": {"method": "full"}, "train": {"gradient_checkpointing": True},
         "model": {"name": "tiny-llama", "dtype": "bfloat16"}}),
+    "eager attention": ("qwen2", "sft", {
+        "model": {"name": "tiny-llama", "dtype": "bfloat16", "attn_implementation": "eager"}}),
     "dpo": ("llama", "dpo", {}),
     "smoothed": ("llama", "sft", {"train": {"label_smoothing_factor": 0.1}}),
     "bitfit": ("qwen2", "sft", {"adapter": {"method": "bitfit"}}),
@@ -218,6 +220,27 @@ def test_changes_that_make_it_fit() -> None:
     assert [change.slowdown for change in found] == sorted(change.slowdown for change in found)
     rows = {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 8}
     assert rows in [change.settings for change in found], "4 and 2 do not fit"
+
+
+def test_changes_that_make_it_fit_together() -> None:
+    """int4 in int8's place, at its own price; and nothing that it would fit without."""
+    base = skeleton("llama", hidden_size=512, intermediate_size=2048, vocab_size=2000, num_hidden_layers=24)
+    made = recipe(
+        data={"train": "d", "max_length": 1024}, model={"name": "m", "dtype": "float32"},
+        train={"effective_batch_size": 2, "per_device_train_batch_size": 2, "gradient_checkpointing": True},
+    )  # fmt: skip
+    now = estimate(network.build(made, base), made, 2, 1024, "cuda")
+    machine = Hardware("cuda", True, 0.92)
+    (change,) = fits.changes(made, base, now, machine)
+    assert change.peak <= fits.budget(machine) < now.peak
+    assert change.settings["model.quantization"] == "int4"
+    assert change.slowdown == fits.UNPACKED["int4"]
+    assert "8 bits" not in change.why.replace("its moments in 8 bits", "")
+    options = [o for o in fits.candidates(made, now.length) if all(change.settings.get(k) == v for k, v in o[0].items())]
+    assert len(options) > 1
+    for i in range(len(options)):
+        fewer = fits.tried(made, base, [*options[:i], *options[i + 1 :]], now, machine)
+        assert fewer is None or fewer.peak > fits.budget(machine)
 
 
 @pytest.mark.parametrize(

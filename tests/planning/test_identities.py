@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -160,6 +161,19 @@ def test_recomputing_costs_a_forward_pass_and_leaves_block_inputs() -> None:
     assert sum(m.flops for m in kept[True]) - sum(m.flops for m in kept[False]) == forward - last
     grown = [b.level - a.level for a, b in zip(kept[True], kept[True][1:], strict=False) if a.name == "forward 1"]
     assert grown[0] < 4 * 2 * 32 * H * 1.2, "the hidden state, and what little the checkpoint needs"
+
+
+def test_eager_attention_keeps_a_square_of_scores() -> None:
+    """heads · T² values a row and block; sdpa keeps the mask instead, 1 · T² of float32. Flash attention as sdpa."""
+    rows, heads, length = 2, 4, 256
+
+    def grown(kernel: str | None) -> int:
+        made = recipe(model={**FP32, "attn_implementation": kernel})
+        moments = timeline(network(made=made), made, rows, length)
+        return next(b.level - a.level for a, b in itertools.pairwise(moments) if a.name == "forward 1")
+
+    assert grown("eager") - grown("sdpa") == pytest.approx(4 * rows * (heads - 1) * length**2, rel=0.02)
+    assert grown("sdpa") == grown("flash_attention_2") == grown(None)
 
 
 def test_keys_and_values() -> None:
