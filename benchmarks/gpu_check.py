@@ -59,12 +59,12 @@ class Check:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         from finetune.builtin import tokenizers, world
-        from finetune.commands.pretrain import _world_texts
+        from finetune.training.new_base import world_texts
 
         path = self.folder / shape
         if (path / "done").exists():
             return path
-        tokenizer = tokenizers.build_tokenizer(_world_texts(), world.HAN)
+        tokenizer = tokenizers.build_tokenizer(world_texts(), world.HAN)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         size = SHAPES[shape].get("vocab_size", 32_000) if shape != "tiny" else 0
         config = LlamaConfig(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,14 @@ from finetune.models import hardware, sources
 from finetune.planning import cards, fits, sizing, speed
 from finetune.planning.memory import Estimate, estimate
 from finetune.planning.network import Network, build
-from finetune.planning.source import is_unconverted, shipped, skeleton
-from finetune.recipe.resolve import Hardware, a_step, resolve
-from finetune.recipe.sections import as_list
-from finetune.recipe.stages import ROWS, Recipe
+from finetune.planning.source import skeleton
+from finetune.recipe.resolve import Hardware, a_step, batch_layout, resolve
+from finetune.recipe.stages import Recipe
 from finetune.run.writing import write_json
 from finetune.terminal.progress import note, output, say, say_json, task, tell
+from finetune.training.amount import Amount, amount
 
 GB = 1e9
-ENDLESS = "builtin:world"
 NAMES = {
     "weights": "weights of the base", "adapter": "adapter", "gradients": "gradients", "optimizer": "optimizer",
     "activations": "activations", "logits": "logits and loss", "kv_cache": "KV cache",
@@ -40,16 +38,18 @@ def run(raw: Recipe, gpu: str | None = None, json_file: str | None = None) -> No
     with task("building the network without its weights", after=1.0):
         network = skeleton(raw.model)
         raw = sizing.continued(raw)  # type: ignore[type-var]
-        recipe, built = planned(raw, network, machine)
+        recipe, built, sized = planned(raw, network, machine)
+    with task("counting the rows", after=1.0):
+        data = counted(recipe, sized)
+    if recipe.data.packing:
+        recipe = packed(recipe, *(data.cut or batch_layout(recipe.train, recipe.data.max_length, sized)))
     rows, length = recipe.train.per_device_train_batch_size or 1, fits.length_of(recipe)
     with task("going through a step", after=1.0):
         found = attempt(
             recipe, lambda: estimate(built, recipe, rows, length, machine.device, fits.accumulation(recipe))
         )
-    with task("counting the rows", after=1.0):
-        data, steps, tokens = amount(recipe)
     with task("looking what else fits", after=1.0):
-        work = speed.work(built, recipe, found, steps, data, tokens)
+        work = speed.work(built, recipe, found, data.steps, data.rows, data.tokens)
         tflops = card.tflops if card is not None else speed.measured_tflops(getattr(torch, recipe.model.dtype))
         more = room(recipe, network, built, found, machine)
     report = as_json(recipe, built, found, work, tflops, machine, more)
@@ -76,22 +76,31 @@ def machine_of(gpu: str | None) -> tuple[Hardware, cards.Card | None]:
     return Hardware("cuda", card.bf16, card.memory), card
 
 
-def planned(raw: Recipe, network: Any, machine: Hardware) -> tuple[Recipe, Network]:
-    """The complete recipe for that machine, and its network."""
-    if raw.data.packing and raw.train.per_device_train_batch_size is None:
-        raw = raw.model_copy(update={"data": raw.data.model_copy(update={"packing": False})})
-        first = planned(raw, network, machine)[0]
-        step = {"per_device_train_batch_size": first.train.per_device_train_batch_size}
-        recipe = first.model_copy(update={"data": first.data.model_copy(update={"packing": True})})
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=step)})
-        return recipe, attempt(recipe, lambda: build(recipe, network))
+def planned(raw: Recipe, network: Any, machine: Hardware) -> tuple[Recipe, Network, Hardware]:
+    """The complete recipe for that machine, its network, and the machine with the rows that fit it."""
     recipe = resolve(raw, machine)
     compatibility.check(recipe)  # what training refuses has no plan
     built = attempt(recipe, lambda: build(recipe, network))
     if raw.train.per_device_train_batch_size or raw.train.gradient_accumulation_steps:
-        return recipe, built
-    rows = attempt(recipe, lambda: sizing.rows_of(built, recipe, machine))
-    return resolve(raw, replace(machine, rows=rows)), built
+        return recipe, built, machine
+    sized = replace(machine, rows=attempt(recipe, lambda: sizing.rows_of(built, recipe, machine)))
+    return resolve(raw, sized), built, sized
+
+
+def packed(recipe: Recipe, rows: int, passes: int) -> Recipe:
+    """With the rows of a step as they are once they are packed."""
+    step = {"effective_batch_size": rows * passes, "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": None}  # fmt: skip
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=step)})
+
+
+def counted(recipe: Recipe, machine: Hardware) -> Amount:
+    """What the data says, or a note why it says nothing: the run may be planned for another machine."""
+    try:
+        return amount(recipe, machine)
+    except UserError as error:
+        note(f"the steps cannot be counted here: {error.problems[0]}")
+        return Amount(steps=recipe.train.max_steps)
 
 
 def attempt(recipe: Recipe, work: Any) -> Any:
@@ -106,32 +115,6 @@ def attempt(recipe: Recipe, work: Any) -> Any:
             f"its network computes in a way that cannot be planned without weights ({reason})", path=recipe.model.name,
             key="model.name", fix="try a few rows of it: train.max_steps 1",
         ) from error  # fmt: skip
-
-
-def amount(recipe: Recipe) -> tuple[int | None, int | None, float | None]:
-    """(training rows, steps, mean tokens of a row), each where it is known: a tokenizer that is not here is not
-    fetched."""
-    from finetune.base import Base
-    from finetune.data import audit
-
-    train, model = recipe.train, recipe.model
-    rows: int | None = None
-    tokens: float | None = None
-    if ENDLESS not in as_list(recipe.data.train):
-        try:
-            here = not model.is_new and isinstance(sources.place(model), Path) and shipped(model) is None
-            here = here and not is_unconverted(model)
-            encoder = Base.open(model).encoder if here else None
-            counts = audit.check(recipe.data, encoder, kind=ROWS[recipe.stage]).counts
-            rows = counts["rows"] - counts["dropped"]
-            tokens = counts["tokens"] / rows if encoder is not None and rows else None
-        except FinetuneError:
-            pass  # ft data check says what is wrong with them
-    if train.max_steps is not None or not rows:
-        return rows, train.max_steps, tokens
-    held = recipe.data.eval_split or 0
-    kept = max(1, int(rows * (1 - held)) if held < 1 else rows - int(held))
-    return kept, max(1, math.ceil(-(-kept // train.effective_batch_size) * train.num_train_epochs)), tokens
 
 
 def room(recipe: Recipe, network: Any, built: Network, now: Estimate, machine: Hardware) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from finetune.recipe.resolve import a_step, batch_layout
 from finetune.recipe.sections import OutputConfig, TrainConfig
 from finetune.recipe.stages import PpoRecipe, RewardModelConfig, RewardRecipe
 from finetune.rl import models
-from finetune.rl.ppo import Ppo, answered_rows, rollouts
+from finetune.rl.ppo import Ppo, answered_rows
 from finetune.run.directory import Run, resumable
 from finetune.run.resuming import to_go_on
 from finetune.run.writing import write_atomically
@@ -29,7 +29,7 @@ from finetune.terminal.progress import command, note
 from finetune.training.finish import Words
 from finetune.training.inputs import known_inputs
 from finetune.training.optim import check_schedule
-from finetune.training.plan import Layout
+from finetune.training.plan import Layout, rollouts
 from finetune.training.session import prepare
 from finetune.training.start import seed_everything
 

@@ -6,10 +6,7 @@ Blocks are taken in the order of the text (a curriculum stays one), each exactly
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +20,17 @@ from finetune.adapters.load import apply
 from finetune.base import Base
 from finetune.builtin import initial, tokenizers, world
 from finetune.data import text
-from finetune.errors import UserError
 from finetune.models import loading
-from finetune.models.chatglm import tokenizer as chatglm_tokenizer
 from finetune.models.chatglm.export import export_original, original_config
-from finetune.models.tokenizers import load_tokenizer
-from finetune.recipe.sections import ModelConfig, PretrainModelConfig
 from finetune.recipe.stages import PretrainRecipe
 from finetune.run.directory import Run
-from finetune.terminal.progress import task
 from finetune.training.finish import save, whole
 from finetune.training.fit import finish_setup
+from finetune.training.new_base import WORLD_CHATGLM3, open_base, world_texts
 from finetune.training.plan import one_device
 from finetune.training.session import Session, prepare
 from finetune.training.start import policy
 from finetune.training.trainers import Extras
-
-WORLD_CHATGLM3 = "builtin:world/chatglm3"  # model.tokenizer: the world's tokenizer as a ChatGLM3 tokenizer.model
 
 
 class BlockTrainer(Extras, Trainer):
@@ -80,31 +71,6 @@ def run(raw: PretrainRecipe, *, resume: bool = False, overwrite: bool = False, d
         session.train(make_trainer(session, model), save=written)
 
 
-def open_base(model: PretrainModelConfig) -> Base:
-    """The base, or for a new model its config and the tokenizer that it gets."""
-    return Base.open(model) if model.config is None else Base(model, model.config, own_tokenizer=tokenizer_of(model))
-
-
-def tokenizer_of(model: PretrainModelConfig) -> Any:
-    """Of a new model."""
-    name = model.tokenizer
-    if name is None:
-        fix = f"give a folder, a hub id or {text.WORLD}"
-        raise UserError("is needed with model.config", key="model.tokenizer", fix=fix)
-    if name == text.WORLD:
-        with task("making the tokenizer", after=1.0):
-            return tokenizers.build_tokenizer(_world_texts(), world.HAN)
-    if name == WORLD_CHATGLM3:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "tokenizer.model").write_bytes(tokenizers.build_sentencepiece(_world_texts(), world.HAN))
-            return chatglm_tokenizer.build_tokenizer(folder, version=3)
-    return load_tokenizer(ModelConfig(name=name, chat_template=model.chat_template))
-
-
-def _world_texts() -> Iterator[str]:
-    return islice(world.documents(0, 8_000), 8_000)
-
-
 def new_model(recipe: PretrainRecipe, base: Base) -> Any:
     """A network with random weights that knows the tokenizer's ids."""
     tokenizer = base.tokenizer
@@ -128,7 +94,7 @@ def save_new(
         model.config.tie_word_embeddings = False
     with whole(run.model) as folder:
         export_original(model, original_config(model.config), folder)
-        (folder / "tokenizer.model").write_bytes(tokenizers.build_sentencepiece(_world_texts(), world.HAN))
+        (folder / "tokenizer.model").write_bytes(tokenizers.build_sentencepiece(world_texts(), world.HAN))
     return run.model
 
 

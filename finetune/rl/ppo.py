@@ -48,21 +48,13 @@ from finetune.training.callbacks import Guard
 from finetune.training.health import kept_batch, with_batch
 from finetune.training.held_out_figures import undisturbed
 from finetune.training.longest import forgotten, tell
+from finetune.training.plan import rollouts
 from finetune.training.sampler import OrderedSampler
 from finetune.training.tracking import Trackers
 from finetune.training.weight_check import Proof
 
 EVALUATION_SEED = 20_000
 PATIENCE = 50  # updates within which every gradient must have been non-zero: rewards may be equal at first
-
-
-def rollouts(recipe: PpoRecipe, prompts: int) -> tuple[int, int, int]:
-    """(prompts per rollout, rollouts per epoch, rollouts of the run). An epoch's last prompts, too few for a rollout,
-    are left out of it; every epoch leaves out others."""
-    parts = recipe.ppo.num_mini_batches * ranks.count()
-    batch = min(recipe.train.effective_batch_size, prompts // parts * parts)
-    per_epoch = prompts // batch
-    return batch, per_epoch, recipe.train.max_steps or max(1, round(per_epoch * recipe.train.num_train_epochs))
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from finetune import ranks
 from finetune.adapters.methods import METHODS
 from finetune.errors import UserError
 from finetune.recipe.resolve import Hardware, batch_layout
-from finetune.recipe.stages import Recipe
+from finetune.recipe.stages import PpoRecipe, Recipe
 from finetune.run.directory import Run
 from finetune.training import sharded
 from finetune.training.optim import OPTIMIZERS, check_schedule, scheduler_kwargs, warmup_steps
@@ -61,6 +61,15 @@ def layout(recipe: Recipe, samples: int, rows: int, hardware: Hardware) -> Layou
             what = f"{every} steps between evaluations, and the run has {total}: there would be none"
             raise UserError(what, key=key, fix="lower it, or leave it out (then it is at the end of every epoch)")
     return Layout(micro, accumulation, per_epoch, total)
+
+
+def rollouts(recipe: PpoRecipe, prompts: int) -> tuple[int, int, int]:
+    """(prompts per rollout, rollouts per epoch, rollouts of the run). An epoch's last prompts, too few for a rollout,
+    are left out of it; every epoch leaves out others."""
+    parts = recipe.ppo.num_mini_batches * ranks.count()
+    batch = min(recipe.train.effective_batch_size, prompts // parts * parts)
+    per_epoch = prompts // batch
+    return batch, per_epoch, recipe.train.max_steps or max(1, round(per_epoch * recipe.train.num_train_epochs))
 
 
 def few_updates(updates: int) -> str | None:

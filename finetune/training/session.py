@@ -75,6 +75,8 @@ class Session(Generic[AnyRecipe]):
     """Of the data, before it is read."""
     rows: Rows = field(init=False)
     layout: Layout = field(default_factory=lambda: Layout(0, 0, 0, 0))
+    packed: Layout | None = None
+    """Where the rows are to be packed and it turns out that they can be."""
     notes: list[str] = field(default_factory=list)
     """What was found and did not stop the run; they go to result.json."""
     during: During | None = None
@@ -115,7 +117,7 @@ class Session(Generic[AnyRecipe]):
         few = few_rows(self.recipe, len(rows.train)) if cut is None else None
         self.layout = cut or layout(self.recipe, len(rows.train), len(rows.train), self.machine)
         if packed := packed_rows(self.recipe, rows.train):  # what does not fit those is said before the model loads
-            layout(self.recipe, len(rows.train), packed, self.machine)
+            self.packed = layout(self.recipe, len(rows.train), packed, self.machine)
         few_steps = few_updates(updates or self.layout.total_steps)
         said: tuple[str | None, ...] = (too_long, few, other_devices(self.recipe), also, few_steps)
         self.notes = [*rows.warnings, *(line for line in said if line)]
@@ -180,8 +182,9 @@ class Session(Generic[AnyRecipe]):
             held, plain = (planned_bytes(self.base.skeleton, k, getattr(torch, name)) / 1e9 for k in (kind, None))
             note(f"the base's weights take {held:,.3g} GB in {kind}, where they would take {plain:,.3g} GB in {name}")
         several = f" x {ranks.shares()} processes" if ranks.shares() > 1 else ""
-        made = f"{cut.total_steps} {steps} of {cut.rows_per_pass} rows x {cut.accumulation} passes{several}"
-        note(f"{made}; nothing was written")
+        if self.packed is not None:
+            note(f"packed: {self.packed.total_steps} {steps} of {shown(self.packed)}{several}")
+        note(f"{cut.total_steps} {steps} of {shown(cut)}{several}; nothing was written")
 
     @contextmanager
     def run(self, overwrite: bool) -> Iterator[Run]:
@@ -266,6 +269,10 @@ class Session(Generic[AnyRecipe]):
         if "failed" in outcome:
             raise RunError(f"{outcome['failed']}; the weights are kept in {shown_path(weights)}, to be looked at")
         summary(self.recipe, self.folder, weights, result, words)
+
+
+def shown(cut: Layout) -> str:
+    return f"{cut.rows_per_pass} rows x {cut.accumulation} passes"
 
 
 def prepare(raw: AnyRecipe, resume: bool, open_base: Callable[[Any], Base] = Base.open) -> Session[AnyRecipe]:

@@ -18,10 +18,11 @@ from finetune.adapters.multiple import activated
 from finetune.errors import RunError
 from finetune.recipe.file import load
 from finetune.recipe.stages import PpoRecipe
-from finetune.rl.ppo import Ppo, repetition, rollouts
+from finetune.rl.ppo import Ppo, repetition
 from finetune.rl.replies import response_logits, token_values
 from finetune.rl.rollout import Rollout
 from finetune.run.directory import Run
+from finetune.training.plan import rollouts
 
 COEFFICIENTS = {
     "num_mini_batches": 2, "missing_eos_penalty": 0.7, "kl_coef": 0.3, "gamma": 0.95, "lam": 0.8, "cliprange": 0.05,

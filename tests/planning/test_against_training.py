@@ -236,7 +236,9 @@ def test_changes_that_make_it_fit_together() -> None:
     assert change.settings["model.quantization"] == "int4"
     assert change.slowdown == fits.UNPACKED["int4"]
     assert "8 bits" not in change.why.replace("its moments in 8 bits", "")
-    options = [o for o in fits.candidates(made, now.length) if all(change.settings.get(k) == v for k, v in o[0].items())]
+    options = [
+        o for o in fits.candidates(made, now.length) if all(change.settings.get(k) == v for k, v in o[0].items())
+    ]
     assert len(options) > 1
     for i in range(len(options)):
         fewer = fits.tried(made, base, [*options[:i], *options[i + 1 :]], now, machine)
