@@ -32,8 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 from finetune.commands import dpo, kto, ppo, pretrain, reward, sft
 from finetune.models import hardware
 from finetune.planning import fits
-from finetune.planning.memory import estimate
-from finetune.planning.network import build
+from finetune.planning.memory import Estimate, estimate
+from finetune.planning.network import Network, build
 from finetune.planning.source import skeleton
 from finetune.recipe.file import load
 from finetune.recipe.resolve import resolve
@@ -127,6 +127,7 @@ HELD_OUT: dict[str, Case] = {
     "pythia ppo recomputed": ("pythia-160m", "ppo", 4, 128, {**BF16, **RECOMPUTED}),
 }
 REPLY = 32  # tokens of PPO
+WITHIN = 0.15
 
 
 def storages(model: Any) -> int:
@@ -191,10 +192,16 @@ def measured(found: list[int]) -> Any:
         Trainer.train, Ppo.step = train, step  # type: ignore[method-assign]
 
 
-def write_model(shape: str, folder: Path) -> None:
-    """Random weights in bfloat16, and a tokenizer of bytes."""
+def config_of(shape: str) -> Any:
     config = AutoConfig.for_model(**SHAPES[shape])
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 2, 0
+    config.dtype = torch.bfloat16
+    return config
+
+
+def write_model(shape: str, folder: Path) -> None:
+    """Random weights in bfloat16, and a tokenizer of bytes."""
+    config = config_of(shape)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     template = "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"  # next to nothing is untrained
@@ -245,19 +252,27 @@ def write_recipe(case: Case, model: Path, folder: Path) -> Path:
     return path
 
 
-def run(name: str, case: Case, scratch: Path) -> dict[str, Any]:
-    shape, stage, rows, _, settings = case
+def planned(name: str, case: Case, scratch: Path) -> tuple[Any, Network, Estimate]:
+    """(recipe, network, plan), of config.json alone."""
+    shape, stage, rows, _, _ = case
     model, folder = scratch / shape, scratch / name.replace(" ", "-")
     folder.mkdir(parents=True)
     if not model.exists():
-        write_model(shape, model)
-    write_rows(stage, case[3], folder / "rows.jsonl")
+        config_of(shape).save_pretrained(model)
     raw = load(str(write_recipe(case, model, folder)), RECIPES[stage])
     recipe = resolve(raw, hardware.detect())
-    begun = time.perf_counter()
     network = build(recipe, skeleton(recipe.model))
-    plan = estimate(network, recipe, rows, fits.length_of(recipe), "cpu", fits.accumulation(recipe))
-    planned = time.perf_counter() - begun
+    return raw, network, estimate(network, recipe, rows, fits.length_of(recipe), "cpu", fits.accumulation(recipe))
+
+
+def run(name: str, case: Case, scratch: Path) -> dict[str, Any]:
+    shape, stage, rows, length, settings = case
+    begun = time.perf_counter()
+    raw, network, plan = planned(name, case, scratch)
+    took = time.perf_counter() - begun
+    if not list((scratch / shape).glob("*.safetensors")):
+        write_model(shape, scratch / shape)
+    write_rows(stage, length, scratch / name.replace(" ", "-") / "rows.jsonl")
     found: list[int] = []
     with measured(found):
         COMMANDS[stage].run(raw)
@@ -265,25 +280,22 @@ def run(name: str, case: Case, scratch: Path) -> dict[str, Any]:
     return {
         "case": name, "model": shape, "parameters": network.total, "stage": stage, "rows": rows, "tokens": plan.length,
         "settings": settings, "planned": plan.tensors, "measured": max(found), "when": plan.when,
-        "parts": plan.parts, "seconds_planned": round(planned, 2),
+        "parts": plan.parts, "seconds_planned": round(took, 2),
         "error": round(plan.tensors / max(found) - 1, 4),
     }  # fmt: skip
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    lines = ["| model | parameters | what is trained | rows x tokens | planned GB | measured GB | error |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in results:
-        words = [row["stage"], *(str(value) for key, value in row["settings"].items() if value is not True)]
-        words += [key.rpartition(".")[2] for key, value in row["settings"].items() if value is True]
+def table(group: dict[str, Case], results: dict[str, dict[str, Any]]) -> str:
+    """As docs/plan.md shows it."""
+    lines = ["| case | planned GB | measured GB | error |", "|---|---|---|---|"]
+    listed = {name: results[name] for name in group if name in results}
+    for name, row in listed.items():
         sizes = f"{row['planned'] / 1e9:.3f} | {row['measured'] / 1e9:.3f} | {row['error']:+.1%}"
-        cut = f"{row['rows']} x {row['tokens']}"
-        lines.append(f"| {row['model']} | {row['parameters'] / 1e6:,.0f}M | {', '.join(words)} | {cut} | {sizes} |")
-    errors = [abs(row["error"]) for row in results]
-    lines.append("")
-    lines.append(f"{len(errors)} cases: mean error {sum(errors) / len(errors):.1%}, largest {max(errors):.1%}, "
-                 f"{sum(e <= 0.15 for e in errors)} within 15%.")  # fmt: skip
-    return "\n".join(lines)
+        lines.append(f"| {name} | {sizes} |")
+    errors = [abs(row["error"]) for row in listed.values()]
+    mean, largest, within = sum(errors) / len(errors), max(errors), sum(e <= WITHIN for e in errors)
+    said = f"mean error {mean:.1%}, largest {largest:.1%}, {within} within {WITHIN:.0%}"
+    return "\n".join([*lines, "", f"{len(errors)} of {len(group)} cases run: {said}."])
 
 
 def main() -> None:
@@ -306,8 +318,8 @@ def main() -> None:
                 f"{name}: planned {planned:.3f} GB, measured {peak:.3f} GB, {results[name]['error']:+.1%}", flush=True
             )
     for title, group in groups.items():
-        if listed := [results[name] for name in group if name in results]:
-            print(f"\n{title}\n\n{table(listed)}")
+        if results.keys() & group.keys():
+            print(f"\n{title}\n\n{table(group, results)}")
 
 
 if __name__ == "__main__":
