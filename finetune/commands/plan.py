@@ -21,7 +21,7 @@ from finetune.recipe.resolve import Hardware, a_step, batch_layout, resolve
 from finetune.recipe.stages import Recipe
 from finetune.run.writing import write_json
 from finetune.terminal.progress import note, output, say, say_json, task, tell
-from finetune.training.amount import Amount, amount
+from finetune.training.amount import Amount, amount, read
 
 GB = 1e9
 NAMES = {
@@ -97,10 +97,11 @@ def packed(recipe: Recipe, rows: int, passes: int) -> Recipe:
 def counted(recipe: Recipe, machine: Hardware) -> Amount:
     """What the data says, or a note why it says nothing: the run may be planned for another machine."""
     try:
-        return amount(recipe, machine)
-    except UserError as error:
-        note(f"the steps cannot be counted here: {error.problems[0]}")
-        return Amount(steps=recipe.train.max_steps)
+        data = read(recipe)
+    except FinetuneError as error:
+        note(f"the steps cannot be counted here: {error.lines()[0]}")
+        data = None
+    return amount(recipe, data, machine)
 
 
 def attempt(recipe: Recipe, work: Any) -> Any:

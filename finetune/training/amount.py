@@ -11,8 +11,9 @@ import numpy as np
 from finetune.adapters.methods import METHODS
 from finetune.base import Base
 from finetune.data import packing, prompts, text
-from finetune.data.audit import Audit
+from finetune.data.audit import Audit, Encoding
 from finetune.data.rows import divided, gathered
+from finetune.data.samples import Item
 from finetune.models import sources
 from finetune.planning.source import is_unconverted, shipped
 from finetune.recipe.resolve import Hardware
@@ -33,32 +34,64 @@ class Amount:
     """(rows of a pass, passes of a step) of packed rows."""
 
 
-def amount(recipe: Recipe, machine: Hardware) -> Amount:
-    """UserError for data that is not there, and where training stops at it.
+@dataclass(frozen=True)
+class Data:
+    """Of the rows to train on."""
+
+    lengths: Any
+    """Tokens of each: [rows], of a pair the mean of its answers; zeros where the tokenizer is not here."""
+    known: bool
+    """Whether it is."""
+
+
+def read(recipe: Recipe) -> Data | None:
+    """None where rows are not to be counted: endless text, and texts without their tokenizer, which cuts them into
+    blocks. UserError for data that is not there, and for rows that training would stop at.
+
+    Args:
+        recipe: resolved.
+    """
+    if text.WORLD in as_list(recipe.data.train):
+        return None
+    base, seed = base_of(recipe), recipe.train.seed
+    if recipe.stage == "pretrain":
+        if base is None:
+            return None
+        wanted = recipe.train.max_steps and recipe.train.max_steps * recipe.train.effective_batch_size
+        new = recipe.model.is_new
+        rows = len(text.load_blocks(recipe.data, base.tokenizer, seed=seed, wanted=wanted, is_new=new).train)
+        return Data(np.full(rows, recipe.data.max_length), True)
+    if recipe.stage == "ppo" and base is not None:
+        found = prompts.load_prompts(recipe.data, base.encoder, seed=seed).train
+        return Data(np.asarray([len(row.ids) for row in found]), True)
+    audit = Audit(recipe.data, None if base is None else base.encoder, ROWS[recipe.stage])
+    sizes, hashes, weights, places = gathered(audit, seed, size)
+    every = np.asarray(sizes, float)
+    split = recipe.data.eval_split
+    lengths = divided(lambda numbers: every[numbers], hashes, weights, split, {}, [], places, {}).train
+    return Data(lengths, base is not None and recipe.stage != "ppo")
+
+
+def size(item: Item, encoded: Encoding) -> float:
+    every = list(encoded.values()) if isinstance(encoded, dict) else [encoded] if encoded is not None else []
+    return sum(len(one.input_ids) for one in every) / max(1, len(every))
+
+
+def amount(recipe: Recipe, data: Data | None, machine: Hardware) -> Amount:
+    """UserError for a schedule that does not fit the steps.
 
     Args:
         recipe: resolved; machine: with the rows that fit it.
     """
-    limit = recipe.train.max_steps
-    if text.WORLD in as_list(recipe.data.train):
-        return Amount(steps=limit)
-    base = base_of(recipe)
-    if recipe.stage == "pretrain":
-        if base is None:
-            return Amount(steps=limit)  # texts are cut into blocks of tokens
-        wanted = limit and limit * recipe.train.effective_batch_size
-        new = recipe.model.is_new
-        load = text.load_blocks(recipe.data, base.tokenizer, seed=recipe.train.seed, wanted=wanted, is_new=new)
-        rows = len(load.train)
-        return Amount(rows, float(recipe.data.max_length), layout(recipe, rows, rows, machine).total_steps)
-    lengths = lengths_of(recipe, base)
-    rows, tokens = len(lengths), float(lengths.mean()) if base is not None else None
+    if data is None:
+        return Amount(steps=recipe.train.max_steps)
+    lengths, rows = data.lengths, len(data.lengths)
+    tokens = float(lengths.mean()) if data.known else None
     if isinstance(recipe, PpoRecipe):
-        if rows < recipe.ppo.num_mini_batches:
-            return Amount(rows, tokens, limit)  # training refuses it by name
-        return Amount(rows, tokens, rollouts(recipe, rows)[2])
+        few = rows < recipe.ppo.num_mini_batches  # training refuses it by name
+        return Amount(rows, tokens, recipe.train.max_steps if few else rollouts(recipe, rows)[2])
     packed = None
-    if recipe.data.packing and base is not None and METHODS[recipe.adapter.method].virtual_tokens is None:
+    if recipe.data.packing and data.known and METHODS[recipe.adapter.method].virtual_tokens is None:
         packed = len(packing.plan(lengths, recipe.data.max_length))
     cut = layout(recipe, rows, packed or rows, machine)
     if packed is None:
@@ -73,19 +106,3 @@ def base_of(recipe: Recipe) -> Base | None:
         return open_base(model)  # type: ignore[arg-type]
     here = isinstance(sources.place(model), Path) and shipped(model) is None and not is_unconverted(model)
     return replace(Base.open(model), treatment=recipe.data.thinking) if here else None
-
-
-def lengths_of(recipe: Recipe, base: Base | None) -> Any:
-    """Tokens of the rows to train on, zeros without a tokenizer: [rows], of pairs the mean of their answers."""
-    data, seed = recipe.data, recipe.train.seed
-    if isinstance(recipe, PpoRecipe) and base is not None:
-        return np.asarray([len(row.ids) for row in prompts.load_prompts(data, base.encoder, seed=seed).train])
-
-    def size(item: Any, encoded: Any) -> float:
-        every = encoded.values() if isinstance(encoded, dict) else [encoded] if encoded is not None else []
-        return sum(len(one.input_ids) for one in every) / max(1, len(every))
-
-    audit = Audit(data, None if base is None else base.encoder, ROWS[recipe.stage])
-    found, hashes, weights, places = gathered(audit, seed, size)
-    every = np.asarray(found, float)
-    return divided(lambda numbers: every[numbers], hashes, weights, data.eval_split, {}, [], places, {}).train
