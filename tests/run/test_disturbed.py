@@ -35,11 +35,16 @@ PHASES = {
     "saving the weights": "finetune.training.finish.save_adapter",
     "the report": "finetune.report.page.write",
 }
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A signal in every phase, and all three before and after the first checkpoint could be; the other pairs are slow.
+OFTEN = ("loading", "a step")
 CASES = [
-    (phase, number)
+    pytest.param(
+        phase, number, id=f"{phase}-{number.name}", marks=() if phase in OFTEN or m == n % 3 else pytest.mark.slow
+    )
     for n, phase in enumerate(PHASES)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[n % 3 : n % 3 + 1]
-] + [("loading", signal.SIGINT), ("loading", signal.SIGTERM), ("the report", signal.SIGTERM)]
+    for m, number in enumerate(SIGNALS)
+]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +78,7 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
-@pytest.mark.parametrize(("phase", "number"), CASES, ids=str)
+@pytest.mark.parametrize(("phase", "number"), CASES)
 def test_a_signal_in_any_phase(
     phase: str, number: signal.Signals, base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
