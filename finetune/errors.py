@@ -129,7 +129,21 @@ def without_secrets(text: str) -> str:
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # torch (inline_container: an archive that could not be written), safetensors and arrow wrap the system's words.
 FULL_WORDS = re.compile(r"inline_container|file write failed|No space left|quota exceeded|File too large", re.I)
+# Rust libraries (safetensors, tokenizers) end so, torch otherwise, where a file cannot be opened at all.
+WRAPPED = re.compile(r'\(os error (\d+)\)(?: at path "([^"]+)")?|inline_container.*strerror: (.+)')
+REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 MAKE_ROOM = "make room and start again; a run with a checkpoint goes on with --resume"
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """What the system said when it refused a place, where a library says it in an exception of its own."""
+    if isinstance(error, OSError) or not (found := WRAPPED.search(str(error))):
+        return error
+    number, path, words = found.groups()
+    for refused in REFUSED:
+        if number == str(refused) or words == os.strerror(refused):
+            return OSError(refused, os.strerror(refused), path)
+    return error
 
 
 def explained(error: BaseException) -> FinetuneError | None:
@@ -143,10 +157,14 @@ def explained(error: BaseException) -> FinetuneError | None:
         name = getattr(error, "encoding", None) or "the expected encoding"
         fix = "save it as UTF-8; for pipes and terminals PYTHONIOENCODING=utf-8"
         return UserError(f"text that is not {name}", fix=fix)
+    error = unwrapped(error)
     if isinstance(error, OSError) and error.errno is not None and error.errno not in FULL:
         where = error.filename if error.filename is not None else error.filename2
         path = os.fsdecode(where) if isinstance(where, str | bytes | os.PathLike) else None
-        return UserError(os.strerror(error.errno), path=path, fix="check the path, and who may read and write there")
+        fix = "check the path, and who may read and write there"
+        if error.errno == errno.EROFS:  # in the middle of a run the system has made it so, after an error of the disk
+            fix = "make it writable, or choose another place; a run with a checkpoint goes on with --resume"
+        return UserError(os.strerror(error.errno), path=path, fix=fix)
     if isinstance(error, OSError) or FULL_WORDS.search(str(error)):
         text = next(iter(str(error).splitlines()), "") or type(error).__name__
         full = FULL_WORDS.search(str(error)) or getattr(error, "errno", None) in FULL

@@ -19,6 +19,23 @@ from typing import Any
 
 import finetune
 
+TABLE = Path(__file__).parent / "fixtures" / "bad_inputs.txt"
+Case = tuple[str, str]
+
+
+def cases() -> tuple[list[Case], list[Case]]:
+    """(command line, what is said), of those that need no torch and of those that do."""
+    found: tuple[list[Case], list[Case]] = ([], [])
+    late = 0
+    for block in TABLE.read_text(encoding="utf-8").split("\n\n"):
+        if block.startswith("#"):
+            late |= block.startswith("# late")
+            continue
+        line, _, said = block.strip("\n").partition("\n")
+        found[late].append((line.removeprefix("$ ft").strip(), said))
+    return found
+
+
 ROW = '{"instruction": "q", "output": "a"}\n'
 HEAD = "version: 1\nstage: sft\n"
 GOOD = HEAD + "model: {name: tiny-llama}\ndata: {train: rows.jsonl}\noutput: {dir: runs/new}\n"

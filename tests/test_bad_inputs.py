@@ -14,24 +14,7 @@ import bad_inputs_kit as kit
 import pytest
 from conftest import ft
 
-TABLE = Path(__file__).parent / "fixtures" / "bad_inputs.txt"
-Case = tuple[str, str]
-
-
-def cases() -> tuple[list[Case], list[Case]]:
-    """(command line, what is said), of those that need no torch and of those that do."""
-    found: tuple[list[Case], list[Case]] = ([], [])
-    late = 0
-    for block in TABLE.read_text(encoding="utf-8").split("\n\n"):
-        if block.startswith("#"):
-            late |= block.startswith("# late")
-            continue
-        line, _, said = block.strip("\n").partition("\n")
-        found[late].append((line.removeprefix("$ ft").strip(), said))
-    return found
-
-
-EARLY, LATE = cases()
+EARLY, LATE = kit.cases()
 ALONE = """
 import atexit, sys
 from finetune.cli import main
@@ -87,6 +70,12 @@ def test_as_a_process(here: Path, line: str, said: str) -> None:
 def with_models(here: Path) -> Path:
     kit.models(here)
     return here
+
+
+def test_those_that_need_torch_are_these(with_models: Path) -> None:
+    """One that is told before torch is there belongs above the heading `# late`, where that is a promise."""
+    found = kit.typed(with_models, [line for line, _ in LATE])
+    assert not [line for line, (_, heavy, _) in found.items() if not heavy]
 
 
 @pytest.mark.parametrize(("line", "said"), LATE, ids=[line for line, _ in LATE])

@@ -3,6 +3,9 @@ changes, clocks that jump."""
 
 from __future__ import annotations
 
+import builtins
+import errno
+import io
 import json
 import os
 import signal
@@ -14,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import ft, tensors, write_rows
+from safetensors import SafetensorError
 from transformers import Trainer
 
 from finetune.child import HANGUP
@@ -35,11 +40,16 @@ PHASES = {
     "saving the weights": "finetune.training.finish.save_adapter",
     "the report": "finetune.report.page.write",
 }
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A signal in every phase, and all three before and after the first checkpoint could be; the other pairs are slow.
+OFTEN = ("loading", "a step")
 CASES = [
-    (phase, number)
+    pytest.param(
+        phase, number, id=f"{phase}-{number.name}", marks=() if phase in OFTEN or m == n % 3 else pytest.mark.slow
+    )
     for n, phase in enumerate(PHASES)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[n % 3 : n % 3 + 1]
-] + [("loading", signal.SIGINT), ("loading", signal.SIGTERM), ("the report", signal.SIGTERM)]
+    for m, number in enumerate(SIGNALS)
+]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +83,7 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
-@pytest.mark.parametrize(("phase", "number"), CASES, ids=str)
+@pytest.mark.parametrize(("phase", "number"), CASES)
 def test_a_signal_in_any_phase(
     phase: str, number: signal.Signals, base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +162,77 @@ def test_a_read_only_disk_is_refused_first(base: Path, tmp_path: Path, small_dis
     assert f"{small_disk}: output.dir: cannot be written to" in done.stderr
     merged = ft("merge", tmp_path, "--output", small_disk / "merged")
     assert merged.returncode == 2
+
+
+REFUSED = {
+    "weights": (SafetensorError, 'Error while serializing: I/O error: {} (os error {}) at path "{}"'),
+    "optimizer": (RuntimeError, "[enforce fail at inline_container.cc:747] . open file failed with strerror: {}"),
+}
+"""The words of safetensors and torch for what the system refuses, from a read-only tmpfs."""
+
+
+def taking_nothing(folder: Path, first: str, number: int, patch: pytest.MonkeyPatch) -> list[str]:
+    """From the first operation of the kind `first` in checkpoint-2 on, nothing below `folder` can be written any more.
+
+    Returns what was refused.
+    """
+    refused: list[str] = []
+
+    def watched(owner: Any, name: str, kind: str, place: int = 0, writes: Any = lambda *_, **__: True) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **more: Any) -> Any:
+            path = args[place] if len(args) > place else more.get("f") or more.get("path")
+            inside = isinstance(path, str | os.PathLike) and Path(path).is_relative_to(folder) and writes(*args, **more)
+            if not inside or not (refused or (kind == first and "checkpoint-2" in os.fspath(path))):
+                return real(*args, **more)
+            refused.append(kind)
+            if kind in REFUSED:
+                error, words = REFUSED[kind]
+                raise error(words.format(os.strerror(number), number, path))
+            raise OSError(number, os.strerror(number), os.fspath(path))
+
+        patch.setattr(owner, name, call)
+
+    def for_writing(_: Any, mode: Any = "r", *__: Any, **___: Any) -> bool:
+        return bool(mode & (os.O_WRONLY | os.O_RDWR)) if isinstance(mode, int) else any(c in mode for c in "wax+")
+
+    watched(safetensors.torch, "serialize_file", "weights", place=1)
+    watched(torch, "save", "optimizer", place=1)
+    for owner in (builtins, io, os):
+        watched(owner, "open", "file", writes=for_writing)
+    for name in ("replace", "rename", "mkdir", "unlink", "rmdir"):
+        watched(os, name, "name" if name == "replace" else "other")
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("first", "number"),
+    [*((first, errno.EROFS) for first in ("weights", "optimizer", "file", "name")), ("file", errno.ENOSPC)],
+)
+def test_a_disk_that_takes_nothing_any_more(
+    first: str, number: int, base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a run, as one that the system makes read-only after an error.
+
+    It is so for root, too, and nothing is mounted: the errors are put where Python, safetensors and torch write.
+    """
+    path, run = of_rows(tmp_path, base), Run(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        refused = taking_nothing(run.path, first, number, patch)
+        done = ft("sft", path)
+    assert refused[0] == first
+    assert done.returncode == (2 if number == errno.EROFS else 1), done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert os.strerror(number) in last
+    assert "goes on with --resume" in last
+    assert ("make room" in last) == (number == errno.ENOSPC)
+    assert [checkpoint.name for checkpoint in run.complete_checkpoints()] == ["checkpoint-1"]
+    assert damage(run.complete_checkpoints()[0]) is None
+    assert not run.result.exists()
+    again = ft("sft", path, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert same(run.adapter, whole)
 
 
 # --- another process, other data ---

@@ -104,6 +104,18 @@ def test_what_the_machine_refuses_is_no_bug() -> None:
         assert found.problems[0].path == "/x/y"
     assert isinstance(explained(MemoryError()), RunError)
     assert isinstance(explained(UnicodeDecodeError("ascii", b"\xff", 0, 1, "x")), UserError)
+    wrapped = {
+        ValueError('Error while serializing: I/O error: Read-only file system (os error 30) at path "/x/y"'): "/x/y",
+        Exception("Permission denied (os error 13)"): None,  # tokenizers' own kind
+        RuntimeError(
+            "[enforce fail at inline_container.cc:747] . open file failed with strerror: Permission denied"
+        ): None,
+    }
+    for error, path in wrapped.items():
+        found = explained(error)
+        assert isinstance(found, UserError), error
+        assert found.problems[0].path == path
+        assert found.problems[0].message in ("Read-only file system", "Permission denied")
     for error in (KeyError("a"), ValueError("b"), RuntimeError("c"), AssertionError()):
         assert explained(error) is None
 
