@@ -30,6 +30,8 @@ from finetune.recipe.sections import ModelConfig
 from finetune.recipe.stages import SftRecipe
 
 RANK, TIMED, PROFILED = 8, 3, 3
+CHUNK = 32_768
+"""Of the vocabulary, that trl's loss goes through at once."""
 SHAPES: dict[str, dict[str, Any]] = {
     "15m": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1024, "vocab_size": 8192,
             "num_attention_heads": 6},
@@ -121,7 +123,8 @@ def size_of(event: Any) -> Size | None:
 
 
 def kind_of(event: Any, vocabulary: int) -> str:
-    if any(vocabulary in shape for shape in event.input_shapes):
+    widths = (vocabulary, CHUNK, vocabulary % CHUNK)
+    if any(len(shape) == 2 and shape[-1] in widths for shape in event.input_shapes):
         return "the loss beside its products"
     return next((kind for kind, names in KINDS.items() if any(n in event.key for n in names)), "everything else")
 
