@@ -127,11 +127,12 @@ def room(recipe: Recipe, network: Any, built: Network, now: Estimate, machine: H
     longest = built.model.config.get_text_config()
     cap = int(getattr(longest, "max_position_embeddings", None) or 131_072)
     found["longest_rows"] = fits.length_that_fits(built, recipe, now, machine, cap)
+    found["positions"] = cap
     if not fit:
         found["changes"] = [
             {"set": change.settings, "slowdown": round(change.slowdown, 3), "why": change.why,
              "peak_memory_gb": round(change.peak / GB, 3)}
-            for change in fits.changes(recipe, network, now, machine)
+            for change in fits.changes(recipe, network, now, machine, built=built)
         ]  # fmt: skip
     return found
 
@@ -181,6 +182,8 @@ def show(
     rows, longest = more["largest_batch"], more["longest_rows"]
     most = f"{rows} rows of {found.length:,} tokens in a pass" if rows else f"not one row of {found.length:,} tokens"
     tell(f"most that fits: {most}{f', or {found.rows} of {longest:,} tokens' if longest else ''}")
+    if longest + fits.STEP > more["positions"]:
+        tell(f"no longer rows for want of positions: this model has {more['positions']:,} (max_position_embeddings)")
     for change in more["changes"]:
         keys = " ".join(f"--set {key}={str(value).lower() if isinstance(value, bool) else value}"
                         for key, value in change["set"].items())  # fmt: skip

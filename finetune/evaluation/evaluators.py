@@ -129,7 +129,8 @@ def text(
     packed = raw.pack(texts, encode, length, raw.separator(tokenizer), rest=not whole)
     found = [Encoded(ids, list(ids)) for ids in islice(packed, blocks)]
     if not found:
-        raise UserError(f"the text does not fill one block of {length} tokens", key="data.max_length", fix="lower it")
+        what, fix = f"the text does not fill one block of {length} tokens", f"set it below {length}, or give more text"
+        raise UserError(what, key="data.max_length", fix=fix)
     scored = _score(f"{name}: loss", model, found, tokenizer.pad_token_id, batch_size, "blocks")
     rows = [
         {"row": i, "text": tokenizer.decode(block.input_ids), "tokens": loss.tokens, "correct": None, **per_token(loss)}

@@ -71,6 +71,8 @@ def evaluate_target(
         texts = [sample.text for sample in held.samples]
         whole = held.name == SPLIT
         result = evaluators.text(target.name, model, base.tokenizer, texts, size, length, held.blocks, whole, chosen)
+        if target.recipe is not None:  # of a model by itself nobody has said a length
+            result.notes += [f"{target.name}: {line}" for line in shorter(length, longest)]
     elif held.kind == "answers":
         limits = (target.eval.max_new_tokens, size)
         before = None if kept is None else kept.of({"data": held.name, **way_of_asking(target, base, encoder)})
@@ -89,6 +91,12 @@ def evaluate_target(
         result = evaluators.unpaired(target.name, model, encoder, held.rows, size, longest, ref, chosen)
     result.metrics["weights_gb"] = weight_bytes(model) / 1e9
     return result
+
+
+def shorter(length: int, wanted: int) -> list[str]:
+    """What is to be said of blocks that are shorter than those of the run: the model has no room for them."""
+    what = f"the text is read in blocks of {length} tokens, for which the model was made"
+    return [f"{what}, and not of data.max_length {wanted}; model.rope_scaling gives more room"] * (length < wanted)
 
 
 def beyond(rows: Sequence[HeldRow], encoder: Any, room: int | None) -> list[str]:

@@ -42,8 +42,11 @@ def card(text: str) -> Card:
     found = known.get(wanted.lower()) or spelled.get(wanted.lower().replace(" ", ""))
     if found is None:
         near = difflib.get_close_matches(wanted.lower(), known, n=1)
-        names = f"did you mean {known[near[0]].name}?" if near else f"24GB, or one of {', '.join(CARDS)}"
-        raise UserError(f"{text!r} is neither a size nor a card that is known here", key="--gpu", fix=names)
+        size_of_it = "give its memory, as in 48GB"
+        fix = f"{size_of_it}, or one of {', '.join(CARDS)}"
+        if near:
+            fix = f"did you mean {known[near[0]].name}? Or {size_of_it}"
+        raise UserError(f"{text!r} is neither a size nor a card that is known here", key="--gpu", fix=fix)
     return found
 
 

@@ -33,6 +33,10 @@ Option = tuple[dict[str, Any], float | None, str]
 """(settings, slowdown where it is not computed, what it costs)"""
 
 
+Networks = dict[tuple[Any, ...], Network]
+"""By `kind_of`."""
+
+
 @dataclass(frozen=True)
 class Change:
     settings: dict[str, Any]
@@ -90,27 +94,31 @@ def length_that_fits(network: Network, recipe: Recipe, now: Estimate, machine: H
 
 
 def changes(
-    recipe: Recipe, skeleton: Any, now: Estimate, machine: Hardware, limit: float | None = None
-) -> list[Change]:
+    recipe: Recipe, skeleton: Any, now: Estimate, machine: Hardware, limit: float | None = None,
+    built: Network | None = None,
+) -> list[Change]:  # fmt: skip
     """What makes a recipe that does not fit fit, the cheapest first; alone, or where nothing does alone, together.
 
     Args:
         limit: bytes that are enough; by default what can be planned with on that machine.
+        built: the recipe's network, where it is at hand.
     """
+    networks: Networks = {} if built is None else {kind_of(recipe): built}
     limit, found = budget(machine) if limit is None else limit, dict[tuple[str, ...], Change]()
     options = [option for option in candidates(recipe, now.length) if is_allowed(recipe, option[0])]
     for option in options:
         if tuple(option[0]) in found:
             continue  # fewer rows than are needed
-        if (change := tried(recipe, skeleton, [option], now, machine)) and change.peak <= limit:
+        if (change := tried(recipe, skeleton, [option], now, machine, networks)) and change.peak <= limit:
             found[tuple(option[0])] = change
-    if not found and (change := together(recipe, skeleton, options, now, machine, limit)):
+    if not found and (change := together(recipe, skeleton, options, now, machine, limit, networks)):
         return [change]
     return sorted(found.values(), key=lambda change: (any(key in CUT for key in change.settings), change.slowdown))
 
 
 def together(
-    recipe: Recipe, skeleton: Any, options: list[Option], now: Estimate, machine: Hardware, limit: float
+    recipe: Recipe, skeleton: Any, options: list[Option], now: Estimate, machine: Hardware, limit: float,
+    networks: Networks,
 ) -> Change | None:  # fmt: skip
     """One after the other, until it fits; then without those that it fits without."""
     taken: dict[str, Option] = {}  # by the first key: of rows and of quantization the last one counts
@@ -119,7 +127,7 @@ def together(
         more = {**taken, next(iter(option[0])): option}
         if not is_allowed(recipe, merged(more.values())):
             continue
-        taken, change = more, tried(recipe, skeleton, list(more.values()), now, machine)
+        taken, change = more, tried(recipe, skeleton, list(more.values()), now, machine, networks)
         if change is not None and change.peak <= limit:
             break
     else:
@@ -128,7 +136,7 @@ def together(
         fewer = [option for name, option in taken.items() if name != key]
         if not is_allowed(recipe, merged(fewer)):
             continue
-        other = tried(recipe, skeleton, fewer, now, machine)
+        other = tried(recipe, skeleton, fewer, now, machine, networks)
         if other is not None and other.peak <= limit:
             del taken[key]
             change = other
@@ -217,17 +225,28 @@ def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     return recipe.model_copy(update=update)
 
 
+def kind_of(recipe: Recipe) -> tuple[Any, ...]:
+    """Of the settings that may change, those that make another network, or another pass of as many tokens."""
+    model, train = recipe.model, recipe.train
+    network = model.quantization, model.attn_implementation, recipe.adapter.method, train.gradient_checkpointing
+    return *network, replied(recipe)
+
+
 def tried(
-    recipe: Recipe, skeleton: Any, options: list[Option], now: Estimate, machine: Hardware
+    recipe: Recipe, skeleton: Any, options: list[Option], now: Estimate, machine: Hardware,
+    networks: Networks | None = None,
 ) -> Change | None:  # fmt: skip
+    """None for what this network cannot have. networks: those that were built, which it adds to."""
+    networks = {} if networks is None else networks
     settings = merged(options)
     other = changed(recipe, settings)
     if settings.get("train.gradient_checkpointing") and not skeleton.supports_gradient_checkpointing:
         return None
+    kind = kind_of(other)
     try:
-        network = build(other, skeleton)
+        network = networks[kind] = networks.get(kind) or build(other, skeleton)
     except UserError:
-        return None  # it cannot be had for this model
+        return None
     rows = other.train.per_device_train_batch_size or now.rows
     length = min(now.length - replied(recipe), other.data.max_length) + replied(other)
     then = estimate(network, other, rows, length, machine.device, max(2, accumulation(other)))

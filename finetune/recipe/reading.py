@@ -19,6 +19,14 @@ LARGEST = 1 << 20  # bytes of a recipe file
 MOST_NODES = 20_000  # of a recipe, every alias counted as what it stands for
 
 
+class NotPlain(yaml.MarkedYAMLError):
+    """Aliases that are YAML and cannot be a recipe's."""
+
+    def __init__(self, problem: str, at: yaml.Mark, fix: str) -> None:
+        super().__init__(problem=problem, problem_mark=at)
+        self.fix = fix
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 numbers: PyYAML reads `2e-4` as text, which every learning rate is written as."""
 
@@ -78,7 +86,8 @@ def _size(node: yaml.Node | None, known: dict[int, int]) -> int:
         return 0
     if (size := known.get(id(node), 0)) != 0:
         if size < 0:
-            raise yaml.composer.ComposerError(None, None, "an alias stands inside what it names", node.start_mark)
+            what, fix = "an alias stands inside what it names", "write the values out in its place"
+            raise NotPlain(what, node.start_mark, fix)
         return size
     known[id(node)] = -1
     parts: list[yaml.Node] = []
@@ -90,8 +99,8 @@ def _size(node: yaml.Node | None, known: dict[int, int]) -> int:
     for part in parts:
         size += _size(part, known)
         if size > MOST_NODES:
-            what = f"more than {MOST_NODES:,} values (aliases repeat what they name)"
-            raise yaml.composer.ComposerError(None, None, what, part.start_mark)
+            what = f"more than {MOST_NODES:,} values, as every alias (*name) repeats all that it names"
+            raise NotPlain(what, part.start_mark, "use fewer aliases, or write out the values that are needed")
     known[id(node)] = size
     return size
 
@@ -126,7 +135,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(
             f"not readable as YAML: {what}", path=path, line=mark.line + 1 if mark else None,
-            fix="check indentation, colons and quotes on this line",
+            fix=error.fix if isinstance(error, NotPlain) else "check indentation, colons and quotes on this line",
         ) from None  # fmt: skip
     if not isinstance(values, dict):
         raise UserError("not a mapping of sections", path=path, fix="start with `version: 1` and `stage: sft`")

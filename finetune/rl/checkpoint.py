@@ -51,6 +51,7 @@ class State:
     """eos_rate, repetition and length of the first rollout: what is normal for this model."""
     bad: int = 0
     far: int = 0
+    zero: int = 0
     losses: list[float] = field(default_factory=list)
     before: list[float] = field(default_factory=list)
     """Scores of the held-out prompts before training."""

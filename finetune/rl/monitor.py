@@ -10,6 +10,7 @@ from finetune.errors import RunError
 from finetune.recipe.stages import PpoConfig
 from finetune.rl.checkpoint import State
 from finetune.terminal.progress import warn
+from finetune.training.health import ZERO_STEPS
 
 DEGENERATE = 3  # rollouts in a row that must look bad before a run is stopped
 FAR = 2  # rollouts in a row over max_kl: the estimator's tail is heavy, one unlikely token can be 20 nats
@@ -24,6 +25,19 @@ def check_numbers(row: Mapping[str, Any]) -> None:
     for key in ("loss", "value_loss", "kl"):
         if not math.isfinite(row[key]):
             raise RunError(f"{key} became {row[key]} at step {row['step']}: lower train.learning_rate")
+
+
+def check_gradient(step: int, still: bool, state: State) -> None:
+    """RunError for a policy that gets no gradient, whatever its replies are worth.
+
+    Args:
+        still: whether it got none in this rollout; state: counts such rollouts.
+    """
+    state.zero = state.zero + 1 if still else 0
+    if state.zero >= ZERO_STEPS:
+        what = f"the policy's gradient has been exactly zero for {ZERO_STEPS} rollouts up to step {step}"
+        how = "lower train.learning_rate, raise ppo.temperature, or set model.dtype: float32 and no model.quantization"
+        raise RunError(f"{what}, and its replies are not all worth the same: nothing is learned; {how}")
 
 
 def watch(row: Mapping[str, Any], state: State, config: PpoConfig) -> None:

@@ -36,7 +36,7 @@ from finetune.recipe.stages import PpoRecipe
 from finetune.rl import arithmetic
 from finetune.rl.checkpoint import State, load_checkpoint, save_checkpoint
 from finetune.rl.models import PpoModels
-from finetune.rl.monitor import Degenerate, check_numbers, watch
+from finetune.rl.monitor import Degenerate, check_gradient, check_numbers, watch
 from finetune.rl.replies import together
 from finetune.rl.rollout import Collector, Rollout
 from finetune.rl.update import Learner
@@ -154,6 +154,7 @@ class Ppo:
         try:
             row = self.step(proof)
             check_numbers(row)
+            check_gradient(self.state.step, self.learner.still, self.state)
         except RunError as error:
             if row is not None:
                 self.run.append_metrics(row)  # the reason must be on record

@@ -34,6 +34,7 @@ class Learner:
         """rows: of a forward pass; total: rollouts of the run; arguments: transformers' TrainingArguments."""
         self.recipe, self.models, self.sampling, self.rows = recipe, models, sampling, rows
         self.steps = self.left_out = 0  # steps of the optimizer, and those that loss scaling has left out
+        self.still = False  # whether the last update found nothing but zeros for the policy, beside advantages
         self.module = nn.ModuleList([*models.trained(), models.value_head])
         self.optimizer = self._optimizer(TrainingArguments(**arguments))
         train = recipe.train
@@ -48,6 +49,7 @@ class Learner:
         values = [*self._value_adapter(), *self.models.value_head.parameters()]
         theirs = {id(p) for p in values}
         own = [p for p in policy.parameters() if p.requires_grad and id(p) not in theirs]
+        self.own = own
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, policy)
         rate = self.recipe.ppo.value_learning_rate or train.learning_rate
         groups, decays = [], {id(p) for n, p in self.module.named_parameters() if is_matrix(n, p)}
@@ -83,11 +85,14 @@ class Learner:
     def update(self, rollout: Rollout, step: int, proof: Proof | None = None) -> dict[str, float]:
         """All passes over one rollout, that of `step`; means of what was seen."""
         before, seen = self.steps, dict[str, list[float]]()
+        # Without advantages, as of replies that are all paid the same, there is nothing to learn yet.
+        self.still = bool((rollout.advantages * rollout.replies.mask).any())
         for index in self.minibatches(len(rollout.replies)):
             found = self.minibatch(rollout, index)
             self.scaler.unscale_(self.optimizer)
             if proof is not None:
                 proof.look()
+            self.still = self.still and self._largest() == 0.0
             norm = self._step(step)
             if math.isfinite(norm):  # or loss scaling has left the step out
                 found["grad_norm"] = norm
@@ -153,6 +158,10 @@ class Learner:
             return seen
         add_gradients(self.weights.values())
         return figures(seen)
+
+    def _largest(self) -> float:
+        """Of the policy's gradient, whose squares may be too small for a norm; no number in a step that is left out."""
+        return float(nn.utils.get_total_norm([p.grad for p in self.own if p.grad is not None], math.inf))
 
     def _step(self, step: int) -> float:
         """The norm of the gradient, not finite where loss scaling leaves the step out."""

@@ -77,7 +77,7 @@ class Checkpointing:
             "metrics": ranks.lists(self._metrics["train"]),
             "patience": [stopper.early_stopping_patience_counter for stopper in self._stoppers()],
             "best": best and Path(best).name, "first_loss": self.health.first,
-            "seconds": time.perf_counter() - self.begun,
+            "high": self.health.high, "zero": self.health.zero, "seconds": time.perf_counter() - self.begun,
         }  # fmt: skip
 
     def count_on(self, checkpoint: Path) -> None:
@@ -89,6 +89,7 @@ class Checkpointing:
         self._total_loss_scalar, self._initial_global_step = known["loss"], 0
         self._tr_loss = torch.tensor(known["loss_since"], device=self.args.device)
         self._loss_before, self.health.first = known["loss_since"], known.get("first_loss")
+        self.health.high, self.health.zero = known.get("high", 0), known.get("zero", 0)
         self._globalstep_last_logged = known["logged_at"]
         self._total_train_tokens = known["tokens"] if ranks.share() == 0 else 0
         if ranks.share() == 0:  # it has those of all

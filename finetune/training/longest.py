@@ -24,7 +24,11 @@ class LongestFirst(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, rows = self.trainer, longest(self.trainer)
-        if len(rows) < 1 or args.deepspeed or args.fsdp:
+        if len(rows) < 1:
+            return
+        if args.deepspeed or args.fsdp:  # a pass without a step has not been tried with them
+            kind = "deepspeed" if args.deepspeed else "fsdp"
+            note(f"the longest rows do not go through first under {kind}: memory may still run out when they come")
             return
         batch = trainer.data_collator([trainer.train_dataset[i] for i in rows])
         counted, kept = trainer._total_train_tokens, {key: list(v) for key, v in trainer._metrics["train"].items()}

@@ -185,6 +185,23 @@ def test_long_pairs_are_cut_as_in_training(here: Path, base: Path, capsys: pytes
         assert "1 row is left out: nothing to compare within data.max_length 64" in capsys.readouterr().err
 
 
+def test_text_is_read_in_blocks_of_what_the_model_was_made_for(
+    here: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the run says more, and then that is said."""
+    trained("pretrain", here, base)
+    data = write_rows(here / "texts.jsonl", [DATA["pretrain"](i) for i in range(100, 106)])
+    written = here / "my pretrain run" / "recipe.yaml"
+    said = "the text is read in blocks of {} tokens, for which the model was made, and not of data.max_length {}"
+    for length, told in ((64, False), (1 << 20, True)):
+        values = yaml.safe_load(written.read_text("utf-8"))
+        values["data"]["max_length"] = length
+        written.write_text(yaml.safe_dump(values), encoding="utf-8")
+        measured(here, ["my pretrain run"], data=str(data))
+        limit = json.loads((base / "config.json").read_text("utf-8"))["max_position_embeddings"]
+        assert (said.format(limit, length) in capsys.readouterr().err) is told
+
+
 def test_rows_are_computed_by_length_and_few_at_once_where_they_are_long() -> None:
     from finetune.evaluation.likelihood import ROOM, by_length
 

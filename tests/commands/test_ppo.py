@@ -34,11 +34,14 @@ from finetune.models import hardware
 from finetune.recipe.file import load
 from finetune.recipe.sections import DataConfig
 from finetune.recipe.stages import PpoRecipe
+from finetune.rl import arithmetic
 from finetune.rl import models as ppo_models
 from finetune.rl.ppo import Ppo
 from finetune.rl.replies import together
 from finetune.rl.rollout import Collector
+from finetune.run.checkpoints import damage
 from finetune.run.directory import Run
+from finetune.training.health import ZERO_STEPS
 
 DROPOUT = {"method": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 
@@ -725,3 +728,33 @@ def test_degenerate_replies_stop_a_run(tmp_path: Path, base: Path, monkeypatch: 
     with pytest.raises(RunError, match=r"degenerated for 3 rollouts: 90% .*raise ppo\.kl_coef"):
         run_ppo(path)
     assert (tmp_path / "ppo" / "checkpoints" / "checkpoint-4" / "complete").exists()
+
+
+def test_a_policy_whose_gradient_goes_out(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The value model goes on learning, so no norm is zero."""
+    loss, step = arithmetic.policy_loss, Ppo.step
+
+    def nothing(*of: Any) -> arithmetic.PolicyLoss:
+        found = loss(*of)
+        return found._replace(loss=0 * found.loss)
+
+    def flat(self: Ppo, *arguments: Any) -> dict[str, Any]:
+        if self.state.step == 2:
+            monkeypatch.setattr(arithmetic, "policy_loss", nothing)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Ppo, "step", flat)
+    with pytest.raises(RunError, match=r"exactly zero for 3 rollouts up to step 5, .*nothing is learned") as caught:
+        run_ppo(ppo_recipe(tmp_path, base, train={"max_steps": 9, "save_steps": 2}))
+    run = Run(tmp_path / "ppo")
+    assert all(norm > 0 for norm in logged(run, "grad_norm"))
+    assert f"the last checkpoint before is kept: {run.checkpoints / 'checkpoint-4'}" in str(caught.value)
+    assert damage(run.checkpoints / "checkpoint-4") is None
+    assert len((run.path / "failed_batch.jsonl").read_text("utf-8").splitlines()) == 16
+
+
+def test_replies_of_one_score_may_wait_for_a_better_one(tmp_path: Path, base: Path) -> None:
+    """A reward that is seldom paid: until then every advantage is zero, and so is every gradient."""
+    file = rule(tmp_path, "def f(prompts, completions, **_):\n    return [0.0] * len(prompts)\n")
+    run = run_ppo(ppo_recipe(tmp_path, base, reward={"functions": [f"{file}:f"]}, train={"max_steps": ZERO_STEPS + 1}))
+    assert logged(run, "grad_norm") == [0.0] * (ZERO_STEPS + 1)

@@ -288,7 +288,7 @@ def test_what_cannot_be_planned_is_named(recipe: Callable[..., Path], tmp_path: 
     wrong = ft("plan", recipe(), "--gpu", "RTX 4900")
     assert wrong.returncode == 2
     assert "did you mean RTX 4090?" in wrong.stderr
-    with pytest.raises(UserError, match="did you mean RTX 4090"):
+    with pytest.raises(UserError, match=r"did you mean RTX 4090\? Or give its memory, as in 48GB"):
         cards.card("4090")  # no 4,090 GB
     odd = recipe(model={"name": "owner/nothing-like-that"})
     assert ft("plan", odd).returncode == 2

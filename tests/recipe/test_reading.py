@@ -40,9 +40,13 @@ def test_byte_order_mark(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (BOMB, "line 4: not readable as YAML: more than 20,000 values"),
+        (
+            BOMB,
+            "line 4: not readable as YAML: more than 20,000 values, as every alias (*name) repeats all that it names",
+        ),
+        (BOMB, "→ use fewer aliases, or write out the values that are needed"),
         ("data: &d {train: *d}\n", "line 1: not readable as YAML: an alias stands inside what it names"),
-        ("data: &d [1, *d]\n", "an alias stands inside"),
+        ("data: &d [1, *d]\n", "an alias stands inside what it names → write the values out in its place"),
         ("a: " + "[" * 5000, "nested too deeply"),
         ("a: " + "[" * 900 + "]" * 900, ""),
         ("a: " + "9" * 5000, "not readable as YAML"),

@@ -33,7 +33,7 @@ def kept(run: Run, state: State, weight: torch.nn.Parameter, keep: int = 2) -> t
 
 def test_everything_comes_back(tmp_path: Path) -> None:
     run, weight = Run(tmp_path), torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    state = State(3, 0.07, RunningMoments(4.0, 1.5, 2.0), {"eos_rate": 0.5}, 1, 1, [0.1, 0.2], [1.0], 12.5)
+    state = State(3, 0.07, RunningMoments(4.0, 1.5, 2.0), {"eos_rate": 0.5}, 1, 1, 2, [0.1, 0.2], [1.0], 12.5)
     optimizer = kept(run, state, weight)
     value, momentum = weight.detach().clone(), optimizer.state[weight]["momentum_buffer"].clone()
     drawn = torch.rand(2)

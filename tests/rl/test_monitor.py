@@ -9,7 +9,7 @@ import pytest
 from finetune.errors import RunError
 from finetune.recipe.stages import PpoConfig
 from finetune.rl.checkpoint import State
-from finetune.rl.monitor import Degenerate, check_numbers, degeneration, watch
+from finetune.rl.monitor import Degenerate, check_gradient, check_numbers, degeneration, watch
 
 FIRST = {"eos_rate": 0.9, "repetition": 0.1, "response_length": 30.0}
 
@@ -56,6 +56,14 @@ def test_what_stops_at_once(changes: dict[str, float], what: str) -> None:
     with pytest.raises(RunError, match=what) as caught:
         check_numbers(row(**changes))
     assert not isinstance(caught.value, Degenerate)
+
+
+def test_rollouts_that_teach_the_policy_nothing() -> None:
+    state = State()
+    for step, still in enumerate((True, True, False, True, True), start=1):
+        check_gradient(step, still, state)
+    with pytest.raises(RunError, match=r"exactly zero for 3 rollouts up to step 6, .*: nothing is learned; lower"):
+        check_gradient(6, True, state)
 
 
 def test_one_far_rollout_may_be_the_estimators_tail() -> None:

@@ -121,6 +121,27 @@ def test_an_explosion_keeps_the_last_good_checkpoint(
     assert "checkpoint-4" in {path.name for path in run.complete_checkpoints()}
 
 
+@pytest.mark.parametrize("after", [2, 2 + HIGH_STEPS - 1])
+def test_a_resumed_run_knows_how_it_began(recipe: Any, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Stopped before or while the loss explodes, it ends at the same step with the same words."""
+    changed(monkeypatch, lambda step, loss: loss * (100 if step > 2 else 1))
+    path = recipe(train=EACH)
+    whole, said, _ = stopped(path)
+    step = 2 + HIGH_STEPS
+    assert f"at step {step}, and " in said
+    for folder in whole.complete_checkpoints():
+        if int(folder.name.rpartition("-")[2]) > after:
+            (folder / "complete").unlink()
+    again = ft("sft", path, "--resume", cwd=path.parent)
+    assert again.returncode == 1
+    assert told(again.stderr) == told(said)
+
+
+def told(stderr: str) -> str:
+    """What was said of the explosion, without the checkpoint that is kept."""
+    return next(line for line in stderr.splitlines() if "exploded" in line).partition("; the step had")[0]
+
+
 def test_gradients_that_go_out(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a while: the proof of the first steps has seen them."""
     changed(monkeypatch, lambda step, loss: loss if step < 6 else loss.detach() + 0 * loss)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,3 +70,11 @@ def test_a_run_of_ppo_is_the_same_to_the_bit(base: Path, tmp_path: Path, monkeyp
     path = tmp_path / "ppo.yaml"
     path.write_text(yaml.safe_dump(values))
     assert_alike("ppo", path, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_where_they_do_not_go_first_that_is_said(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = SimpleNamespace(**{"fsdp": "", "deepspeed": None, kind: "as asked for"})
+    trainer = SimpleNamespace(train_dataset=[1, 2, 3], args=SimpleNamespace(train_batch_size=2))
+    LongestFirst(trainer).on_train_begin(arguments, None, None)
+    assert f"the longest rows do not go through first under {kind}: memory may still" in capsys.readouterr().err

@@ -26,7 +26,7 @@ class Counting(Checkpointing):
             output_dir=str(folder), device="cpu", logging_steps=3, eval_steps=3, save_steps=2
         )
         self.state = TrainerState(max_steps=6)
-        self.health: Any = SimpleNamespace(first=1.0)
+        self.health: Any = SimpleNamespace(first=1.0, high=0, zero=0)
         self.callback_handler = SimpleNamespace(callbacks=[])
         self._metrics = {"train": dict(figures), "eval": {}}
         self._total_loss_scalar, self._globalstep_last_logged, self._total_train_tokens = 0.0, 0, 8
