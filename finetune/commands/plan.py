@@ -183,7 +183,8 @@ def show(
     most = f"{rows} rows of {found.length:,} tokens in a pass" if rows else f"not one row of {found.length:,} tokens"
     tell(f"most that fits: {most}{f', or {found.rows} of {longest:,} tokens' if longest else ''}")
     if longest + fits.STEP > more["positions"]:
-        tell(f"no longer rows for want of positions: this model has {more['positions']:,} (max_position_embeddings)")
+        positions = more["positions"]
+        tell(f"longer rows have no positions: max_position_embeddings is {positions:,} (model.rope_scaling gives more)")
     for change in more["changes"]:
         keys = " ".join(f"--set {key}={str(value).lower() if isinstance(value, bool) else value}"
                         for key, value in change["set"].items())  # fmt: skip
