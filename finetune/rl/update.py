@@ -86,7 +86,7 @@ class Learner:
         """All passes over one rollout, that of `step`; means of what was seen."""
         before, seen = self.steps, dict[str, list[float]]()
         # Without advantages, as of replies that are all paid the same, there is nothing to learn yet.
-        self.still = bool((rollout.advantages * rollout.replies.mask).any())
+        self.still = ranks.any_of(bool((rollout.advantages * rollout.replies.mask).any()))  # all stop, or none
         for index in self.minibatches(len(rollout.replies)):
             found = self.minibatch(rollout, index)
             self.scaler.unscale_(self.optimizer)
