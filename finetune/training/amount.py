@@ -17,7 +17,7 @@ from finetune.data.samples import Item
 from finetune.models import sources
 from finetune.planning.source import is_unconverted, shipped
 from finetune.recipe.resolve import Hardware
-from finetune.recipe.sections import as_list
+from finetune.recipe.sections import ModelConfig, PretrainModelConfig, as_list
 from finetune.recipe.stages import ROWS, PpoRecipe, Recipe
 from finetune.training.new_base import open_base
 from finetune.training.plan import layout, rollouts
@@ -102,7 +102,9 @@ def amount(recipe: Recipe, data: Data | None, machine: Hardware) -> Amount:
 def base_of(recipe: Recipe) -> Base | None:
     """Its tokenizer and template, where they are here: nothing is fetched."""
     model = recipe.model
-    if model.is_new:
-        return open_base(model)  # type: ignore[arg-type]
+    if isinstance(model, PretrainModelConfig) and model.is_new:
+        name = str(model.tokenizer)
+        here = name.startswith("builtin:") or isinstance(sources.place(ModelConfig(name=name)), Path)
+        return open_base(model) if here else None
     here = isinstance(sources.place(model), Path) and shipped(model) is None and not is_unconverted(model)
     return replace(Base.open(model), treatment=recipe.data.thinking) if here else None
