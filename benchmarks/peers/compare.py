@@ -247,6 +247,8 @@ step and the mean of the last epoch's.
             lines += [f"## {title}", "", command, "", *table(task, runs), NOTES.get(task, ""), ""]
         else:
             lines += [f"## {section.rstrip()}\n" for section in before if section.startswith(f"{title}\n")]
+    titles = ("# ", "GPU\n", *(f"{title}\n" for title, _ in TASKS.values()))
+    lines += [f"## {section.rstrip()}\n" for section in before if not section.startswith(titles)]  # of other commands
     if CLOCK == "cpu":
         lines += ["## GPU", "", "Not run: no GPU was at hand (`--cuda` is for such a machine, and untried).", ""]
     return "\n".join(lines)
