@@ -240,8 +240,9 @@ def test_changes_that_make_it_fit_together() -> None:
         o for o in fits.candidates(made, now.length) if all(change.settings.get(k) == v for k, v in o[0].items())
     ]
     assert len(options) > 1
+    networks: fits.Networks = {}
     for i in range(len(options)):
-        fewer = fits.tried(made, base, [*options[:i], *options[i + 1 :]], now, machine)
+        fewer = fits.tried(made, base, [*options[:i], *options[i + 1 :]], now, machine, networks)
         assert fewer is None or fewer.peak > fits.budget(machine)
 
 

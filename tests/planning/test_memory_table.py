@@ -19,7 +19,10 @@ CASES = {**memory.DEVELOPMENT, **memory.HELD_OUT}
 MEASURED: dict[str, dict[str, Any]] = json.loads(memory.RESULTS.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", CASES)
+DAILY = list(CASES)[::3]
+
+
+@pytest.mark.parametrize("name", [n if n in DAILY else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_the_plan_is_within_15_percent_of_what_was_measured(name: str, tmp_path: Path) -> None:
     *_, plan = memory.planned(name, CASES[name], tmp_path)
     assert plan.tensors == pytest.approx(MEASURED[name]["measured"], rel=memory.WITHIN)

@@ -24,7 +24,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from finetune import hub
 from finetune.adapters import methods
 from finetune.base import Base
-from finetune.commands import dpo, evaluate, kto, ppo, pretrain, sft
+from finetune.commands import dpo, evaluate, kto, ppo, sft
 from finetune.data import conversations, pairs, prompts, text
 from finetune.errors import RunError, UserError
 from finetune.evaluation import measuring, targets
@@ -37,7 +37,7 @@ from finetune.recipe.sections import DRAWING, DataConfig, EvalSet, GenerationCon
 from finetune.recipe.stages import RECIPES
 from finetune.rl.ppo import Ppo
 from finetune.run.directory import Run
-from finetune.training import plan, session
+from finetune.training import new_base, plan, session
 from finetune.training.callbacks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -313,7 +313,7 @@ class Watch:
         monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", self.load)
         monkeypatch.setattr(quantization, "after_loading", lambda *_: None)
         monkeypatch.setattr(sanity, "check", lambda _, __, model: self.seen.update(sanity=model.sanity_check))
-        for module in (tokenizers, pretrain):
+        for module in (tokenizers, new_base):
             monkeypatch.setattr(module, "load_tokenizer", self.tokenizer)
         monkeypatch.setattr(session, "fit_trainer", self.fit)
         for command in (dpo, kto):

@@ -77,9 +77,11 @@ def test_a_dry_run_says_how_many_share_a_step(
     counts = {"rows": 48, "trained_tokens": 0, "dropped": 0}
     stub: Any = SimpleNamespace(
         inputs=lambda dry_run: None, recipe=SimpleNamespace(model=SimpleNamespace(quantization=None)),
-        rows=SimpleNamespace(counts=counts), layout=Layout(2, 2, 6, 6),
+        rows=SimpleNamespace(counts=counts), layout=Layout(2, 2, 6, 6), packed=Layout(2, 1, 3, 3),
     )  # fmt: skip
     monkeypatch.setattr(session, "to_yaml", lambda recipe: "")
     as_rank(monkeypatch, 0)
     session.Session.show(stub)
-    assert "6 steps of 2 rows x 2 passes x 2 processes; nothing was written" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "packed: 3 steps of 2 rows x 1 pass x 2 processes\n" in said
+    assert "6 steps of 2 rows x 2 passes x 2 processes; nothing was written" in said
