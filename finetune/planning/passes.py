@@ -58,7 +58,8 @@ def _traced(network: Network, recipe: Recipe, rows: int, length: int) -> list[Se
             if phase["backward"]:
                 return
             if i == len(network.blocks) - 1:
-                mark("head")
+                tracker.count_apart(states, "last states")  # they go with the head; those of the other blocks stay
+                tracker.mark_next("head")
             if states.requires_grad:
                 states.register_hook(lambda grad: mark(f"backward {i}"))
 

@@ -37,9 +37,10 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.live = self.high = self.begun = self.flops = 0
         self.segments: list[Segment] = []
-        self.name = ""
+        self.name = self.next = ""
         self.freed: dict[str, int] = {}
         self.sizes: dict[int, int] = {}
+        self.born: dict[int, str] = {}
         for tensor in known:
             self._see(tensor, 0)
 
@@ -49,6 +50,11 @@ class Tracker(TorchDispatchMode):
             net = self.live - self.begun
             self.segments.append(Segment(self.name, self.high - self.begun, net, self.flops, self.freed))
         self.name, self.begun, self.high, self.flops, self.freed = name, self.live, self.live, 0, {}
+        self.next = ""
+
+    def mark_next(self, name: str) -> None:
+        """It begins with the next operation: what returns until then lets go of what it held."""
+        self.next = name
 
     def _see(self, tensor: torch.Tensor, size: int | None = None) -> None:
         storage = tensor.untyped_storage()
@@ -58,16 +64,23 @@ class Tracker(TorchDispatchMode):
         self.sizes[key] = storage.nbytes() if size is None else size
         self.live += self.sizes[key]
         self.high = max(self.high, self.live)
-        weakref.finalize(storage, self._gone, key, self.name)
+        self.born[key] = self.name
+        weakref.finalize(storage, self._gone, key)
 
-    def _gone(self, key: int, born: str) -> None:
-        size = self.sizes.pop(key)
+    def count_apart(self, tensor: torch.Tensor, name: str) -> None:
+        """Where the tensor is freed, it counts as of a segment of that name."""
+        self.born[tensor.untyped_storage()._cdata] = name
+
+    def _gone(self, key: int) -> None:
+        size, born = self.sizes.pop(key), self.born.pop(key)
         self.live -= size
         if born != self.name:
             self.freed[born] = self.freed.get(born, 0) + size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.next:
+            self.mark(self.next)
         run = REPLACED.get(func, func)
         out = run(*args, **kwargs)
         for leaf in tree_leaves(out):

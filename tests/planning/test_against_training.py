@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from finetune.commands import plan
 from finetune.errors import UserError
 from finetune.models import sources
 from finetune.planning import cards, fits, network, sizing, source
-from finetune.planning.memory import estimate
+from finetune.planning.memory import estimate, timeline
 from finetune.planning.passes import traced
 from finetune.planning.tracker import Tracker
 from finetune.recipe.file import check, load
@@ -113,6 +114,26 @@ def test_blocks_stand_for_their_kind() -> None:
     assert len(found.blocks) < 9
     every = network.build(made, skeleton("llama", num_hidden_layers=2))
     assert every.kinds == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_few_blocks_give_what_all_of_them_give(
+    dtype: str, again: bool, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Level and peak at every block, of a pass through all: of the states only the last go with the head."""
+    made = recipe(model={"name": "tiny-llama", "dtype": dtype}, adapter={"method": method},
+                  train={"gradient_checkpointing": again})  # fmt: skip
+    few = network.build(made, skeleton("llama", num_hidden_layers=6))
+    found = timeline(few, made, 2, 32)
+    every = (str(n) for n in itertools.count())
+    monkeypatch.setattr(network, "kind_of", lambda block: next(every))
+    whole = network.build(made, skeleton("llama", num_hidden_layers=6))
+    assert (len(few.blocks), len(whole.blocks)) == (2, 6)
+    expected = timeline(whole, made, 2, 32)
+    assert [moment[1:] for moment in found] == [moment[1:] for moment in expected]
+    assert all(moment.level >= moment.gradients for moment in found)
 
 
 def test_the_peak_of_a_run(recipe_of_smol: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
